@@ -1,0 +1,1 @@
+"""Shards in, a trained model that answers questions out."""

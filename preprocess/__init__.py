@@ -1,0 +1,1 @@
+"""Annotations and images in, WebDataset shards with a manifest and an index out."""
