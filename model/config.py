@@ -20,7 +20,7 @@ Target = Literal["pixels", "features", "patch_embedding"]
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """One frozen vision tower, as timm names it. `overrides` are timm keyword arguments that shrink it for CPU presets."""
+    """One frozen vision tower, as timm names it; `overrides` are timm keyword arguments that shrink it."""
 
     name: str
     timm_name: str
@@ -206,7 +206,7 @@ def avf(full: EmmaConfig) -> EmmaConfig:
 
 
 def release(full: EmmaConfig) -> EmmaConfig:
-    """Four levels concatenated and mixed; learned queries; Mamba-2 blocks; SigLIP's (here frozen) patch embedding as target."""
+    """Four levels concatenated; learned queries; Mamba-2 blocks; SigLIP's patch embedding (here frozen) as target."""
     width = full.vision.towers[-1].width
     weight = alignment_weight(width)
     return _realigned(
@@ -238,17 +238,18 @@ def tiny(full: EmmaConfig) -> EmmaConfig:
     llm = replace(full.llm, d_model=128, num_layers=8, vocab_size=1024, weights=None, head_dim=32, chunk_size=32)
     llm = replace(llm, d_state=32 if llm.kind == "mamba2" else 8)
     vision = VisionConfig(towers, image_px=100)
-    small = replace(full, vision=vision, llm=llm, tokenizer=None, max_text_tokens=256)
-    if full.alignment is None:
-        return small
-    widths = {"pixels": PIXELS_PER_PATCH, "features": vision.width, "patch_embedding": towers[-1].width}
-    taps = paper_taps(llm.num_layers) if full.alignment.taps else ()
-    return _realigned(
-        small,
-        taps=taps,
-        num_values=widths[full.alignment.target],
+    alignment = full.alignment and _tiny_alignment(full.alignment, vision, llm)
+    return replace(full, vision=vision, llm=llm, alignment=alignment, tokenizer=None, max_text_tokens=256)
+
+
+def _tiny_alignment(full: AlignmentConfig, vision: VisionConfig, llm: MambaConfig) -> AlignmentConfig:
+    widths = {"pixels": PIXELS_PER_PATCH, "features": vision.width, "patch_embedding": vision.towers[-1].width}
+    return replace(
+        full,
+        taps=paper_taps(llm.num_layers) if full.taps else (),
+        num_values=widths[full.target],
         head_dim=32,
-        decoder_layers=min(full.alignment.decoder_layers, 2),
+        decoder_layers=min(full.decoder_layers, 2),
     )
 
 
