@@ -1,0 +1,245 @@
+"""Plan + shards -> micro-batches. Samples are read by their offsets in the index: random access, nothing skipped."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from model.errors import UserError
+from pipeline.plan import FILLER, Ids, Plan, rank_slices
+from pipeline.ranks import Ranks
+from pipeline.recipe import Recipe
+from preprocess.records import Sample, decode_pixels, from_fields
+from preprocess.shards import Manifest, load_index
+
+IGNORED = -100  # the target of a position that is not supervised
+PAD_ID = 1
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank sees in one forward pass. Rows whose `real` is False are filler and count for nothing."""
+
+    tokens: torch.Tensor  # [b, t] int64, padded on the right
+    targets: torch.Tensor  # [b, t] int64, IGNORED where not supervised
+    pixels: torch.Tensor | None  # [b, 3, h, w] uint8
+    real: torch.Tensor  # [b] bool
+
+    def to(self, device: torch.device) -> MicroBatch:
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> MicroBatch:
+        return replace(self, **{n: v.pin_memory() for n, v in vars(self).items() if isinstance(v, torch.Tensor)})
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """One rank's micro-batches of an optimizer step, and facts about the whole step that the index knows."""
+
+    step: int
+    micro_batches: list[MicroBatch]
+    ids: Ids  # rows of the index, of all ranks, without filler
+    samples: int
+    images: int
+    supervised_tokens: int
+    tokens: int  # visual and text, without padding
+    padding_ratio: float  # of the positions computed, waiting for the slowest rank included
+    wait_s: float  # how long the training loop waited for it
+
+
+class ShardReader:
+    """Samples by their row in the index. Opens each tar once per process; safe to send to another process."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.manifest = Manifest.load(self.folder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "manifest": self.manifest}
+
+    @functools.cached_property
+    def index(self) -> Any:
+        return load_index(self.folder)
+
+    @functools.cached_property
+    def columns(self) -> dict[str, np.ndarray]:
+        names = ["shard", *(f"{part}_{what}" for part in ("tokens", "meta", "image") for what in ("offset", "bytes"))]
+        return {name: self.index.column(name).to_numpy() for name in names}
+
+    def sample(self, row: int) -> Sample:
+        """Raises: UserError naming shard, key and the command that finds the damage."""
+        column = {name: int(values[row]) for name, values in self.columns.items()}
+        shard = self.folder / self.manifest.shards[column["shard"]]["name"]
+        parts = {"tokens.npy": "tokens", "json": "meta", self.manifest.image_field: "image"}
+        try:
+            handle = self._open(shard)
+            payloads = {
+                field: os.pread(handle, column[f"{part}_bytes"], column[f"{part}_offset"])
+                for field, part in parts.items()
+                if column[f"{part}_bytes"]
+            }
+            return from_fields(str(self.index.column("key")[row]), payloads)
+        except (OSError, ValueError, KeyError) as error:
+            raise self.damaged(row, shard, error) from error
+
+    def damaged(self, row: int, shard: Path, error: Exception) -> UserError:
+        key = self.index.column("key")[row]
+        return UserError(
+            f"{shard}: sample {key} cannot be read ({error}); find the damage with "
+            f"`python -m preprocess.shardset verify {self.folder}`, delete what it names and build the shards again"
+        )
+
+    def _open(self, shard: Path) -> int:
+        return _open_shard(str(shard))
+
+
+@functools.cache
+def _open_shard(path: str) -> int:
+    return os.open(path, os.O_RDONLY)
+
+
+def collate(samples: list[Sample | None], image_px: int) -> MicroBatch:
+    """Rows of one modality, padded on the right to the longest. None is filler: it repeats the first row, unsupervised."""
+    present = [sample if sample is not None else samples[0] for sample in samples]
+    assert all(sample is not None for sample in present), "a micro-batch of filler alone needs a row to imitate"
+    rows = [sample for sample in present if sample is not None]
+    width = max(len(row.tokens) for row in rows)
+    tokens = torch.full((len(rows), width), PAD_ID, dtype=torch.int64)
+    targets = torch.full((len(rows), width), IGNORED, dtype=torch.int64)
+    real = torch.tensor([sample is not None for sample in samples])
+    for i, row in enumerate(rows):
+        ids = torch.from_numpy(row.tokens.astype(np.int64))
+        tokens[i, : len(ids)] = ids
+        for start, end in row.spans if real[i] else ():
+            targets[i, start:end] = ids[start:end]
+    pixels = None
+    if rows[0].image is not None:
+        stacked = np.stack([decode_pixels(row, image_px) for row in rows])
+        pixels = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
+    return MicroBatch(tokens, targets, pixels, real)
+
+
+class MicroBatches(Dataset):  # type: ignore[type-arg]
+    """Item k is micro-batch k of one rank, counted over the whole training: any k can be asked for, in any process."""
+
+    def __init__(self, reader: ShardReader, plan: Plan, ranks: Ranks, micro_batch: int):
+        self.reader, self.plan, self.ranks, self.micro_batch = reader, plan, ranks, micro_batch
+        self.per_step = plan.global_batch // (ranks.world_size * micro_batch)
+
+    def __getitem__(self, k: int) -> MicroBatch:
+        step, micro = divmod(k, self.per_step)
+        ids = self.plan.step(step)
+        mine = rank_slices(ids, self.ranks.rank, self.ranks.world_size, self.micro_batch)[micro]
+        rows = [None if row == FILLER else self.reader.sample(int(row)) for row in mine]
+        if rows[0] is None:  # this rank has none left: it imitates the step's first row, for nothing
+            first = self.reader.sample(int(ids[0]))
+            return _all_filler(collate([first, *rows[1:]], self.reader.manifest.image_px))
+        return collate(rows, self.reader.manifest.image_px)
+
+
+def _all_filler(batch: MicroBatch) -> MicroBatch:
+    return replace(batch, targets=torch.full_like(batch.targets, IGNORED), real=torch.zeros_like(batch.real))
+
+
+class TrainData:
+    """The global batches of a run, as one rank sees them.
+
+    Raises: UserError if the shards do not fit the recipe's model.
+    """
+
+    def __init__(self, recipe: Recipe, ranks: Ranks):
+        self.recipe, self.ranks = recipe, ranks
+        self.reader = ShardReader(recipe.data.shards)
+        check_fit(self.reader.manifest, recipe)
+        index = self.reader.index
+        self.text_tokens = index.column("num_text_tokens").to_numpy()
+        self.supervised = index.column("num_supervised_tokens").to_numpy()
+        self.plan = Plan(
+            text_tokens=self.text_tokens,
+            has_image=index.column("has_image").to_numpy(zero_copy_only=False),
+            manifest_sha256=self.reader.manifest.sha256,
+            seed=recipe.seed,
+            global_batch=recipe.optim.global_batch,
+            window=recipe.data.window,
+        )
+
+    @property
+    def total_steps(self) -> int:
+        return self.recipe.steps or self.recipe.data.epochs * self.plan.steps_per_epoch
+
+    def from_step(self, first: int) -> Iterator[GlobalBatch]:
+        """Global batches `first`, `first + 1`, … to the end of the run."""
+        dataset = MicroBatches(self.reader, self.plan, self.ranks, self.recipe.optim.micro_batch)
+        loader = iter(self._loader(dataset, first))
+        for step in range(first, self.total_steps):
+            asked = time.monotonic()
+            micro_batches = [next(loader) for _ in range(dataset.per_step)]
+            yield self._describe(step, micro_batches, time.monotonic() - asked)
+
+    def _loader(self, dataset: MicroBatches, first: int) -> DataLoader:  # type: ignore[type-arg]
+        workers = self.recipe.data.workers
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=range(first * dataset.per_step, self.total_steps * dataset.per_step),
+            num_workers=workers,
+            pin_memory=self.ranks.device.type == "cuda",
+            # A forked child of a process that already runs threads (Gloo's, NCCL's) can hang.
+            multiprocessing_context="forkserver" if workers else None,
+            prefetch_factor=4 if workers else None,
+        )
+
+    def _describe(self, step: int, micro_batches: list[MicroBatch], wait_s: float) -> GlobalBatch:
+        ids = self.plan.step(step)
+        real = ids[ids != FILLER]
+        has_image = bool(self.plan.has_image[ids[0]])
+        visual = self.recipe.config.vision.num_patches if has_image else 0
+        lengths = np.where(ids == FILLER, 0, self.text_tokens[ids] + visual)
+        per_pass = self.recipe.optim.micro_batch * self.ranks.world_size
+        computed = sum(int(part.max()) * len(part) for part in lengths.reshape(-1, per_pass))
+        return GlobalBatch(
+            step=step,
+            micro_batches=micro_batches,
+            ids=real,
+            samples=len(real),
+            images=len(real) if has_image else 0,
+            supervised_tokens=int(self.supervised[real].sum()),
+            tokens=int(lengths.sum()),
+            padding_ratio=1 - int(lengths.sum()) / max(1, computed),
+            wait_s=wait_s,
+        )
+
+
+def check_fit(manifest: Manifest, recipe: Recipe) -> None:
+    """The shards must hold what the model reads: its picture size, its prompt format, ids within its embedding."""
+    config = recipe.config
+    facts = {
+        "picture size": (manifest.image_px, config.vision.image_px),
+        "prompt template": (manifest.template, config.template),
+    }
+    for what, (found, expected) in facts.items():
+        if found != expected:
+            raise UserError(
+                f"data.shards: {recipe.data.shards}: {what} is {found!r}, model {recipe.model!r} needs {expected!r}; "
+                f"build shards with --model {recipe.model}"
+            )
+    if manifest.tokenizer["vocab_size"] > config.llm.vocab_size:
+        raise UserError(
+            f"data.shards: {recipe.data.shards}: tokenizer {manifest.tokenizer['name']!r} has "
+            f"{manifest.tokenizer['vocab_size']} entries, model {recipe.model!r} embeds {config.llm.vocab_size}; "
+            f"build the shards with the model's own tokenizer"
+        )

@@ -1,0 +1,158 @@
+"""Model + recipe + DeepSpeed JSON -> engine. The JSON owns memory and communication, the recipe every other number."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.emma import Emma
+from model.errors import UserError
+from pipeline.ranks import Ranks
+from pipeline.recipe import Recipe
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+OWNED_BY_RECIPE = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+    "torch_autocast",
+    "data_types",
+)
+PRECISION: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    # Summing micro-batches in bf16 would make the update depend on how the global batch was split.
+    "bf16": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+    "autocast": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+}
+
+
+def init_distributed(ranks: Ranks) -> None:
+    """Join the process group. Every rank must call it, once."""
+    import deepspeed
+
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    else:
+        # DeepSpeed would compile a shared-memory operator here: 20 s and a compiler, for what gloo does too.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if ranks.world_size == 1:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(ranks.backend, store=store, rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=ranks.backend, verbose=False)
+
+
+def build_engine(emma: Emma, recipe: Recipe, ranks: Ranks) -> Any:
+    """A DeepSpeed engine around `emma`, whose parameters become sharded. Rank 0's values reach all ranks."""
+    import deepspeed
+
+    emma.llm.segment_layers, emma.llm.keep_layers = recipe.engine.segment_layers, recipe.engine.keep_layers
+    config = compose_config(recipe, ranks.world_size)
+    if config.get("zero_optimization", {}).get("stage") == 3:
+        # A mixer reads its children's weights past the hooks that gather them: gather it as one (docs/zero3.md).
+        deepspeed.utils.set_z3_leaf_modules(
+            emma, sorted({type(m) for m in emma.mixers()}, key=lambda kind: kind.__name__)
+        )
+    optimizer = torch.optim.AdamW(
+        parameter_groups(emma, recipe.optim.weight_decay),
+        lr=recipe.optim.lr,
+        betas=recipe.optim.betas,
+        eps=recipe.optim.eps,
+        fused=ranks.device.type == "cuda",
+    )
+    engine, *_ = deepspeed.initialize(model=emma, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def compose_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's JSON with the recipe's numbers put in. Raises: UserError if both want to say the same thing."""
+    path = _config_path(recipe.engine.ds_config)
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"engine.ds_config: {path}: not a readable DeepSpeed JSON: {error}") from None
+    for key in OWNED_BY_RECIPE:
+        if key in config:
+            raise UserError(
+                f"{path}: sets {key!r}, which the recipe owns ([optim] and [engine]); take it out of the JSON"
+            )
+    per_pass = recipe.optim.micro_batch * world_size
+    if recipe.optim.global_batch % per_pass:
+        raise UserError(
+            f"optim.global_batch {recipe.optim.global_batch} is not a multiple of {world_size} ranks × "
+            f"optim.micro_batch {recipe.optim.micro_batch}; change one of the three"
+        )
+    return {
+        **config,
+        **PRECISION[recipe.engine.precision],
+        "train_micro_batch_size_per_gpu": recipe.optim.micro_batch,
+        "gradient_accumulation_steps": recipe.optim.global_batch // per_pass,
+        "gradient_clipping": recipe.optim.clip,
+        "steps_per_print": 2**62,
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def _config_path(name: str) -> Path:
+    """As given, or relative to the checkout, so that a recipe works from any folder."""
+    return Path(name) if Path(name).exists() else REPOSITORY / name
+
+
+def parameter_groups(emma: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay matrices; leave norms, biases, embeddings, convolutions and the state-space parameters alone.
+
+    Differs from the public code, which made its groups after sharding had flattened every tensor, and so decayed
+    nothing. For the same reason this must run before `deepspeed.initialize`.
+    """
+    spared = {
+        id(p) for m in emma.modules() if isinstance(m, (torch.nn.Embedding, torch.nn.Conv1d)) for p in m.parameters()
+    }
+    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+    for parameter in emma.parameters():
+        decays = parameter.ndim >= 2 and id(parameter) not in spared and not hasattr(parameter, "_no_weight_decay")
+        groups[decays].append(parameter)
+    return [
+        {"params": groups[True], "weight_decay": weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
+    ]
+
+
+def learning_rate(recipe: Recipe, step: int, total_steps: int) -> float:
+    """Of optimizer step `step` (0-based): linear warm-up, then a cosine that would reach zero at `total_steps`.
+
+    Differs from the usual scheduler in that the first step already moves: warm-up counts from one.
+    """
+    warmup = int(recipe.optim.warmup_ratio * total_steps)
+    if step < warmup:
+        return recipe.optim.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return recipe.optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def clear_gradients(engine: Any) -> None:
+    """Start a step from zero gradients. Every rank must call it before a step's first backward pass.
+
+    Under ZeRO-3 a parameter that takes no part in a step keeps its last gradient, and is updated with it again: a
+    text-only batch would do this to the projector, the fusion and the decoder.
+    """
+    flat = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
+    if flat is not None:
+        flat.zero_()
+
+
+def check_partition(engine: Any) -> None:
+    """Fail loudly if a DeepSpeed version hides the buffer that `clear_gradients` clears."""
+    if engine.zero_optimization_stage() == 3 and not torch.is_tensor(
+        getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
+    ):
+        raise RuntimeError(
+            "this DeepSpeed keeps its ZeRO-3 gradients elsewhere; text-only steps would reuse stale ones"
+        )

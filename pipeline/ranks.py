@@ -1,0 +1,58 @@
+"""Who this process is among the ranks, whether torchrun, srun or nobody started it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from model.errors import UserError
+
+SLURM_NAMES = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def backend(self) -> str:
+        return "nccl" if self.device.type == "cuda" else "gloo"
+
+
+def find_ranks(device: str) -> Ranks:
+    """Read the launcher's variables and set the ones that DeepSpeed reads; it knows none of SLURM's.
+
+    Raises: UserError if the recipe asks for a GPU and there is none.
+    """
+    if "RANK" not in os.environ:
+        inside_srun = "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ
+        for name in ALONE:
+            os.environ[name] = os.environ[SLURM_NAMES[name]] if inside_srun else ALONE[name]
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    return Ranks(int(os.environ["RANK"]), local_rank, int(os.environ["WORLD_SIZE"]), _device(device, local_rank))
+
+
+def _device(device: str, local_rank: int) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read by DeepSpeed when it is first imported
+        return torch.device("cpu")
+    if torch.cuda.device_count() == 0:
+        raise UserError(
+            "engine.device is 'cuda', but torch sees no GPU here; use engine.device=cpu or a node that has one"
+        )
+    # A task that SLURM bound to its own GPU sees that one alone.
+    return torch.device("cuda", local_rank % torch.cuda.device_count())

@@ -1,0 +1,272 @@
+"""Recipes: TOML plus `key=value` overrides -> one frozen, typed `Recipe`. Strict: an unknown key is an error.
+
+python -m pipeline.recipe pipeline/recipes/emma_v2.toml optim.lr=1e-5            # the resolved whole
+python -m pipeline.recipe pipeline/recipes/emma_v2.toml --get run.dir            # one value, for scripts
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import json
+import sys
+import typing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from model.config import EmmaConfig, preset
+from model.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+REQUIRED = "(required)"
+
+
+@dataclass(frozen=True)
+class Data:
+    """`window`: global batches that are sorted by length together. `workers`: loading processes per rank."""
+
+    shards: str = REQUIRED
+    epochs: int = 2
+    window: int = 100
+    workers: int = 2
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW with linear warm-up and cosine decay to zero; `micro_batch` is per rank and forward pass."""
+
+    lr: float = 2e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    warmup_ratio: float = 0.03
+    global_batch: int = 128
+    micro_batch: int = 16
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`text`: mean over the step's supervised tokens or over its samples' means; `align_weight`: null: the preset's."""
+
+    text: Literal["token", "sample"] = "token"
+    align_weight: float | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The newest `keep_last` are kept, and for ever those whose step is a multiple of `keep_every` (0: none)."""
+
+    every_steps: int = 500
+    keep_last: int = 3
+    keep_every: int = 0
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """`segment_layers`: activation checkpointing, 0 for none; `keep_layers`: the last ones, not recomputed."""
+
+    ds_config: str = "ds_configs/zero3.json"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["bf16", "fp32", "autocast"] = "bf16"
+    segment_layers: int = 4
+    keep_layers: int = 0
+
+
+@dataclass(frozen=True)
+class Log:
+    every_steps: int = 10
+    wandb: Literal["off", "offline", "online"] = "off"
+    project: str = "emma"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Folder or hub id of the pretrained parts; null: the preset's own; "random": initialised from the seed."""
+
+    llm: str | None = None
+    towers: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    dir: str = REQUIRED
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a training run is told. `steps`: null = as many as `data.epochs` take."""
+
+    model: str = REQUIRED
+    seed: int = 7
+    steps: int | None = None
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    loss: Loss = field(default_factory=Loss)
+    checkpoint: Checkpoints = field(default_factory=Checkpoints)
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    log: Log = field(default_factory=Log)
+    weights: Weights = field(default_factory=Weights)
+    run: Run = field(default_factory=Run)
+
+    @property
+    def config(self) -> EmmaConfig:
+        return preset(self.model)
+
+    @property
+    def align_weight(self) -> float:
+        """What the mean squared error of a picture counts against a text token's log-likelihood."""
+        alignment = self.config.alignment
+        if alignment is None:
+            return 0.0
+        return alignment.weight if self.loss.align_weight is None else self.loss.align_weight
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that make two runs the same training; a checkpoint resumes only under the same ones."""
+        whole = asdict(self)
+        whole["epochs"] = whole["data"]["epochs"]
+        whole["window"] = whole["data"]["window"]
+        for name in ("data", "run", "log", "checkpoint", "engine"):
+            del whole[name]
+        whole["precision"] = self.engine.precision
+        del whole["optim"]["micro_batch"]
+        return {**whole, "architecture": asdict(self.config)}
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+
+def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Defaults < file < overrides (`optim.lr=1e-5`). Raises: UserError naming the key, its neighbours and its type."""
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe; the ones that ship are in pipeline/recipes") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: not a readable recipe: {error}") from None
+    for override in overrides:
+        _override(table, override)
+    recipe = _build(Recipe, table, where=str(path))
+    _validate(recipe, str(path))
+    return recipe
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise UserError(f"{override!r} is not an override; write key=value, as in optim.lr=1e-5")
+    *sections, name = key.split(".")
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise UserError(f"{override!r}: {section!r} holds a value, not further keys")
+    table[name] = _parse(text)
+
+
+def _parse(text: str) -> Any:
+    """A TOML value if it is one; null for none; else the text itself, so that paths need no quotes."""
+    if text in ("null", "none"):
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _build(kind: type, table: dict[str, Any], where: str) -> Any:
+    types, known = typing.get_type_hints(kind), [f.name for f in fields(kind)]
+    for key in table:
+        if key not in known:
+            raise UserError(
+                f"{where}: unknown key {key!r}{_nearest(key, known)}; valid here: {', '.join(sorted(known))}"
+            )
+    return kind(**{key: _convert(types[key], value, f"{where}: {key}") for key, value in table.items()})
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f", did you mean {close[0]!r}" if close else ""
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: found {value!r}, expected a table of keys")
+        return _build(typing.cast(type, kind), value, where)
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        value = tuple(float(item) if isinstance(item, int) else item for item in value)
+    if kind in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not _fits(kind, value):
+        raise UserError(f"{where}: found {value!r}, expected {_describe(kind)}")
+    return value
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return value in options
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and len(value) == len(options) and all(map(_fits, options, value))
+    if options:
+        return any(_fits(option, value) for option in options)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _describe(kind: Any) -> str:
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(repr, options))
+    return " or ".join(map(_describe, options)) if options else getattr(kind, "__name__", str(kind))
+
+
+def _validate(recipe: Recipe, where: str) -> None:
+    for section, key in (("", "model"), ("data", "shards"), ("run", "dir")):
+        if getattr(getattr(recipe, section) if section else recipe, key) == REQUIRED:
+            name = f"{section}.{key}".strip(".")
+            raise UserError(f"{where}: {name} is not set; put it into the recipe or add {name}=… to the command")
+    try:
+        preset(recipe.model)
+    except ValueError as error:
+        raise UserError(f"{where}: model: {error}") from None
+    at_least = {
+        "data.epochs": (recipe.data.epochs, 1),
+        "data.window": (recipe.data.window, 1),
+        "data.workers": (recipe.data.workers, 0),
+        "optim.global_batch": (recipe.optim.global_batch, 1),
+        "optim.micro_batch": (recipe.optim.micro_batch, 1),
+        "checkpoint.every_steps": (recipe.checkpoint.every_steps, 1),
+        "checkpoint.keep_last": (recipe.checkpoint.keep_last, 1),
+        "log.every_steps": (recipe.log.every_steps, 1),
+    }
+    for name, (value, least) in at_least.items():
+        if value < least:
+            raise UserError(f"{where}: {name}: found {value}, expected at least {least}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--get", metavar="KEY", help="print this dotted key's value alone")
+    args = parser.parse_args()
+    whole = asdict(load_recipe(args.recipe, args.overrides))
+    if args.get:
+        for name in args.get.split("."):
+            if not isinstance(whole, dict) or name not in whole:
+                raise UserError(f"--get {args.get}: no such key")
+            whole = whole[name]
+    print(whole if isinstance(whole, str) else json.dumps(whole, indent=2))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
