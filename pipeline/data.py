@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -18,11 +19,16 @@ from model.errors import UserError
 from pipeline.plan import FILLER, Ids, Plan, rank_slices
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
+from preprocess.prompts import load_tokenizer
 from preprocess.records import Sample, decode_pixels, from_fields
 from preprocess.shards import Manifest, load_index
 
 IGNORED = -100  # the target of a position that is not supervised
 PAD_ID = 1
+
+
+class DamagedShardError(UserError):
+    """One rank met it, the others did not."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class ShardReader:
         return {name: self.index.column(name).to_numpy() for name in names}
 
     def sample(self, row: int) -> Sample:
-        """Raises: UserError naming shard, key and the command that finds the damage."""
+        """Raises: DamagedShardError naming shard, key and the command that finds the damage."""
         column = {name: int(values[row]) for name, values in self.columns.items()}
         shard = self.folder / self.manifest.shards[column["shard"]]["name"]
         parts = {"tokens.npy": "tokens", "json": "meta", self.manifest.image_field: "image"}
@@ -96,9 +102,9 @@ class ShardReader:
         except (OSError, ValueError, KeyError) as error:
             raise self.damaged(row, shard, error) from error
 
-    def damaged(self, row: int, shard: Path, error: Exception) -> UserError:
+    def damaged(self, row: int, shard: Path, error: Exception) -> DamagedShardError:
         key = self.index.column("key")[row]
-        return UserError(
+        return DamagedShardError(
             f"{shard}: sample {key} cannot be read ({error}); find the damage with "
             f"`python -m preprocess.shardset verify {self.folder}`, delete what it names and build the shards again"
         )
@@ -112,15 +118,10 @@ def _open_shard(path: str) -> int:
     return os.open(path, os.O_RDONLY)
 
 
-def collate(samples: list[Sample | None], image_px: int) -> MicroBatch:
-    """Rows of one modality, padded on the right to the longest. None is filler: it repeats the first row, unsupervised."""
-    present = [sample if sample is not None else samples[0] for sample in samples]
-    assert all(sample is not None for sample in present), "a micro-batch of filler alone needs a row to imitate"
-    rows = [sample for sample in present if sample is not None]
-    width = max(len(row.tokens) for row in rows)
-    tokens = torch.full((len(rows), width), PAD_ID, dtype=torch.int64)
-    targets = torch.full((len(rows), width), IGNORED, dtype=torch.int64)
-    real = torch.tensor([sample is not None for sample in samples])
+def collate(rows: list[Sample], real: npt.NDArray[np.bool_], image_px: int) -> MicroBatch:
+    """Rows of one modality, padded on the right to the longest; those that are not `real` are not supervised."""
+    shape = (len(rows), max(len(row.tokens) for row in rows))
+    tokens, targets = torch.full(shape, PAD_ID), torch.full(shape, IGNORED)
     for i, row in enumerate(rows):
         ids = torch.from_numpy(row.tokens.astype(np.int64))
         tokens[i, : len(ids)] = ids
@@ -130,7 +131,7 @@ def collate(samples: list[Sample | None], image_px: int) -> MicroBatch:
     if rows[0].image is not None:
         stacked = np.stack([decode_pixels(row, image_px) for row in rows])
         pixels = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
-    return MicroBatch(tokens, targets, pixels, real)
+    return MicroBatch(tokens, targets, pixels, torch.from_numpy(real))
 
 
 class MicroBatches(Dataset):  # type: ignore[type-arg]
@@ -144,15 +145,9 @@ class MicroBatches(Dataset):  # type: ignore[type-arg]
         step, micro = divmod(k, self.per_step)
         ids = self.plan.step(step)
         mine = rank_slices(ids, self.ranks.rank, self.ranks.world_size, self.micro_batch)[micro]
-        rows = [None if row == FILLER else self.reader.sample(int(row)) for row in mine]
-        if rows[0] is None:  # this rank has none left: it imitates the step's first row, for nothing
-            first = self.reader.sample(int(ids[0]))
-            return _all_filler(collate([first, *rows[1:]], self.reader.manifest.image_px))
-        return collate(rows, self.reader.manifest.image_px)
-
-
-def _all_filler(batch: MicroBatch) -> MicroBatch:
-    return replace(batch, targets=torch.full_like(batch.targets, IGNORED), real=torch.zeros_like(batch.real))
+        real = mine != FILLER
+        rows = [self.reader.sample(int(row)) for row in np.where(real, mine, ids[0])]
+        return collate(rows, real, self.reader.manifest.image_px)
 
 
 class TrainData:
@@ -237,9 +232,22 @@ def check_fit(manifest: Manifest, recipe: Recipe) -> None:
                 f"data.shards: {recipe.data.shards}: {what} is {found!r}, model {recipe.model!r} needs {expected!r}; "
                 f"build shards with --model {recipe.model}"
             )
+    _check_tokenizer(manifest, recipe)
     if manifest.tokenizer["vocab_size"] > config.llm.vocab_size:
         raise UserError(
             f"data.shards: {recipe.data.shards}: tokenizer {manifest.tokenizer['name']!r} has "
             f"{manifest.tokenizer['vocab_size']} entries, model {recipe.model!r} embeds {config.llm.vocab_size}; "
             f"build the shards with the model's own tokenizer"
+        )
+
+
+def _check_tokenizer(manifest: Manifest, recipe: Recipe) -> None:
+    expected, found = recipe.data.tokenizer or recipe.config.tokenizer, manifest.tokenizer["name"]
+    same = expected is None or expected == found
+    if not same and recipe.data.tokenizer:
+        same = load_tokenizer(recipe.data.tokenizer).sha256 == manifest.tokenizer["sha256"]
+    if not same:
+        raise UserError(
+            f"data.shards: {recipe.data.shards}: tokenised with {found!r}, expected {expected!r}; build the shards "
+            f"with --tokenizer {expected}, or name the copy that was used by data.tokenizer=FOLDER"
         )

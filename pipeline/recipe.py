@@ -29,9 +29,13 @@ REQUIRED = "(required)"
 
 @dataclass(frozen=True)
 class Data:
-    """`window`: global batches that are sorted by length together. `workers`: loading processes per rank."""
+    """`window`: global batches that are sorted by length together. `workers`: loading processes per rank.
+
+    `tokenizer`: folder or hub id that the shards must have been made with; null: the one that the preset names.
+    """
 
     shards: str = REQUIRED
+    tokenizer: str | None = None
     epochs: int = 2
     window: int = 100
     workers: int = 2
@@ -136,7 +140,8 @@ class Recipe:
             del whole[name]
         whole["precision"] = self.engine.precision
         del whole["optim"]["micro_batch"]
-        return {**whole, "architecture": asdict(self.config)}
+        # As JSON keeps it, so that it can be compared with what a checkpoint's manifest says.
+        return json.loads(json.dumps({**whole, "architecture": asdict(self.config)}))
 
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
