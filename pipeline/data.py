@@ -20,11 +20,12 @@ from pipeline.plan import FILLER, Ids, Plan, rank_slices
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
 from preprocess.prompts import load_tokenizer
-from preprocess.records import Sample, decode_pixels, from_fields
+from preprocess.records import Sample, decode_pixels, from_payloads
 from preprocess.shards import Manifest, load_index
 
 IGNORED = -100  # the target of a position that is not supervised
 PAD_ID = 1
+PARTS = ("tokens", "meta", "image")  # of a sample, as the index names them
 
 
 class DamagedShardError(UserError):
@@ -83,38 +84,33 @@ class ShardReader:
 
     @functools.cached_property
     def columns(self) -> dict[str, np.ndarray]:
-        names = ["shard", *(f"{part}_{what}" for part in ("tokens", "meta", "image") for what in ("offset", "bytes"))]
+        names = ["shard", *(f"{part}_{what}" for part in PARTS for what in ("offset", "bytes"))]
         return {name: self.index.column(name).to_numpy() for name in names}
 
     def sample(self, row: int) -> Sample:
         """Raises: DamagedShardError naming shard, key and the command that finds the damage."""
         column = {name: int(values[row]) for name, values in self.columns.items()}
         shard = self.folder / self.manifest.shards[column["shard"]]["name"]
-        parts = {"tokens.npy": "tokens", "json": "meta", self.manifest.image_field: "image"}
         try:
-            handle = self._open(shard)
-            payloads = {
-                field: os.pread(handle, column[f"{part}_bytes"], column[f"{part}_offset"])
-                for field, part in parts.items()
-                if column[f"{part}_bytes"]
-            }
-            return from_fields(str(self.index.column("key")[row]), payloads)
+            tokens, meta, image = (
+                os.pread(_open_shard(shard), column[f"{part}_bytes"], column[f"{part}_offset"]) for part in PARTS
+            )
+            return from_payloads(self._key(row), tokens, meta, image or None)
         except (OSError, ValueError, KeyError) as error:
             raise self.damaged(row, shard, error) from error
 
+    def _key(self, row: int) -> str:
+        return str(self.index.column("key")[row])
+
     def damaged(self, row: int, shard: Path, error: Exception) -> DamagedShardError:
-        key = self.index.column("key")[row]
         return DamagedShardError(
-            f"{shard}: sample {key} cannot be read ({error}); find the damage with "
+            f"{shard}: sample {self._key(row)} cannot be read ({error}); find the damage with "
             f"`python -m preprocess.shardset verify {self.folder}`, delete what it names and build the shards again"
         )
 
-    def _open(self, shard: Path) -> int:
-        return _open_shard(str(shard))
-
 
 @functools.cache
-def _open_shard(path: str) -> int:
+def _open_shard(path: Path) -> int:
     return os.open(path, os.O_RDONLY)
 
 
@@ -141,7 +137,14 @@ class MicroBatches(Dataset):  # type: ignore[type-arg]
         self.reader, self.plan, self.ranks, self.micro_batch = reader, plan, ranks, micro_batch
         self.per_step = plan.global_batch // (ranks.world_size * micro_batch)
 
-    def __getitem__(self, k: int) -> MicroBatch:
+    def __getitem__(self, k: int) -> MicroBatch | DamagedShardError:
+        """An error is handed over, not raised: a loading process would bury it under its own traceback."""
+        try:
+            return self.load(k)
+        except DamagedShardError as error:
+            return error
+
+    def load(self, k: int) -> MicroBatch:
         step, micro = divmod(k, self.per_step)
         ids = self.plan.step(step)
         mine = rank_slices(ids, self.ranks.rank, self.ranks.world_size, self.micro_batch)[micro]
@@ -183,6 +186,9 @@ class TrainData:
         for step in range(first, self.total_steps):
             asked = time.monotonic()
             micro_batches = [next(loader) for _ in range(dataset.per_step)]
+            for item in micro_batches:
+                if isinstance(item, DamagedShardError):
+                    raise item
             yield self._describe(step, micro_batches, time.monotonic() - asked)
 
     def _loader(self, dataset: MicroBatches, first: int) -> DataLoader:  # type: ignore[type-arg]

@@ -117,7 +117,9 @@ def parameter_groups(emma: torch.nn.Module, weight_decay: float) -> list[dict[st
     }
     groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
     for parameter in emma.parameters():
-        decays = parameter.ndim >= 2 and id(parameter) not in spared and not hasattr(parameter, "_no_weight_decay")
+        decays = (
+            parameter.ndim >= 2 and id(parameter) not in spared and not getattr(parameter, "_no_weight_decay", False)
+        )
         groups[decays].append(parameter)
     return [
         {"params": groups[True], "weight_decay": weight_decay},

@@ -162,6 +162,16 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     return recipe
 
 
+def recipe_of_run(run: Path) -> Recipe:
+    """The resolved recipe that a run folder keeps. Raises: UserError if there is none."""
+    path = run / "recipe.json"
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run}: not a run folder: {error}") from None
+    return _build(Recipe, table, where=str(path))
+
+
 def _override(table: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator:

@@ -31,7 +31,7 @@ from pipeline.data import DamagedShardError, TrainData
 from pipeline.engine import build_engine, check_partition, init_distributed, learning_rate
 from pipeline.files import write_json
 from pipeline.metrics import Metrics
-from pipeline.pretrained import load_pretrained
+from pipeline.pretrained import empty_model, initial_model, make_towers
 from pipeline.ranks import Ranks, find_ranks
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.step import optimizer_step
@@ -107,16 +107,17 @@ def open_run(recipe: Recipe, ranks: Ranks) -> tuple[Path, Control]:
 
 
 def build_model(recipe: Recipe, ranks: Ranks, folder: Path) -> tuple[Emma, Towers]:
-    """The model that trains and the frozen towers. Pretrained weights are read by the main rank and broadcast."""
-    torch.manual_seed(recipe.seed)
-    emma = Emma(recipe.config)
-    towers = load_pretrained(emma, recipe, ranks, folder)
+    """The model that trains and the frozen towers. Only the main rank reads weights; the engine broadcasts its values."""
     if ranks.is_main:
+        emma, towers = initial_model(recipe, record=folder / "weights.json")
         print(
             f"{recipe.model}: {kernel_report(ranks.device)}; {ranks.world_size} ranks on {ranks.device.type}",
             flush=True,
         )
-    return emma, towers
+    else:
+        emma, towers = empty_model(recipe.config), make_towers(recipe)
+    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    return emma, towers.to(ranks.device, dtype)
 
 
 def _identity(recipe: Recipe, data: TrainData) -> Identity:

@@ -1,0 +1,104 @@
+"""Checkpoint -> one folder that answers questions: safetensors, config.json, tokenizer.
+
+python -m pipeline.export runs/v2 models/v2                   # the newest checkpoint that verifies
+python -m pipeline.export runs/v2 models/v2 --step 9000 --with-alignment
+python -m pipeline.export --untrained pipeline/recipes/demo.toml models/start data.shards=SHARDS run.dir=none
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.config import EmmaConfig
+from model.emma import Emma
+from model.errors import UserError
+from model.vision import Towers
+from model.weights import save_model
+from pipeline.checkpoint import find_damage, folder_name, full_state, list_steps
+from pipeline.pretrained import initial_model, make_towers
+from pipeline.recipe import Recipe, recipe_of_run
+from pipeline.recipe import load_recipe as read_recipe
+from preprocess.shards import Manifest
+
+State = dict[str, torch.Tensor]
+
+
+def export_run(run: Path, out: Path, step: int | None, with_alignment: bool) -> int:
+    """Write the model of a checkpoint to `out`; the step it is of. Raises: UserError if there is no good checkpoint."""
+    recipe = recipe_of_run(run)
+    step = step if step is not None else newest_good(run / "checkpoints")
+    folder = run / "checkpoints" / folder_name(step)
+    if damage := find_damage(folder):
+        raise UserError(f"{folder}: {damage}; choose another --step")
+    state = full_state(folder)
+    check_state(state, recipe.config, folder)
+    _write(out, recipe, state, make_towers(recipe), with_alignment, {"step": step})
+    return step
+
+
+def export_untrained(recipe: Recipe, out: Path, with_alignment: bool) -> None:
+    """Write the model as training would begin with it."""
+    emma, towers = initial_model(recipe)
+    _write(out, recipe, emma.state_dict(), towers, with_alignment, {"step": 0})
+
+
+def _write(
+    out: Path, recipe: Recipe, state: State, towers: Towers, with_alignment: bool, extra: dict[str, Any]
+) -> None:
+    if not with_alignment:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("alignment.")}
+    manifest = Manifest.load(recipe.data.shards)
+    tokenizer_json = (Path(recipe.data.shards) / "tokenizer.json").read_text(encoding="utf-8")
+    extra = {**extra, "recipe": recipe.identity(), "shards_sha256": manifest.sha256}
+    save_model(out, recipe.config, state, towers, tokenizer_json, extra)
+
+
+def newest_good(checkpoints: Path) -> int:
+    """The newest step whose files are as they were written."""
+    refused = []
+    for step in reversed(list_steps(checkpoints)):
+        damage = find_damage(checkpoints / folder_name(step))
+        if damage is None:
+            return step
+        refused.append(f"{folder_name(step)}: {damage}")
+    raise UserError(f"{checkpoints}: no good checkpoint to export{': ' if refused else ''}{'; '.join(refused)}")
+
+
+def check_state(state: State, config: EmmaConfig, where: Path) -> None:
+    """Every tensor of the model, of its shape, and nothing else: a converter that lost one would go unnoticed."""
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in Emma(config).state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
+    if wrong:
+        facts = ", ".join(f"{name} (found {found.get(name)}, expected {expected.get(name)})" for name in wrong[:5])
+        raise UserError(f"{where}: {len(wrong)} tensors are not the model's: {facts}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="a run folder; with --untrained, a recipe")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="with --untrained: the recipe's overrides")
+    parser.add_argument("--untrained", action="store_true", help="the model before its first step")
+    parser.add_argument("--step", type=int, help="of this checkpoint, instead of the newest that verifies")
+    parser.add_argument("--with-alignment", action="store_true", help="keep the training-only fusion and decoder")
+    args = parser.parse_args()
+    if args.untrained:
+        export_untrained(read_recipe(args.source, args.overrides), args.out, args.with_alignment)
+        print(f"{args.out}: {args.source}, untrained")
+    else:
+        step = export_run(Path(args.source), args.out, args.step, args.with_alignment)
+        print(f"{args.out}: {args.source} at step {step}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

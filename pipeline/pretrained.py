@@ -1,0 +1,51 @@
+"""The model before its first step: initialised from the seed, pretrained parts put in, towers beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from model.config import EmmaConfig
+from model.emma import Emma
+from model.vision import Towers
+from model.weights import load_language_model
+from pipeline.files import write_json
+from pipeline.recipe import Recipe
+
+RANDOM = "random"
+
+
+def initial_model(recipe: Recipe, record: Path | None = None) -> tuple[Emma, Towers]:
+    """The whole model on the CPU in fp32, with what was loaded, from where, written to `record`."""
+    torch.manual_seed(recipe.seed)
+    emma = Emma(recipe.config)
+    source = llm_source(recipe)
+    loaded = load_language_model(emma, source) if source else None
+    if record is not None:
+        write_json(record, {"llm": loaded or RANDOM, "towers": tower_source(recipe) or RANDOM})
+    return emma, make_towers(recipe)
+
+
+def empty_model(config: EmmaConfig) -> Emma:
+    """The same modules with memory but without values, for ranks that will receive the main rank's."""
+    with torch.device("meta"):
+        emma = Emma(config)
+    return emma.to_empty(device="cpu")
+
+
+def make_towers(recipe: Recipe) -> Towers:
+    return Towers(recipe.config.vision, tower_source(recipe))
+
+
+def llm_source(recipe: Recipe) -> str | None:
+    """Folder or hub id of the pretrained language model, or None for random weights."""
+    source = recipe.weights.llm or recipe.config.llm.weights
+    return None if source == RANDOM else source
+
+
+def tower_source(recipe: Recipe) -> str | None:
+    """Where the towers' weights come from, or None for random ones; the small twins have no published weights."""
+    published = None if any(tower.overrides for tower in recipe.config.vision.towers) else "timm"
+    source = recipe.weights.towers or published
+    return None if source == RANDOM else source
