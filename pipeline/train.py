@@ -107,7 +107,7 @@ def open_run(recipe: Recipe, ranks: Ranks) -> tuple[Path, Control]:
 
 
 def build_model(recipe: Recipe, ranks: Ranks, folder: Path) -> tuple[Emma, Towers]:
-    """The model that trains and the frozen towers. Only the main rank reads weights; the engine broadcasts its values."""
+    """The model that trains and the frozen towers. Only the main rank reads weights; the engine broadcasts them."""
     if ranks.is_main:
         emma, towers = initial_model(recipe, record=folder / "weights.json")
         print(
