@@ -15,6 +15,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TOKENIZER = "EleutherAI/gpt-neox-20b"
 
 MambaKind = Literal["mamba1", "mamba2"]
+PUBLISHED_D_STATE: dict[str, int] = {"mamba1": 16, "mamba2": 128}
 Target = Literal["pixels", "features", "patch_embedding"]
 
 
@@ -142,9 +143,30 @@ class EmmaConfig:
     tokenizer: str | None = TOKENIZER
     max_text_tokens: int = 2048
 
+    def mamba_of(self, kind: MambaKind | None, d_model: int | None = None) -> MambaConfig:
+        """Mamba blocks beside the language model's: of its kind and width, or of another, which has its own state size."""
+        d_model = d_model or self.llm.d_model
+        if kind in (None, self.llm.kind):
+            return replace(self.llm, d_model=d_model)
+        return replace(self.llm, kind=kind, d_model=d_model, d_state=PUBLISHED_D_STATE[kind])
+
     def __post_init__(self) -> None:
         if self.alignment and any(tap >= self.llm.num_layers for tap in self.alignment.taps):
             raise ValueError(f"{self.name}: taps {self.alignment.taps} reach beyond {self.llm.num_layers} layers")
+
+
+def config_from_dict(data: dict[str, Any]) -> EmmaConfig:
+    """The inverse of `dataclasses.asdict`, also after JSON, which has no tuples. Raises: TypeError for an unknown field."""
+    vision, alignment = data["vision"], data["alignment"]
+    towers = tuple(
+        TowerConfig(**tower | {"mean": tuple(tower["mean"]), "std": tuple(tower["std"])}) for tower in vision["towers"]
+    )
+    parts = {
+        "vision": VisionConfig(**vision | {"towers": towers}),
+        "llm": MambaConfig(**data["llm"]),
+        "alignment": alignment and AlignmentConfig(**alignment | {"taps": tuple(alignment["taps"])}),
+    }
+    return EmmaConfig(**data | parts)
 
 
 def alignment_weight(num_values: int, num_patches: int = 729) -> float:

@@ -1,0 +1,80 @@
+"""Pixel-wise alignment (EMMA Eq. 6, 9): the language model's visual states must let a small decoder draw the picture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import EmmaConfig, VisionConfig
+from model.fusion import FUSIONS
+from model.language_model import MambaStack
+from model.vision import Towers
+
+TARGET_EPS = 1e-6
+
+
+class AlignTarget(NamedTuple):
+    """What the decoder must give, normalised per patch; mean and std undo that."""
+
+    values: Tensor  # [b, n, p] fp32
+    mean: Tensor  # [b, n, 1]
+    std: Tensor  # [b, n, 1]
+
+
+class Alignment(nn.Module):
+    """Fusion of the tapped states and the decoder f_dec: Mamba blocks and a linear layer. It runs in training only."""
+
+    def __init__(self, config: EmmaConfig) -> None:
+        super().__init__()
+        assert config.alignment is not None
+        self.shift = config.alignment.shift
+        self.fusion = FUSIONS[config.alignment.fusion](config)
+        mamba = config.mamba_of(config.alignment.decoder_kind, config.alignment.decoder_width)
+        same_width = mamba.d_model == config.llm.d_model
+        self.narrow = nn.Identity() if same_width else nn.Linear(config.llm.d_model, mamba.d_model)
+        self.decoder = MambaStack(replace(mamba, num_layers=config.alignment.decoder_layers))
+        self.out = nn.Linear(mamba.d_model, config.alignment.num_values)
+
+    def forward(self, levels: tuple[Tensor, ...], target: Tensor) -> Tensor:  # -> [b] fp32
+        """Squared error of each picture, averaged over its patches and values."""
+        return (self.draw(levels).float() - target).square().mean((1, 2))
+
+    def draw(self, levels: tuple[Tensor, ...]) -> Tensor:  # shallow to final, [b, n, d] each -> [b, n, p]
+        """The normalised values of every patch, from the states of the patches before it (and its own, unless shifted)."""
+        levels = tuple(F.pad(level, (0, 0, self.shift, 0))[:, : level.shape[1]] for level in levels)
+        return self.out(self.decoder(self.narrow(self.fusion(levels)))[0])
+
+
+@torch.no_grad()
+def align_target(config: EmmaConfig, towers: Towers, pixels: Tensor, features: Tensor) -> AlignTarget:
+    """What the decoder of this model must reconstruct from a picture. Shapes: pixels uint8 [b, 3, h, w], features [b, n, v]."""
+    assert config.alignment is not None
+    match config.alignment.target:
+        case "pixels":
+            values = patches_of(config.vision, pixels.float() / 255)
+        case "features":
+            values = features.float()
+        case "patch_embedding":
+            values = towers.patch_embedding(pixels).float()
+    mean = values.mean(-1, keepdim=True)
+    std = (values.var(-1, keepdim=True) + TARGET_EPS).sqrt()
+    return AlignTarget((values - mean) / std, mean, std)
+
+
+def patches_of(vision: VisionConfig, pixels: Tensor) -> Tensor:  # [b, 3, h, w] -> [b, n, patch_px * patch_px * 3]
+    """The patches that the towers see, in raster order; within a patch rows, columns, channels."""
+    seen = pixels[:, :, : vision.seen_px, : vision.seen_px]
+    grid, side = vision.grid, vision.patch_px
+    return seen.unflatten(3, (grid, side)).unflatten(2, (grid, side)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def draw_back(vision: VisionConfig, values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """The picture behind a target, or behind what the decoder gave for it: uint8 [b, 3, seen_px, seen_px]."""
+    grid, side = vision.grid, vision.patch_px
+    patches = (values.float() * std + mean).unflatten(2, (side, side, 3)).unflatten(1, (grid, grid))
+    picture = patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+    return (picture * 255).round().clamp(0, 255).to(torch.uint8)

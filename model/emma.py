@@ -1,0 +1,91 @@
+"""EMMA: a projector, a Mamba language model that reads the picture first, and an alignment that only training runs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.alignment import Alignment
+from model.config import EmmaConfig
+from model.language_model import MambaLM
+from model.mamba import Cache, Mixer
+from model.projector import Projector
+
+UNSUPERVISED = -100
+
+
+class Losses(NamedTuple):
+    """Sums and counts of each row, never means: the caller divides by the totals of the whole optimizer step."""
+
+    text_nll: Tensor  # [b] fp32, -log p summed over the row's supervised tokens
+    text_tokens: Tensor  # [b] how many those are
+    align_error: (
+        Tensor | None
+    )  # [b] fp32, squared error averaged over patches and values; None without picture or alignment
+
+
+class Emma(nn.Module):
+    """Everything that trains. The frozen towers stay outside, since ZeRO-3 would shard and gather them again every step."""
+
+    def __init__(self, config: EmmaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.projector = Projector(config)
+        self.llm = MambaLM(config.llm)
+        self.alignment = Alignment(config) if config.alignment else None
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor, features: Tensor | None = None, align_target: Tensor | None = None
+    ) -> Losses:
+        """Training losses of one micro-batch, all of whose rows have a picture, or none.
+
+        Shapes: tokens and targets [b, t]; features [b, n, v]; align_target [b, n, p]. Where targets[i, j] is not -100, it is
+        the token at j, predicted from the position before it: the last patch predicts the first token of the text.
+        """
+        aligned = self.alignment is not None and align_target is not None
+        visual, text = self._embed(tokens, features)
+        hidden, tapped = self._read(torch.cat([visual, text], 1), aligned)
+        num_visual = visual.shape[1]
+
+        nll, counts = self._text_loss(hidden[:, max(num_visual - 1, 0) : -1], targets)
+        error = None
+        if aligned:
+            error = self.alignment(tuple(level[:, :num_visual] for level in (*tapped, hidden)), align_target)
+        return Losses(nll, counts, error)
+
+    def mixers(self) -> list[Mixer]:
+        """Every Mamba mixer: what ZeRO-3 may gather as one, since each is called once per forward at most."""
+        return [module for module in self.modules() if isinstance(module, Mixer)]
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor, features: Tensor | None = None) -> tuple[Tensor, Cache]:
+        """Logits [b, vocab] of the token after the prompt, and the state to go on from. No padding: rows of equal length."""
+        return self.llm.prefill(torch.cat(self._embed(tokens, features), 1))
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, cache: Cache) -> Tensor:  # [b, 1] -> [b, vocab]
+        """Logits after one more token; `cache` moves on in place, so a token costs the same at any length."""
+        return self.llm.decode(tokens[:, 0], cache)
+
+    def _embed(self, tokens: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor]:  # [b, n, d], [b, t, d]
+        text = self.llm.embed(tokens)
+        visual = text[:, :0] if features is None else self.projector(features.to(text.dtype))
+        return visual, text
+
+    def _read(self, x: Tensor, aligned: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if not aligned:
+            return self.llm(x)
+        assert self.config.alignment is not None
+        return self.llm(x, self.config.alignment.taps, self.config.alignment.tap)
+
+    def _text_loss(self, predicting: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Per-row sums; the head sees supervised positions only, as its fp32 logits are the largest tensors of all."""
+        targets = targets[:, targets.shape[1] - predicting.shape[1] :]  # text alone: nothing predicts its first token
+        supervised = targets != UNSUPERVISED
+        logits = self.llm.head(predicting[supervised])  # [supervised tokens, vocab]
+        nll = torch.zeros(targets.shape, device=targets.device)
+        nll[supervised] = F.cross_entropy(logits.float(), targets[supervised], reduction="none")
+        return nll.sum(1), supervised.sum(1)

@@ -1,0 +1,235 @@
+"""Mamba-1 and Mamba-2: mixers, blocks, stacks, and the language model, with mamba_ssm's parameter names.
+
+A mixer's training pass is one fused kernel on CUDA (mamba_ssm's `Mamba.forward`, `Mamba2.forward`) and the composition of
+`model.kernels` elsewhere; `prefill` is that composition on every device, because it must hand over the states.
+ZeRO-3: mixers read their children's weights directly, so they (or whole blocks) are what may be marked as leaf modules;
+each is called once per forward, with positional tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model import kernels
+from model.config import MambaConfig
+
+NO_WEIGHT_DECAY = ("A_log", "D", "dt_bias")
+
+
+class State(NamedTuple):
+    """What a mixer remembers of the past; decoding updates both tensors in place."""
+
+    conv: Tensor  # [b, c, d_conv - 1]
+    ssm: Tensor  # fp32; Mamba-1 [b, c, k], Mamba-2 [b, h, p, k]
+
+
+Cache = list[State]
+
+
+class Mixer(nn.Module):
+    """What the two kinds share: the projections around the scan, and the parameters that never decay."""
+
+    def __init__(self, config: MambaConfig, in_width: int, conv_width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.in_proj = nn.Linear(config.d_model, in_width, bias=False)
+        self.conv1d = nn.Conv1d(conv_width, conv_width, config.d_conv, groups=conv_width, padding=config.d_conv - 1)
+        self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [b, l, d] -> [b, l, d]
+        return self.fused(x) if x.is_cuda else self.prefill(x)[0]
+
+    def fused(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def prefill(self, x: Tensor) -> tuple[Tensor, State]:
+        """`forward`, and the state after the last position."""
+        raise NotImplementedError
+
+    def step(self, x: Tensor, state: State) -> Tensor:  # [b, d] -> [b, d]
+        """One more position."""
+        raise NotImplementedError
+
+    @property
+    def conv_weight(self) -> Tensor:  # [c, d_conv]
+        return self.conv1d.weight.squeeze(1)
+
+    @property
+    def A(self) -> Tensor:
+        return -torch.exp(self.A_log.float())
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Mixer:
+        """`to_empty` of a module on the meta device makes new parameters, which would lose their mark."""
+        super()._apply(fn, recurse)
+        mark_no_weight_decay(self)
+        return self
+
+
+class Mamba1Mixer(Mixer):
+    """mamba_ssm's `Mamba`."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__(config, 2 * config.d_inner, config.d_inner)
+        self.x_proj = nn.Linear(config.d_inner, config.dt_rank + 2 * config.d_state, bias=False)
+        self.dt_proj = nn.Linear(config.dt_rank, config.d_inner)
+        nn.init.uniform_(self.dt_proj.weight, -(config.dt_rank**-0.5), config.dt_rank**-0.5)
+        self.dt_proj.bias = nn.Parameter(initial_dt_bias(config.d_inner))
+        self.A_log = nn.Parameter(torch.arange(1.0, config.d_state + 1).log().repeat(config.d_inner, 1))
+        self.D = nn.Parameter(torch.ones(config.d_inner))
+        mark_no_weight_decay(self)
+
+    def fused(self, x: Tensor) -> Tensor:
+        b, l, d = x.shape
+        xz = (self.in_proj.weight @ x.reshape(b * l, d).t()).view(-1, b, l).transpose(0, 1)  # [b, 2c, l] without a copy
+        return kernels.fused().mamba_inner_fn(
+            xz,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.out_proj.weight,
+            None,
+            self.A,
+            None,  # B and C depend on the input
+            None,
+            self.D.float(),
+            delta_bias=self.dt_proj.bias.float(),
+            delta_softplus=True,
+        )
+
+    def prefill(self, x: Tensor) -> tuple[Tensor, State]:
+        x, z = self.in_proj(x).chunk(2, -1)  # [b, l, c]
+        conv_state = kernels.conv_state(x, self.config.d_conv)
+        x = kernels.causal_conv(x, self.conv_weight, self.conv1d.bias)
+        y, ssm_state = kernels.selective_scan(x, *self._scan_inputs(x), z, self.dt_proj.bias.float())
+        return self.out_proj(y), State(conv_state, ssm_state)
+
+    def step(self, x: Tensor, state: State) -> Tensor:
+        x, z = self.in_proj(x).chunk(2, -1)  # [b, c]
+        x = kernels.causal_conv_step(x, state.conv, self.conv_weight, self.conv1d.bias)
+        y = kernels.selective_scan_step(state.ssm, x, *self._scan_inputs(x), z, self.dt_proj.bias.float())
+        return self.out_proj(y)
+
+    def _scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """dt (before its bias), A, B, C and D of the scan over x [..., c]."""
+        sizes = [self.config.dt_rank, self.config.d_state, self.config.d_state]
+        dt, B, C = self.x_proj(x).split(sizes, -1)
+        return dt @ self.dt_proj.weight.t(), self.A, B, C, self.D.float()
+
+
+class Mamba2Mixer(Mixer):
+    """mamba_ssm's `Mamba2`. Its `in_proj` gives [z, x, B, C, dt]."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        conv_width = config.d_inner + 2 * config.num_groups * config.d_state
+        super().__init__(config, config.d_inner + conv_width + config.num_heads, conv_width)
+        self.dt_bias = nn.Parameter(initial_dt_bias(config.num_heads))
+        self.A_log = nn.Parameter(torch.empty(config.num_heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(config.num_heads))
+        self.norm = GatedRMSNorm(config)
+        mark_no_weight_decay(self)
+
+    def fused(self, x: Tensor) -> Tensor:
+        return kernels.fused().mamba_split_conv1d_scan_combined(
+            self.in_proj(x),
+            self.conv_weight,
+            self.conv1d.bias,
+            self.dt_bias,
+            self.A,
+            D=self.D,
+            chunk_size=self.config.chunk_size,
+            activation="silu",
+            rmsnorm_weight=self.norm.weight,
+            rmsnorm_eps=self.norm.eps,
+            outproj_weight=self.out_proj.weight,
+            outproj_bias=None,
+            headdim=self.config.head_dim,
+            ngroups=self.config.num_groups,
+            norm_before_gate=False,
+        )
+
+    def prefill(self, x: Tensor) -> tuple[Tensor, State]:
+        z, xBC, dt = self._split_in_proj(x)
+        conv_state = kernels.conv_state(xBC, self.config.d_conv)
+        x, B, C = self._split_conv(kernels.causal_conv(xBC, self.conv_weight, self.conv1d.bias))
+        y, ssm_state = kernels.ssd(x, dt, self.A, B, C, self.D, self.dt_bias, self.config.chunk_size)
+        return self.out_proj(self.norm(y.flatten(-2), z)), State(conv_state, ssm_state)
+
+    def step(self, x: Tensor, state: State) -> Tensor:
+        z, xBC, dt = self._split_in_proj(x)
+        x, B, C = self._split_conv(kernels.causal_conv_step(xBC, state.conv, self.conv_weight, self.conv1d.bias))
+        y = kernels.ssd_step(state.ssm, x, dt, self.A, B, C, self.D, self.dt_bias)
+        return self.out_proj(self.norm(y.flatten(-2), z))
+
+    def _split_in_proj(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.in_proj(x).split([self.config.d_inner, self.conv1d.in_channels, self.config.num_heads], -1)
+
+    def _split_conv(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [..., h, p], B and C [..., g, k]."""
+        groups = (self.config.num_groups, self.config.d_state)
+        x, B, C = xBC.split([self.config.d_inner, math.prod(groups), math.prod(groups)], -1)
+        return x.unflatten(-1, (-1, self.config.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+
+MIXERS: dict[str, type[Mixer]] = {"mamba1": Mamba1Mixer, "mamba2": Mamba2Mixer}
+
+
+def mark_no_weight_decay(module: nn.Module) -> None:
+    """Marks A_log, D and dt_bias as mamba_ssm does; whoever builds parameter groups must honour it."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if name in NO_WEIGHT_DECAY:
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+
+def initial_dt_bias(num: int) -> Tensor:
+    """Inverse softplus of step sizes that are log-uniform in [0.001, 0.1], as mamba_ssm starts."""
+    dt = torch.exp(torch.rand(num) * (math.log(0.1) - math.log(0.001)) + math.log(0.001)).clamp(min=1e-4)
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+class GatedRMSNorm(nn.Module):
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.d_inner))
+        self.eps, self.groups = 1e-5, config.num_groups  # mamba_ssm fixes this eps; `norm_eps` is the blocks'
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return kernels.gated_norm(x, z, self.weight, self.eps, self.groups)
+
+
+class RMSNorm(nn.Module):
+    """Adds to the fp32 residual stream and normalises the sum; returns (normed, residual)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return kernels.add_norm(hidden, residual, self.weight, self.eps)
+
+
+class MambaBlock(nn.Module):
+    """Add, norm, mixer. Returns (the mixer's branch, the residual stream before it), as mamba_ssm's `Block`."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = MIXERS[config.kind](config)
+
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        normed, residual = self.norm(hidden, residual)
+        return self.mixer(normed), residual
+
+    def prefill(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, State]:
+        normed, residual = self.norm(hidden, residual)
+        branch, state = self.mixer.prefill(normed)
+        return branch, residual, state
+
+    def step(self, hidden: Tensor, residual: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
+        normed, residual = self.norm(hidden, residual)
+        return self.mixer.step(normed, state), residual

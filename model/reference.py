@@ -1,0 +1,177 @@
+"""Mamba's operations in plain torch: the CPU path, and the oracle that the CUDA kernels are held to.
+
+Inputs of any float type; the arithmetic and the states are fp32, the output has the type of `x`. Letters beside the
+package's: `c` channels, `k` state size, `p` values per head, `g` groups, `r = h / g`, `q` positions of one chunk,
+`m` chunks. `step` functions advance one token and update the state in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+SCAN_BLOCK = 512  # positions whose [b, c, k] states are alive at once; longer sequences recompute them in backward
+
+
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """silu of the depthwise convolution in which position i reads i and the `w - 1` positions before it.
+
+    Shapes: x [b, l, c], weight [c, w], bias [c].
+    """
+    width, length = weight.shape[1], x.shape[1]
+    padded, taps = F.pad(x.float(), (0, 0, width - 1, 0)), weight.float().unbind(1)
+    y = bias.float()
+    for offset, tap in enumerate(taps):
+        y = torch.addcmul(y, padded[:, offset : offset + length], tap)
+    return F.silu(y).to(x.dtype)
+
+
+def causal_conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`causal_conv` of one more position. Shapes: x [b, c], state [b, c, w - 1], the inputs before it."""
+    window = torch.cat([state, x[..., None].to(state.dtype)], -1)
+    state.copy_(window[..., 1:])
+    return F.silu((window.float() * weight.float()).sum(-1) + bias.float()).to(x.dtype)
+
+
+# -- Mamba-1: a diagonal recurrence per channel and state --------------------------------------------------------------
+
+
+def selective_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t;  y_t = (C_t h_t + D x_t) silu(z_t). Returns y and the last state.
+
+    Shapes: x, dt, z [b, l, c]; A [c, k]; B, C [b, l, k]; D, dt_bias [c]; state [b, c, k].
+    """
+    blocks = [part.split(SCAN_BLOCK, 1) for part in (x.float(), F.softplus(dt.float() + dt_bias), B.float(), C.float())]
+    state, outputs = x.new_zeros(x.shape[0], *A.shape, dtype=torch.float32), []
+    for block in zip(*blocks, strict=True):
+        if len(blocks[0]) > 1 and torch.is_grad_enabled():
+            y, state = checkpoint(_scan_block, *block, A, state, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y, state = _scan_block(*block, A, state)
+        outputs.append(y)
+    y = torch.cat(outputs, 1) + x.float() * D
+    return (y if z is None else y * F.silu(z.float())).to(x.dtype), state
+
+
+def _scan_block(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    x, dt, B, C = (part.transpose(0, 1) for part in (x, dt, B, C))  # time first: a position is one block of memory
+    decay = torch.exp(dt[..., None] * A)  # [l, b, c, k]
+    driven = (dt * x)[..., None] * B[:, :, None]  # [l, b, c, k]
+    states = _Recurrence.apply(decay, driven, state)
+    return (states @ C[..., None]).squeeze(-1).transpose(0, 1), states[-1]
+
+
+class _Recurrence(torch.autograd.Function):
+    """h[t] = decay[t] h[t-1] + driven[t] along the first axis.
+
+    One fused in-place operation per position: at the sizes that run on a CPU this is several times faster than scans
+    that do more arithmetic to take fewer steps, and it has no exponential of a difference that could overflow.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, decay: Tensor, driven: Tensor, state: Tensor) -> Tensor:
+        states = driven.clone()
+        last = state
+        for decay_t, state_t in zip(decay.unbind(), states.unbind(), strict=True):
+            last = state_t.addcmul_(decay_t, last)
+        ctx.save_for_backward(decay, states, state)
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, grad_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        decay, states, state = ctx.saved_tensors
+        grad = grad_states.clone()
+        later = list(zip(decay.unbind(), grad.unbind(), strict=True))
+        for (decay_next, grad_next), (_, grad_t) in zip(later[:0:-1], later[-2::-1], strict=True):
+            grad_t.addcmul_(decay_next, grad_next)
+        grad_decay = torch.empty_like(decay)
+        torch.mul(grad[1:], states[:-1], out=grad_decay[1:])
+        torch.mul(grad[0], state, out=grad_decay[0])
+        return grad_decay, grad, decay[0] * grad[0]
+
+
+def selective_scan_step(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor
+) -> Tensor:
+    """`selective_scan` of one more position. Shapes as there, without the `l` axis."""
+    xf, dt = x.float(), F.softplus(dt.float() + dt_bias)
+    state.mul_(torch.exp(dt[..., None] * A)).add_((dt * xf)[..., None] * B.float()[:, None])
+    y = (state @ C.float()[..., None]).squeeze(-1) + xf * D
+    return (y * F.silu(z.float())).to(x.dtype)
+
+
+# -- Mamba-2: one decay per head, so a chunk is a masked matrix product --------------------------------------------------
+
+
+def ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan` with a scalar A per head (state-space duality), by chunks. Returns y and the last state.
+
+    Shapes: x [b, l, h, p]; dt [b, l, h]; A, D, dt_bias [h]; B, C [b, l, g, k]; state [b, h, p, k]. Any `l`: the last
+    chunk is filled with dt = 0, which neither decays nor drives the state.
+    """
+    batch, length, heads, _ = x.shape
+    groups, chunk = B.shape[2], min(chunk_size, length)
+    dt = F.softplus(dt.float() + dt_bias)
+    parts = (x.float() * dt[..., None], dt * A, B.float(), C.float())
+    xdt, log_decay, B, C = (_chunks(part, chunk, groups) for part in parts)
+    y, state = _ssd_chunks(xdt, log_decay.squeeze(-1), B, C)
+    y = y.movedim(-2, 2).reshape(batch, -1, heads, x.shape[-1])[:, :length]  # [b, m, q, g, r, p] -> [b, l, h, p]
+    return (y + x.float() * D[:, None]).to(x.dtype), state.flatten(1, 2)
+
+
+def _chunks(part: Tensor, chunk: int, groups: int) -> Tensor:
+    """[b, l, h or g (, values)] -> [b, m, g, r, q, values]."""
+    batch, length, num, *values = part.shape
+    part = F.pad(part.reshape(batch, length, -1), (0, 0, 0, -length % chunk))
+    part = part.reshape(batch, -1, chunk, groups, num // groups, *(values or [1]))
+    return part.movedim(2, -2)
+
+
+def _ssd_chunks(xdt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """xdt [b, m, g, r, q, p], log_decay [b, m, g, r, q], B and C [b, m, g, 1, q, k]."""
+    since_start = log_decay.cumsum(-1)  # [b, m, g, r, q]
+    until_end = torch.exp(since_start[..., -1:] - since_start)
+    between = since_start[..., :, None] - since_start[..., None, :]  # [b, m, g, r, q, q]
+    future = torch.ones(between.shape[-2:], dtype=torch.bool, device=between.device).triu(1)
+    weights = (C @ B.mT) * torch.exp(between.masked_fill(future, -torch.inf))
+    within = weights @ xdt
+
+    added = (xdt * until_end[..., None]).mT @ B  # [b, m, g, r, p, k]
+    kept = torch.exp(since_start[..., -1])[..., None, None]
+    state, before = torch.zeros_like(added[:, 0]), []
+    for added_m, kept_m in zip(added.unbind(1), kept.unbind(1), strict=True):
+        before.append(state)
+        state = state * kept_m + added_m
+    carried = (C @ torch.stack(before, 1).mT) * torch.exp(since_start)[..., None]
+    return within + carried, state
+
+
+def ssd_step(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor
+) -> Tensor:
+    """`ssd` of one more position. Shapes as there, without the `l` axis."""
+    heads_per_group = x.shape[1] // B.shape[1]
+    B, C = (part.float().repeat_interleave(heads_per_group, 1) for part in (B, C))  # [b, h, k]
+    xf, dt = x.float(), F.softplus(dt.float() + dt_bias)  # [b, h, p], [b, h]
+    state.mul_(torch.exp(dt * A)[..., None, None]).add_((xf * dt[..., None])[..., None] * B[:, :, None])
+    return ((state @ C[..., None]).squeeze(-1) + xf * D[:, None]).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) · weight over the last axis."""
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
+def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
+    """rms norm of x · silu(z), each group of channels by itself (Mamba-2's `norm_before_gate=False`)."""
+    gated = (x.float() * F.silu(z.float())).unflatten(-1, (groups, -1))
+    normed = F.rms_norm(gated, gated.shape[-1:], None, eps)
+    return (normed.flatten(-2) * weight.float()).to(x.dtype)

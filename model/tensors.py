@@ -1,0 +1,129 @@
+"""Files of named tensors: read lazily, filled into a module strictly, every difference named at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from model.errors import UserError
+
+PUBLISHED_NAMES = (  # transformers' and mamba_ssm's, whole or in shards, in the order of preference
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """The tensors of one or more files by name; one is in memory only while it is used (a pickle is memory-mapped)."""
+
+    def __init__(self, paths: list[Path], sources: dict[str, tuple[Mapping[str, Tensor], str]]) -> None:
+        self.paths, self._sources = paths, sources
+
+    def __getitem__(self, name: str) -> Tensor:
+        source, name_there = self._sources[name]
+        return source[name_there]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def renamed(self, names: Mapping[str, str]) -> TensorFiles:
+        """The same under new names, given as new -> old; what is not among them is left out."""
+        return TensorFiles(self.paths, {new: self._sources[old] for new, old in names.items()})
+
+    def record(self) -> dict[str, str]:
+        """Path -> sha256, for the run folder."""
+        return {str(path): sha256(path) for path in self.paths}
+
+
+def open_tensors(*paths: Path) -> TensorFiles:
+    """Raises: UserError for a file that is not there, not readable, or a pickle that holds more than tensors."""
+    sources: dict[str, tuple[Mapping[str, Tensor], str]] = {}
+    for path in paths:
+        source = _open(path)
+        sources |= {name: (source, name) for name in source}
+    return TensorFiles(list(paths), sources)
+
+
+def open_published(folder: Path) -> TensorFiles:
+    """The model in a folder, in any of the layouts that are published. Raises: UserError that lists what was looked for."""
+    for path in (folder / name for name in PUBLISHED_NAMES):
+        if path.exists():
+            return open_tensors(*(_shards(path) if path.name.endswith(".index.json") else [path]))
+    raise UserError(f"{folder}: no model there; expected one of {', '.join(PUBLISHED_NAMES)}")
+
+
+def _shards(index: Path) -> list[Path]:
+    shards = sorted({index.parent / name for name in json.loads(index.read_text())["weight_map"].values()})
+    missing = [shard.name for shard in shards if not shard.exists()]
+    if missing:
+        raise UserError(f"{index}: its shards {', '.join(missing)} are not beside it; complete the download")
+    return shards
+
+
+class _Safetensors(Mapping[str, Tensor]):
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, framework="pt")
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _open(path: Path) -> Mapping[str, Tensor]:
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return _Safetensors(path)
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: this pickle holds more than tensors and could run code; it is not loaded. Convert it to safetensors"
+        ) from error
+    except Exception as error:  # safetensors and torch raise types of their own for a damaged file
+        raise UserError(f"{path}: not a readable tensor file ({error})") from error
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str, tied: Collection[str] = ()) -> None:
+    """Copies tensors into a module that has exactly the same names and shapes; `tied` names may be there or not.
+
+    Raises: UserError that names every missing, unexpected and mis-shaped tensor.
+    """
+    own = {name: tensor for name, tensor in module.state_dict().items() if name not in tied}
+    problems = [f"unexpected {name}" for name in tensors if name not in own and name not in tied]
+    for name, tensor in own.items():
+        given = tensors.get(name)
+        if given is None:
+            problems.append(f"missing {name} {list(tensor.shape)}")
+        elif given.shape != tensor.shape:
+            problems.append(f"{name} is {list(given.shape)}, expected {list(tensor.shape)}")
+        else:
+            tensor.copy_(given)
+    if problems:
+        raise UserError(f"{source} does not fit this model: {'; '.join(problems)}")
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 24):
+            digest.update(part)
+    return digest.hexdigest()
