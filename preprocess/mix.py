@@ -1,0 +1,113 @@
+"""A mix: which annotation files make a shard set, and how its pictures are kept. Read from strict TOML."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from model.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Format = Literal["llava", "lvis", "lrv"]
+Encoding = Literal["jpeg", "raw", "original"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One annotation file.
+
+    annotations     relative to the root of the data; JSON array, JSONL or Parquet, also .gz or .zst
+    images          what is put before the rows' picture paths; relative to the root
+    expected_rows   a different number of rows is reported
+    limit           only the first so many rows
+    """
+
+    name: str
+    format: Format
+    annotations: str
+    images: str = ""
+    expected_rows: int | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The whole mix. `archives` maps folders of pictures to the zip or tar that holds each, relative to the root."""
+
+    sources: tuple[Source, ...]
+    encoding: Encoding
+    tokenizer: str | None
+    archives: dict[str, str]
+
+
+def load_mix(path: Path) -> Mix:
+    """Raises: UserError that names the file and the key."""
+    table = _read_toml(path)
+    _refuse_unknown(table, {"tokenizer", "images", "archives", "source"}, f"{path}")
+    pictures = _typed(table, "images", dict, {}, f"{path}")
+    _refuse_unknown(pictures, {"encoding"}, f"{path} [images]")
+    encoding = pictures.get("encoding", "jpeg")
+    _one_of(encoding, get_args(Encoding), f"{path}: images.encoding")
+    sources = tuple(_source(row, f"{path} [[source]] {i + 1}") for i, row in enumerate(table.get("source", [])))
+    if not sources:
+        raise UserError(f"{path} names no source: it needs at least one [[source]] table")
+    _refuse_twins([source.name for source in sources], path)
+    archives = _typed(table, "archives", dict, {}, f"{path}")
+    return Mix(sources, encoding, _typed(table, "tokenizer", str, None, f"{path}"), archives)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no mix {path}; the ones that come along are in preprocess/mixes") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}") from None
+
+
+_SOURCE_TYPES = {"expected_rows": int, "limit": int}
+
+
+def _source(table: dict[str, Any], where: str) -> Source:
+    _refuse_unknown(table, {field.name for field in fields(Source)}, where)
+    for key in ("name", "format", "annotations"):
+        if key not in table:
+            raise UserError(f"{where} has no {key!r}")
+    for key in table:
+        _typed(table, key, _SOURCE_TYPES.get(key, str), None, where)
+    _one_of(table["format"], get_args(Format), f"{where}: format")
+    if table.get("limit", 1) < 1:
+        raise UserError(f"{where}: limit is {table['limit']}; it must be at least 1")
+    return Source(**table)
+
+
+def _refuse_unknown(table: dict[str, Any], known: set[str], where: str) -> None:
+    for key in sorted(set(table) - known):
+        nearest = difflib.get_close_matches(key, known, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise UserError(f"{where} has an unknown key {key!r}{hint} Known: {', '.join(sorted(known))}")
+
+
+def _typed(table: dict[str, Any], key: str, kind: type, default: Any, where: str) -> Any:
+    value = table.get(key, default)
+    if value is not default and (not isinstance(value, kind) or isinstance(value, bool)):
+        raise UserError(f"{where}: {key} is {value!r}, expected {kind.__name__}")
+    return value
+
+
+def _one_of(value: Any, known: tuple[str, ...], where: str) -> None:
+    if value not in known:
+        raise UserError(f"{where} is {value!r}, expected one of {', '.join(known)}")
+
+
+def _refuse_twins(names: list[str], path: Path) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{path} has two sources named {name!r}: the counts are kept by name")

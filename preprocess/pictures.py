@@ -1,0 +1,135 @@
+"""Where the bytes of a picture come from: folders under the root, or the zips and tars that datasets are published as.
+
+`coco/train2017/1.jpg` is looked for as that file; else in the archive that the mix names for its folder, or that lies
+beside the folder as `coco/train2017.zip` (.tar), as `1.jpg` or `train2017/1.jpg`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import tarfile
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+from model.errors import UserError
+from preprocess.rejects import Rejected
+
+_NOT_A_FILE_NAME = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+
+
+class PictureStore:
+    """Reads pictures by their path under the root. Archives stay open, one handle per process."""
+
+    def __init__(self, root: Path, archives: Mapping[str, str]) -> None:
+        self.root, self.archives = root, dict(archives)
+
+    def read(self, path: str) -> bytes:
+        """Raises: Rejected if the picture is not there or may not be read; OSError if reading failed."""
+        if archive := self.archive_of(str(PurePosixPath(path).parent)):
+            return archive.read(path)
+        for spelling in _spellings(path):
+            try:
+                return self._read_file(spelling)
+            except OSError as error:  # noqa: PERF203
+                if error.errno in _ABSENT:
+                    continue
+                raise _as_reject(error) from None
+            except (ValueError, UnicodeError):
+                raise Rejected("picture_path_invalid") from None
+        raise Rejected("picture_missing")
+
+    def stamp(self, path: str) -> int | None:
+        """The size of the picture, or of the archive that should hold it: changes when it comes or is mended."""
+        archive = self.archive_of(str(PurePosixPath(path).parent))
+        for file in [archive.path] if archive else [self.root / spelling for spelling in _spellings(path)]:
+            with contextlib.suppress(OSError, ValueError):
+                return file.stat().st_size
+        return None
+
+    def has_folder(self, folder: str) -> bool:
+        return (self.root / folder).is_dir() or self.archive_of(folder) is not None
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019  stores live as long as their process
+    def archive_of(self, folder: str) -> _Archive | None:
+        """The archive that stands for the folder or for one above it, unless the folder is there."""
+        for ancestor in [folder, *map(str, PurePosixPath(folder).parents)]:
+            if ancestor in self.archives:
+                return _open_archive(self.root / self.archives[ancestor], ancestor)
+        if (self.root / folder).is_dir():
+            return None
+        for ancestor in [folder, *map(str, PurePosixPath(folder).parents)][:-1]:
+            for suffix in (".zip", ".tar"):
+                beside = self.root / (ancestor + suffix)
+                if beside.is_file():
+                    return _open_archive(beside, ancestor)
+        return None
+
+    def _read_file(self, path: str) -> bytes:
+        file = self.root / path
+        if file.is_symlink() and not file.resolve().is_relative_to(self.root.resolve()):
+            raise Rejected("picture_path_escapes", f"a link to {file.resolve()}")
+        return file.read_bytes()
+
+
+def _spellings(path: str) -> list[str]:
+    """The path as written, then as other systems spell its accents."""
+    return list(dict.fromkeys([path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path)]))
+
+
+def _as_reject(error: OSError) -> Exception:
+    if error.errno in _NOT_A_FILE_NAME:
+        return Rejected("picture_path_invalid", error.strerror or "")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return Rejected("picture_unreadable", error.strerror or "")
+    return error
+
+
+class _Archive:
+    """A zip or tar of pictures, by member name. `folder` is what the archive stands for."""
+
+    def __init__(self, path: Path, folder: str) -> None:
+        self.path, self.folder = path, PurePosixPath(folder)
+        try:
+            self._open(path)
+        except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+            raise UserError(f"picture archive {path} is damaged ({error}); fetch it again") from None
+        except FileNotFoundError:
+            raise UserError(f"picture archive {path} is missing; the mix names it under [archives]") from None
+
+    def _open(self, path: Path) -> None:
+        self._zip = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
+        if self._zip:
+            self._members = {info.filename: info for info in self._zip.infolist()}
+            return
+        self._file = path.open("rb")
+        with tarfile.open(fileobj=self._file, mode="r:") as tar:
+            self._ranges = {member.name: (member.offset_data, member.size) for member in tar if member.isfile()}
+
+    def read(self, path: str) -> bytes:
+        inside = PurePosixPath(path).relative_to(self.folder)
+        for name in (str(inside), str(self.folder.name / inside), f"./{inside}"):
+            if self._zip and name in self._members:
+                return self._unzip(name)
+            if not self._zip and name in self._ranges:
+                offset, size = self._ranges[name]
+                self._file.seek(offset)
+                return self._file.read(size)
+        raise Rejected("picture_missing", f"no such member of {self.path.name}")
+
+    def _unzip(self, name: str) -> bytes:
+        assert self._zip
+        try:
+            return self._zip.read(name)
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            raise Rejected("picture_corrupt", f"in {self.path.name}: {error}") from None
+
+
+@functools.lru_cache(maxsize=64)
+def _open_archive(path: Path, folder: str) -> _Archive:
+    return _Archive(path, folder)

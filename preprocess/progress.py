@@ -1,0 +1,73 @@
+"""How far a build is: a bar on a terminal, a line now and then in a log, and progress.json for programs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, TextIO
+
+from preprocess.shards import PROGRESS, canonical_json, publish
+
+LOG_EVERY_S, TERMINAL_EVERY_S, FILE_EVERY_S = 10.0, 0.2, 5.0
+BAR_CHARACTERS = 30
+
+
+class Progress:
+    """Counts dialogues done. `reused` ones were there already: they count as done, not towards the rate."""
+
+    def __init__(self, out: Path, total: int, reused: int = 0, stream: TextIO = sys.stdout) -> None:
+        self.path, self.total, self.reused, self.stream = out / PROGRESS, total, reused, stream
+        self.done, self.rejects = reused, Counter[str]()
+        self.started = time.monotonic()
+        self.terminal = stream.isatty()
+        self._shown = self._filed = float("-inf")
+
+    def add(self, dialogues: int, rejects: dict[str, int]) -> None:
+        self.done += dialogues
+        self.rejects.update(rejects)
+
+    def tick(self, state: str = "building", last: bool = False) -> None:
+        """Shows and files what is due; call it at least every second."""
+        now = time.monotonic()
+        if last or now - self._filed >= FILE_EVERY_S:
+            self._filed = now
+            publish(self.path, canonical_json(self.report(state)))
+        if last or now - self._shown >= (TERMINAL_EVERY_S if self.terminal else LOG_EVERY_S):
+            self._shown = now
+            self._show(last)
+
+    def report(self, state: str) -> dict[str, Any]:
+        elapsed = time.monotonic() - self.started
+        rate = (self.done - self.reused) / elapsed if elapsed > 0 else 0.0
+        left = (self.total - self.done) / rate if rate > 0 else None
+        return {
+            "state": state,
+            "dialogues": {"done": self.done, "total": self.total, "reused": self.reused},
+            "rejects": dict(self.rejects),
+            "dialogues_per_s": round(rate, 1),
+            "elapsed_s": round(elapsed, 1),
+            "left_s": None if left is None else round(left, 1),
+        }
+
+    def _show(self, last: bool) -> None:
+        report = self.report("")
+        share = self.done / self.total if self.total else 1.0
+        left = "?" if report["left_s"] is None else clock(report["left_s"])
+        line = (
+            f"{self.done}/{self.total} dialogues ({share:.0%})  {report['dialogues_per_s']}/s  "
+            f"{self.rejects.total()} rejected  {left} left"
+        )
+        if self.terminal:
+            filled = round(share * BAR_CHARACTERS)
+            print(f"\r{'█' * filled}{'·' * (BAR_CHARACTERS - filled)} {line}\033[K", end="", file=self.stream)
+            print(end="\n" if last else "", file=self.stream, flush=True)
+        else:
+            print(line, file=self.stream, flush=True)
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

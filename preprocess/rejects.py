@@ -1,0 +1,55 @@
+"""Why an input row can end without becoming a sample. docs/dirt.md tells the whole story, repairs included."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+REASONS = {
+    "broken_json": "the line is not JSON",
+    "not_an_object": "the row is not a JSON object",
+    "missing_key": "a key that its format needs is not there",
+    "wrong_type": "a value has a type that its format does not allow",
+    "empty_conversation": "the conversation has no turns",
+    "unknown_speaker": "a turn is neither the human's nor the model's",
+    "no_answer": "no question is followed by an answer",
+    "no_supervised_token": "the limit of text tokens cuts every answer off",
+    "image_token_without_picture": "the text speaks of a picture that the row does not have",
+    "several_pictures": "the row has more than one picture",
+    "picture_path_escapes": "the picture's path is absolute, or leaves its folder through '..' or a link",
+    "picture_path_invalid": "the picture's path cannot be the name of a file",
+    "picture_missing": "there is no such file",
+    "picture_unreadable": "the file may not be read",
+    "picture_empty": "the file has no bytes",
+    "picture_unknown_format": "the bytes are none of the picture formats that are read",
+    "picture_truncated": "the file ends before the picture does",
+    "picture_corrupt": "the picture cannot be decoded",
+    "picture_too_large": "the picture has more pixels than are decoded (a decompression bomb)",
+    "picture_unsupported_pixels": "the pixels have no meaning as colours between black and white",
+}
+
+
+class Rejected(Exception):  # noqa: N818  it is no error of the program
+    """Raised for a row that cannot become a sample; it is bad data, so nothing is retried."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        assert reason in REASONS, reason
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rejected, (self.reason, self.detail)
+
+
+@dataclass(frozen=True)
+class Reject:
+    """One line of rejects.jsonl. `row` counts from 0 within the source's annotation file."""
+
+    source: str
+    row: int
+    id: str
+    reason: str
+    detail: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,149 @@
+"""The work of one Ray task: a range of dialogues becomes one shard and its sidecar. Needs nothing but its argument."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preprocess import images, prompts
+from preprocess.pictures import PictureStore
+from preprocess.records import Sample
+from preprocess.rejects import Reject, Rejected
+from preprocess.shards import canonical_json, publish, write_shard
+from preprocess.worklist import Range, reject
+
+RECENT_PICTURES = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a sample's bytes besides its row and its picture. The pictures' place is not among it."""
+
+    template: str
+    tokenizer_sha256: str
+    image_px: int
+    encoding: str
+    max_text_tokens: int
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """`spec_sha256` stands for the settings and the range: a shard whose sidecar has it need not be built."""
+
+    name: str
+    spec_sha256: str
+    range: Range
+    settings: Settings
+    dialogues: Path
+    tokenizer: Path
+    root: Path
+    archives: dict[str, str]
+
+    @property
+    def tar(self) -> Path:
+        return self.dialogues.parent.parent / f"{self.name}.tar"
+
+    @property
+    def sidecar(self) -> Path:
+        return self.tar.with_suffix(".json")
+
+
+@dataclass(frozen=True)
+class Done:
+    """What the driver hears of a finished shard."""
+
+    name: str
+    dialogues: int
+    samples: int
+    rejects: dict[str, int]
+
+
+def build_shard(task: ShardTask) -> Done:
+    """Publishes the shard, then its sidecar. Raises: OSError if reading or writing failed; bad rows never raise."""
+    store = PictureStore(task.root, task.archives)
+    maker = _SampleMaker(task.settings, store, _tokenizer(str(task.tokenizer), task.settings.tokenizer_sha256))
+    written = write_shard(task.tar, maker.samples(_read_range(task.dialogues, task.range), task.range.first))
+    sidecar = {
+        "spec_sha256": task.spec_sha256,
+        **asdict(written),
+        "rejects": [rejected.to_json() for rejected in maker.rejects],
+        "rejected_pictures": maker.rejected_pictures,
+    }
+    publish(task.sidecar, canonical_json(sidecar))
+    return done(task, sidecar)
+
+
+def done(task: ShardTask, sidecar: dict[str, Any]) -> Done:
+    rejects = Counter(entry["source"] for entry in sidecar["rejects"])
+    return Done(task.name, task.range.count, sidecar["samples"], dict(rejects))
+
+
+def _read_range(path: Path, part: Range) -> Iterator[dict[str, Any]]:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        data = os.pread(handle, part.size, part.offset)
+    finally:
+        os.close(handle)
+    if len(data) != part.size:
+        raise OSError(f"{path}: read {len(data)} of {part.size} bytes at {part.offset}")
+    return (json.loads(line) for line in data.splitlines())
+
+
+@functools.lru_cache(maxsize=2)
+def _tokenizer(path: str, sha256: str) -> prompts.Tokenizer:
+    tokenizer = prompts.load_tokenizer(path)
+    assert tokenizer.sha256 == sha256, f"{path} changed while shards were built"
+    return tokenizer
+
+
+class _SampleMaker:
+    """Dialogues -> samples, keeping account of those that are rejected."""
+
+    def __init__(self, settings: Settings, store: PictureStore, tokenizer: prompts.Tokenizer) -> None:
+        self.settings, self.store, self.tokenizer = settings, store, tokenizer
+        self.rejects: list[Reject] = []
+        self.rejected_pictures: dict[str, int | None] = {}
+        self.picture = functools.lru_cache(RECENT_PICTURES)(self._picture)  # rows that share a picture stand together
+
+    def samples(self, dialogues: Iterator[dict[str, Any]], first: int) -> Iterator[Sample]:
+        for number, dialogue in enumerate(dialogues, first):
+            try:
+                yield self._sample(f"{number:09d}", dialogue)
+            except Rejected as error:  # noqa: PERF203
+                self.rejects.append(reject(dialogue["source"], dialogue["row"], dialogue["id"], error))
+
+    def _sample(self, key: str, dialogue: dict[str, Any]) -> Sample:
+        settings = self.settings
+        encoded = prompts.encode_dialogue(
+            dialogue["conversations"], settings.template, self.tokenizer, settings.max_text_tokens
+        )
+        if not encoded.spans:
+            raise Rejected("no_supervised_token", f"no answer begins within {settings.max_text_tokens} tokens")
+        picture = dialogue["picture"]
+        image, image_format = self.picture(picture) if picture is not None else (None, None)
+        return Sample(
+            key=key,
+            tokens=np.asarray(encoded.tokens, dtype=np.uint16),
+            spans=encoded.spans,
+            image=image,
+            image_format=image_format,
+            source=dialogue["source"],
+            id=dialogue["id"],
+            row=dialogue["row"],
+            picture=picture,
+        )
+
+    def _picture(self, path: str) -> tuple[bytes, str]:
+        try:
+            return images.stored_picture(self.store.read(path), self.settings.image_px, self.settings.encoding)
+        except Rejected as error:
+            self.rejected_pictures[path] = self.store.stamp(path)
+            raise Rejected(error.reason, f"{path}: {error.detail}" if error.detail else path) from None

@@ -1,0 +1,122 @@
+"""Annotation files become one list of dialogues on disk, cut into fixed ranges: one range, one shard, one task.
+
+Every input row ends here either as a line of the list or as a reject. The list is the same for the same input, so a
+range's hash says whether the shard that was built from it still stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from model.errors import UserError
+from preprocess.mix import Mix, Source
+from preprocess.pictures import PictureStore
+from preprocess.rejects import Reject, Rejected
+from preprocess.rows import read_rows
+from preprocess.sources import Dialogue, row_id, to_dialogue
+
+DETAIL_CHARACTERS = 300
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bytes of the list that one shard is built from; `first` counts its first dialogue over the whole list."""
+
+    first: int
+    count: int
+    offset: int
+    size: int
+    sha256: str
+
+
+@dataclass
+class Worklist:
+    """`rows`, `rejects` and `folders` (of pictures, with the rows that need them) are kept by source."""
+
+    ranges: list[Range] = field(default_factory=list)
+    rows: Counter[str] = field(default_factory=Counter)
+    rejects: list[Reject] = field(default_factory=list)
+    folders: dict[str, Counter[str]] = field(default_factory=dict)
+
+    @property
+    def dialogues(self) -> int:
+        return sum(part.count for part in self.ranges)
+
+
+def make_worklist(
+    mix: Mix, root: Path, samples_per_shard: int, write: Callable[[bytes], Any], tick: Callable[[int], None]
+) -> Worklist:
+    """Streams every source through `write`. `tick` is told the number of rows read, now and then."""
+    work = Worklist()
+    lines = _lines(mix, root, work, tick)
+    first = offset = 0
+    while batch := list(itertools.islice(lines, samples_per_shard)):
+        data = b"".join(batch)
+        write(data)
+        work.ranges.append(Range(first, len(batch), offset, len(data), hashlib.sha256(data).hexdigest()))
+        first, offset = first + len(batch), offset + len(data)
+    return work
+
+
+def _lines(mix: Mix, root: Path, work: Worklist, tick: Callable[[int], None]) -> Iterator[bytes]:
+    for source in mix.sources:
+        work.rows[source.name] = 0
+        folders = work.folders[source.name] = Counter()
+        for row, value in enumerate(itertools.islice(read_rows(root / source.annotations), source.limit)):
+            work.rows[source.name] += 1
+            if row % 1000 == 0:
+                tick(work.rows.total())
+            try:
+                if isinstance(value, Rejected):
+                    raise value
+                dialogue = to_dialogue(source, row, value)
+            except Rejected as error:
+                work.rejects.append(reject(source.name, row, row_id(source, row, value), error))
+                continue
+            if dialogue.picture:
+                folders[str(PurePosixPath(dialogue.picture).parent)] += 1
+            yield to_line(dialogue)
+
+
+def reject(source: str, row: int, id: str, error: Rejected) -> Reject:  # noqa: A002
+    return Reject(source, row, id, error.reason, error.detail[:DETAIL_CHARACTERS])
+
+
+def to_line(dialogue: Dialogue) -> bytes:
+    line = {
+        "source": dialogue.source,
+        "row": dialogue.row,
+        "id": dialogue.id,
+        "picture": dialogue.picture,
+        "conversations": [{"from": turn.speaker, "value": turn.text} for turn in dialogue.turns],
+    }
+    return json.dumps(line, separators=(",", ":")).encode() + b"\n"
+
+
+def refuse_missing_folders(work: Worklist, store: PictureStore, max_reject_ratio: float) -> None:
+    """Raises: UserError if folders that are not there would already cost more rows than may be lost."""
+    for source, folders in work.folders.items():
+        missing = {folder: rows for folder, rows in folders.items() if not store.has_folder(folder)}
+        if sum(missing.values()) > max_reject_ratio * work.rows[source]:
+            listed = ", ".join(f"{folder} ({rows} rows)" for folder, rows in Counter(missing).most_common(5))
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise UserError(
+                f"source {source!r}: picture folders are missing under {store.root}: {listed}{more}; put them there, "
+                "as folders or as archives beside their place (NAME.zip, NAME.tar), or mend `images` in the mix"
+            )
+
+
+def row_count_notes(sources: Iterable[Source], rows: Counter[str]) -> list[str]:
+    """One line per source whose number of rows is not what the mix expects."""
+    return [
+        f"note: source {source.name!r} has {rows[source.name]} rows, the mix expects {source.expected_rows}"
+        for source in sources
+        if source.expected_rows is not None and source.limit is None and rows[source.name] != source.expected_rows
+    ]
