@@ -1,4 +1,4 @@
-"""Pixel-wise alignment (EMMA Eq. 6, 9): the language model's visual states must let a small decoder draw the picture."""
+"""Pixel-wise alignment (EMMA Eq. 6, 9): from the visual states a small decoder must draw the picture."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class Alignment(nn.Module):
         return (self.draw(levels).float() - target).square().mean((1, 2))
 
     def draw(self, levels: tuple[Tensor, ...]) -> Tensor:  # shallow to final, [b, n, d] each -> [b, n, p]
-        """The normalised values of every patch, from the states of the patches before it (and its own, unless shifted)."""
+        """The normalised values of every patch, from the states of earlier patches (and its own, unless shifted)."""
         levels = tuple(F.pad(level, (0, 0, self.shift, 0))[:, : level.shape[1]] for level in levels)
         return self.out(self.decoder(self.narrow(self.fusion(levels)))[0])
 
 
 @torch.no_grad()
 def align_target(config: EmmaConfig, towers: Towers, pixels: Tensor, features: Tensor) -> AlignTarget:
-    """What the decoder of this model must reconstruct from a picture. Shapes: pixels uint8 [b, 3, h, w], features [b, n, v]."""
+    """What the decoder must reconstruct. Shapes: pixels uint8 [b, 3, h, w], features [b, n, v]."""
     assert config.alignment is not None
     match config.alignment.target:
         case "pixels":
@@ -61,8 +61,10 @@ def align_target(config: EmmaConfig, towers: Towers, pixels: Tensor, features: T
         case "patch_embedding":
             values = towers.patch_embedding(pixels).float()
     mean = values.mean(-1, keepdim=True)
-    std = (values.var(-1, keepdim=True) + TARGET_EPS).sqrt()
-    return AlignTarget((values - mean) / std, mean, std)
+    centred = values - mean
+    variance = centred.square().sum(-1, keepdim=True) / (values.shape[-1] - 1)
+    std = (variance + TARGET_EPS).sqrt()
+    return AlignTarget(centred / std, mean, std)
 
 
 def patches_of(vision: VisionConfig, pixels: Tensor) -> Tensor:  # [b, 3, h, w] -> [b, n, patch_px * patch_px * 3]

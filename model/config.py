@@ -144,7 +144,7 @@ class EmmaConfig:
     max_text_tokens: int = 2048
 
     def mamba_of(self, kind: MambaKind | None, d_model: int | None = None) -> MambaConfig:
-        """Mamba blocks beside the language model's: of its kind and width, or of another, which has its own state size."""
+        """Mamba blocks beside the language model's: its kind and width, or others; a kind has its own state size."""
         d_model = d_model or self.llm.d_model
         if kind in (None, self.llm.kind):
             return replace(self.llm, d_model=d_model)
@@ -156,7 +156,7 @@ class EmmaConfig:
 
 
 def config_from_dict(data: dict[str, Any]) -> EmmaConfig:
-    """The inverse of `dataclasses.asdict`, also after JSON, which has no tuples. Raises: TypeError for an unknown field."""
+    """The inverse of `dataclasses.asdict`, even after JSON, which has no tuples. TypeError for unknown fields."""
     vision, alignment = data["vision"], data["alignment"]
     towers = tuple(
         TowerConfig(**tower | {"mean": tuple(tower["mean"]), "std": tuple(tower["std"])}) for tower in vision["towers"]

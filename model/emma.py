@@ -28,7 +28,7 @@ class Losses(NamedTuple):
 
 
 class Emma(nn.Module):
-    """Everything that trains. The frozen towers stay outside, since ZeRO-3 would shard and gather them again every step."""
+    """Everything that trains. The frozen towers stay outside: ZeRO-3 would shard them and gather them every step."""
 
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__()
@@ -42,19 +42,18 @@ class Emma(nn.Module):
     ) -> Losses:
         """Training losses of one micro-batch, all of whose rows have a picture, or none.
 
-        Shapes: tokens and targets [b, t]; features [b, n, v]; align_target [b, n, p]. Where targets[i, j] is not -100, it is
-        the token at j, predicted from the position before it: the last patch predicts the first token of the text.
+        Shapes: tokens and targets [b, t]; features [b, n, v]; align_target [b, n, p]. Where targets[i, j] is not -100,
+        it is the token at j, predicted from the position before it: the last patch predicts the text's first token.
         """
-        aligned = self.alignment is not None and align_target is not None
         visual, text = self._embed(tokens, features)
-        hidden, tapped = self._read(torch.cat([visual, text], 1), aligned)
         num_visual = visual.shape[1]
+        hidden, tapped = self._read(torch.cat([visual, text], 1))
 
         nll, counts = self._text_loss(hidden[:, max(num_visual - 1, 0) : -1], targets)
-        error = None
-        if aligned:
-            error = self.alignment(tuple(level[:, :num_visual] for level in (*tapped, hidden)), align_target)
-        return Losses(nll, counts, error)
+        if self.alignment is None or align_target is None:
+            return Losses(nll, counts, None)
+        levels = tuple(level[:, :num_visual] for level in (*tapped, hidden))
+        return Losses(nll, counts, self.alignment(levels, align_target))
 
     def mixers(self) -> list[Mixer]:
         """Every Mamba mixer: what ZeRO-3 may gather as one, since each is called once per forward at most."""
@@ -62,7 +61,7 @@ class Emma(nn.Module):
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor, features: Tensor | None = None) -> tuple[Tensor, Cache]:
-        """Logits [b, vocab] of the token after the prompt, and the state to go on from. No padding: rows of equal length."""
+        """Logits [b, vocab] after the prompt, and the state to go on from. No padding: rows are equally long."""
         return self.llm.prefill(torch.cat(self._embed(tokens, features), 1))
 
     @torch.no_grad()
@@ -75,11 +74,9 @@ class Emma(nn.Module):
         visual = text[:, :0] if features is None else self.projector(features.to(text.dtype))
         return visual, text
 
-    def _read(self, x: Tensor, aligned: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if not aligned:
-            return self.llm(x)
-        assert self.config.alignment is not None
-        return self.llm(x, self.config.alignment.taps, self.config.alignment.tap)
+    def _read(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:  # [b, l, d] -> [b, l, d], [b, l, d] per tap
+        alignment = self.config.alignment
+        return self.llm(x, alignment.taps, alignment.tap) if alignment else self.llm(x)
 
     def _text_loss(self, predicting: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Per-row sums; the head sees supervised positions only, as its fp32 logits are the largest tensors of all."""

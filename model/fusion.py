@@ -32,13 +32,14 @@ class CrossAttention(nn.Module):
 class FusionBlock(nn.Module):
     """EMMA Eq. 8: x̂ = x + attention(x, y); x̂ + mamba(x̂).
 
-    Differs: RMSNorm before the attention and before Mamba, as every Mamba block has; the paper shows none, and the branches
-    that it fuses have no common scale.
+    Differs: RMSNorm before the attention and before Mamba, as every Mamba block has; the paper shows none, and
+    the branches that it fuses have no common scale.
     """
 
-    def __init__(self, config: EmmaConfig, head_dim: int) -> None:
+    def __init__(self, config: EmmaConfig) -> None:
         super().__init__()
-        mamba = config.mamba_of(config.alignment and config.alignment.decoder_kind)
+        assert config.alignment is not None
+        head_dim, mamba = config.alignment.head_dim, config.mamba_of(config.alignment.decoder_kind)
         self.norm_x, self.norm_y, self.norm = (RMSNorm(mamba.d_model, mamba.norm_eps) for _ in range(3))
         self.attention = CrossAttention(mamba.d_model, head_dim)
         self.mixer = MIXERS[mamba.kind](mamba)
@@ -54,8 +55,7 @@ class Cascade(nn.Module):
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__()
         assert config.alignment is not None
-        head_dim = config.alignment.head_dim
-        self.blocks = nn.ModuleList(FusionBlock(config, head_dim) for _ in config.alignment.taps)
+        self.blocks = nn.ModuleList(FusionBlock(config) for _ in config.alignment.taps)
 
     def forward(self, levels: tuple[Tensor, ...]) -> Tensor:  # shallow to final, [b, n, d] each -> [b, n, d]
         x, *deeper = levels
@@ -67,8 +67,8 @@ class Cascade(nn.Module):
 class Concatenation(nn.Module):
     """The public code's fusion: all levels through one matrix, then learned queries read a slice of it per block.
 
-    Differs: queries start at a sine-cosine code of their patch (the public code's are all equal, its initialisation having
-    been forgotten), stay in raster order like the keys, and see patches up to their own rather than whole rows.
+    Differs: queries start at a sine-cosine code of their patch (the public code's are all equal),
+    stay in raster order like the keys, and see patches up to their own rather than whole rows.
     """
 
     def __init__(self, config: EmmaConfig) -> None:
@@ -80,7 +80,7 @@ class Concatenation(nn.Module):
         self.queries = nn.Embedding(config.vision.num_patches, width)
         with torch.no_grad():
             self.queries.weight.copy_(sine_cosine(config.vision.grid, width))
-        self.blocks = nn.ModuleList(FusionBlock(config, config.alignment.head_dim) for _ in range(num_levels))
+        self.blocks = nn.ModuleList(FusionBlock(config) for _ in range(num_levels))
 
     def forward(self, levels: tuple[Tensor, ...]) -> Tensor:  # shallow to final, [b, n, d] each -> [b, n, d]
         normed = [norm(level)[0] for norm, level in zip(self.norms, levels, strict=True)]

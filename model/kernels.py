@@ -1,12 +1,14 @@
 """Mamba's operations by the tensor's device: fused CUDA kernels, `model.reference` elsewhere.
 
-The only door to mamba_ssm and causal_conv1d, which are imported when the first CUDA tensor arrives. Layouts are those of
-`model.reference`; what the kernels want instead is made here.
+The only door to mamba_ssm and causal_conv1d, which are imported when the first CUDA tensor arrives. Layouts are those
+of `model.reference`; what the kernels want instead is made here.
 """
 
 from __future__ import annotations
 
+import importlib
 from functools import lru_cache
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import torch
@@ -16,32 +18,37 @@ from torch import Tensor
 from model import reference
 from model.errors import UserError
 
+KERNELS = {
+    "causal_conv1d_fn": "causal_conv1d",
+    "causal_conv1d_update": "causal_conv1d",
+    "layer_norm_fn": "mamba_ssm.ops.triton.layer_norm",
+    "mamba_chunk_scan_combined": "mamba_ssm.ops.triton.ssd_combined",
+    "mamba_inner_fn": "mamba_ssm.ops.selective_scan_interface",
+    "mamba_split_conv1d_scan_combined": "mamba_ssm.ops.triton.ssd_combined",
+    "rmsnorm_fn": "mamba_ssm.ops.triton.layernorm_gated",
+    "selective_scan_fn": "mamba_ssm.ops.selective_scan_interface",
+    "selective_state_update": "mamba_ssm.ops.triton.selective_state_update",
+}
+
 
 @lru_cache(maxsize=1)
 def fused() -> SimpleNamespace:
-    """The kernels by name. Raises: UserError where they are not installed, for falling back would be a slow surprise."""
+    """The kernels by name. Raises: UserError if they are not installed: a silent fallback would be a slow surprise."""
     try:
-        import causal_conv1d
-        import mamba_ssm
-        from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-        from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn, selective_scan_fn
-        from mamba_ssm.ops.triton.layer_norm import layer_norm_fn
-        from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
-        from mamba_ssm.ops.triton.selective_state_update import selective_state_update
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
+        return SimpleNamespace(**{name: getattr(importlib.import_module(KERNELS[name]), name) for name in KERNELS})
     except (ImportError, OSError, RuntimeError) as error:
         raise UserError(
             f"a tensor is on a GPU but the Mamba kernels cannot be imported ({error}): "
             "install them with slurm/install_kernels.sh, or run on the CPU"
         ) from error
-    return SimpleNamespace(**locals())
 
 
 def kernel_report(device: torch.device | str) -> str:
     """One line for the start of a run: which path tensors of this device take."""
     if torch.device(device).type != "cuda":
         return f"Mamba in plain torch {torch.__version__} on {torch.device(device).type}"
-    versions = f"mamba_ssm {fused().mamba_ssm.__version__}, causal_conv1d {fused().causal_conv1d.__version__}"
+    fused()
+    versions = f"mamba_ssm {version('mamba_ssm')}, causal_conv1d {version('causal_conv1d')}"
     return f"Mamba by fused kernels ({versions}) on {torch.cuda.get_device_name(device)}"
 
 

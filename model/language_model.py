@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.config import MambaConfig
-from model.mamba import Cache, MambaBlock, RMSNorm, State
+from model.mamba import Cache, MambaBlock, RMSNorm
 
 Tap = Literal["mixer", "residual"]
 
@@ -26,7 +26,7 @@ class Segment(NamedTuple):
 
 
 def plan_segments(num_layers: int, taps: Sequence[int], segment_layers: int, keep_layers: int) -> list[Segment]:
-    """Segments of at most `segment_layers` (0: nothing is recomputed) that end at every tap; the last `keep_layers` are kept."""
+    """Segments of at most `segment_layers` (0: nothing is recomputed) that end at each tap; last layers are kept."""
     kept_from = num_layers - keep_layers if segment_layers else 0
     bounds = sorted({0, *(tap + 1 for tap in taps), max(kept_from, 0), num_layers})
     segments = []
@@ -44,9 +44,11 @@ class MambaStack(nn.Module):
     keep_layers      that many last layers are not recomputed all the same, where memory is left over
     """
 
+    layers: Sequence[MambaBlock]
+
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(MambaBlock(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(MambaBlock(config) for _ in range(config.num_layers))  # type: ignore[assignment]
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
         self.segment_layers = self.keep_layers = 0
         with torch.no_grad():  # the residual stream of a deep stack starts at the variance of a shallow one
@@ -58,8 +60,8 @@ class MambaStack(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:  # [b, l, d] -> [b, l, d], [b, l, d] per tap
         """The final normed state and, for each tapped layer, its mixer's branch or the residual stream after it.
 
-        A recomputed segment returns its tapped state and ends with its last layer: nothing is captured from inside, for a
-        hook there would fire twice, and ZeRO-3 would release the last layer's weights under a longer replay.
+        A recomputed segment returns its tapped state and ends with its last layer: nothing is captured from inside, for
+        a hook there would fire twice, and ZeRO-3 would release the last layer's weights under a longer replay.
         """
         hidden, residual, tapped = x, None, []
         for segment in plan_segments(len(self.layers), taps, self.segment_layers, self.keep_layers):
@@ -107,7 +109,7 @@ class Backbone(MambaStack):
 
 
 class MambaLM(nn.Module):
-    """A Mamba language model; the head's weight is the embedding's. Called on embeddings, so that pictures may precede text."""
+    """A Mamba language model, called on embeddings, since a picture precedes the text. The head is the embedding."""
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""Mamba-1 and Mamba-2: mixers, blocks, stacks, and the language model, with mamba_ssm's parameter names.
+"""Mamba-1 and Mamba-2: mixers and blocks, with mamba_ssm's parameter names and initial values.
 
-A mixer's training pass is one fused kernel on CUDA (mamba_ssm's `Mamba.forward`, `Mamba2.forward`) and the composition of
-`model.kernels` elsewhere; `prefill` is that composition on every device, because it must hand over the states.
-ZeRO-3: mixers read their children's weights directly, so they (or whole blocks) are what may be marked as leaf modules;
-each is called once per forward, with positional tensors.
+A mixer's training pass is one fused kernel on CUDA (mamba_ssm's `Mamba.forward`, `Mamba2.forward`) and the composition
+of `model.kernels` elsewhere; `prefill` is that composition on every device, because it must hand over the states.
+ZeRO-3: mixers read their children's weights directly, so they (or whole blocks) are what may be marked as leaf
+modules; each is called at most once per forward, with positional tensors.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ Cache = list[State]
 class Mixer(nn.Module):
     """What the two kinds share: the projections around the scan, and the parameters that never decay."""
 
+    A_log: nn.Parameter
+
     def __init__(self, config: MambaConfig, in_width: int, conv_width: int) -> None:
         super().__init__()
         self.config = config
@@ -56,11 +58,13 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     @property
-    def conv_weight(self) -> Tensor:  # [c, d_conv]
-        return self.conv1d.weight.squeeze(1)
+    def conv_parameters(self) -> tuple[Tensor, Tensor]:  # [c, d_conv], [c]
+        assert self.conv1d.bias is not None
+        return self.conv1d.weight.squeeze(1), self.conv1d.bias
 
     @property
-    def A(self) -> Tensor:
+    def decay_rates(self) -> Tensor:
+        """A of the papers, fp32."""
         return -torch.exp(self.A_log.float())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Mixer:
@@ -84,8 +88,11 @@ class Mamba1Mixer(Mixer):
         mark_no_weight_decay(self)
 
     def fused(self, x: Tensor) -> Tensor:
-        b, l, d = x.shape
-        xz = (self.in_proj.weight @ x.reshape(b * l, d).t()).view(-1, b, l).transpose(0, 1)  # [b, 2c, l] without a copy
+        batch, length, _ = x.shape
+        xz = (
+            self.in_proj.weight @ x.flatten(0, 1).t()
+        )  # [2c, b * l]: the kernel wants time last, and this needs no copy
+        xz = xz.view(-1, batch, length).transpose(0, 1)  # [b, 2c, l]
         return kernels.fused().mamba_inner_fn(
             xz,
             self.conv1d.weight,
@@ -94,7 +101,7 @@ class Mamba1Mixer(Mixer):
             self.dt_proj.weight,
             self.out_proj.weight,
             None,
-            self.A,
+            self.decay_rates,
             None,  # B and C depend on the input
             None,
             self.D.float(),
@@ -105,13 +112,13 @@ class Mamba1Mixer(Mixer):
     def prefill(self, x: Tensor) -> tuple[Tensor, State]:
         x, z = self.in_proj(x).chunk(2, -1)  # [b, l, c]
         conv_state = kernels.conv_state(x, self.config.d_conv)
-        x = kernels.causal_conv(x, self.conv_weight, self.conv1d.bias)
+        x = kernels.causal_conv(x, *self.conv_parameters)
         y, ssm_state = kernels.selective_scan(x, *self._scan_inputs(x), z, self.dt_proj.bias.float())
         return self.out_proj(y), State(conv_state, ssm_state)
 
     def step(self, x: Tensor, state: State) -> Tensor:
         x, z = self.in_proj(x).chunk(2, -1)  # [b, c]
-        x = kernels.causal_conv_step(x, state.conv, self.conv_weight, self.conv1d.bias)
+        x = kernels.causal_conv_step(x, state.conv, *self.conv_parameters)
         y = kernels.selective_scan_step(state.ssm, x, *self._scan_inputs(x), z, self.dt_proj.bias.float())
         return self.out_proj(y)
 
@@ -119,7 +126,7 @@ class Mamba1Mixer(Mixer):
         """dt (before its bias), A, B, C and D of the scan over x [..., c]."""
         sizes = [self.config.dt_rank, self.config.d_state, self.config.d_state]
         dt, B, C = self.x_proj(x).split(sizes, -1)
-        return dt @ self.dt_proj.weight.t(), self.A, B, C, self.D.float()
+        return dt @ self.dt_proj.weight.t(), self.decay_rates, B, C, self.D.float()
 
 
 class Mamba2Mixer(Mixer):
@@ -137,10 +144,9 @@ class Mamba2Mixer(Mixer):
     def fused(self, x: Tensor) -> Tensor:
         return kernels.fused().mamba_split_conv1d_scan_combined(
             self.in_proj(x),
-            self.conv_weight,
-            self.conv1d.bias,
+            *self.conv_parameters,
             self.dt_bias,
-            self.A,
+            self.decay_rates,
             D=self.D,
             chunk_size=self.config.chunk_size,
             activation="silu",
@@ -156,14 +162,14 @@ class Mamba2Mixer(Mixer):
     def prefill(self, x: Tensor) -> tuple[Tensor, State]:
         z, xBC, dt = self._split_in_proj(x)
         conv_state = kernels.conv_state(xBC, self.config.d_conv)
-        x, B, C = self._split_conv(kernels.causal_conv(xBC, self.conv_weight, self.conv1d.bias))
-        y, ssm_state = kernels.ssd(x, dt, self.A, B, C, self.D, self.dt_bias, self.config.chunk_size)
+        x, B, C = self._split_conv(kernels.causal_conv(xBC, *self.conv_parameters))
+        y, ssm_state = kernels.ssd(x, dt, self.decay_rates, B, C, self.D, self.dt_bias, self.config.chunk_size)
         return self.out_proj(self.norm(y.flatten(-2), z)), State(conv_state, ssm_state)
 
     def step(self, x: Tensor, state: State) -> Tensor:
         z, xBC, dt = self._split_in_proj(x)
-        x, B, C = self._split_conv(kernels.causal_conv_step(xBC, state.conv, self.conv_weight, self.conv1d.bias))
-        y = kernels.ssd_step(state.ssm, x, dt, self.A, B, C, self.D, self.dt_bias)
+        x, B, C = self._split_conv(kernels.causal_conv_step(xBC, state.conv, *self.conv_parameters))
+        y = kernels.ssd_step(state.ssm, x, dt, self.decay_rates, B, C, self.D, self.dt_bias)
         return self.out_proj(self.norm(y.flatten(-2), z))
 
     def _split_in_proj(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -176,7 +182,7 @@ class Mamba2Mixer(Mixer):
         return x.unflatten(-1, (-1, self.config.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
 
 
-MIXERS: dict[str, type[Mixer]] = {"mamba1": Mamba1Mixer, "mamba2": Mamba2Mixer}
+MIXERS: dict[str, Callable[[MambaConfig], Mixer]] = {"mamba1": Mamba1Mixer, "mamba2": Mamba2Mixer}
 
 
 def mark_no_weight_decay(module: nn.Module) -> None:

@@ -36,7 +36,7 @@ class Projector(nn.Module):
 class CrossScan(nn.Module):
     """The core of VMamba's SS2D: the patches are scanned in four directions, and the four results are added up.
 
-    Differs: SS2D's own input and output projections, gate and convolution are left out, since the projector's MLP follows.
+    Differs: SS2D's input and output projections, gate and convolution are left out, since the projector's MLP follows.
     """
 
     def __init__(self, width: int, grid: int) -> None:

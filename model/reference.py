@@ -47,19 +47,20 @@ def selective_scan(
 
     Shapes: x, dt, z [b, l, c]; A [c, k]; B, C [b, l, k]; D, dt_bias [c]; state [b, c, k].
     """
-    blocks = [part.split(SCAN_BLOCK, 1) for part in (x.float(), F.softplus(dt.float() + dt_bias), B.float(), C.float())]
+    parts = (x.float(), F.softplus(dt.float() + dt_bias), B.float(), C.float())
+    recompute = torch.is_grad_enabled() and x.shape[1] > SCAN_BLOCK
     state, outputs = x.new_zeros(x.shape[0], *A.shape, dtype=torch.float32), []
-    for block in zip(*blocks, strict=True):
-        if len(blocks[0]) > 1 and torch.is_grad_enabled():
-            y, state = checkpoint(_scan_block, *block, A, state, use_reentrant=False, preserve_rng_state=False)
+    for block in zip(*(part.split(SCAN_BLOCK, 1) for part in parts), strict=True):
+        if recompute:
+            y, state = checkpoint(_scan_block, A, state, *block, use_reentrant=False, preserve_rng_state=False)
         else:
-            y, state = _scan_block(*block, A, state)
+            y, state = _scan_block(A, state, *block)
         outputs.append(y)
     y = torch.cat(outputs, 1) + x.float() * D
     return (y if z is None else y * F.silu(z.float())).to(x.dtype), state
 
 
-def _scan_block(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _scan_block(A: Tensor, state: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     x, dt, B, C = (part.transpose(0, 1) for part in (x, dt, B, C))  # time first: a position is one block of memory
     decay = torch.exp(dt[..., None] * A)  # [l, b, c, k]
     driven = (dt * x)[..., None] * B[:, :, None]  # [l, b, c, k]
@@ -84,7 +85,7 @@ class _Recurrence(torch.autograd.Function):
         return states
 
     @staticmethod
-    def backward(ctx: Any, grad_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         decay, states, state = ctx.saved_tensors
         grad = grad_states.clone()
         later = list(zip(decay.unbind(), grad.unbind(), strict=True))
@@ -106,7 +107,7 @@ def selective_scan_step(
     return (y * F.silu(z.float())).to(x.dtype)
 
 
-# -- Mamba-2: one decay per head, so a chunk is a masked matrix product --------------------------------------------------
+# -- Mamba-2: one decay per head, so a chunk is a masked matrix product ------------------------------------------------
 
 
 def ssd(

@@ -57,7 +57,7 @@ def open_tensors(*paths: Path) -> TensorFiles:
 
 
 def open_published(folder: Path) -> TensorFiles:
-    """The model in a folder, in any of the layouts that are published. Raises: UserError that lists what was looked for."""
+    """The model in a folder, in any of the published layouts. Raises: UserError that lists what was looked for."""
     for path in (folder / name for name in PUBLISHED_NAMES):
         if path.exists():
             return open_tensors(*(_shards(path) if path.name.endswith(".index.json") else [path]))
@@ -96,7 +96,7 @@ def _open(path: Path) -> Mapping[str, Tensor]:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: this pickle holds more than tensors and could run code; it is not loaded. Convert it to safetensors"
+            f"{path}: this pickle holds more than tensors and could run code; not loaded. Convert it to safetensors"
         ) from error
     except Exception as error:  # safetensors and torch raise types of their own for a damaged file
         raise UserError(f"{path}: not a readable tensor file ({error})") from error

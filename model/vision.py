@@ -49,13 +49,16 @@ class Towers(nn.Module):
     loaded       path -> sha256 of the files that were read
     """
 
+    towers: Mapping[str, Tower]
+
     def __init__(self, config: VisionConfig, pretrained: str | Path | None = None) -> None:
         super().__init__()
         self.config = config
         self.loaded: dict[str, str] = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(RANDOM_SEED)
-            self.towers = nn.ModuleDict({tower.name: Tower(tower, config.image_px) for tower in config.towers})
+            towers = {tower.name: Tower(tower, config.image_px) for tower in config.towers}
+        self.towers = nn.ModuleDict(towers)  # type: ignore[assignment]
         if pretrained is not None:
             for tower in config.towers:
                 self._load(tower, pretrained)
