@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from model.emma import Emma
 from model.errors import UserError
-from model.mamba import kernel_report
+from model.kernels import kernel_report
 from model.vision import Towers
 from pipeline.checkpoint import Checkpoints, Identity
 from pipeline.control import Control
