@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=emma-shards
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#
+# Builds shards under SLURM: a Ray cluster inside the allocation, and in it the job that build_shards.py is.
+# The same command goes on where it stopped: finished shards are not built again.
+#
+#   sbatch slurm/preprocess.sh MIX.toml --model PRESET --root DIR --out DIR [more of build_shards.py's options]
+#
+#   sbatch slurm/preprocess.sh preprocess/mixes/emma_1m2.toml --model emma_v2 --root /data/raw --out /data/shards
+#   sbatch --nodes=4 --cpus-per-task=64 slurm/preprocess.sh …
+#
+# Variables: EMMA_ENV and EMMA_CONTAINER (slurm/environment.sh).
+set -euo pipefail
+
+if [[ ${1-} == -h || ${1-} == --help || $# == 0 ]]; then
+  sed -n 's/^# \{0,1\}//p' "$0" | tail -n +2
+  exit $(($# == 0 ? 2 : 0))
+fi
+
+# shellcheck source=slurm/environment.sh
+source "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/slurm/environment.sh"
+[[ ${SLURM_JOB_ID-} ]] || fail "this runs inside a SLURM job: sbatch slurm/preprocess.sh …"
+
+# The job's working directory is a copy of the checkout, so a relative path would be looked for, or written, there.
+previous=''
+for word in "$@"; do
+  [[ $previous != --root && $previous != --out || $word == /* ]] || fail "$previous $word: give an absolute path"
+  previous=$word
+done
+
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+port=$((26000 + 10 * (SLURM_JOB_ID % 600))) # ten of our own: several jobs may share a node
+dashboard=http://127.0.0.1:$((port + 1))
+submission=preprocess-$SLURM_JOB_ID
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun stopped inheriting it in 22.05
+
+# One per node, until it is told to end: ray_node PORT HEAD ray...
+# shellcheck disable=SC2016
+ray_node='
+  port=$1 head=$2 ray=("${@:3}")
+  if ((SLURM_PROCID == 0)); then
+    role=(--head --port="$port" --dashboard-host=127.0.0.1 --dashboard-port=$((port + 1))
+          --ray-client-server-port=$((port + 2)))
+  else
+    role=(--address="$head:$port")
+    until (: <"/dev/tcp/$head/$port") 2>/dev/null; do sleep 1; done
+  fi
+  trap : TERM
+  "${ray[@]}" start "${role[@]}" --block --disable-usage-stats --temp-dir="/tmp/ray-$SLURM_JOB_ID" \
+    --num-cpus="$SRUN_CPUS_PER_TASK" --num-gpus=0 --object-store-memory=1000000000 \
+    --dashboard-agent-listen-port=$((port + 3)) --min-worker-port=0 --max-worker-port=0 &
+  wait $! || wait $! || true
+  rm -rf "/tmp/ray-$SLURM_JOB_ID"'
+
+srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c "$ray_node" ray_node "$port" "${hosts[0]}" "${container[@]}" ray &
+cluster=$!
+
+tear_down() {
+  scancel --quiet --signal=TERM "$SLURM_JOB_ID.0" || true
+  wait "$cluster" || true
+}
+trap tear_down EXIT
+
+until (: <"/dev/tcp/127.0.0.1/$((port + 1))") 2>/dev/null; do
+  kill -0 "$cluster" 2>/dev/null || fail "the Ray cluster did not start; its messages are above"
+  sleep 1
+done
+
+"${container[@]}" ray job submit --address="$dashboard" --submission-id="$submission" --working-dir=. \
+  -- python preprocess/build_shards.py "$@"
+
+# A job that was stopped rather than finished makes submit exit 0 too.
+status=$("${container[@]}" ray job status --address="$dashboard" "$submission")
+[[ $status == *[Ss][Uu][Cc][Cc][Ee][Ee][Dd][Ee][Dd]* ]] || fail "the Ray job $submission did not finish: ${status##*$'\n'}"

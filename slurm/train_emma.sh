@@ -1,0 +1,152 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=emma
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@600
+#
+# Trains a recipe under SLURM, one task per GPU. The same command resumes. docs/slurm.md tells what is requeued when.
+#
+#   sbatch slurm/train_emma.sh RECIPE [key=value ...]
+#
+#   sbatch slurm/train_emma.sh pipeline/recipes/emma_v2.toml data.shards=/data/shards run.dir=/runs/v2
+#   sbatch --nodes=2 slurm/train_emma.sh pipeline/recipes/emma_v2.toml data.shards=/data/shards run.dir=/runs/v2
+#   sbatch --array=1-3 slurm/train_emma.sh RECIPE seed=%a run.dir=/runs/seed-%a     # %a: the array task's number
+#   sbatch --gpus-per-node=0 --ntasks-per-node=2 slurm/train_emma.sh RECIPE engine.device=cpu
+#   DRY_RUN=1 bash slurm/train_emma.sh RECIPE [key=value ...]                       # only says what it would do
+#
+# Variables: EMMA_ENV and EMMA_CONTAINER (slurm/environment.sh), MAX_REQUEUES (20), MAX_FRUITLESS (3), DRY_RUN.
+set -euo pipefail
+
+if [[ ${1-} == -h || ${1-} == --help || $# == 0 ]]; then
+  sed -n 's/^# \{0,1\}//p' "$0" | tail -n +2
+  exit $(($# == 0 ? 2 : 0))
+fi
+
+# shellcheck source=slurm/environment.sh
+source "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/slurm/environment.sh"
+
+# -- Where and what ------------------------------------------------------------------------------------------------
+
+directive() { sed -n "s/^#SBATCH --$1=//p" "$0"; }
+
+# An array's tasks are requeued by this name; by its plain number the last one would requeue them all.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-${SLURM_JOB_ID:-none}}
+recipe=("${@//%a/${SLURM_ARRAY_TASK_ID-}}")
+run=$("${python[@]}" -m pipeline.recipe "${recipe[@]}" --get run.dir)
+stop=$run/control/stop starts=$run/control/starts.tsv
+
+if [[ ${SLURM_JOB_ID-} ]]; then
+  mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  export MASTER_ADDR=${hosts[0]}
+  export MASTER_PORT=$((20000 + SLURM_JOB_ID % 6000)) # below the ephemeral ports, above those of Ray's workers
+else
+  MASTER_ADDR='(first node)' MASTER_PORT='(20000 + job id modulo 6000)'
+fi
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$(directive cpus-per-task)} # srun stopped inheriting it in 22.05
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
+command=(srun --label --kill-on-bad-exit=1 "${python[@]}" -m pipeline.train "${recipe[@]}")
+
+# -- May it start? SLURM requeues too (preemption, lost nodes), so this is asked at the start, not before a requeue ---
+
+# Step of the newest checkpoint; 0 without one.
+step_saved() {
+  local latest=step-0
+  [[ ! -f $run/checkpoints/latest ]] || latest=$(<"$run/checkpoints/latest")
+  echo "$((10#${latest##*-}))"
+}
+
+# Earlier starts of this job, and how many of them in a row before now began at the very step that we begin at.
+earlier_starts() {
+  [[ -f $starts ]] || { echo 0 0; return; }
+  awk -F '\t' -v job="$job" -v step="$step" \
+    '$2 == job { all++; same = $3 == step ? same + 1 : 0 } END { print all + 0, same + 0 }' "$starts"
+}
+
+# The other job that trains in this run folder right now, if there is one.
+rival() {
+  [[ -f $starts ]] || return 0
+  local last
+  last=$(tail -n 1 "$starts" | cut -f 2)
+  [[ $last == "$job" ]] || squeue --noheader --states=running,completing --format=%i --jobs="$last" 2>/dev/null || true
+}
+
+step=$(step_saved)
+read -r requeues fruitless < <(earlier_starts)
+max_requeues=${MAX_REQUEUES:-20} max_fruitless=${MAX_FRUITLESS:-3}
+
+if [[ ${DRY_RUN-} == 1 ]]; then
+  nodes=${SLURM_JOB_NUM_NODES:-$(directive nodes)} tasks=${SLURM_NTASKS_PER_NODE:-$(directive ntasks-per-node)}
+  cat <<PLAN
+checkout     $PWD
+run folder   $run, at step $step
+tasks        $((nodes * tasks)) = $nodes nodes x $tasks, $SRUN_CPUS_PER_TASK CPUs each
+environment  MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT
+             SRUN_CPUS_PER_TASK=$SRUN_CPUS_PER_TASK OMP_NUM_THREADS=$OMP_NUM_THREADS
+command      ${command[*]@Q}
+on USR1      touch $stop, wait for the save, scontrol requeue $job
+requeues     $requeues so far, at most $max_requeues
+PLAN
+  exit
+fi
+
+other=$(rival)
+[[ ! $other ]] || fail "$run: job $other trains here; cancel it or give another run.dir"
+((requeues <= max_requeues)) || fail "$run: job $job was requeued $requeues times, MAX_REQUEUES is $max_requeues; look at the log, then submit again"
+((fruitless < max_fruitless)) || fail "$run: job $job started $fruitless times at step $step and never got further; look at the log, then submit again"
+
+mkdir -p "$run/control" || fail "$run: cannot be written; give another run.dir"
+rm -f "$stop" "$run/outcome.json" # of the start before
+printf '%s\t%s\t%s\n' "$(date -u +%FT%TZ)" "$job" "$step" >>"$starts"
+
+# -- Train ---------------------------------------------------------------------------------------------------------
+
+# The signals come to this script alone, and a file passes them on: a signal to the ranks would also end their helpers.
+warned='' interrupted=''
+ask_to_stop() {
+  interrupted=1
+  echo "SIG$1: asked the run to save and stop"
+  touch "$stop"
+}
+trap '[[ -e $stop ]] || warned=1; ask_to_stop USR1' USR1 # stopped by hand before: it stays stopped
+trap 'ask_to_stop TERM' TERM
+
+"${command[@]}" &
+while :; do
+  rc=0
+  wait $! || rc=$?
+  [[ $interrupted ]] || break
+  interrupted='' # by a trap; the ranks are still saving
+done
+
+# -- And then? -----------------------------------------------------------------------------------------------------
+
+job_field() { scontrol --oneliner show job "$job" | tr ' ' '\n' | sed -n "s/^$1=//p"; }
+
+# Who stopped it? After scancel, the time limit or a preemption without grace time the job is COMPLETING: it stays
+# ended, or SLURM requeues it. With grace time only the ranks are told; a job that then ends in time counts as
+# COMPLETED, so that requeueing it is left to us. Everything else was a stop by hand.
+must_go_on() {
+  [[ $(job_field JobState) == RUNNING ]] || return 1
+  [[ $warned || $(job_field PreemptTime) == *[0-9]* ]]
+}
+
+((rc == 0)) || exit "$rc" # the ranks have said why
+[[ -f $run/outcome.json ]] || fail "$run: training ended without outcome.json"
+read -r outcome step_now < <("${python[@]}" -c \
+  'import json, sys; o = json.load(open(sys.argv[1])); print(o["outcome"], o["step"])' "$run/outcome.json")
+echo "$outcome at step $step_now"
+case $outcome in
+  done) ;;
+  stopped)
+    must_go_on || exit 0
+    ((step_now > step)) || fail "$run: not one step from the start to the signal; give it more time than --signal takes"
+    scontrol requeue "$job"
+    ;;
+  *) exit 1 ;;
+esac
