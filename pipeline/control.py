@@ -6,6 +6,8 @@ loader processes and wandb's helper would all receive the signal too, and die of
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 
@@ -16,10 +18,18 @@ class Control:
         self.folder = run_dir / "control"
 
     def clear(self) -> None:
-        """Forget requests that an earlier job answered, or that nobody was there to answer. Main rank only."""
+        """Forget requests that nobody was there to answer. Main rank only.
+
+        Inside a SLURM job the batch script has done so, before it passed the first signal on; that one must stay.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.done("stop")
-        self.done("save")
+        if "SLURM_JOB_ID" not in os.environ:
+            self.done("stop")
+            self.done("save")
+
+    def stop_on_sigterm(self) -> None:
+        """Take SIGTERM for a request to stop: a preemption with grace time tells the ranks, and nobody else."""
+        signal.signal(signal.SIGTERM, lambda *_: (self.folder / "stop").touch())
 
     def requests(self) -> tuple[bool, bool]:
         """(stop, save) as this rank sees them."""

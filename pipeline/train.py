@@ -86,6 +86,7 @@ def train_steps(
             checkpoints.save(engine, step)
             control.done("save")
         if report.stop:
+            control.done("stop")
             break
     return step
 
@@ -103,6 +104,7 @@ def open_run(recipe: Recipe, ranks: Ranks) -> tuple[Path, Control]:
         except OSError as error:
             raise UserError(f"run.dir: {folder}: cannot be written ({error}); give a folder that you own") from None
     dist.barrier()
+    control.stop_on_sigterm()
     return folder, control
 
 
