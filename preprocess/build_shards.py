@@ -35,6 +35,7 @@ from preprocess.task import Settings, ShardTask, build_shard
 from preprocess.worklist import Worklist, make_worklist, refuse_missing_folders, row_count_notes
 
 BUILDER = 1  # raise it when the same input must give other bytes: every shard is then built again
+PAPER_MIX = Path("preprocess/mixes/emma_1m2.toml")
 SAMPLES_PER_SHARD = 4096
 DIALOGUES = "dialogues.jsonl"
 EXIT_USER_ERROR, EXIT_TOO_MANY_REJECTS = 2, 3
@@ -100,15 +101,18 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("mix", type=Path, help="TOML file that names the sources")
-    parser.add_argument("--model", required=True, help="preset that says template, picture size and limit of text")
-    parser.add_argument("--root", type=Path, required=True, help="folder under which annotations and pictures lie")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the shard set")
+    default = "(default %(default)s)"
+    parser.add_argument("mix", type=Path, nargs="?", default=PAPER_MIX, help=f"TOML that names the sources {default}")
+    parser.add_argument("--model", default="emma_v2", help=f"preset: template, picture size, limit of text {default}")
+    parser.add_argument(
+        "--root", type=Path, default=Path("data/raw"), help=f"where annotations and pictures lie {default}"
+    )
+    parser.add_argument("--out", type=Path, default=Path("data/shards"), help=f"folder of the shard set {default}")
     parser.add_argument(
         "--tokenizer", help="hub id, or folder with a tokenizer.json; before the mix's and the preset's"
     )
-    parser.add_argument("--max-reject-ratio", type=float, default=0.01, help="per source (default %(default)s)")
-    parser.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="(default %(default)s)")
+    parser.add_argument("--max-reject-ratio", type=float, default=0.01, help=f"per source {default}")
+    parser.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help=default)
     parser.add_argument("--workers", type=int, help="tasks that run at a time (default: the cluster's CPUs)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be built, and write nothing")
     return parser
@@ -127,6 +131,7 @@ def check(parsed: argparse.Namespace) -> Build:
     _check_range("--samples-per-shard", parsed.samples_per_shard, 1, 1_000_000)
     if parsed.workers is not None:
         _check_range("--workers", parsed.workers, 1, 1_000_000)
+    _refuse_lost_paths(parsed)
     mix = load_mix(parsed.mix)
     root = parsed.root.absolute()
     _check_root(mix, root)
@@ -146,6 +151,16 @@ def check(parsed: argparse.Namespace) -> Build:
 def _check_range(option: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise UserError(f"{option} is {value}, expected a number from {low} to {high}")
+
+
+def _refuse_lost_paths(parsed: argparse.Namespace) -> None:
+    """A job that was submitted with --working-dir runs in a copy of it that Ray throws away."""
+    if "/runtime_resources/working_dir_files/" in str(Path.cwd()):
+        for option, path in (("--root", parsed.root), ("--out", parsed.out)):
+            if not path.is_absolute():
+                raise UserError(
+                    f"{option} {path} is relative, and this job runs in a temporary copy: give the whole path"
+                )
 
 
 def _check_root(mix: Mix, root: Path) -> None:

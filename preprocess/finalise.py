@@ -66,6 +66,7 @@ def finalise(
     """Publishes index, rejects and manifest. `may_publish` sees the rejects by source, and may raise."""
     totals = Totals()
     entries: list[ShardEntry] = []
+    sidecars: dict[str, str] = {}
     with (
         published(out / INDEX) as file,
         pq.ParquetWriter(pa.PythonFile(file, mode="w"), INDEX_SCHEMA, compression="zstd") as index,
@@ -73,11 +74,12 @@ def finalise(
         for task in tasks:
             data = task.sidecar.read_bytes()
             sidecar = json.loads(data)
+            sidecars[task.sidecar.name] = hashlib.sha256(data).hexdigest()
             if not sidecar["samples"]:
                 continue
             index.write_table(_index_table(len(entries), sidecar["columns"]))
             totals.add(sidecar["columns"])
-            entries.append(_entry(task, data, sidecar))
+            entries.append(ShardEntry(task.tar.name, sidecar["sha256"], sidecar["bytes"], sidecar["samples"]))
     by_source, by_reason, rejects_sha256 = _publish_rejects(out, tasks, about)
     may_publish(by_source)
     manifest = Manifest(
@@ -99,16 +101,12 @@ def finalise(
         },
         rejects_by_reason=dict(by_reason),
         shards=tuple(entries),
+        sidecars=sidecars,
         index={"sha256": file.sha256, "rows": totals.samples.total()},
         rejects={"sha256": rejects_sha256, "rows": by_source.total()},
     )
     publish(out / MANIFEST, manifest.to_bytes())
     return Manifest.load(out)
-
-
-def _entry(task: ShardTask, data: bytes, sidecar: dict[str, Any]) -> ShardEntry:
-    sha256 = hashlib.sha256(data).hexdigest()
-    return ShardEntry(task.tar.name, sidecar["sha256"], sidecar["bytes"], sidecar["samples"], sha256)
 
 
 def _index_table(shard: int, columns: dict[str, list[Any]]) -> pa.Table:

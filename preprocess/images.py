@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import io
 import warnings
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from preprocess.rejects import Rejected
+from model.errors import UserError
+from preprocess.rejects import REASONS, Rejected
 
 MAX_PIXELS = 100_000_000
 JPEG_QUALITY = 95
@@ -121,6 +123,19 @@ def stored_picture(data: bytes, image_px: int, encoding: str) -> tuple[bytes, st
     if encoding == "raw":
         return encode_raw(squash(picture, image_px)), "pixels.npy"
     return encode_jpeg(squash(picture, image_px)), "jpg"
+
+
+def read_pixels(path: Path, image_px: int) -> np.ndarray:
+    """uint8 [h, w, 3] of a picture file, as a model that was trained on a set of JPEGs saw its own.
+
+    Raises: UserError if the file is no picture.
+    """
+    try:
+        return stored_pixels(stored_picture(path.read_bytes(), image_px, "jpeg")[0])
+    except OSError as error:
+        raise UserError(f"picture {path} cannot be read: {error.strerror}") from None
+    except Rejected as error:
+        raise UserError(f"picture {path} cannot be used: {REASONS[error.reason]} ({error.detail})") from None
 
 
 def stored_pixels(data: bytes, image_px: int | None = None) -> np.ndarray:

@@ -72,7 +72,7 @@ def load_tokenizer(name_or_folder: str | Path) -> Tokenizer:
     path = Path(name_or_folder)
     path = path / "tokenizer.json" if path.is_dir() else path
     if path.is_file():
-        return Tokenizer(path.read_bytes(), str(name_or_folder))
+        return Tokenizer(path.read_bytes(), Path(name_or_folder).absolute().name)
     if path.name == "tokenizer.json" or path.is_absolute():
         raise UserError(f"there is no tokenizer {path}; give a folder with a tokenizer.json, or a hub id")
     return Tokenizer(_download(str(name_or_folder)), str(name_or_folder))

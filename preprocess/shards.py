@@ -183,23 +183,35 @@ def _index_row(sample: Sample, places: dict[str, tuple[int, int]]) -> dict[str, 
     }
 
 
+def read_fields(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and fields of each sample, as the stock webdataset package reads them."""
+    from webdataset import tariterators  # here, because it imports torch
+
+    with path.open("rb") as stream:
+        files = tariterators.tar_file_expander([{"url": str(path), "stream": stream}])
+        for sample in tariterators.group_by_keys(files):
+            yield sample["__key__"], {name: data for name, data in sample.items() if not name.startswith("__")}
+
+
 # -- The manifest and the index ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One tar of the set. `sidecar_sha256` is that of the JSON beside it."""
+    """One tar of the set."""
 
     name: str
     sha256: str
     bytes: int
     samples: int
-    sidecar_sha256: str
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a shard set is. The sha256 of the file's bytes, kept in `sha256`, identifies the set."""
+    """What a shard set is. The sha256 of the file's bytes, kept in `sha256`, identifies the set.
+
+    sidecars    their sha256 by file name; those of ranges that left no sample, and so no tar, too
+    """
 
     model: str
     template: str
@@ -211,6 +223,7 @@ class Manifest:
     sources: dict[str, dict[str, int]]
     rejects_by_reason: dict[str, int]
     shards: tuple[ShardEntry, ...]
+    sidecars: dict[str, str]
     index: dict[str, Any]
     rejects: dict[str, Any]
     sha256: str = ""
