@@ -1,0 +1,143 @@
+"""Prompts with the real GPT-NeoX-20B tokenizer: exact ids, what is supervised, and what the limit leaves."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+from model.errors import UserError
+from preprocess.prompts import Tokenizer, encode_dialogue, encode_prompt, load_tokenizer
+from tests.golden_tokenizer import gpt_neox
+
+EOS = 0
+GOLDEN_ZEPHYR = [29, 93, 4537, 49651, 187, 1276, 310, 352, 32, 0, 187, 29, 93, 515, 5567, 49651, 187, 34, 5798, 15, 0]
+GOLDEN_BASE = [688, 27, 1737, 310, 352, 32, 187, 5677, 27, 209, 34, 5798, 15, 0]
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+# The texts below spell out the format; the ids of the first case were computed once and are frozen.
+FORMATS = {
+    ("zephyr", "one turn"): (
+        turns("<image>\nWhat is it?", "A cat."),
+        ["<|user|>\nWhat is it?", EOS, "\n<|assistant|>\n"],
+        [["A cat.", EOS]],
+    ),
+    ("base", "one turn"): (turns("What is it?\n<image>", "A cat."), ["In: What is it?\nOut: "], [["A cat.", EOS]]),
+    ("zephyr", "two turns"): (
+        turns("Hi", "Hello", "Why?", "Because."),
+        ["<|user|>\nHi", EOS, "\n<|assistant|>\n", "Hello", EOS, "\n<|user|>\nWhy?", EOS, "\n<|assistant|>\n"],
+        [["Hello", EOS], ["Because.", EOS]],
+    ),
+    ("base", "two turns"): (
+        turns("Hi", "Hello", "Why?", "Because."),
+        ["In: Hi\nOut: ", "Hello", EOS, "\nIn: Why?\nOut: "],
+        [["Hello", EOS], ["Because.", EOS]],
+    ),
+    ("zephyr", "empty answer"): (turns("Q", ""), ["<|user|>\nQ", EOS, "\n<|assistant|>\n"], [[" ", EOS]]),
+    ("base", "empty answer"): (turns("Q", ""), ["In: Q\nOut: "], [[" ", EOS]]),
+}
+
+
+def spelled(parts: list[str | int]) -> list[int]:
+    raw = tokenizers.Tokenizer.from_str(gpt_neox().data.decode())
+    return [token for part in parts for token in ([part] if isinstance(part, int) else raw.encode(part).ids)]
+
+
+@pytest.mark.parametrize("case", FORMATS, ids=" ".join)
+def test_a_dialogue_is_spelled_as_its_template_says(case: tuple[str, str]) -> None:
+    conversations, prompt, answers = FORMATS[case]
+    encoded = encode_dialogue(conversations, case[0], gpt_neox(), 2048)
+    assert encoded.tokens == spelled(prompt) + spelled(answers[-1])
+    assert [encoded.tokens[start:end] for start, end in encoded.spans] == [spelled(answer) for answer in answers]
+
+
+def test_the_ids_of_both_templates_are_frozen() -> None:
+    dialogue = turns("<image>\nWhat is it?", "A cat.")
+    zephyr = encode_dialogue(dialogue, "zephyr", gpt_neox(), 2048)
+    base = encode_dialogue(dialogue, "base", gpt_neox(), 2048)
+    assert zephyr.tokens == GOLDEN_ZEPHYR
+    assert base.tokens == GOLDEN_BASE
+
+
+def test_the_zephyr_prompt_is_what_the_tokenizer_makes_of_the_whole_text() -> None:
+    raw = tokenizers.Tokenizer.from_str(gpt_neox().data.decode())
+    text = "<|user|>\nTwo  spaces,\ttabs\n\nand é?<|endoftext|>\n<|assistant|>\n"
+    prompt = encode_prompt(turns("Two  spaces,\ttabs\n\nand é?"), "zephyr", gpt_neox())
+    assert prompt == raw.encode(text).ids
+
+
+@pytest.mark.parametrize("template", ["zephyr", "base"])
+@pytest.mark.parametrize("answers", [1, 2, 5])
+def test_generation_gets_the_prefix_of_the_training_ids(template: str, answers: int) -> None:
+    dialogue = turns(*(f"  <image> turn {i}  " for i in range(2 * answers)))
+    encoded = encode_dialogue(dialogue, template, gpt_neox(), 2048)
+    for turn in range(answers):
+        prompt = encode_prompt(dialogue[: 2 * turn + 1], template, gpt_neox())
+        assert prompt == encoded.tokens[: encoded.spans[turn][0]]
+
+
+def test_the_image_token_is_stripped_wherever_it_stands() -> None:
+    plain = encode_dialogue(turns("What?", "That"), "base", gpt_neox(), 2048)
+    for question in ("<image>\nWhat?", "What?\n<image>", "<image>What?<image>", " What? "):
+        assert encode_dialogue(turns(question, "That"), "base", gpt_neox(), 2048) == plain
+
+
+def test_special_tokens_in_a_message_are_only_text() -> None:
+    encoded = encode_dialogue(turns("Say <|endoftext|>", "<|endoftext|><|padding|>"), "base", gpt_neox(), 2048)
+    assert [i for i, token in enumerate(encoded.tokens) if token in (0, 1)] == [len(encoded.tokens) - 1]
+    assert "<|endoftext|><|padding|>" in gpt_neox().decode(encoded.tokens)
+
+
+@pytest.mark.parametrize(
+    ("limit", "left", "spans"),
+    [
+        (100, 25, 2),  # nothing to cut
+        (25, 25, 2),
+        (24, 24, 2),  # the last answer loses its end of text
+        (20, 20, 2),
+        (19, 11, 1),  # the second answer is gone, and its question goes with it
+        (11, 11, 1),
+        (8, 8, 1),
+        (7, 0, 0),  # not even the first answer begins
+    ],
+)
+def test_the_limit_cuts_the_end_and_leaves_no_unanswered_question(limit: int, left: int, spans: int) -> None:
+    dialogue = turns("Q", "one two three", "And", "four five six seven eight")
+    whole = encode_dialogue(dialogue, "base", gpt_neox())
+    assert (len(whole.tokens), whole.spans) == (25, [(7, 11), (19, 25)])
+    cut = encode_dialogue(dialogue, "base", gpt_neox(), limit)
+    assert cut.tokens == whole.tokens[:left]
+    assert len(cut.spans) == spans
+    assert all(start < end <= limit for start, end in cut.spans)
+
+
+def test_the_tokenizer_says_who_it_is() -> None:
+    assert (gpt_neox().vocab_size, gpt_neox().eos_id) == (50277, 0)
+    assert gpt_neox().sha256 == "56ac4821e129d2c520fdaba60abd920fa852ada51b45c0dd52bbb6bd8c985ade"
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("{}", "cannot be read"),
+        (None, "there is no tokenizer"),
+        (tokenizers.Tokenizer(tokenizers.models.BPE()).to_str(), "could not end"),
+    ],
+)
+def test_a_bad_tokenizer_is_one_clear_line(tmp_path: Path, content: str | None, complaint: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=complaint) as raised:
+        load_tokenizer(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_truncation_and_padding_that_a_tokenizer_brings_are_off() -> None:
+    settings = json.loads(gpt_neox().data)
+    settings["truncation"] = {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    assert len(Tokenizer(json.dumps(settings).encode(), "cut").encode("a b c d e f g")) == 7
