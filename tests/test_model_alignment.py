@@ -1,0 +1,114 @@
+"""Targets, decoder and loss of the pixel-wise alignment."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.alignment import Alignment, align_target, draw_back
+from model.config import AlignmentConfig, EmmaConfig, preset
+from model.vision import Towers
+
+CONFIG = preset("tiny_v2")
+PIXELS = torch.randint(0, 256, (2, 3, 100, 100), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def alignment_of(config: EmmaConfig) -> AlignmentConfig:
+    assert config.alignment is not None
+    return config.alignment
+
+
+def with_alignment(config: EmmaConfig, **changes: Any) -> EmmaConfig:
+    return replace(config, alignment=replace(alignment_of(config), **changes))
+
+
+def states(num: int = 4) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    return tuple(torch.randn(2, 49, 128) for _ in range(num))
+
+
+def target(config: EmmaConfig) -> tuple[Tensor, Tensor, Tensor]:
+    towers = Towers(config.vision)
+    return align_target(config, towers, PIXELS, towers(PIXELS))
+
+
+def test_a_target_draws_back_exactly_the_pixels_that_the_towers_see() -> None:
+    values, mean, std = target(CONFIG)
+    assert values.shape == (2, 49, 588)
+    assert torch.equal(draw_back(CONFIG.vision, values, mean, std), PIXELS[:, :, :98, :98])
+
+
+def test_patches_are_in_raster_order_and_normalised_each_by_itself() -> None:
+    values, mean, std = target(CONFIG)
+    patch = PIXELS[1, :, 14:28, 42:56].permute(1, 2, 0).flatten() / 255  # row 1, column 3
+    torch.testing.assert_close(mean[1, 7 + 3, 0], patch.mean())
+    torch.testing.assert_close(std[1, 7 + 3, 0], (patch.var() + 1e-6).sqrt())
+    torch.testing.assert_close(
+        values[1, 7 + 3], (patch - patch.mean()) / (patch.var() + 1e-6).sqrt(), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_flat_patch_is_finite() -> None:
+    towers = Towers(CONFIG.vision)
+    flat = torch.full_like(PIXELS, 128)
+    values, mean, std = align_target(CONFIG, towers, flat, towers(flat))
+    assert values.isfinite().all() and values.abs().max() < 1e-2
+    assert torch.equal(draw_back(CONFIG.vision, values, mean, std), flat[:, :, :98, :98])
+
+
+@pytest.mark.parametrize(("name", "width"), [("tiny_avf", 160), ("tiny_release", 64)])
+def test_other_targets_are_the_towers_own_values_normalised(name: str, width: int) -> None:
+    config = preset(name)
+    towers = Towers(config.vision)
+    features = towers(PIXELS)
+    values, mean, std = align_target(config, towers, PIXELS, features)
+    raw = features if name == "tiny_avf" else towers.patch_embedding(PIXELS)
+    assert values.shape == (2, 49, width) and not values.requires_grad
+    torch.testing.assert_close(values * std + mean, raw, rtol=1e-4, atol=1e-5)
+
+
+def test_the_decoder_is_mamba_blocks_a_norm_and_a_linear_layer() -> None:
+    alignment, levels = Alignment(CONFIG), states()
+    x = alignment.fusion(levels)
+    for layer in alignment.decoder.layers:
+        x = x + layer.mixer(layer.norm(x)[0])
+    expected = alignment.out(alignment.decoder.norm_f(x)[0])
+    assert len(alignment.decoder.layers) == 2
+    torch.testing.assert_close(alignment.draw(levels), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_is_each_pictures_squared_error_over_patches_and_values_in_fp32() -> None:
+    alignment, levels, (values, *_) = Alignment(CONFIG).bfloat16(), states(), target(CONFIG)
+    rounded = tuple(level.bfloat16() for level in levels)
+    error = alignment(rounded, values)
+    drawn = alignment.draw(rounded)
+    assert (drawn.dtype, error.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(error, ((drawn.float() - values) ** 2).sum((1, 2)) / (49 * 588))
+
+
+@pytest.mark.parametrize("fusion", ["cascade", "none"])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_patch_is_drawn_from_itself_and_earlier_ones_or_only_from_earlier_ones(shift: int, fusion: str) -> None:
+    taps = alignment_of(CONFIG).taps if fusion == "cascade" else ()
+    alignment = Alignment(with_alignment(CONFIG, shift=shift, fusion=fusion, taps=taps))
+    before = states(len(taps) + 1)
+    changed = tuple(level.clone() for level in before)
+    for level in changed:
+        level[:, 20] += 1
+    differs = (alignment.draw(before) != alignment.draw(changed)).any(-1)
+    assert not differs[:, : 20 + shift].any() and differs[:, 20 + shift :].all()
+
+
+def test_the_decoder_may_be_narrower_and_of_another_kind() -> None:
+    alignment = Alignment(with_alignment(CONFIG, decoder_width=64, decoder_kind="mamba1"))
+    assert {layer.mixer.config.kind for layer in alignment.decoder.layers} == {"mamba1"}
+    assert alignment.out.in_features == 64
+    assert alignment.draw(states()).shape == (2, 49, 588)
+
+
+def test_the_full_size_loss_weight_is_the_public_codes() -> None:
+    """1e-5 per squared error of 729 patches of 588 values (its own target has 1152)."""
+    weights = {name: alignment_of(preset(name)).weight for name in ("emma_v1", "avf", "release")}
+    assert weights == pytest.approx({"emma_v1": 4.28652, "avf": 15.86304, "release": 8.39808})

@@ -1,0 +1,191 @@
+"""The assembled model: losses, presets, gradients, generation."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.alignment import align_target
+from model.config import PRESETS, EmmaConfig, preset
+from model.emma import UNSUPERVISED, Emma
+from model.vision import Towers
+
+TINY = [name for name in PRESETS if name.startswith("tiny_")]
+PIXELS = torch.randint(0, 256, (2, 3, 100, 100), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def seeded(name: str) -> Emma:
+    torch.manual_seed(0)
+    return Emma(preset(name))
+
+
+def text(length: int = 21) -> tuple[Tensor, Tensor]:
+    """Two dialogues with several answers; the second has a shorter one, so the counts differ."""
+    tokens = torch.randint(0, 1024, (2, length), generator=torch.Generator().manual_seed(length))
+    targets = tokens.clone()
+    targets[:, :5] = targets[0, 9:12] = targets[1, 15:] = UNSUPERVISED
+    return tokens, targets
+
+
+def picture(config: EmmaConfig) -> tuple[Tensor, Tensor | None]:
+    """Features, and the target that goes with them."""
+    towers = Towers(config.vision)
+    features = towers(PIXELS)
+    return features, align_target(config, towers, PIXELS, features).values if config.alignment else None
+
+
+def full_logits(emma: Emma, tokens: Tensor, features: Tensor | None) -> Tensor:
+    x = emma.llm.embed(tokens)
+    if features is not None:
+        x = torch.cat([emma.projector(features), x], 1)
+    return emma.llm.head(emma.llm(x)[0])
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_trainable_parameter_of_every_preset_gets_a_gradient(name: str) -> None:
+    emma = seeded(name)
+    losses = emma(*text(), *picture(emma.config))
+    assert (losses.align_error is None) == (emma.config.alignment is None)
+    total = losses.text_nll.sum() + (0 if losses.align_error is None else losses.align_error.sum())
+    total.backward()
+    assert total.isfinite()
+    without = [name for name, p in emma.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not without
+
+
+@pytest.mark.parametrize("with_picture", [True, False])
+def test_text_losses_are_sums_of_the_next_tokens_log_likelihood(with_picture: bool) -> None:
+    """The last patch predicts the first token; without a picture nothing does, and it is not counted."""
+    emma, (tokens, targets) = seeded("tiny_v2"), text()
+    targets[0, 0] = tokens[0, 0]
+    features = picture(emma.config)[0] if with_picture else None
+    losses = emma(tokens, targets, features)
+    log_p = full_logits(emma, tokens, features).log_softmax(-1)
+    offset = 49 if with_picture else 0
+    for row in range(2):
+        scored = [j for j in range(21) if targets[row, j] != UNSUPERVISED and offset + j > 0]
+        expected = -sum(log_p[row, offset + j - 1, tokens[row, j]] for j in scored)
+        assert losses.text_tokens[row] == len(scored)
+        torch.testing.assert_close(losses.text_nll[row], expected, rtol=1e-5, atol=1e-4)
+    assert losses.align_error is None
+
+
+def test_losses_of_a_row_do_not_depend_on_the_rows_beside_it() -> None:
+    emma, (tokens, targets) = seeded("tiny_v1"), text()
+    features, target = picture(emma.config)
+    assert target is not None
+    together = emma(tokens, targets, features, target)
+    for row in range(2):
+        alone = emma(*(part[row : row + 1] for part in (tokens, targets, features, target)))
+        for found, expected in zip(alone, together, strict=True):
+            torch.testing.assert_close(found[0], expected[row], rtol=1e-4, atol=1e-4)
+
+
+def test_right_padding_changes_no_loss() -> None:
+    emma, (tokens, targets) = seeded("tiny_v2"), text()
+    features, target = picture(emma.config)
+    padded, padded_targets = F.pad(tokens, (0, 13), value=1), F.pad(targets, (0, 13), value=UNSUPERVISED)
+    for found, expected in zip(
+        emma(padded, padded_targets, features, target), emma(tokens, targets, features, target), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_without_supervised_tokens_counts_nothing_and_gives_no_nan() -> None:
+    emma, (tokens, targets) = seeded("tiny_v2"), text()
+    losses = emma(tokens, torch.full_like(targets, UNSUPERVISED))
+    losses.text_nll.sum().backward()
+    assert losses.text_nll.tolist() == [0, 0] and losses.text_tokens.tolist() == [0, 0]
+    assert all(p.grad is None or not p.grad.any() for p in emma.parameters())
+
+
+def test_a_text_only_step_runs_neither_projector_nor_fusion_nor_decoder() -> None:
+    emma = seeded("tiny_v1")
+    emma(*text()).text_nll.sum().backward()
+    reached = {name.split(".")[0] for name, p in emma.named_parameters() if p.grad is not None}
+    assert reached == {"llm"}
+
+
+@pytest.mark.parametrize("policy", [(1, 0), (2, 0), (4, 0), (3, 2)])
+@pytest.mark.parametrize("name", ["tiny_v1", "tiny_v2"])
+def test_gradients_with_activation_checkpointing_equal_those_without(name: str, policy: tuple[int, int]) -> None:
+    emma = seeded(name)
+    inputs = (*text(), *picture(emma.config))
+
+    def gradients() -> list[Tensor]:
+        losses = emma(*inputs)
+        assert losses.align_error is not None
+        return list(torch.autograd.grad(losses.text_nll.sum() + losses.align_error.sum(), list(emma.parameters())))
+
+    expected = gradients()
+    emma.llm.segment_layers, emma.llm.keep_layers = policy
+    assert all(map(torch.equal, gradients(), expected))
+
+
+@pytest.mark.parametrize("with_picture", [True, False])
+@pytest.mark.parametrize("name", ["tiny_v1", "tiny_v2", "tiny_csm", "tiny_release_v2"])
+def test_generation_step_by_step_equals_the_full_forward_pass(name: str, with_picture: bool) -> None:
+    emma, (tokens, _) = seeded(name), text(50)
+    features = picture(emma.config)[0] if with_picture else None
+    expected = full_logits(emma, tokens, features)[:, -50:]
+    logits, cache = emma.prefill(tokens[:, :40], features)
+    torch.testing.assert_close(logits, expected[:, 39], rtol=1e-4, atol=1e-4)
+    for t in range(40, 50):
+        torch.testing.assert_close(emma.decode(tokens[:, t : t + 1], cache), expected[:, t], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("version", ["", "_v2"])
+def test_presets_that_differ_in_training_alone_are_identical_at_inference(version: str) -> None:
+    full = seeded("tiny_v2" if version else "tiny_v1")
+    tokens, _ = text()
+    features, _ = picture(full.config)
+    expected, _ = full.prefill(tokens, features)
+    shared = {name: tensor for name, tensor in full.state_dict().items() if not name.startswith("alignment.")}
+    for name in ("cobra", "no_mff", "avf", "release"):
+        variant = Emma(preset(f"tiny_{name}{version}"))
+        assert not variant.load_state_dict(shared, strict=False).unexpected_keys
+        assert torch.equal(variant.prefill(tokens, features)[0], expected)
+
+
+def test_initial_values_follow_the_seed_alone() -> None:
+    for one, other in zip(seeded("tiny_v2").parameters(), seeded("tiny_v2").parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("name", "trainable"), [("emma_v1", 3_185_011_276), ("emma_v2", 3_112_072_156)])
+def test_full_size_models_train_as_many_parameters_as_the_paper_counts(name: str, trainable: int) -> None:
+    """3.19 B and 3.11 B with a full-width decoder; the parts are counted one by one in their own tests."""
+    with torch.device("meta"):
+        emma = Emma(preset(name))
+    assert sum(parameter.numel() for parameter in emma.parameters()) == trainable
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be_built_on_the_meta_device(name: str) -> None:
+    with torch.device("meta"):
+        emma, towers = Emma(preset(name)), Towers(preset(name).vision)
+    assert all(parameter.is_meta for module in (emma, towers) for parameter in module.parameters())
+    assert len(emma.mixers()) == sum(1 for parameter in emma.state_dict() if parameter.endswith("mixer.A_log"))
+
+
+@pytest.mark.parametrize("name", ["tiny_v1", "tiny_v2"])
+def test_a_tiny_model_learns_eight_samples_by_heart_and_its_towers_stand_still(name: str) -> None:
+    torch.manual_seed(0)
+    emma, towers = seeded(name), Towers(preset(name).vision)
+    frozen = [parameter.clone() for parameter in towers.parameters()]
+    pixels = torch.randint(0, 256, (8, 3, 100, 100), dtype=torch.uint8)
+    features = towers(pixels)
+    target = align_target(emma.config, towers, pixels, features).values
+    tokens = torch.randint(2, 1024, (8, 6)) * torch.tensor([0, 0, 0, 1, 1, 1])  # one prompt: the picture must tell
+    targets = tokens.where(tokens > 0, UNSUPERVISED)
+    optimizer = torch.optim.AdamW(emma.parameters(), lr=3e-3)
+    history = []
+    for _ in range(40):
+        losses = emma(tokens, targets, features, target)
+        assert losses.align_error is not None
+        history.append(losses.text_nll.sum().item() / 24)
+        optimizer.zero_grad()
+        (losses.text_nll.sum() / 24 + losses.align_error.mean()).backward()
+        optimizer.step()
+    assert history[0] > 5 and history[-1] < 0.1
+    assert all(map(torch.equal, towers.parameters(), frozen))

@@ -1,0 +1,77 @@
+"""Fusion against Eq. 7 and 8 written out, with the attention as a masked softmax."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.config import preset
+from model.fusion import Cascade, Concatenation, CrossAttention, sine_cosine
+
+CONFIG = preset("tiny_v1")
+
+
+def levels(num: int = 4) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    return tuple(torch.randn(2, 49, 128) for _ in range(num))
+
+
+def rms(x: Tensor, norm: Any) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+
+
+def attention(x: Tensor, y: Tensor, module: CrossAttention, head_dim: int) -> Tensor:
+    """Multi-head attention of x over y, one head at a time; patch i reads patches 0 to i."""
+    q = x @ module.q_proj.weight.t()
+    k, v = (y @ module.kv_proj.weight.t()).chunk(2, -1)
+    later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+    heads = []
+    for h in range(0, x.shape[-1], head_dim):
+        part = slice(h, h + head_dim)
+        scores = q[..., part] @ k[..., part].mT / math.sqrt(head_dim)
+        heads.append(scores.masked_fill(later, -math.inf).softmax(-1) @ v[..., part])
+    return torch.cat(heads, -1) @ module.out_proj.weight.t()
+
+
+def block(x: Tensor, y: Tensor, module: Any) -> Tensor:
+    """EMMA Eq. 8."""
+    x_hat = x + attention(rms(x, module.norm_x), rms(y, module.norm_y), module.attention, 32)
+    return x_hat + module.mixer(rms(x_hat, module.norm))
+
+
+def test_the_cascade_is_equation_7_over_equation_8() -> None:
+    shallow, middle, deep, final = levels()
+    cascade = Cascade(CONFIG)
+    b1, b2, b3 = cascade.blocks
+    expected = block(block(block(shallow, middle, b1), deep, b2), final, b3)
+    torch.testing.assert_close(cascade((shallow, middle, deep, final)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_concatenation_mixes_all_levels_and_its_queries_read_one_slice_per_block() -> None:
+    concatenation, inputs = Concatenation(preset("tiny_release")), levels()
+    normed = torch.cat([rms(x, norm) for x, norm in zip(inputs, concatenation.norms, strict=True)], -1)
+    slices = (normed @ concatenation.mix.weight.t() + concatenation.mix.bias).split(128, -1)
+    x = concatenation.queries.weight.expand(2, -1, -1)
+    for y, module in zip(slices, concatenation.blocks, strict=True):
+        x = block(x, y, module)
+    torch.testing.assert_close(concatenation(inputs), x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda: Cascade(CONFIG), lambda: Concatenation(preset("tiny_release_v2"))])
+def test_a_late_patch_never_reaches_an_earlier_one(make: type) -> None:
+    fusion, before = make(), levels()
+    changed = tuple(level.clone() for level in before)
+    for level in changed:
+        level[:, 30:] += 1
+    old, new = fusion(before), fusion(changed)
+    assert torch.equal(old[:, :30], new[:, :30])
+    assert (old[:, 30:] != new[:, 30:]).any(-1).all()
+
+
+def test_the_sine_cosine_code_tells_every_patch_and_rows_from_columns() -> None:
+    code = sine_cosine(7, 128).view(7, 7, 128)
+    assert len(torch.unique(code.flatten(0, 1), dim=0)) == 49
+    assert torch.equal(code[3, :, :64], code[3, :1, :64].expand(7, -1))  # the first half tells the row
+    assert torch.equal(code[:, 3, 64:], code[:1, 3, 64:].expand(7, -1))

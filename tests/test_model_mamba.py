@@ -1,0 +1,248 @@
+"""The language models against transformers' independent implementations, with the same weights in both."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Mamba2Config, Mamba2ForCausalLM, MambaForCausalLM
+from transformers import MambaConfig as TransformersMambaConfig
+
+from model.config import MambaConfig, preset
+from model.language_model import MambaLM, plan_segments
+from model.mamba import NO_WEIGHT_DECAY, Mixer
+
+KINDS = ("mamba1", "mamba2")
+LENGTHS = (1, 7, 33, 64, 65)
+
+
+def small(kind: str, **changes: Any) -> MambaConfig:
+    name = {"mamba1": "tiny_v1", "mamba2": "tiny_v2"}[kind]
+    return replace(preset(name).llm, **{"d_model": 64, "num_layers": 3, "vocab_size": 96, **changes})
+
+
+def language_model(kind: str, **changes: Any) -> MambaLM:
+    """Random, with every parameter that starts at a constant moved away from it."""
+    torch.manual_seed(0)
+    llm = MambaLM(small(kind, **changes))
+    with torch.no_grad():
+        for parameter in llm.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return llm
+
+
+def transformers_twin(llm: MambaLM) -> Any:
+    config = llm.config
+    shared = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "state_size": config.d_state,
+        "num_hidden_layers": config.num_layers,
+        "expand": config.expand,
+        "conv_kernel": config.d_conv,
+        "layer_norm_epsilon": config.norm_eps,
+        "residual_in_fp32": True,
+        "tie_word_embeddings": True,
+        "use_cache": False,
+        "pad_token_id": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    if config.kind == "mamba1":
+        twin = MambaForCausalLM(TransformersMambaConfig(**shared, time_step_rank=config.dt_rank))
+    else:
+        heads = {"num_heads": config.num_heads, "head_dim": config.head_dim, "n_groups": config.num_groups}
+        twin = Mamba2ForCausalLM(Mamba2Config(**shared, **heads, chunk_size=config.chunk_size))
+    state = {theirs(name): tensor for name, tensor in llm.state_dict().items()}
+    twin.load_state_dict(state, strict=True)
+    return twin.train()
+
+
+def theirs(name: str) -> str:
+    return name.replace("backbone.embedding.", "backbone.embeddings.")
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Of the next token; of the first for a single one, so that there is a loss."""
+    if tokens.shape[1] == 1:
+        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_loss_and_every_gradient_equal_transformers(kind: str, length: int) -> None:
+    llm = language_model(kind)
+    twin = transformers_twin(llm)
+    tokens = torch.randint(0, 96, (2, length))
+    logits = llm.head(llm(llm.embed(tokens))[0])
+    expected = twin(input_ids=tokens).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+    loss, expected_loss = next_token_loss(logits, tokens), next_token_loss(expected, tokens)
+    torch.testing.assert_close(loss, expected_loss)
+    loss.backward()
+    expected_loss.backward()
+    gradients = {name: parameter.grad for name, parameter in twin.named_parameters()}
+    for name, parameter in llm.named_parameters():
+        oracle = gradients.pop(theirs(name))
+        torch.testing.assert_close(parameter.grad, oracle, rtol=1e-3, atol=2e-5, msg=name)
+    assert not gradients
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_grouped_mamba2_equals_transformers(groups: int) -> None:
+    llm = language_model("mamba2", num_groups=groups, head_dim=16)
+    tokens = torch.randint(0, 96, (2, 40))
+    y = llm.backbone.layers[0].mixer.prefill(llm.embed(tokens))[1].ssm
+    assert y.shape == (2, 8, 16, 32)
+    twin = transformers_twin(llm)
+    for layer in twin.backbone.layers:  # transformers norms all channels as one group, mamba_ssm each group by itself
+        layer.mixer.norm.forward = _group_norm(layer.mixer.norm, groups)
+    torch.testing.assert_close(llm.head(llm(llm.embed(tokens))[0]), twin(input_ids=tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def _group_norm(norm: Any, groups: int) -> Any:
+    def forward(hidden: Tensor, gate: Tensor) -> Tensor:
+        gated = (hidden * F.silu(gate)).unflatten(-1, (groups, -1))
+        return norm.weight * (gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + 1e-5)).flatten(-2)
+
+    return forward
+
+
+@pytest.mark.parametrize("prompt", [1, 2, 3, 31, 32, 40])
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefill_and_decoding_equal_the_full_forward_pass(kind: str, prompt: int) -> None:
+    llm = language_model(kind).requires_grad_(False)
+    tokens = torch.randint(0, 96, (3, prompt + 6))
+    expected = llm.head(llm(llm.embed(tokens))[0])
+    logits, cache = llm.prefill(llm.embed(tokens[:, :prompt]))
+    torch.testing.assert_close(logits, expected[:, prompt - 1], rtol=1e-4, atol=1e-4)
+    for t in range(prompt, prompt + 6):
+        torch.testing.assert_close(llm.decode(tokens[:, t], cache), expected[:, t], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_updates_its_state_in_place_and_never_grows_it(kind: str) -> None:
+    llm = language_model(kind).requires_grad_(False)
+    _, cache = llm.prefill(llm.embed(torch.randint(0, 96, (1, 5))))
+    before = [(part.data_ptr(), part.shape) for state in cache for part in state]
+    llm.decode(torch.tensor([3]), cache)
+    assert [(part.data_ptr(), part.shape) for state in cache for part in state] == before
+
+
+# (layers, taps, segment_layers, keep_layers) -> segments as (start, stop, recomputed)
+PLANS = [
+    ((8, (), 0, 0), [(0, 8, False)], "no checkpointing, no taps"),
+    ((8, (3, 4), 0, 0), [(0, 4, False), (4, 5, False), (5, 8, False)], "taps end segments even without checkpointing"),
+    ((8, (), 1, 0), [(i, i + 1, True) for i in range(8)], "every layer"),
+    ((8, (3,), 3, 0), [(0, 3, True), (3, 4, True), (4, 7, True), (7, 8, True)], "segments restart at a tap"),
+    ((8, (3,), 4, 2), [(0, 4, True), (4, 6, True), (6, 8, False)], "the last two are kept"),
+    ((8, (6,), 4, 3), [(0, 4, True), (4, 5, True), (5, 7, False), (7, 8, False)], "a tap among the kept"),
+    ((8, (), 4, 8), [(0, 8, False)], "all are kept"),
+    ((8, (), 4, 99), [(0, 8, False)], "more are kept than there are"),
+    ((0, (), 4, 0), [], "no layers"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected", "why"), PLANS, ids=[why for *_, why in PLANS])
+def test_segments_end_at_taps_and_never_exceed_their_length(arguments: tuple, expected: list, why: str) -> None:
+    assert [tuple(segment) for segment in plan_segments(*arguments)] == expected, why
+
+
+@pytest.mark.parametrize("tap", ["mixer", "residual"])
+@pytest.mark.parametrize("policy", [(1, 0), (2, 0), (3, 1), (4, 0), (4, 3), (8, 0), (2, 8)])
+def test_every_checkpointing_policy_gives_the_gradients_of_none(policy: tuple[int, int], tap: str) -> None:
+    llm = language_model("mamba2", num_layers=6)
+    tokens = torch.randint(0, 96, (2, 20))
+    expected = _tapped_gradients(llm, tokens, tap)
+    llm.segment_layers, llm.keep_layers = policy
+    for found, oracle in zip(_tapped_gradients(llm, tokens, tap), expected, strict=True):
+        assert torch.equal(found, oracle)
+
+
+def _tapped_gradients(llm: MambaLM, tokens: Tensor, tap: str) -> list[Tensor]:
+    final, tapped = llm(llm.embed(tokens), (1, 3), tap)
+    assert len(tapped) == 2
+    loss = llm.head(final).square().mean() + sum(level.sin().mean() for level in tapped)
+    return list(torch.autograd.grad(loss, list(llm.parameters())))
+
+
+def test_taps_are_the_branch_or_the_residual_stream_after_the_layer() -> None:
+    llm = language_model("mamba1")
+    x = torch.randn(2, 9, 64)
+    hidden, residual = x, None
+    branches, streams = [], []
+    for layer in llm.backbone.layers:
+        hidden, residual = layer(hidden, residual)
+        branches.append(hidden)
+        streams.append(hidden + residual)
+    for tap, expected in (("mixer", branches), ("residual", streams)):
+        final, tapped = llm(x, (0, 2), tap)
+        torch.testing.assert_close(tapped, (expected[0], expected[2]))
+    stream = streams[-1]
+    norm = llm.backbone.norm_f
+    oracle = stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+    torch.testing.assert_close(final, oracle)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_later_token_never_changes_an_earlier_state(kind: str) -> None:
+    llm = language_model(kind)
+    x = torch.randn(1, 40, 64)
+    changed = x.clone()
+    changed[:, 25:] += 1
+    before, after = llm(x)[0], llm(changed)[0]
+    assert torch.equal(before[:, :25], after[:, :25])
+    assert not torch.isclose(before[:, 25:], after[:, 25:]).all(-1).any()
+
+
+@pytest.mark.parametrize(("name", "count"), [("emma_v1", 2_768_345_600), ("emma_v2", 2_702_599_680)])
+def test_full_size_language_models_have_the_published_number_of_parameters(name: str, count: int) -> None:
+    with torch.device("meta"):
+        llm = MambaLM(preset(name).llm)
+    assert sum(parameter.numel() for parameter in llm.parameters()) == count
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_filled_after_the_meta_device_is_still_tied_and_marked(kind: str) -> None:
+    with torch.device("meta"):
+        llm = MambaLM(small(kind))
+    llm = llm.to_empty(device="cpu")
+    assert llm.lm_head.weight is llm.backbone.embedding.weight
+    marked = {name.rpartition(".")[2] for name, p in llm.named_parameters() if getattr(p, "_no_weight_decay", False)}
+    own = {
+        name for mixer in llm.modules() if isinstance(mixer, Mixer) for name, _ in mixer.named_parameters(recurse=False)
+    }
+    assert marked == own == set(NO_WEIGHT_DECAY) - ({"dt_bias"} if kind == "mamba1" else set())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_initial_values_are_mamba_ssms(kind: str) -> None:
+    torch.manual_seed(0)
+    llm = MambaLM(small(kind, d_model=256, num_layers=4))
+    mixer: Any = llm.backbone.layers[1].mixer
+    bias = mixer.dt_proj.bias if kind == "mamba1" else mixer.dt_bias
+    steps, A = F.softplus(bias), mixer.decay_rates
+    assert steps.min() >= 0.001 and steps.max() <= 0.1 and steps.log().std() > 0.5
+    if kind == "mamba1":
+        torch.testing.assert_close(A, -torch.arange(1.0, 9).expand(512, -1))
+        assert mixer.dt_proj.weight.abs().max() <= mixer.config.dt_rank**-0.5
+    else:
+        assert A.min() >= -16 and A.max() <= -1
+    bound = (1 / mixer.out_proj.in_features) ** 0.5 / 4**0.5  # of four layers
+    assert 0.95 * bound < mixer.out_proj.weight.abs().max() <= bound
+    assert abs(llm.backbone.embedding.weight.std() - 0.02) < 0.001
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_residual_stream_is_fp32_under_bf16_weights(kind: str) -> None:
+    llm = language_model(kind).bfloat16()
+    hidden, residual = llm.backbone.layers[0](llm.embed(torch.randint(0, 96, (1, 8))))
+    assert (hidden.dtype, residual.dtype) == (torch.bfloat16, torch.float32)
+    exact = language_model(kind)
+    tokens = torch.randint(0, 96, (2, 50))
+    rounded, oracle = llm.head(llm(llm.embed(tokens))[0]).float(), exact.head(exact(exact.embed(tokens))[0])
+    assert (rounded - oracle).norm() / oracle.norm() < 0.03

@@ -1,0 +1,217 @@
+"""Models saved and loaded; published checkpoints in each of their layouts."""
+
+import hashlib
+import json
+import pickle
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.config import PRESETS, config_from_dict, preset
+from model.emma import Emma
+from model.errors import UserError
+from model.vision import Towers
+from model.weights import load_language_model, load_model, save_model
+
+
+def make(name: str, seed: int = 0) -> tuple[Emma, Towers]:
+    torch.manual_seed(seed)
+    emma, towers = Emma(preset(name)), Towers(preset(name).vision)
+    return emma, towers
+
+
+def save(folder: Path, name: str = "tiny_v2") -> tuple[Emma, Towers]:
+    emma, towers = make(name)
+    save_model(folder, emma.config, emma.state_dict(), towers, '{"a": "tokenizer"}', {"step": 7})
+    return emma, towers
+
+
+@pytest.mark.parametrize("name", ["tiny_v1", "tiny_v2", "tiny_cobra", "tiny_csm_v2", "tiny_release"])
+def test_a_saved_model_comes_back_tensor_for_tensor(tmp_path: Path, name: str) -> None:
+    emma, towers = save(tmp_path, name)
+    loaded = load_model(tmp_path)
+    assert loaded.config == emma.config and loaded.extra == {"step": 7}
+    assert loaded.tokenizer is not None and loaded.tokenizer.read_text() == '{"a": "tokenizer"}'
+    for found, expected in ((loaded.emma, emma), (loaded.towers, towers)):
+        assert found.state_dict().keys() == expected.state_dict().keys()
+        assert all(torch.equal(tensor, found.state_dict()[key]) for key, tensor in expected.state_dict().items())
+        assert not any(parameter.requires_grad for parameter in found.parameters()) and not found.training
+    assert loaded.emma.llm.lm_head.weight is loaded.emma.llm.backbone.embedding.weight
+
+
+def test_the_files_hold_every_tensor_once_and_the_tied_head_not_at_all(tmp_path: Path) -> None:
+    emma, towers = save(tmp_path)
+    parameters = {name for name, _ in emma.named_parameters()}  # named_parameters gives tied ones once
+    assert load_file(tmp_path / "model.safetensors").keys() == parameters
+    assert load_file(tmp_path / "towers.safetensors").keys() == towers.state_dict().keys()
+
+
+def test_without_its_alignment_a_model_is_loaded_for_inference_and_answers_the_same(tmp_path: Path) -> None:
+    emma, towers = make("tiny_v2")
+    state = {name: tensor for name, tensor in emma.state_dict().items() if not name.startswith("alignment.")}
+    save_model(tmp_path, emma.config, state, towers, None, {})
+    loaded = load_model(tmp_path)
+    assert loaded.emma.alignment is None and loaded.tokenizer is None
+    tokens, features = torch.randint(0, 1024, (1, 5)), torch.randn(1, 49, 160)
+    assert torch.equal(loaded.emma.prefill(tokens, features)[0], emma.prefill(tokens, features)[0])
+
+
+def test_a_model_is_loaded_in_the_type_asked_for(tmp_path: Path) -> None:
+    emma, _ = save(tmp_path)
+    loaded = load_model(tmp_path, "cpu", torch.bfloat16)
+    assert {tensor.dtype for part in (loaded.emma, loaded.towers) for tensor in part.state_dict().values()} == {
+        torch.bfloat16
+    }
+    weight = emma.llm.backbone.embedding.weight
+    assert torch.equal(loaded.emma.llm.backbone.embedding.weight, weight.bfloat16())
+
+
+def test_a_model_that_does_not_fit_names_every_difference_in_one_error(tmp_path: Path) -> None:
+    save(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["projector.out.bias"]
+    tensors["projector.extra"] = torch.zeros(1)
+    tensors["llm.backbone.norm_f.weight"] = torch.zeros(3)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError) as caught:
+        load_model(tmp_path)
+    for fact in (
+        "missing projector.out.bias [128]",
+        "unexpected projector.extra",
+        "llm.backbone.norm_f.weight is [3], expected [128]",
+    ):
+        assert fact in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "not the description of a saved model"),
+        ("{", "not the description of a saved model"),
+        ('{"format": 1, "model": {"nmae": 1}}', "not the description of a saved model"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_refused_with_what_to_do(tmp_path: Path, content: str, expected: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=rf"config\.json: {expected}.*pipeline\.export"):
+        load_model(tmp_path)
+
+
+def test_a_model_of_another_format_is_refused(tmp_path: Path) -> None:
+    save(tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**described, "format": 2}))
+    with pytest.raises(UserError, match="format 2, but this version reads format 1"):
+        load_model(tmp_path)
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    save(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"model\.safetensors: not a readable tensor file"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_survives_json(name: str) -> None:
+    assert config_from_dict(json.loads(json.dumps(asdict(preset(name))))) == preset(name)
+
+
+# -- Published language models ---------------------------------------------------------------------------------------
+
+
+Writer = Callable[[Path, dict[str, Tensor]], list[str]]
+
+
+def published_state(name: str) -> dict[str, Tensor]:
+    """As mamba_ssm saves: the tied head is there too."""
+    return {key: tensor.clone() for key, tensor in make(name, seed=1)[0].llm.state_dict().items()}
+
+
+def theirs(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As transformers saves: another name for the embedding, and no tied head."""
+    renamed = {name.replace("backbone.embedding.", "backbone.embeddings."): tensor for name, tensor in state.items()}
+    del renamed["lm_head.weight"]
+    return renamed
+
+
+def write_pytorch(folder: Path, state: dict[str, Tensor]) -> list[str]:
+    torch.save(state, folder / "pytorch_model.bin")
+    return ["pytorch_model.bin"]
+
+
+def write_safetensors(folder: Path, state: dict[str, Tensor]) -> list[str]:
+    save_file(theirs(state), folder / "model.safetensors")
+    return ["model.safetensors"]
+
+
+def write_shards(folder: Path, state: dict[str, Tensor]) -> list[str]:
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    where = {name: names[i % 2] for i, name in enumerate(theirs(state))}
+    for shard in names:
+        save_file({name: tensor for name, tensor in theirs(state).items() if where[name] == shard}, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return names
+
+
+@pytest.mark.parametrize("name", ["tiny_v1", "tiny_v2"])
+@pytest.mark.parametrize("write", [write_pytorch, write_safetensors, write_shards])
+def test_a_language_model_loads_from_each_published_layout(tmp_path: Path, write: Writer, name: str) -> None:
+    state = published_state(name)
+    files = write(tmp_path, state)
+    emma, _ = make(name)
+    record = load_language_model(emma, tmp_path)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in emma.llm.state_dict().items())
+    hashes = {str(tmp_path / file): hashlib.sha256((tmp_path / file).read_bytes()).hexdigest() for file in files}
+    assert record == {"source": str(tmp_path), "sha256": hashes}
+
+
+def test_loading_a_language_model_leaves_every_other_part_alone(tmp_path: Path) -> None:
+    write_safetensors(tmp_path, published_state("tiny_v2"))
+    emma, _ = make("tiny_v2")
+    before = {name: tensor.clone() for name, tensor in emma.state_dict().items() if not name.startswith("llm.")}
+    load_language_model(emma, tmp_path)
+    assert all(torch.equal(emma.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_a_language_model_of_the_other_kind_is_refused(tmp_path: Path) -> None:
+    write_safetensors(tmp_path, published_state("tiny_v1"))
+    with pytest.raises(UserError, match=r"does not fit this model: .*unexpected .*x_proj.*missing .*dt_bias"):
+        load_language_model(make("tiny_v2")[0], tmp_path)
+
+
+def test_an_incomplete_download_names_the_missing_shards(tmp_path: Path) -> None:
+    _, last = write_shards(tmp_path, published_state("tiny_v2"))
+    (tmp_path / last).unlink()
+    with pytest.raises(UserError, match=f"its shards {last} are not beside it"):
+        load_language_model(make("tiny_v2")[0], tmp_path)
+
+
+class Surprise:
+    def __reduce__(self) -> tuple:
+        return (print, ("code ran",))
+
+
+def test_a_pickle_that_would_run_code_is_refused_unread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"lm_head.weight": Surprise()}, tmp_path / "pytorch_model.bin", pickle_module=pickle)
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: this pickle holds more than tensors"):
+        load_language_model(make("tiny_v2")[0], tmp_path)
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_an_empty_folder_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no model there; expected one of model\.safetensors, .*pytorch_model\.bin"):
+        load_language_model(make("tiny_v2")[0], tmp_path)
+
+
+def test_an_unreachable_hub_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"'nobody/nothing': neither a folder nor .*pipeline\.prefetch"):
+        load_language_model(make("tiny_v2")[0], "nobody/nothing")
