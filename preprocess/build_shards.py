@@ -113,7 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-reject-ratio", type=float, default=0.01, help=f"per source {default}")
     parser.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help=default)
-    parser.add_argument("--workers", type=int, help="tasks that run at a time (default: the cluster's CPUs)")
+    parser.add_argument(
+        "--workers", type=int, help="tasks at a time (default: one per CPU; 0: in this process, without Ray)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be built, and write nothing")
     return parser
 
@@ -130,7 +132,7 @@ def check(parsed: argparse.Namespace) -> Build:
     _check_range("--max-reject-ratio", parsed.max_reject_ratio, 0, 1)
     _check_range("--samples-per-shard", parsed.samples_per_shard, 1, 1_000_000)
     if parsed.workers is not None:
-        _check_range("--workers", parsed.workers, 1, 1_000_000)
+        _check_range("--workers", parsed.workers, 0, 1_000_000)
     _refuse_lost_paths(parsed)
     mix = load_mix(parsed.mix)
     root = parsed.root.absolute()
@@ -218,7 +220,7 @@ def run(build: Build) -> Manifest:
         remove_strangers(build.out, tasks)
         publish(build.out / TOKENIZER, build.tokenizer.data)
         progress = Progress(build.out, work.dialogues, sum(task.range.count for task in tasks if task not in missing))
-        build_all(missing, build.workers, progress)
+        build_here(missing, progress) if build.workers == 0 else build_on_ray(missing, build.workers, progress)
         about = Finished(build.config.name, build.settings, build.tokenizer, work.rows, work.rejects, spec_sha256)
         manifest = finalise(build.out, tasks, about, lambda rejects: _refuse_too_many(build, rejects, work.rows))
         sweep(build.out)
@@ -268,7 +270,15 @@ def is_built(task: ShardTask) -> bool:
         return False
 
 
-def build_all(tasks: Sequence[ShardTask], workers: int | None, progress: Progress) -> None:
+def build_here(tasks: Sequence[ShardTask], progress: Progress) -> None:
+    for task in tasks:
+        finished = build_shard(task)
+        progress.add(finished.dialogues, finished.rejects)
+        progress.tick()
+    progress.tick("finalising", last=True)
+
+
+def build_on_ray(tasks: Sequence[ShardTask], workers: int | None, progress: Progress) -> None:
     """At most two tasks per CPU are in flight; OSErrors are retried by Ray, crashes of a worker too."""
     if not tasks:
         return

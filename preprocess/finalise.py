@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -119,19 +118,20 @@ def _publish_rejects(out: Path, tasks: Sequence[ShardTask], about: Finished) -> 
     by_source, by_reason = Counter[str](), Counter[str]()
     order = {name: position for position, name in enumerate(about.rows)}
     with published(out / REJECTS) as file:
-        for entry in heapq.merge(
-            (reject.to_json() for reject in about.rejects),
+        for reject in heapq.merge(
+            about.rejects,
             _shard_rejects(tasks),
-            key=lambda entry: (order[entry["source"]], entry["row"]),
+            key=lambda reject: (order[reject.source], reject.row),
         ):
-            by_source[entry["source"]] += 1
-            by_reason[entry["reason"]] += 1
-            file.write(json.dumps(entry).encode() + b"\n")
+            by_source[reject.source] += 1
+            by_reason[reject.reason] += 1
+            file.write(json.dumps(reject.to_json()).encode() + b"\n")
     return by_source, by_reason, file.sha256
 
 
-def _shard_rejects(tasks: Iterable[ShardTask]) -> Iterator[dict[str, Any]]:
-    return itertools.chain.from_iterable(json.loads(task.sidecar.read_bytes())["rejects"] for task in tasks)
+def _shard_rejects(tasks: Iterable[ShardTask]) -> Iterator[Reject]:
+    for task in tasks:
+        yield from (Reject(**entry) for entry in json.loads(task.sidecar.read_bytes())["rejects"])
 
 
 def _counts(rows: Counter[str], totals: Totals, rejects: Counter[str]) -> dict[str, int]:

@@ -28,7 +28,7 @@ Image.MAX_IMAGE_PIXELS = None  # the limit above is checked instead, before any 
 
 Kind = Literal["jpg", "png", "gif", "webp", "bmp", "tiff"]
 _PIL_FORMATS = {"jpg": "JPEG", "png": "PNG", "gif": "GIF", "webp": "WEBP", "bmp": "BMP", "tiff": "TIFF"}
-_TRUNCATED = ("truncated", "premature end", "not enough image data", "unexpected end", "cannot read", "broken data")
+_TRUNCATED = ("truncated", "premature end", "not enough image data", "unexpected end")
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 
 

@@ -20,7 +20,7 @@ def turns(*texts: str) -> list[dict[str, str]]:
 
 
 # The texts below spell out the format; the ids of the first case were computed once and are frozen.
-FORMATS = {
+FORMATS: dict[tuple[str, str], tuple[list[dict[str, str]], list[str | int], list[list[str | int]]]] = {
     ("zephyr", "one turn"): (
         turns("<image>\nWhat is it?", "A cat."),
         ["<|user|>\nWhat is it?", EOS, "\n<|assistant|>\n"],

@@ -1,0 +1,38 @@
+"""Mixes, and builds of them in this process: the same code as on Ray, a task at a time."""
+
+from pathlib import Path
+from typing import Any
+
+from preprocess import build_shards
+from preprocess.prompts import Tokenizer
+
+
+def write_mix(root: Path, sources: list[dict[str, Any]], head: str = "") -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    tables = ["\n".join(["[[source]]", *(f"{key} = {_toml(value)}" for key, value in one.items())]) for one in sources]
+    path = root / "mix.toml"
+    path.write_text("\n\n".join([head, *tables]) + "\n")
+    return path
+
+
+def _toml(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_bytes(tokenizer.data)
+    return folder
+
+
+def arguments(root: Path, out: Path, tokenizer: Tokenizer, model: str = "emma_v2", **options: Any) -> list[str]:
+    folder = write_tokenizer(root / "tokenizer", tokenizer)
+    words = [root / "mix.toml", "--model", model, "--root", root, "--out", out, "--tokenizer", folder]
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}", value]
+    return [str(word) for word in words]
+
+
+def build_in_process(root: Path, out: Path, tokenizer: Tokenizer, **options: Any) -> Path:
+    assert build_shards.main(arguments(root, out, tokenizer, workers=0, **options)) == 0
+    return out
