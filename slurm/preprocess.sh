@@ -38,12 +38,16 @@ mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 port=$((26000 + 10 * (SLURM_JOB_ID % 600))) # ten of our own: several jobs may share a node
 dashboard=http://127.0.0.1:$((port + 1))
 submission=preprocess-$SLURM_JOB_ID
+scratch=/tmp/ray-$SLURM_JOB_ID # short: Ray puts sockets in it, and their names may have 107 characters
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun stopped inheriting it in 22.05
+# A token of this job's own: whoever else is on the node can reach the ports, and would run code as us.
+RAY_AUTH_TOKEN=$("${python[@]}" -c 'import secrets; print(secrets.token_hex(32))')
+export RAY_AUTH_TOKEN RAY_AUTH_MODE=token
 
-# One per node, until it is told to end: ray_node PORT HEAD ray...
+# On every node, until the step is ended: ray_node PORT HEAD SCRATCH ray...
 # shellcheck disable=SC2016
 ray_node='
-  port=$1 head=$2 ray=("${@:3}")
+  port=$1 head=$2 scratch=$3 ray=("${@:4}")
   if ((SLURM_PROCID == 0)); then
     role=(--head --port="$port" --dashboard-host=127.0.0.1 --dashboard-port=$((port + 1))
           --ray-client-server-port=$((port + 2)))
@@ -51,19 +55,18 @@ ray_node='
     role=(--address="$head:$port")
     until (: <"/dev/tcp/$head/$port") 2>/dev/null; do sleep 1; done
   fi
-  trap : TERM
-  "${ray[@]}" start "${role[@]}" --block --disable-usage-stats --temp-dir="/tmp/ray-$SLURM_JOB_ID" \
+  exec "${ray[@]}" start "${role[@]}" --block --log-color=false --disable-usage-stats --temp-dir="$scratch" \
     --num-cpus="$SRUN_CPUS_PER_TASK" --num-gpus=0 --object-store-memory=1000000000 \
-    --dashboard-agent-listen-port=$((port + 3)) --min-worker-port=0 --max-worker-port=0 &
-  wait $! || wait $! || true
-  rm -rf "/tmp/ray-$SLURM_JOB_ID"'
+    --dashboard-agent-listen-port=$((port + 3)) --min-worker-port=0 --max-worker-port=0'
 
-srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c "$ray_node" ray_node "$port" "${hosts[0]}" "${container[@]}" ray &
+srun --ntasks-per-node=1 --kill-on-bad-exit=1 \
+  bash -c "$ray_node" ray_node "$port" "${hosts[0]}" "$scratch" "${container[@]}" ray &
 cluster=$!
 
 tear_down() {
-  scancel --quiet --signal=TERM "$SLURM_JOB_ID.0" || true
+  kill "$cluster" 2>/dev/null || true # srun then ends the whole step
   wait "$cluster" || true
+  srun --ntasks-per-node=1 rm -rf "$scratch" || true # a cancelled job gets no further step, and leaves a few megabytes
 }
 trap tear_down EXIT
 
@@ -72,9 +75,9 @@ until (: <"/dev/tcp/127.0.0.1/$((port + 1))") 2>/dev/null; do
   sleep 1
 done
 
-"${container[@]}" ray job submit --address="$dashboard" --submission-id="$submission" --working-dir=. \
+"${container[@]}" ray job submit --log-color=false --address="$dashboard" --submission-id="$submission" --working-dir=. \
   -- python preprocess/build_shards.py "$@"
 
 # A job that was stopped rather than finished makes submit exit 0 too.
 status=$("${container[@]}" ray job status --address="$dashboard" "$submission")
-[[ $status == *[Ss][Uu][Cc][Cc][Ee][Ee][Dd][Ee][Dd]* ]] || fail "the Ray job $submission did not finish: ${status##*$'\n'}"
+[[ ${status,,} == *succeeded* ]] || fail "the Ray job $submission did not finish: $status"

@@ -101,7 +101,7 @@ other=$(rival)
 ((fruitless < max_fruitless)) || fail "$run: job $job started $fruitless times at step $step and never got further; look at the log, then submit again"
 
 mkdir -p "$run/control" || fail "$run: cannot be written; give another run.dir"
-rm -f "$stop" "$run/outcome.json" # of the start before
+rm -f "$run"/control/{stop,save} "$run/outcome.json" # of the start before; training itself leaves them alone in a job
 printf '%s\t%s\t%s\n' "$(date -u +%FT%TZ)" "$job" "$step" >>"$starts"
 
 # -- Train ---------------------------------------------------------------------------------------------------------
