@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.alignment import Alignment
@@ -13,6 +12,7 @@ from model.config import EmmaConfig
 from model.language_model import MambaLM
 from model.mamba import Cache, Mixer
 from model.projector import Projector
+from model.text_loss import token_nll
 
 UNSUPERVISED = -100
 
@@ -79,10 +79,10 @@ class Emma(nn.Module):
         return self.llm(x, alignment.taps, alignment.tap) if alignment else self.llm(x)
 
     def _text_loss(self, predicting: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Per-row sums; the head sees supervised positions only, as its fp32 logits are the largest tensors of all."""
+        """Per-row sums; the head sees supervised positions only, since its logits are the largest tensors of all."""
         targets = targets[:, targets.shape[1] - predicting.shape[1] :]  # text alone: nothing predicts its first token
         supervised = targets != UNSUPERVISED
         logits = self.llm.head(predicting[supervised])  # [supervised tokens, vocab]
         nll = torch.zeros(targets.shape, device=targets.device)
-        nll[supervised] = F.cross_entropy(logits.float(), targets[supervised], reduction="none")
+        nll[supervised] = token_nll(logits, targets[supervised])
         return nll.sum(1), supervised.sum(1)
