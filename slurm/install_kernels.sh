@@ -1,0 +1,112 @@
+#!/usr/bin/env bash
+# Installs the fused kernels, mamba-ssm and causal-conv1d, into the Python environment that is active (or EMMA_ENV, or
+# the checkout's .venv), built from their source packages for one GPU architecture. Needs nvcc of torch's CUDA version.
+#
+#   slurm/install_kernels.sh [--arch SM] [--wheels DIR]
+#
+#   slurm/install_kernels.sh                            # A100
+#   slurm/install_kernels.sh --arch 90                  # H100, H200
+#   srun --gpus=1 --cpus-per-task=16 slurm/install_kernels.sh    # on a GPU node, so that they are tried out too
+#
+#   --arch SM      80 for A100 (default), 90 for H100 and H200
+#   --wheels DIR   keep what was built in DIR, for other environments: pip install --no-deps DIR/*.whl
+#
+# pip alone cannot do it. Their setup.py compiles nine architectures, ours keeps one; they need the torch that is
+# installed, not one of an isolated build; and mamba-ssm pins packages that Mamba-1 and Mamba-2 never import.
+# Without a network: PIP_NO_INDEX=1 PIP_FIND_LINKS=DIR, where DIR holds the two source packages, einops and ninja.
+set -euo pipefail
+
+arch=80 wheels=''
+while (($#)); do
+  case $1 in
+    -h | --help)
+      sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$0"
+      exit
+      ;;
+    --arch) arch=${2:?--arch wants a number, such as 80} && shift 2 ;;
+    --wheels) wheels=$(mkdir -p "${2:?--wheels wants a folder}" && realpath "$2") && shift 2 ;;
+    *) echo "error: $1: unknown; --help lists what there is" >&2 && exit 2 ;;
+  esac
+done
+
+# shellcheck source=slurm/environment.sh
+source "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/slurm/environment.sh"
+
+"${python[@]}" -c 'import torch; assert torch.version.cuda' 2>/dev/null || fail "no torch with CUDA here: make install"
+"${python[@]}" -c 'from torch.utils.cpp_extension import CUDA_HOME; assert CUDA_HOME' 2>/dev/null ||
+  fail "no nvcc: load CUDA's module, or set CUDA_HOME"
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+wheels=${wheels:-$work/wheels}
+pip=("${python[@]}" -m pip --disable-pip-version-check)
+# FORCE_BUILD: no download of somebody else's build. SKIP_CUDA_BUILD is for the download, which only asks for metadata.
+export MAX_JOBS=${MAX_JOBS:-$(nproc)} MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE
+
+mapfile -t requirements < <("${python[@]}" -c '
+from importlib.metadata import requires
+for line in requires("emma-pipeline"):
+    requirement, _, marker = line.partition(";")
+    if "gpu" in marker:
+        print(requirement.strip())')
+
+keep_one_architecture() { # keep_one_architecture SETUP.PY
+  "${python[@]}" - "$1" "$arch" <<'PYTHON'
+import re, sys
+from pathlib import Path
+
+file, arch = Path(sys.argv[1]), sys.argv[2]
+flag = re.compile(r'cc_flag\.append\("-gencode"\)\s*cc_flag\.append\("arch=compute_(\d+),code=sm_\d+"\)')
+known = flag.findall(text := file.read_text())
+if arch not in known:
+    sys.exit(f"error: --arch {arch}: {file.parent.name} compiles {', '.join(known) or 'nothing that this script understands'}")
+file.write_text(flag.sub(lambda match: match[0] if match[1] == arch else "pass", text))
+PYTHON
+}
+
+build() { # build REQUIREMENT: its source package to a wheel
+  echo "building $1 for sm_$arch with $MAX_JOBS jobs"
+  local folder
+  folder=$(mktemp -d -p "$work")
+  MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE \
+    "${pip[@]}" download -q --no-deps --no-binary :all: --no-build-isolation -d "$folder" "$1"
+  tar -xzf "$folder"/*.tar.gz -C "$folder" --strip-components=1
+  keep_one_architecture "$folder/setup.py"
+  "${pip[@]}" wheel -q --no-deps --no-build-isolation -w "$wheels" "$folder" >"$work/log" 2>&1 ||
+    { tail -n 40 "$work/log" >&2 && fail "$1 did not build; the compiler's last words are above"; }
+}
+
+"${pip[@]}" install -q setuptools wheel packaging ninja einops # to build; the last one is imported too
+for requirement in "${requirements[@]}"; do
+  build "$requirement"
+done
+"${pip[@]}" install -q --no-deps --force-reinstall "$wheels"/{mamba_ssm,causal_conv1d}-*.whl
+
+# Imports them by the model's own door and, where there is a GPU, holds them against the plain-torch reference.
+"${python[@]}" - <<'PYTHON'
+import torch
+from model import kernels
+
+kernels.fused()
+if not torch.cuda.is_available():
+    print("installed and importable; no GPU here to try them on")
+    raise SystemExit
+torch.manual_seed(0)
+b, l, h, p, s = 2, 512, 4, 64, 32
+x, B, C = torch.randn(b, l, h, p), torch.randn(b, l, 1, s), torch.randn(b, l, 1, s)
+wide, weight, bias = torch.randn(b, l, h * p), torch.randn(h * p, 4), torch.randn(h * p)
+scan = (wide, torch.randn(b, l, h * p), -torch.rand(h * p, s), B[:, :, 0], C[:, :, 0], torch.randn(h * p), None, bias)
+ssd = (x, torch.randn(b, l, h), -torch.rand(h), B, C, torch.randn(h), torch.randn(h))
+for name, ours, arguments, more in (
+    ("causal convolution", kernels.causal_conv, (wide, weight, bias), ()),
+    ("Mamba-1 scan", lambda *a: kernels.selective_scan(*a)[0], scan, ()),
+    ("Mamba-2 scan", lambda *a: kernels.ssd(*a)[0], ssd, (256,)),
+):
+    expected = ours(*arguments, *more)
+    found = ours(*(a if a is None else a.cuda() for a in arguments), *more).cpu()
+    error = ((found - expected).norm() / expected.norm()).item()
+    print(f"{name:20} relative difference from the reference {error:.1e}")
+    if not error < 1e-2:
+        raise SystemExit(f"error: {name}: the kernel computes something else")
+print(kernels.kernel_report("cuda"))
+PYTHON
