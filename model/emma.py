@@ -45,7 +45,7 @@ class Emma(nn.Module):
         Shapes: tokens and targets [b, t]; features [b, n, v]; align_target [b, n, p]. Where targets[i, j] is not -100,
         it is the token at j, predicted from the position before it: the last patch predicts the text's first token.
         """
-        visual, text = self._embed(tokens, features)
+        visual, text = self.embed(tokens, features)
         num_visual = visual.shape[1]
         hidden, tapped = self._read(torch.cat([visual, text], 1))
 
@@ -62,14 +62,15 @@ class Emma(nn.Module):
     @torch.no_grad()
     def prefill(self, tokens: Tensor, features: Tensor | None = None) -> tuple[Tensor, Cache]:
         """Logits [b, vocab] after the prompt, and the state to go on from. No padding: rows are equally long."""
-        return self.llm.prefill(torch.cat(self._embed(tokens, features), 1))
+        return self.llm.prefill(torch.cat(self.embed(tokens, features), 1))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:  # [b, 1] -> [b, vocab]
         """Logits after one more token; `cache` moves on in place, so a token costs the same at any length."""
         return self.llm.decode(tokens[:, 0], cache)
 
-    def _embed(self, tokens: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor]:  # [b, n, d], [b, t, d]
+    def embed(self, tokens: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor]:  # [b, n, d], [b, t, d]
+        """What the language model reads: the picture (n = 0 without one), then the text."""
         text = self.llm.embed(tokens)
         visual = text[:, :0] if features is None else self.projector(features.to(text.dtype))
         return visual, text

@@ -119,40 +119,42 @@ def ssd(
     chunk is filled with dt = 0, which neither decays nor drives the state.
     """
     batch, length, heads, _ = x.shape
-    groups, chunk = B.shape[2], min(chunk_size, length)
+    chunk = -(-length // -(-length // chunk_size))  # as many chunks as chunk_size asks for, of one size: less to fill
     dt = F.softplus(dt.float() + dt_bias)
-    parts = (x.float() * dt[..., None], dt * A, B.float(), C.float())
-    xdt, log_decay, B, C = (_chunks(part, chunk, groups) for part in parts)
-    y, state = _ssd_chunks(xdt, log_decay.squeeze(-1), B, C)
-    y = y.movedim(-2, 2).reshape(batch, -1, heads, x.shape[-1])[:, :length]  # [b, m, q, g, r, p] -> [b, l, h, p]
-    return (y + x.float() * D[:, None]).to(x.dtype), state.flatten(1, 2)
+    parts = (x.float() * dt[..., None], (dt * A)[..., None], B.float(), C.float())
+    xdt, log_decay, B, C = (_chunks(part, chunk, B.shape[2]) for part in parts)
+    y, state = _ssd_chunks(xdt, log_decay.squeeze(-1), B.squeeze(-2), C.squeeze(-2))
+    y = y.transpose(2, 3).reshape(batch, -1, heads, x.shape[-1])[:, :length]  # [b, m, g, q, r, p] -> [b, l, h, p]
+    return (y + x.float() * D[:, None]).to(x.dtype), state.permute(0, 1, 3, 4, 2).flatten(1, 2)
 
 
 def _chunks(part: Tensor, chunk: int, groups: int) -> Tensor:
-    """[b, l, h or g (, values)] -> [b, m, g, r, q, values]."""
-    batch, length, num, *values = part.shape
-    part = F.pad(part.reshape(batch, length, -1), (0, 0, 0, -length % chunk))
-    part = part.reshape(batch, -1, chunk, groups, num // groups, *(values or [1]))
-    return part.movedim(2, -2)
+    """[b, l, h or g, values] -> [b, m, g, q, r, values]."""
+    part = F.pad(part, (0, 0, 0, 0, 0, -part.shape[1] % chunk))
+    return part.unflatten(2, (groups, -1)).unflatten(1, (-1, chunk)).transpose(2, 3)
 
 
 def _ssd_chunks(xdt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """xdt [b, m, g, r, q, p], log_decay [b, m, g, r, q], B and C [b, m, g, 1, q, k]."""
-    since_start = log_decay.cumsum(-1)  # [b, m, g, r, q]
-    until_end = torch.exp(since_start[..., -1:] - since_start)
-    between = since_start[..., :, None] - since_start[..., None, :]  # [b, m, g, r, q, q]
-    future = torch.ones(between.shape[-2:], dtype=torch.bool, device=between.device).triu(1)
-    weights = (C @ B.mT) * torch.exp(between.masked_fill(future, -torch.inf))
-    within = weights @ xdt
+    """xdt [b, m, g, q, r, p], log_decay [b, m, g, q, r], B and C [b, m, g, q, k]; the state is [b, g, k, r, p].
 
-    added = (xdt * until_end[..., None]).mT @ B  # [b, m, g, r, p, k]
-    kept = torch.exp(since_start[..., -1])[..., None, None]
+    Heads of one group share B and C, so all products with a state are one matrix product per chunk and group.
+    """
+    since_start = log_decay.cumsum(3)
+    per_head = since_start.mT  # [b, m, g, r, q]
+    between = per_head[..., :, None] - per_head[..., None, :]  # from position j (last) to i
+    future = torch.ones(between.shape[-2:], dtype=torch.bool, device=between.device).triu(1)
+    weights = (C @ B.mT)[:, :, :, None] * between.masked_fill_(future, -torch.inf).exp_()
+    within = (weights @ xdt.transpose(3, 4)).transpose(3, 4)
+
+    until_end = torch.exp(since_start[:, :, :, -1:] - since_start)[..., None]
+    added = (B.mT @ (xdt * until_end).flatten(4)).unflatten(4, xdt.shape[4:])  # [b, m, g, k, r, p]
+    kept = torch.exp(since_start[:, :, :, -1])[:, :, :, None, :, None]
     state, before = torch.zeros_like(added[:, 0]), []
     for added_m, kept_m in zip(added.unbind(1), kept.unbind(1), strict=True):
         before.append(state)
         state = state * kept_m + added_m
-    carried = (C @ torch.stack(before, 1).mT) * torch.exp(since_start)[..., None]
-    return within + carried, state
+    carried = (C @ torch.stack(before, 1).flatten(4)).unflatten(4, xdt.shape[4:])
+    return within + carried * torch.exp(since_start)[..., None], state
 
 
 def ssd_step(

@@ -77,7 +77,7 @@ class Towers(nn.Module):
         return super().train(False)
 
     def _load(self, tower: TowerConfig, pretrained: str | Path) -> None:
-        files = open_tensors(_hub_file(tower) if pretrained == HUB else _local_file(tower, Path(pretrained)))
+        files = open_tensors(hub_file(tower) if pretrained == HUB else _local_file(tower, Path(pretrained)))
         vit = self.towers[tower.name].vit
         fill(vit, published_tower(tower, files, self.config.grid), f"{files.paths[0]} (tower {tower.name})")
         self.loaded |= files.record()
@@ -100,7 +100,8 @@ def _local_file(tower: TowerConfig, folder: Path) -> Path:
     raise UserError(f"{folder}: no weights of tower {tower.name}; expected one of {', '.join(names)}")
 
 
-def _hub_file(tower: TowerConfig) -> Path:
+def hub_file(tower: TowerConfig) -> Path:
+    """A tower's published weights, downloaded unless they are in the hub's cache already."""
     from huggingface_hub import hf_hub_download
 
     repository = timm.get_pretrained_cfg(tower.timm_name).hf_hub_id

@@ -83,14 +83,15 @@ def load_language_model(emma: Emma, source: str | Path) -> dict[str, Any]:
 
     Returns what was loaded: the source, and the sha256 of each file. Raises: UserError.
     """
-    folder = Path(source) if Path(source).is_dir() else _snapshot(str(source))
+    folder = Path(source) if Path(source).is_dir() else hub_folder(str(source))
     files = open_published(folder)
     names = {name.replace("backbone.embeddings.", "backbone.embedding."): name for name in files}
     fill(emma.llm, files.renamed(names), str(folder), tied={"lm_head.weight"})
     return {"source": str(source), "sha256": files.record()}
 
 
-def _snapshot(name: str) -> Path:
+def hub_folder(name: str) -> Path:
+    """A published language model's folder, downloaded unless it is in the hub's cache already."""
     from huggingface_hub import snapshot_download
 
     try:
