@@ -81,7 +81,6 @@ class Mamba1Mixer(Mixer):
         super().__init__(config, 2 * config.d_inner, config.d_inner)
         self.x_proj = nn.Linear(config.d_inner, config.dt_rank + 2 * config.d_state, bias=False)
         self.dt_proj = nn.Linear(config.dt_rank, config.d_inner)
-        nn.init.uniform_(self.dt_proj.weight, -(config.dt_rank**-0.5), config.dt_rank**-0.5)
         self.dt_proj.bias = nn.Parameter(initial_dt_bias(config.d_inner))
         self.A_log = nn.Parameter(torch.arange(1.0, config.d_state + 1).log().repeat(config.d_inner, 1))
         self.D = nn.Parameter(torch.ones(config.d_inner))

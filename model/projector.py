@@ -65,7 +65,6 @@ class DirectedScan(nn.Module):
         self.rank = -(-width // 16)
         self.x_proj = nn.Linear(width, self.rank + 2 * CROSS_SCAN_STATE, bias=False)
         self.dt_proj = nn.Linear(self.rank, width, bias=False)
-        nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
         self.dt_bias = nn.Parameter(initial_dt_bias(width))
         self.A_log = nn.Parameter(torch.arange(1.0, CROSS_SCAN_STATE + 1).log().repeat(width, 1))
         self.D = nn.Parameter(torch.ones(width))
