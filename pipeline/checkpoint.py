@@ -22,6 +22,7 @@ from pipeline.recipe import Recipe
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
+REFUSED = ".refused-"
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,6 @@ class Checkpoints:
     def save(self, engine: Any, step: int) -> None:
         """Publish the state after `step` optimizer steps. Every rank must call it."""
         name = folder_name(step)
-        if self._on_main(lambda: (self.folder / name / MANIFEST).exists()):
-            return  # resumed here and asked to save before another step
         partial = self.folder / f"{PARTIAL}{name}"
         if self.ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -85,9 +84,12 @@ class Checkpoints:
         }
         write_json(partial / MANIFEST, manifest)
         sync_folder(partial)
+        shutil.rmtree(self.folder / name, ignore_errors=True)  # one whose deletion was cut off
         partial.rename(self.folder / name)
         sync_folder(self.folder)
         write_text(self.folder / "latest", f"{name}\n")
+        for refused in self.folder.glob(f"{REFUSED}*"):  # kept as evidence until there is a good one again
+            shutil.rmtree(refused)
         self._prune(step)
 
     def _prune(self, newest: int) -> None:
@@ -127,10 +129,17 @@ class Checkpoints:
                 self._check_identity(folder)
                 report.append(f"resuming from {folder}")
                 return step, report
+            self._refuse(folder)
             report.append(f"refused {folder}: {damage}")
         if steps:
             raise UserError("; ".join([*report, f"no checkpoint is left; to start afresh, move {self.folder} away"]))
         return None, report
+
+    def _refuse(self, folder: Path) -> None:
+        """Take a damaged checkpoint out of the way of its successor, and out of what retention counts."""
+        away = folder.with_name(f"{REFUSED}{folder.name}")
+        shutil.rmtree(away, ignore_errors=True)
+        folder.rename(away)
 
     def _check_identity(self, folder: Path) -> None:
         manifest = read_manifest(folder)

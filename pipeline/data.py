@@ -90,7 +90,7 @@ class ShardReader:
     def sample(self, row: int) -> Sample:
         """Raises: DamagedShardError naming shard, key and the command that finds the damage."""
         column = {name: int(values[row]) for name, values in self.columns.items()}
-        shard = self.folder / self.manifest.shards[column["shard"]]["name"]
+        shard = self.folder / self.manifest.shards[column["shard"]].name
         try:
             tokens, meta, image = (
                 os.pread(_open_shard(shard), column[f"{part}_bytes"], column[f"{part}_offset"]) for part in PARTS
@@ -150,7 +150,7 @@ class MicroBatches(Dataset):  # type: ignore[type-arg]
         mine = rank_slices(ids, self.ranks.rank, self.ranks.world_size, self.micro_batch)[micro]
         real = mine != FILLER
         rows = [self.reader.sample(int(row)) for row in np.where(real, mine, ids[0])]
-        return collate(rows, real, self.reader.manifest.image_px)
+        return collate(rows, real, self.reader.manifest.image["px"])
 
 
 class TrainData:
@@ -183,13 +183,13 @@ class TrainData:
         """Global batches `first`, `first + 1`, … to the end of the run."""
         dataset = MicroBatches(self.reader, self.plan, self.ranks, self.recipe.optim.micro_batch)
         loader = iter(self._loader(dataset, first))
-        for step in range(first, self.total_steps):
-            asked = time.monotonic()
-            micro_batches = [next(loader) for _ in range(dataset.per_step)]
-            for item in micro_batches:
-                if isinstance(item, DamagedShardError):
-                    raise item
-            yield self._describe(step, micro_batches, time.monotonic() - asked)
+        try:
+            for step in range(first, self.total_steps):
+                asked = time.monotonic()
+                micro_batches = [_unless_damaged(next(loader)) for _ in range(dataset.per_step)]
+                yield self._describe(step, micro_batches, time.monotonic() - asked)
+        finally:
+            del loader  # ends its processes, also when an error goes on its way up
 
     def _loader(self, dataset: MicroBatches, first: int) -> DataLoader:  # type: ignore[type-arg]
         workers = self.recipe.data.workers
@@ -199,8 +199,8 @@ class TrainData:
             sampler=range(first * dataset.per_step, self.total_steps * dataset.per_step),
             num_workers=workers,
             pin_memory=self.ranks.device.type == "cuda",
-            # A forked child of a process that already runs threads (Gloo's, NCCL's) can hang.
-            multiprocessing_context="forkserver" if workers else None,
+            # A forked child of a process that runs threads (Gloo's, NCCL's) can hang; a fork server's outlives a kill.
+            multiprocessing_context="spawn" if workers else None,
             prefetch_factor=4 if workers else None,
         )
 
@@ -225,11 +225,17 @@ class TrainData:
         )
 
 
+def _unless_damaged(item: MicroBatch | DamagedShardError) -> MicroBatch:
+    if isinstance(item, DamagedShardError):
+        raise item
+    return item
+
+
 def check_fit(manifest: Manifest, recipe: Recipe) -> None:
     """The shards must hold what the model reads: its picture size, its prompt format, ids within its embedding."""
     config = recipe.config
     facts = {
-        "picture size": (manifest.image_px, config.vision.image_px),
+        "picture size": (manifest.image["px"], config.vision.image_px),
         "prompt template": (manifest.template, config.template),
     }
     for what, (found, expected) in facts.items():

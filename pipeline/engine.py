@@ -57,7 +57,7 @@ def build_engine(emma: Emma, recipe: Recipe, ranks: Ranks) -> Any:
     emma.llm.segment_layers, emma.llm.keep_layers = recipe.engine.segment_layers, recipe.engine.keep_layers
     config = compose_config(recipe, ranks.world_size)
     if config.get("zero_optimization", {}).get("stage") == 3:
-        # A mixer reads its children's weights past the hooks that gather them: gather it as one (docs/zero3.md).
+        # A mixer reads its children's weights past the hooks that gather them: gather it as one.
         deepspeed.utils.set_z3_leaf_modules(
             emma, sorted({type(m) for m in emma.mixers()}, key=lambda kind: kind.__name__)
         )

@@ -185,8 +185,8 @@ def _override(table: dict[str, Any], override: str) -> None:
 
 
 def _parse(text: str) -> Any:
-    """A TOML value if it is one; null for none; else the text itself, so that paths need no quotes."""
-    if text in ("null", "none"):
+    """A TOML value if it is one; null is no value; else the text itself, so that paths need no quotes."""
+    if text == "null":
         return None
     try:
         return tomllib.loads(f"value = {text}")["value"]

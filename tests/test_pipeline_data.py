@@ -1,0 +1,106 @@
+"""What the loader hands to the model is what the shards hold: each sample once an epoch, pixels and targets in place."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+
+from model.errors import UserError
+from pipeline.data import IGNORED, PAD_ID, TrainData
+from pipeline.ranks import Ranks
+from pipeline.recipe import load_recipe
+from preprocess.images import stored_pixels
+
+
+def train_data(recipe_file, shards, world_size=1, rank=0, *overrides):
+    recipe = load_recipe(recipe_file, [f"data.shards={shards}", "run.dir=none", *overrides])
+    return TrainData(recipe, Ranks(rank, rank, world_size, torch.device("cpu")))
+
+
+@pytest.fixture(scope="module")
+def stock_samples(shards):
+    """The set as the stock webdataset reader sees it."""
+    urls = sorted(map(str, shards.glob("*.tar")))
+    return list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("rgb8"))
+
+
+def rows_of(data, steps):
+    """(tokens, supervised tokens, pixels) of every real row of some steps, hashable."""
+    rows = []
+    for batch, _ in zip(data.from_step(0), range(steps), strict=False):
+        for micro in batch.micro_batches:
+            for i in torch.nonzero(micro.real).flatten():
+                tokens = micro.tokens[i][: 1 + int((micro.targets[i] != IGNORED).nonzero().max())]
+                supervised = micro.targets[i][micro.targets[i] != IGNORED]
+                pixels = b"" if micro.pixels is None else micro.pixels[i].numpy().tobytes()
+                rows.append((tuple(tokens.tolist()), tuple(supervised.tolist()), pixels))
+    return rows
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_over_two_ranks_is_the_set_as_the_stock_reader_reads_it(recipe_file, shards, stock_samples, workers):
+    ranks = [train_data(recipe_file, shards, 2, rank, f"data.workers={workers}") for rank in (0, 1)]
+    steps = ranks[0].plan.steps_per_epoch
+    seen = Counter(row for data in ranks for row in rows_of(data, steps))
+    expected = Counter()
+    for sample in stock_samples:
+        tokens, spans = sample["tokens.npy"].tolist(), sample["json"]["spans"]
+        supervised = [token for start, end in spans for token in tokens[start:end]]
+        pixels = b""
+        if "jpg" in sample:
+            pixels = sample["jpg"].transpose(2, 0, 1).tobytes()
+        expected[tuple(tokens), tuple(supervised), pixels] += 1
+    assert seen == expected
+    assert sum(seen.values()) == len(stock_samples)
+    assert max(seen.values()) == 1
+
+
+def test_an_epoch_begun_in_the_middle_goes_on_where_it_would_have(recipe_file, shards):
+    data = train_data(recipe_file, shards)
+    whole = list(data.from_step(0))
+    late = next(iter(data.from_step(3)))
+    assert torch.equal(late.micro_batches[1].tokens, whole[3].micro_batches[1].tokens)
+    assert (late.ids == whole[3].ids).all()
+
+
+def test_targets_are_the_supervised_tokens_in_place_and_padding_is_on_the_right(recipe_file, shards):
+    data = train_data(recipe_file, shards)
+    for batch in data.from_step(0):
+        supervised = 0
+        for micro in batch.micro_batches:
+            where = micro.targets != IGNORED
+            assert (micro.targets[where] == micro.tokens[where]).all()
+            assert not where[~micro.real].any()
+            padded = (micro.tokens == PAD_ID).int()
+            assert (padded.diff(dim=1) >= 0).all()
+            supervised += int(where.sum())
+        assert supervised == batch.supervised_tokens
+
+
+def test_a_batch_knows_its_padding_and_its_tokens(recipe_file, shards):
+    data = train_data(recipe_file, shards, 1, 0, "optim.micro_batch=8")
+    for batch in data.from_step(0):
+        [micro] = batch.micro_batches
+        visual = 49 if micro.pixels is not None else 0
+        computed = micro.tokens.shape[0] * (micro.tokens.shape[1] + visual)
+        assert batch.tokens == int((micro.tokens != PAD_ID)[micro.real].sum()) + visual * batch.samples
+        assert batch.padding_ratio == pytest.approx(1 - batch.tokens / computed)
+
+
+def test_pixels_are_those_that_were_stored(recipe_file, shards, stock_samples):
+    data = train_data(recipe_file, shards)
+    reader = data.reader
+    row = int(np.flatnonzero(data.plan.has_image)[0])
+    stored = reader.sample(row)
+    batch = next(b for b in data.from_step(0) if row in b.ids)
+    pictures = torch.cat([micro.pixels for micro in batch.micro_batches]).permute(0, 2, 3, 1).numpy()
+    assert any((picture == stored_pixels(stored.image)).all() for picture in pictures)
+
+
+def test_shards_of_another_model_are_refused(recipe_file, shards):
+    with pytest.raises(UserError, match=r"prompt template is 'base'.*'zephyr'"):
+        train_data(recipe_file, shards, 1, 0, "model=tiny_v1")
+    with pytest.raises(UserError, match=r"picture size is 100.*384"):
+        train_data(recipe_file, shards, 1, 0, "model=emma_v2")

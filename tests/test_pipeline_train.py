@@ -1,0 +1,189 @@
+"""Training on two real ranks: killed, stopped, damaged, resumed, and the same bits as if nothing had happened."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.checkpoint import find_damage, folder_name, full_state, list_steps
+from tests.conftest import finish, kill_all, run_python, torchrun
+
+STEPS = 10  # one epoch and two thirds
+
+
+def command(recipe_file, shards, run, *overrides):
+    return [
+        "-m",
+        "pipeline.train",
+        recipe_file,
+        f"data.shards={shards}",
+        f"run.dir={run}",
+        f"steps={STEPS}",
+        *overrides,
+    ]
+
+
+def lines(run: Path) -> list[dict]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def losses(run: Path) -> dict[int, tuple]:
+    """The last word on every step: a step that was redone after a resume stands there twice."""
+    return {
+        line["step"]: (line["loss/text"], line["loss/align"], line["optim/grad_norm"])
+        for line in lines(run)
+        if "event" not in line
+    }
+
+
+def outcome(run: Path) -> dict:
+    return json.loads((run / "outcome.json").read_text())
+
+
+def wait_for(condition, process, timeout=180):
+    until = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until, "it did not happen in time"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe_file, shards, tmp_path_factory):
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(torchrun(2, command(recipe_file, shards, run)))
+    return run
+
+
+def assert_same_end(run, undisturbed):
+    assert outcome(run) == {"outcome": "done", "step": STEPS, "reason": ""}
+    ours, theirs = (full_state(folder / "checkpoints" / folder_name(STEPS)) for folder in (run, undisturbed))
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different
+    assert losses(run) == losses(undisturbed)
+
+
+def test_a_run_reports_every_step_and_ends_with_a_checkpoint(undisturbed):
+    assert sorted(losses(undisturbed)) == list(range(1, STEPS + 1))
+    assert [line["event"] for line in lines(undisturbed) if "event" in line] == ["start", "done"]
+    assert list_steps(undisturbed / "checkpoints") == [4, 8, STEPS]
+    assert (undisturbed / "checkpoints/latest").read_text().strip() == folder_name(STEPS)
+
+
+def test_killed_in_the_middle_the_same_command_ends_with_the_same_bits(recipe_file, shards, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    process = torchrun(2, command(recipe_file, shards, run))
+    wait_for(lambda: max(losses(run), default=0) >= 5, process)
+    kill_all(process)
+    assert max(losses(run)) < STEPS
+    assert not (run / "outcome.json").exists()
+
+    output = finish(torchrun(2, command(recipe_file, shards, run)))
+    assert "resuming from" in output
+    assert_same_end(run, undisturbed)
+
+
+def test_a_damaged_checkpoint_is_refused_with_its_reason_and_the_one_before_is_taken(
+    recipe_file, shards, undisturbed, tmp_path
+):
+    run = tmp_path / "run"
+    finish(torchrun(2, command(recipe_file, shards, run)))
+    checkpoints = run / "checkpoints"
+    optimizer = next((checkpoints / folder_name(STEPS)).rglob("*optim_states.pt"))
+    flip_one_bit(optimizer)
+    (checkpoints / folder_name(8) / "state").rename(checkpoints / "elsewhere")
+    (run / "outcome.json").unlink()
+
+    output = finish(torchrun(2, command(recipe_file, shards, run)))
+    assert f"{optimizer.name} has changed" in output
+    assert "is missing" in output
+    assert f"resuming from {checkpoints / folder_name(4)}" in output
+    assert_same_end(run, undisturbed)
+    assert find_damage(checkpoints / folder_name(STEPS)) is None
+
+
+def flip_one_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_stop_request_is_agreed_on_saved_and_resumed_at_the_next_step(recipe_file, shards, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    process = torchrun(2, command(recipe_file, shards, run))
+    wait_for(lambda: losses(run), process)
+    (run / "control/stop").touch()
+    finish(process)
+    stopped = outcome(run)
+    assert stopped["outcome"] == "stopped"
+    assert stopped["step"] < STEPS
+    assert list_steps(run / "checkpoints")[-1] == stopped["step"]
+
+    finish(torchrun(2, command(recipe_file, shards, run)))
+    assert len(losses(run)) == len([line for line in lines(run) if "event" not in line]), "a step was redone"
+    assert_same_end(run, undisturbed)
+
+
+def test_another_training_in_the_same_folder_is_refused_with_what_differs(recipe_file, shards, undisturbed, tmp_path):
+    told = finish(torchrun(2, command(recipe_file, shards, undisturbed, "optim.lr=3e-3", "seed=8")), code=None)
+    assert "optim.lr was 0.001, now 0.003" in told
+    assert "seed was 7, now 8" in told
+
+
+def test_one_process_alone_trains_without_a_launcher(recipe_file, shards, tmp_path):
+    run = tmp_path / "run"
+    done = run_python(*command(recipe_file, shards, run, "steps=2", "engine.segment_layers=2", "data.workers=1"))
+    assert done.returncode == 0, done.stderr
+    assert outcome(run)["step"] == 2
+    assert done.stderr == ""
+
+
+def one_line(done, code):
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    [line] = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_a_users_mistakes_are_one_line_each(recipe_file, shards, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    mistakes = [
+        (["optim.learning_rate=1"], shards, "run", ["'learning_rate'", "valid here"]),
+        ([], tmp_path / "empty", "run", ["manifest.json", "build_shards.py"]),
+        ([], shards, "file/run", ["run.dir", "cannot be written"]),
+        (["model=tiny_v1"], shards, "run", ["prompt template is 'base'", "'zephyr'"]),
+        (["data.tokenizer=/no/such/tokenizer.json"], shards, "run", ["/no/such/tokenizer.json"]),
+        (["optim.micro_batch=3"], shards, "run", ["global_batch 8", "micro_batch 3"]),
+        (["engine.device=cuda"], shards, "run", ["no GPU"]),
+    ]
+    for overrides, data, run, said in mistakes:
+        line = one_line(run_python(*command(recipe_file, data, tmp_path / run, *overrides)), code=2)
+        for words in said:
+            assert words in line
+
+
+def test_a_damaged_shard_stops_the_run_and_names_the_sample_and_the_remedy(recipe_file, shards, tmp_path):
+    damaged = tmp_path / "shards"
+    shutil.copytree(shards, damaged)
+    for tar in damaged.glob("*.tar"):
+        tar.write_bytes(tar.read_bytes()[:2000])
+    for workers in (0, 1):
+        told = run_python(*command(recipe_file, damaged, tmp_path / "run", f"data.workers={workers}"))
+        line = one_line(told, code=2)
+        assert "shard-0000" in line
+        assert "preprocess.shardset verify" in line
+        assert outcome(tmp_path / "run")["outcome"] == "failed"
+
+
+def test_a_run_without_a_finite_loss_fails_for_good(recipe_file, shards, tmp_path):
+    run = tmp_path / "run"
+    done = run_python(*command(recipe_file, shards, run, "optim.lr=1e30", "optim.clip=0.0"))
+    assert "no finite loss" in one_line(done, code=3)
+    assert outcome(run)["outcome"] == "failed"
