@@ -251,14 +251,14 @@ def _realigned(full: EmmaConfig, **changes: Any) -> EmmaConfig:
 
 
 def tiny(full: EmmaConfig) -> EmmaConfig:
-    """The same model, small: two three-block towers over 7×7 patches, eight layers, a vocabulary of 1024 rows."""
+    """The same model, small: two three-block towers over 7×7 patches, six layers, a vocabulary of 1024 rows."""
     overrides = {"img_size": 100, "depth": 3, "num_heads": 2}
     towers = tuple(
         replace(tower, width=width, depth=3, overrides={**overrides, "embed_dim": width})
         for tower, width in zip(full.vision.towers, (96, 64), strict=True)
     )
-    llm = replace(full.llm, d_model=128, num_layers=8, vocab_size=1024, weights=None, head_dim=32, chunk_size=32)
-    llm = replace(llm, d_state=32 if llm.kind == "mamba2" else 8)
+    llm = replace(full.llm, d_model=96, num_layers=6, vocab_size=1024, weights=None, chunk_size=32)
+    llm = replace(llm, d_state=16 if llm.kind == "mamba2" else 8)
     vision = VisionConfig(towers, image_px=100)
     alignment = full.alignment and _tiny_alignment(full.alignment, vision, llm)
     return replace(full, vision=vision, llm=llm, alignment=alignment, tokenizer=None, max_text_tokens=256)

@@ -15,6 +15,9 @@ from model.errors import UserError
 from model.tensors import fill, open_tensors
 
 RANDOM_SEED = 20250  # of towers without published weights: they are frozen, so every run must draw the same ones
+# timm's random vision transformers hardly tell places apart, and their features are weak: as a start for training that is
+# right, but these stay as they are. Trained ones have both.
+RANDOM_PATCH_GAIN, RANDOM_POSITION_STD = 3.0, 1.5
 HUB = "timm"
 
 
@@ -81,6 +84,12 @@ class Towers(nn.Module):
         vit = self.towers[tower.name].vit
         fill(vit, published_tower(tower, files, self.config.grid), f"{files.paths[0]} (tower {tower.name})")
         self.loaded |= files.record()
+
+
+@torch.no_grad()
+def _strengthen(vit: nn.Module) -> None:
+    vit.patch_embed.proj.weight *= RANDOM_PATCH_GAIN
+    nn.init.normal_(vit.pos_embed, std=RANDOM_POSITION_STD)
 
 
 def published_tower(tower: TowerConfig, tensors: Mapping[str, Tensor], grid: int) -> dict[str, Tensor]:

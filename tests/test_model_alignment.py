@@ -26,7 +26,7 @@ def with_alignment(config: EmmaConfig, **changes: Any) -> EmmaConfig:
 
 def states(num: int = 4) -> tuple[Tensor, ...]:
     torch.manual_seed(0)
-    return tuple(torch.randn(2, 49, 128) for _ in range(num))
+    return tuple(torch.randn(2, 49, CONFIG.llm.d_model) for _ in range(num))
 
 
 def target(config: EmmaConfig) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ CONFIG = preset("tiny_v1")
 
 def levels(num: int = 4) -> tuple[Tensor, ...]:
     torch.manual_seed(0)
-    return tuple(torch.randn(2, 49, 128) for _ in range(num))
+    return tuple(torch.randn(2, 49, CONFIG.llm.d_model) for _ in range(num))
 
 
 def rms(x: Tensor, norm: Any) -> Tensor:
@@ -52,7 +52,7 @@ def test_the_cascade_is_equation_7_over_equation_8() -> None:
 def test_the_concatenation_mixes_all_levels_and_its_queries_read_one_slice_per_block() -> None:
     concatenation, inputs = Concatenation(preset("tiny_release")), levels()
     normed = torch.cat([rms(x, norm) for x, norm in zip(inputs, concatenation.norms, strict=True)], -1)
-    slices = (normed @ concatenation.mix.weight.t() + concatenation.mix.bias).split(128, -1)
+    slices = (normed @ concatenation.mix.weight.t() + concatenation.mix.bias).split(CONFIG.llm.d_model, -1)
     x = concatenation.queries.weight.expand(2, -1, -1)
     for y, module in zip(slices, concatenation.blocks, strict=True):
         x = block(x, y, module)

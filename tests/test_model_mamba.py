@@ -97,7 +97,7 @@ def test_grouped_mamba2_equals_transformers(groups: int) -> None:
     llm = language_model("mamba2", num_groups=groups, head_dim=16)
     tokens = torch.randint(0, 96, (2, 40))
     y = llm.backbone.layers[0].mixer.prefill(llm.embed(tokens))[1].ssm
-    assert y.shape == (2, 8, 16, 32)
+    assert y.shape == (2, 8, 16, llm.config.d_state)
     twin = transformers_twin(llm)
     for layer in twin.backbone.layers:  # transformers norms all channels as one group, mamba_ssm each group by itself
         layer.mixer.norm.forward = _group_norm(layer.mixer.norm, groups)

@@ -81,9 +81,9 @@ def test_a_model_that_does_not_fit_names_every_difference_in_one_error(tmp_path:
     with pytest.raises(UserError) as caught:
         load_model(tmp_path)
     for fact in (
-        "missing projector.out.bias [128]",
+        "missing projector.out.bias [96]",
         "unexpected projector.extra",
-        "llm.backbone.norm_f.weight is [3], expected [128]",
+        "llm.backbone.norm_f.weight is [3], expected [96]",
     ):
         assert fact in str(caught.value)
 
