@@ -214,6 +214,7 @@ def run(build: Build) -> Manifest:
         missing = [task for task in tasks if not is_built(task)]
         spec_sha256 = _sha256([task.spec_sha256 for task in tasks])
         if not missing and (manifest := _standing_manifest(build, spec_sha256)):
+            clear_scaffold(build.out)
             print(f"{build.out} is up to date: {_summary(manifest)}", flush=True)
             return manifest
         (build.out / MANIFEST).unlink(missing_ok=True)  # from here on, and until the end, this is not a set
@@ -223,9 +224,7 @@ def run(build: Build) -> Manifest:
         build_here(missing, progress) if build.workers == 0 else build_on_ray(missing, build.workers, progress)
         about = Finished(build.config.name, build.settings, build.tokenizer, work.rows, work.rejects, spec_sha256)
         manifest = finalise(build.out, tasks, about, lambda rejects: _refuse_too_many(build, rejects, work.rows))
-        sweep(build.out)
-        for scaffold in (build.out / PROGRESS, build.out / WORK / DIALOGUES):
-            scaffold.unlink(missing_ok=True)
+        clear_scaffold(build.out)
         print(f"{build.out}: {_summary(manifest)}", flush=True)
         return manifest
 
@@ -348,6 +347,13 @@ def sweep(out: Path) -> None:
     for folder in (out, out / WORK):
         for leftover in folder.glob("*.tmp"):
             leftover.unlink(missing_ok=True)
+
+
+def clear_scaffold(out: Path) -> None:
+    """What only an unfinished set has."""
+    sweep(out)
+    for path in (out / PROGRESS, out / WORK / DIALOGUES):
+        path.unlink(missing_ok=True)
 
 
 def remove_strangers(out: Path, tasks: Sequence[ShardTask]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import os
 import tarfile
 import unicodedata
 import zipfile
@@ -91,43 +92,49 @@ def _as_reject(error: OSError) -> Exception:
 
 
 class _Archive:
-    """A zip or tar of pictures, by member name. `folder` is what the archive stands for."""
+    """Pictures by their path under the root, of an archive that stands for `folder`."""
 
     def __init__(self, path: Path, folder: str) -> None:
         self.path, self.folder = path, PurePosixPath(folder)
         try:
-            self._open(path)
+            self._packed: _Zip | _Tar = _Zip(path) if zipfile.is_zipfile(path) else _Tar(path)
         except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
             raise UserError(f"picture archive {path} is damaged ({error}); fetch it again") from None
         except FileNotFoundError:
             raise UserError(f"picture archive {path} is missing; the mix names it under [archives]") from None
 
-    def _open(self, path: Path) -> None:
-        self._zip = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
-        if self._zip:
-            self._members = {info.filename: info for info in self._zip.infolist()}
-            return
-        self._file = path.open("rb")
-        with tarfile.open(fileobj=self._file, mode="r:") as tar:
-            self._ranges = {member.name: (member.offset_data, member.size) for member in tar if member.isfile()}
-
     def read(self, path: str) -> bytes:
         inside = PurePosixPath(path).relative_to(self.folder)
         for name in (str(inside), str(self.folder.name / inside), f"./{inside}"):
-            if self._zip and name in self._members:
-                return self._unzip(name)
-            if not self._zip and name in self._ranges:
-                offset, size = self._ranges[name]
-                self._file.seek(offset)
-                return self._file.read(size)
+            if name in self._packed.names:
+                return self._member(name)
         raise Rejected("picture_missing", f"no such member of {self.path.name}")
 
-    def _unzip(self, name: str) -> bytes:
-        assert self._zip
+    def _member(self, name: str) -> bytes:
         try:
-            return self._zip.read(name)
+            return self._packed.read(name)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
             raise Rejected("picture_corrupt", f"in {self.path.name}: {error}") from None
+
+
+class _Zip:
+    def __init__(self, path: Path) -> None:
+        self._zip = zipfile.ZipFile(path)
+        self.names = set(self._zip.namelist())
+
+    def read(self, name: str) -> bytes:
+        return self._zip.read(name)
+
+
+class _Tar:
+    def __init__(self, path: Path) -> None:
+        with tarfile.open(path, "r:") as tar:
+            self.names = {member.name: (member.size, member.offset_data) for member in tar if member.isfile()}
+        self._handle = os.open(path, os.O_RDONLY)
+
+    def read(self, name: str) -> bytes:
+        size, offset = self.names[name]
+        return os.pread(self._handle, size, offset)
 
 
 @functools.lru_cache(maxsize=64)

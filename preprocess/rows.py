@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -15,8 +16,8 @@ import pyarrow.parquet as pq
 from model.errors import UserError
 from preprocess.rejects import Rejected
 
-CHUNK_CHARACTERS = 1 << 20
-LONGEST_ROW_CHARACTERS = 64 << 20
+CHUNK_BYTES = 1 << 20
+LONGEST_ROW_CHARACTERS, LONGEST_NUMBER = 64 << 20, 32
 _SPACE = " \t\r\n"
 
 
@@ -36,7 +37,9 @@ def read_rows(path: Path) -> Iterator[Any | Rejected]:
         text = _Text(_decompressed(raw, magic), path)
         try:
             yield from _array_rows(text) if text.peek() == "[" else _lines(text)
-        except (EOFError, gzip.BadGzipFile, pa.ArrowInvalid) as error:
+        except (EOFError, zlib.error, pa.ArrowInvalid, OSError) as error:
+            if getattr(error, "errno", None) is not None:
+                raise  # the disk's, not the archive's
             raise UserError(f"{path} ends early or is damaged ({error}); fetch it again") from None
 
 
@@ -70,7 +73,7 @@ class _Text:
         """Reads on, forgetting what has been passed; False at the end of the file."""
         if self.ended:
             return False
-        data = self.stream.read(CHUNK_CHARACTERS)
+        data = self.stream.read(CHUNK_BYTES)
         self.ended = not data
         self.window = self.window[self.position :] + self.decoder.decode(data, final=self.ended)
         self.line_start -= self.position
@@ -131,8 +134,8 @@ def _array_element(decoder: json.JSONDecoder, text: _Text) -> Any:
             raise UserError(f"{text.path}, {text.where()}: broken JSON ({error.msg}); fetch it again") from None
         except RecursionError:
             raise UserError(f"{text.path}, {text.where()}: broken JSON (nested too deeply)") from None
-        if end == len(text.window) and text.more():
-            continue  # a number could go on
+        if isinstance(row, int | float) and end > len(text.window) - LONGEST_NUMBER and text.more():
+            continue  # it could go on
         text.advance(end)
         return row
 

@@ -229,7 +229,8 @@ class Manifest:
     sha256: str = ""
 
     def to_bytes(self) -> bytes:
-        return canonical_json({"format": FORMAT} | {k: v for k, v in asdict(self).items() if k != "sha256"})
+        table = {"format": FORMAT} | {name: value for name, value in asdict(self).items() if name != "sha256"}
+        return canonical_json(table | {"seal": _seal(table)})
 
     @classmethod
     def load(cls, folder: Path | str) -> Manifest:
@@ -241,14 +242,23 @@ class Manifest:
             raise UserError(_no_manifest(Path(folder))) from None
         try:
             table = json.loads(data)
-            if table.pop("format") != FORMAT:
-                raise UserError(f"{path} has another format than {FORMAT}; build the set again")
+            seal = table.pop("seal")
+            if table["format"] != FORMAT:
+                raise UserError(f"{path} has format {table['format']}, expected {FORMAT}; build the set again")
+            if seal != _seal(table):
+                raise ValueError("its seal does not fit")
+            del table["format"]
             shards = tuple(ShardEntry(**entry) for entry in table.pop("shards"))
             return cls(**table, shards=shards, sha256=hashlib.sha256(data).hexdigest())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path} is damaged ({error}); run preprocess/build_shards.py again") from None
+
+
+def _seal(table: dict[str, Any]) -> str:
+    """Kept in the manifest: whatever bit of it flips, the two no longer fit."""
+    return hashlib.sha256(canonical_json(table)).hexdigest()
 
 
 def _no_manifest(folder: Path) -> str:

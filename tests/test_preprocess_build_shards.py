@@ -1,0 +1,268 @@
+"""Builds on a real Ray cluster: the same bytes however many work on them, whoever is killed, and however often."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from skimage import data as photographs
+
+from preprocess import build_shards
+from preprocess.shards import Manifest, load_index
+from tests.golden_tokenizer import gpt_neox
+from tests.ray_head import RayHead, ray_head
+from tests.shard_builds import arguments, build_in_process, write_mix
+
+SCRIPT = "preprocess/build_shards.py"
+PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "rocket", "text")
+NUM_ROWS, SAMPLES_PER_SHARD = 240, 20
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LLaVA rows about six photographs, every tenth without picture, and one that misses its own."""
+    root = tmp_path_factory.mktemp("root")
+    (root / "photographs").mkdir()
+    for name in PHOTOGRAPHS:
+        Image.fromarray(getattr(photographs, name)()).convert("RGB").save(root / "photographs" / f"{name}.jpg")
+    rows = [_row(i) for i in range(NUM_ROWS)]
+    rows[7]["image"] = "lost.jpg"
+    (root / "rows.json").write_text(json.dumps(rows))
+    write_mix(root, [{"name": "photographs", "format": "llava", "annotations": "rows.json", "images": "photographs"}])
+    return root
+
+
+def _row(number: int) -> dict[str, object]:
+    row: dict[str, object] = {"id": number, "image": f"{PHOTOGRAPHS[number % 6]}.jpg"}
+    if number % 10 == 9:
+        del row["image"]
+    turns = [("human", f"What is on photograph {number}?"), ("gpt", "Something. " * (number % 13))] * (1 + number % 3)
+    return row | {"conversations": [{"from": speaker, "value": value} for speaker, value in turns]}
+
+
+@pytest.fixture(scope="module")
+def expected(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The set as it is built without Ray and without accidents."""
+    return build_in_process(
+        root, tmp_path_factory.mktemp("expected") / "set", gpt_neox(), samples_per_shard=SAMPLES_PER_SHARD
+    )
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[RayHead]:
+    with ray_head() as head:
+        yield head
+
+
+def command(root: Path, out: Path, **options: Any) -> list[str]:
+    return arguments(root, out, gpt_neox(), samples_per_shard=SAMPLES_PER_SHARD, **options)
+
+
+def contents(out: Path) -> dict[str, str]:
+    """sha256 of every file of the set; fails if there is anything else."""
+    left = {path.name for path in (out / build_shards.WORK).iterdir()}
+    assert left == {"lock"}, f"left behind: {left}"
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir() if path.is_file()}
+
+
+# -- The same bytes --------------------------------------------------------------------------------------------------
+
+
+def test_both_ways_of_submitting_build_the_same_set(head: RayHead, root: Path, expected: Path, tmp_path: Path) -> None:
+    uploaded = head.submit("submit", "--working-dir", ".", "--", "python", SCRIPT, *command(root, tmp_path / "a"))
+    assert uploaded.returncode == 0, uploaded.stdout + uploaded.stderr
+    bare = head.submit("submit", "--", SCRIPT, *command(root, tmp_path / "b", workers=1))
+    assert bare.returncode == 0, bare.stdout + bare.stderr
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(expected)
+    assert "rejected       1  photographs: picture_missing" in uploaded.stdout
+    assert head.submit("list").stdout.count("SUCCEEDED") >= 2
+
+
+def test_a_failed_build_fails_its_job(head: RayHead, root: Path, tmp_path: Path) -> None:
+    done = head.submit("submit", "--", SCRIPT, *command(root, tmp_path / "out", max_reject_ratio=0.001))
+    assert done.returncode == 1
+    assert "more rows were rejected than --max-reject-ratio 0.001 allows: photographs 0.42% (1 of 240" in done.stdout
+    assert "exit code 3" in done.stdout + done.stderr
+    assert not (tmp_path / "out/manifest.json").exists()
+    assert "FAILED" in head.submit("list").stdout
+
+
+def test_a_relative_path_is_refused_where_it_would_be_lost(head: RayHead, root: Path) -> None:
+    words = [str(word).replace(str(root), "data/raw") for word in command(root, root / "out")]
+    done = head.submit("submit", "--working-dir", ".", "--", "python", SCRIPT, *words)
+    assert done.returncode == 1
+    assert "--root data/raw is relative, and this job runs in a temporary copy: give the whole path" in done.stdout
+
+
+# -- Accidents -------------------------------------------------------------------------------------------------------
+
+
+def wait_for_shards(driver: subprocess.Popen[str], out: Path, count: int) -> None:
+    while len(list(out.glob("shard-*.json"))) < count:
+        assert driver.poll() is None, f"the build ended too early: {driver.communicate()[0]}"
+        time.sleep(0.02)
+
+
+def finish(driver: subprocess.Popen[str]) -> str:
+    said, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 0, said
+    return said
+
+
+def test_a_killed_worker_is_replaced(head: RayHead, root: Path, expected: Path, tmp_path: Path) -> None:
+    driver = head.driver(SCRIPT, *command(root, tmp_path / "out"))
+    wait_for_shards(driver, tmp_path / "out", 2)
+    workers = head.workers("build_shard")
+    assert workers
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    finish(driver)
+    assert contents(tmp_path / "out") == contents(expected)
+
+
+def test_a_killed_build_goes_on_where_it_was(head: RayHead, root: Path, expected: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    driver = head.driver(SCRIPT, *command(root, out))
+    wait_for_shards(driver, out, 4)
+    driver.kill()
+    driver.communicate()
+    (out / "shard-00011.tar.feed.tmp").write_text("left by a killed worker")
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.json")}
+    assert not (out / "manifest.json").exists()
+    said = finish(head.driver(SCRIPT, *command(root, out)))
+    assert contents(out) == contents(expected)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished shards were built again"
+    assert f"{len(finished) * SAMPLES_PER_SHARD}/{NUM_ROWS} dialogues" in said
+
+
+def test_a_rerun_builds_only_what_is_missing_or_differs(root: Path, expected: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(expected, out)
+    (out / "shard-00003.tar").unlink()
+    (out / "shard-00005.json").write_text("{}")
+    (out / "shard-00099.tar").write_text("of an earlier, larger mix")
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*")}
+    assert build_shards.main(command(root, out, workers=0)) == 0
+    assert contents(out) == contents(expected)
+    changed = {path.name for path in out.glob("shard-*") if path.stat().st_mtime_ns != before.get(path.name)}
+    assert changed == {"shard-00003.tar", "shard-00003.json", "shard-00005.tar", "shard-00005.json"}
+
+
+def test_a_finished_set_is_left_alone(root: Path, expected: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in expected.iterdir() if path.is_file()}
+    assert build_shards.main(command(root, expected, workers=0)) == 0
+    assert "is up to date" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in expected.iterdir() if path.is_file()} == before
+
+
+def test_a_picture_that_comes_later_is_taken_in(root: Path, expected: Path, tmp_path: Path) -> None:
+    lost = root / "photographs" / "lost.jpg"
+    shutil.copytree(expected, tmp_path / "out")
+    shutil.copy(root / "photographs" / "coffee.jpg", lost)
+    try:
+        assert build_shards.main(command(root, tmp_path / "out", workers=0)) == 0
+    finally:
+        lost.unlink()
+    before, after = contents(expected), contents(tmp_path / "out")
+    assert {name for name in before if name.startswith("shard") and before[name] != after[name]} == {
+        "shard-00000.tar",
+        "shard-00000.json",
+    }
+    assert Manifest.load(tmp_path / "out").counts["rejects"] == 0
+
+
+def test_rows_that_are_added_rebuild_only_the_end(root: Path, expected: Path, tmp_path: Path) -> None:
+    longer = tmp_path / "root"
+    shutil.copytree(root, longer)
+    rows = json.loads((root / "rows.json").read_text())
+    (longer / "rows.json").write_text(json.dumps([*rows, *(_row(i) for i in range(NUM_ROWS, NUM_ROWS + 5))]))
+    shutil.copytree(expected, tmp_path / "out")
+    assert build_shards.main(command(longer, tmp_path / "out", workers=0)) == 0
+    before, after = contents(expected), contents(tmp_path / "out")
+    assert all(before[name] == after[name] for name in before if name.startswith("shard"))
+    assert load_index(tmp_path / "out").num_rows == NUM_ROWS + 5 - 1
+
+
+# -- What is said ----------------------------------------------------------------------------------------------------
+
+
+def test_other_settings_build_another_set(root: Path, expected: Path, tmp_path: Path) -> None:
+    build_in_process(root, tmp_path / "out", gpt_neox(), model="emma_v1", samples_per_shard=SAMPLES_PER_SHARD)
+    assert Manifest.load(tmp_path / "out").spec_sha256 != Manifest.load(expected).spec_sha256
+    assert Manifest.load(tmp_path / "out").template == "zephyr"
+
+
+def test_a_dry_run_writes_nothing(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build_shards.main([*command(root, tmp_path / "out"), "--dry-run"]) == 0
+    assert not (tmp_path / "out").exists()
+    assert "12 shards of 240 dialogues, 12 of them to be built" in capsys.readouterr().out
+
+
+MISTAKES = {
+    "no root": (["--root", "/nowhere"], "--root /nowhere is no folder"),
+    "no tokenizer": (["--tokenizer", "/nowhere"], "there is no tokenizer /nowhere"),
+    "unknown preset": (["--model", "emma_v3"], "no model preset 'emma_v3'; did you mean 'emma_v2'?"),
+    "large vocabulary": (["--model", "tiny_v2"], "has ids up to 50276, preset tiny_v2 embeds 1024"),
+    "impossible ratio": (["--max-reject-ratio", "7"], "--max-reject-ratio is 7.0, expected a number from 0 to 1"),
+    "out is a file": (["--out", __file__], f"--out {__file__} cannot be written"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_line(
+    mistake: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, complaint = MISTAKES[mistake]
+    assert build_shards.main([*command(root, tmp_path / "out", workers=0), *words]) == build_shards.EXIT_USER_ERROR
+    said = capsys.readouterr().err
+    assert complaint in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_picture_folder_is_noticed_before_any_work(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [_row(i) | {"image": f"coco/train2017/{i}.jpg"} for i in range(9)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    write_mix(tmp_path, [{"name": "llava", "format": "llava", "annotations": "rows.json"}])
+    assert build_shards.main(command(tmp_path, tmp_path / "out", workers=0)) == build_shards.EXIT_USER_ERROR
+    said = capsys.readouterr().err
+    assert f"picture folders are missing under {tmp_path}: coco/train2017 (9 rows)" in said
+    assert not list((tmp_path / "out").glob("shard*"))
+
+
+def test_a_missing_annotation_file_is_named(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_mix(tmp_path, [{"name": "llava", "format": "llava", "annotations": "llava.json"}])
+    assert build_shards.main(command(tmp_path, tmp_path / "out", workers=0)) == build_shards.EXIT_USER_ERROR
+    assert f"source 'llava': annotation file {tmp_path}/llava.json is missing" in capsys.readouterr().err
+
+
+def test_two_builds_of_one_folder_are_refused(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with build_shards._only_builder_of(tmp_path / "out"):
+        assert build_shards.main(command(root, tmp_path / "out", workers=0)) == build_shards.EXIT_USER_ERROR
+    assert "another build_shards.py is building into" in capsys.readouterr().err
+
+
+def test_a_row_count_other_than_expected_is_reported(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(root, tmp_path / "root")
+    source = {"name": "p", "format": "llava", "annotations": "rows.json", "images": "photographs", "limit": 10}
+    write_mix(tmp_path / "root", [source, source | {"name": "q", "limit": 4000, "expected_rows": 700}])
+    build_in_process(tmp_path / "root", tmp_path / "out", gpt_neox(), max_reject_ratio=1)
+    manifest = Manifest.load(tmp_path / "out")
+    assert {name: about["rows"] for name, about in manifest.sources.items()} == {"p": 10, "q": 240}
+    assert "expects" not in capsys.readouterr().out
+    write_mix(tmp_path / "root", [{k: v for k, v in source.items() if k != "limit"} | {"expected_rows": 700}])
+    build_in_process(tmp_path / "root", tmp_path / "out", gpt_neox())
+    assert "note: source 'p' has 240 rows, the mix expects 700" in capsys.readouterr().out

@@ -1,0 +1,85 @@
+"""Mixes are strict, sources read their formats, and the paper's mix is the one that is documented."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.errors import UserError
+from preprocess.mix import Mix, Source, load_mix
+from preprocess.sources import to_dialogue
+
+PAPER = Path(__file__).parents[1] / "preprocess/mixes/emma_1m2.toml"
+SOURCE = '[[source]]\nname = "a"\nformat = "llava"\nannotations = "a.json"\n'
+
+MISTAKES = {
+    "no TOML": ("source = [", "is not TOML"),
+    "no source": ('tokenizer = "x"', "names no source"),
+    "unknown key": ("tokeniser = 'x'\n" + SOURCE, "unknown key 'tokeniser'; did you mean 'tokenizer'?"),
+    "unknown key of a source": (
+        SOURCE + "imags = ''",
+        "[[source]] 1 has an unknown key 'imags'; did you mean 'images'?",
+    ),
+    "missing key": ('[[source]]\nname = "a"', "[[source]] 1 has no 'format'"),
+    "unknown format": (SOURCE.replace("llava", "lava"), "format is 'lava', expected one of llava, lvis, lrv"),
+    "wrong type": (SOURCE + "expected_rows = 'many'", "expected_rows is 'many', expected int"),
+    "twins": (SOURCE + SOURCE, "two sources named 'a'"),
+    "impossible limit": (SOURCE + "limit = 0", "limit is 0"),
+    "unknown encoding": (SOURCE + '[images]\nencoding = "gif"', "images.encoding is 'gif'"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_mix_is_one_clear_line(tmp_path: Path, mistake: str) -> None:
+    text, complaint = MISTAKES[mistake]
+    (tmp_path / "mix.toml").write_text(text)
+    with pytest.raises(UserError) as raised:
+        load_mix(tmp_path / "mix.toml")
+    assert str(raised.value).startswith(str(tmp_path / "mix.toml"))
+    assert complaint in str(raised.value)
+
+
+def test_a_mix_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no mix .*nowhere\.toml"):
+        load_mix(tmp_path / "nowhere.toml")
+
+
+def test_a_whole_mix_is_read(tmp_path: Path) -> None:
+    head = 'tokenizer = "org/name"\n[images]\nencoding = "raw"\n[archives]\n"vg/VG_100K" = "vg/images.zip"\n'
+    (tmp_path / "mix.toml").write_text(head + SOURCE + 'images = "p"\nlimit = 3\n')
+    source = Source("a", "llava", "a.json", "p", None, 3)
+    assert load_mix(tmp_path / "mix.toml") == Mix((source,), "raw", "org/name", {"vg/VG_100K": "vg/images.zip"})
+
+
+def test_the_papers_mix_has_its_three_sources_in_five_files() -> None:
+    mix = load_mix(PAPER)
+    assert [source.format for source in mix.sources] == ["llava", "lvis", "lrv", "lrv", "lrv"]
+    assert mix.encoding == "jpeg"
+
+
+LRV = Source("lrv", "lrv", "lrv.json", "lrv/lrv-vg")
+ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "number for a picture": (
+        {"image_id": 2325435, "question": "Q", "answer": "A", "task": "x"},
+        "lrv/lrv-vg/2325435.jpg",
+    ),
+    "text for a picture": ({"image_id": "17", "question": "Q", "answer": "A"}, "lrv/lrv-vg/17.jpg"),
+    "file name of a chart": ({"image_id": "c_1.png", "question": "Q", "answer": "A"}, "lrv/lrv-vg/c_1.png"),
+    "number that is an answer": ({"image_id": "17", "question": "Q", "answer": 3.5}, "lrv/lrv-vg/17.jpg"),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_row_of_lrv_is_one_question_with_its_answer(kind: str) -> None:
+    row, picture = ROWS[kind]
+    dialogue = to_dialogue(LRV, 5, json.loads(json.dumps(row)))
+    assert dialogue.picture == picture
+    assert [(turn.speaker, turn.text) for turn in dialogue.turns] == [("human", "Q"), ("gpt", str(row["answer"]))]
+    assert (dialogue.source, dialogue.row, dialogue.id) == ("lrv", 5, str(row["image_id"]))
+
+
+def test_a_row_without_id_is_named_by_its_place() -> None:
+    source = Source("talk", "llava", "t.json")
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    assert to_dialogue(source, 41, {"conversations": turns}).id == "talk-41"

@@ -1,0 +1,73 @@
+"""Progress is a line now and then in a log, a bar on a terminal, and a file for programs."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from preprocess import progress
+from preprocess.progress import Progress, clock
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    time = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: time[0])
+    return time
+
+
+def test_a_log_gets_a_line_every_ten_seconds(tmp_path: Path, now: list[float]) -> None:
+    log = io.StringIO()
+    shown = Progress(tmp_path, total=1000, reused=400, stream=log)
+    for _ in range(21):
+        shown.tick()
+        now[0] += 1
+        shown.add(10, {"a": 1})
+    assert log.getvalue().splitlines() == [
+        "400/1000 dialogues (40%)  0.0/s  0 rejected  ? left",
+        "500/1000 dialogues (50%)  10.0/s  10 rejected  0:00:50 left",
+        "600/1000 dialogues (60%)  10.0/s  20 rejected  0:00:40 left",
+    ]
+
+
+def test_a_terminal_gets_one_bar_that_moves(tmp_path: Path, now: list[float]) -> None:
+    terminal = Terminal()
+    shown = Progress(tmp_path, total=10, stream=terminal)
+    shown.tick()
+    now[0] += 1
+    shown.add(10, {})
+    shown.tick(last=True)
+    assert terminal.getvalue().count("\r") == 2
+    assert terminal.getvalue().count("\n") == 1
+    assert "█" * progress.BAR_CHARACTERS in terminal.getvalue()
+
+
+def test_the_file_says_how_far_it_is(tmp_path: Path, now: list[float]) -> None:
+    shown = Progress(tmp_path, total=100, stream=io.StringIO())
+    now[0] += 4
+    shown.add(20, {"a": 2})
+    shown.tick()
+    assert json.loads((tmp_path / "progress.json").read_text()) == {
+        "state": "building",
+        "dialogues": {"done": 20, "total": 100, "reused": 0},
+        "rejects": {"a": 2},
+        "dialogues_per_s": 5.0,
+        "elapsed_s": 4.0,
+        "left_s": 16.0,
+    }
+
+
+def test_nothing_to_do_is_no_division_by_zero(tmp_path: Path, now: list[float]) -> None:
+    shown = Progress(tmp_path, total=0, stream=io.StringIO())
+    shown.tick(last=True)
+    assert shown.report("done")["left_s"] is None
+
+
+def test_time_left_is_written_as_a_clock() -> None:
+    assert [clock(seconds) for seconds in (0, 59.6, 3725)] == ["0:00:00", "0:01:00", "1:02:05"]

@@ -1,0 +1,140 @@
+"""Shards are what the stock webdataset package reads, field for field, and files are whole or absent."""
+
+import hashlib
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+from skimage import data as photographs
+
+from model.errors import UserError
+from preprocess.images import encode_jpeg, encode_raw, squash, stored_picture
+from preprocess.records import Sample, decode_pixels, from_fields, from_payloads, to_fields
+from preprocess.shards import INDEX_SCHEMA, Manifest, load_index, publish, published, write_shard
+
+COFFEE = Image.fromarray(photographs.coffee())
+
+
+def samples() -> list[Sample]:
+    """One of each kind."""
+    tokens = np.array([1, 50_276, 0, 65_535], np.uint16)
+    small = squash(COFFEE, 96)
+    original = stored_picture(encode_jpeg(COFFEE), 96, "original")
+    pictures = [(None, None), (encode_jpeg(small), "jpg"), (encode_raw(small), "pixels.npy"), original]
+    return [
+        Sample(
+            f"{i:09d}", tokens[: i + 1], [(0, i + 1)], image, form, "ünï", f"id.{i}", i, "a/b.c.jpg" if image else None
+        )
+        for i, (image, form) in enumerate(pictures)
+    ]
+
+
+def same(one: Sample, other: Sample) -> bool:
+    return one.__dict__ | {"tokens": one.tokens.tolist()} == other.__dict__ | {"tokens": other.tokens.tolist()}
+
+
+def test_a_sample_survives_its_fields() -> None:
+    for sample in samples():
+        assert same(from_fields(to_fields(sample), sample.key), sample)
+
+
+def test_the_stock_package_reads_every_field_of_every_sample(tmp_path: Path) -> None:
+    write_shard(tmp_path / "shard-00000.tar", samples())
+    read = list(webdataset.WebDataset(str(tmp_path / "shard-00000.tar"), shardshuffle=False))
+    assert [sample["__key__"] for sample in read] == [sample.key for sample in samples()]
+    for sample, fields in zip(samples(), read, strict=True):
+        assert {name: data for name, data in fields.items() if not name.startswith("__")} == to_fields(sample)
+        assert same(from_fields(fields, fields["__key__"]), sample)
+
+
+def test_the_stock_decoders_understand_the_fields(tmp_path: Path) -> None:
+    write_shard(tmp_path / "shard-00000.tar", samples())
+    decoded = webdataset.WebDataset(str(tmp_path / "shard-00000.tar"), shardshuffle=False).decode("rgb8")
+    for sample, fields in zip(samples(), decoded, strict=True):
+        assert fields["tokens.npy"].tolist() == sample.tokens.tolist()
+        assert fields["json"]["spans"] == [list(span) for span in sample.spans]
+        if sample.image_format in ("jpg", "pixels.npy"):
+            assert np.array_equal(fields[sample.image_format], decode_pixels(sample))
+
+
+def test_the_index_finds_what_the_tar_holds(tmp_path: Path) -> None:
+    written = write_shard(tmp_path / "shard-00000.tar", samples())
+    assert set(INDEX_SCHEMA.names) - {"shard"} <= set(written.columns)
+    data = (tmp_path / "shard-00000.tar").read_bytes()
+    for i, sample in enumerate(samples()):
+        at = {name: column[i] for name, column in written.columns.items()}
+        tokens, meta, image = (
+            data[at[f"{part}_offset"] : at[f"{part}_offset"] + at[f"{part}_bytes"]]
+            for part in ("tokens", "meta", "image")
+        )
+        assert same(from_payloads(at["key"], tokens, meta, image or None, sample.image_format), sample)
+        assert (at["num_text_tokens"], at["num_supervised_tokens"], at["has_image"]) == (i + 1, i + 1, i > 0)
+
+
+def test_the_bytes_depend_on_the_samples_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = write_shard(tmp_path / "one.tar", samples())
+    monkeypatch.setenv("USER", "somebody")
+    old = os.umask(0o077)
+    try:
+        two = write_shard(tmp_path / "two.tar", iter(samples()))
+    finally:
+        os.umask(old)
+    data = (tmp_path / "one.tar").read_bytes()
+    assert data == (tmp_path / "two.tar").read_bytes()
+    assert one == two
+    assert (one.sha256, one.bytes) == (hashlib.sha256(data).hexdigest(), len(data))
+
+
+def test_pixels_are_kept_as_the_encoding_promises() -> None:
+    exact = np.asarray(squash(COFFEE, 96))
+    _, jpeg, raw, original = samples()
+    assert np.array_equal(decode_pixels(raw), exact)
+    assert np.abs(decode_pixels(jpeg).astype(int) - exact).mean() < 3
+    assert decode_pixels(original).shape == (400, 600, 3)
+    assert np.array_equal(decode_pixels(original, 96), np.asarray(squash(Image.fromarray(decode_pixels(original)), 96)))
+
+
+def test_a_picture_is_squashed_as_pillow_squashes_it() -> None:
+    data = encode_jpeg(COFFEE)
+    raw, form = stored_picture(data, 384, "raw")
+    expected = Image.open(io.BytesIO(data)).convert("RGB").resize((384, 384), Image.Resampling.BICUBIC)
+    assert form == "pixels.npy"
+    assert np.array_equal(np.load(io.BytesIO(raw)), np.asarray(expected))
+
+
+def test_no_samples_make_no_file(tmp_path: Path) -> None:
+    assert write_shard(tmp_path / "shard-00000.tar", []).samples == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="in the middle"), published(tmp_path / "file") as file:
+        file.write(b"half of")
+        assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
+        raise RuntimeError("in the middle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_publishing_replaces_what_was_there(tmp_path: Path) -> None:
+    publish(tmp_path / "file", b"old")
+    assert publish(tmp_path / "file", b"new") == hashlib.sha256(b"new").hexdigest()
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"format": 2}', b'{"format": 1, "seal": ""}'])
+def test_a_manifest_that_cannot_be_one_is_a_clear_line(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(data)
+    with pytest.raises(UserError, match=r"manifest\.json (is damaged|has format)"):
+        Manifest.load(tmp_path)
+
+
+def test_an_index_that_is_gone_or_damaged_is_a_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is missing"):
+        load_index(tmp_path)
+    (tmp_path / "index.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="is damaged"):
+        load_index(tmp_path)

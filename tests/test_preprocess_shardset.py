@@ -1,0 +1,203 @@
+"""Verify finds any damage and names it; info and preview show what is there."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from model.errors import UserError
+from preprocess.preview import choose_rows
+from preprocess.prompts import load_tokenizer
+from preprocess.shards import MANIFEST, Manifest, load_index
+from preprocess.shardset import EXIT_DAMAGED, EXIT_USER_ERROR, info, main
+from preprocess.verify import verify
+from tests.conftest import write_byte_tokenizer
+from tests.shard_builds import build_in_process, write_mix
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three shards with pictures and without, a fourth range of which nothing was left, and <b>markup</b> in a text."""
+    root = tmp_path_factory.mktemp("root")
+    tokenizer = load_tokenizer(write_byte_tokenizer(root / "bytes"))
+    Image.linear_gradient("L").save(root / "grey.png")
+    rows: list[dict[str, object]] = [
+        {"id": f"r{i}", "conversations": [{"from": "human", "value": "<b>&"}, {"from": "gpt", "value": "ja" * i}]}
+        for i in range(12)
+    ]
+    for row in rows[::2]:
+        row["image"] = "grey.png"
+    rows += [{"id": "lost", "image": "lost.png", "conversations": rows[0]["conversations"]}] * 4
+    (root / "rows.json").write_text(json.dumps(rows))
+    write_mix(root, [{"name": "rows", "format": "llava", "annotations": "rows.json"}])
+    options = {"model": "tiny_v2", "samples_per_shard": 4, "max_reject_ratio": 0.5}
+    return build_in_process(root, tmp_path_factory.mktemp("sound") / "set", tokenizer, **options)
+
+
+@pytest.fixture
+def copy(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "copy"))
+
+
+def problems(folder: Path) -> list[str]:
+    try:
+        return list(verify(folder))
+    except UserError as error:
+        return [str(error)]
+
+
+def test_a_sound_set_has_no_problems(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(sound)]) == 0
+    assert "is sound: 12 samples" in capsys.readouterr().out
+    assert (sound / "shard-00003.json").exists()
+    assert not (sound / "shard-00003.tar").exists(), "a range that leaves no sample makes no tar"
+
+
+def test_any_flipped_bit_is_found_and_its_file_named(sound: Path, copy: Path) -> None:
+    for path in sorted(path for path in copy.iterdir() if path.is_file()):
+        data = path.read_bytes()
+        for position in range(0, len(data), max(1, len(data) // 12)):
+            damaged = bytearray(data)
+            damaged[position] ^= 1 << position % 8
+            path.write_bytes(damaged)
+            found = problems(copy)
+            assert any(path.name in problem for problem in found), f"{path.name}, byte {position}: {found}"
+        path.write_bytes(data)
+    assert problems(copy) == []
+
+
+def test_any_flipped_bit_of_the_manifest_is_found(copy: Path) -> None:
+    path = copy / MANIFEST
+    data = path.read_bytes()
+    for position in range(len(data)):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << position % 7
+        path.write_bytes(damaged)
+        try:
+            assert Manifest.load(copy).to_bytes() != damaged, f"byte {position} may be anything"
+        except UserError:
+            continue
+
+
+@pytest.mark.parametrize(
+    "name", ["shard-00001.tar", "shard-00001.json", "index.parquet", "rejects.jsonl", "tokenizer.json"]
+)
+def test_a_missing_file_is_found(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    assert f"{name} is missing" in problems(copy)
+
+
+def test_a_foreign_file_is_found(copy: Path) -> None:
+    (copy / "shard-00007.tar").write_bytes(b"of another set")
+    (copy / "notes.txt").write_text("mine")
+    assert problems(copy) == ["notes.txt does not belong to the set", "shard-00007.tar does not belong to the set"]
+
+
+def test_swapped_shards_are_found(copy: Path) -> None:
+    (copy / "shard-00000.tar").rename(copy / "x")
+    (copy / "shard-00001.tar").rename(copy / "shard-00000.tar")
+    (copy / "x").rename(copy / "shard-00001.tar")
+    assert {"shard-00000.tar", "shard-00001.tar"} <= {problem.split()[0] for problem in problems(copy)}
+
+
+FORGERIES = {
+    "counts": ({"text_tokens": 1}, "text_tokens is 1, found"),
+    "max_text_tokens": (10, "tokens of uint16, expected 1 to 10"),
+    "tokenizer": ({"vocab_size": 50}, "token id"),
+    "image": ({"px": 64}, "the picture is (100, 100, 3), expected (64, 64, 3)"),
+    "sources": ({"rows": {"rows": 17, "samples": 12, "rejects": 4}}, "1 of 17 rows are neither sample nor reject"),
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_contents_that_contradict_the_manifest_are_found(copy: Path, name: str) -> None:
+    value, complaint = FORGERIES[name]
+    table = json.loads((copy / MANIFEST).read_bytes())
+    table[name] = table[name] | value if isinstance(value, dict) else value
+    known = {key: table[key] for key in table if key not in ("seal", "format", "shards")}
+    forged = Manifest(**known, shards=Manifest.load(copy).shards)
+    (copy / MANIFEST).write_bytes(forged.to_bytes())
+    assert any(complaint in problem for problem in problems(copy)), problems(copy)
+
+
+def test_an_index_that_points_elsewhere_is_found(copy: Path) -> None:
+    index = load_index(copy).to_pydict()
+    index["image_offset"][0] += 1
+    table = load_index(copy).schema.empty_table().from_pydict(index, schema=load_index(copy).schema)
+    pq.write_table(table, copy / "index.parquet")
+    assert "shard-00000.tar, sample 000000000: the index finds another image than webdataset does" in problems(copy)
+
+
+def test_damage_is_an_exit_code_and_a_remedy(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "shard-00002.tar").write_bytes(b"")
+    assert main(["verify", str(copy)]) == EXIT_DAMAGED
+    said = capsys.readouterr().out
+    assert "shard-00002.tar is not what was written" in said
+    assert "delete what is named and run build_shards.py with the same arguments again" in said
+
+
+@pytest.mark.parametrize("verb", ["verify", "info", "preview"])
+@pytest.mark.parametrize("folder", ["nowhere", "unfinished", "other"])
+def test_what_is_no_set_is_refused_in_one_line(
+    tmp_path: Path, verb: str, folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "unfinished" / ".work").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    assert main([verb, str(tmp_path / folder)]) == EXIT_USER_ERROR
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    expected = {"nowhere": "no such folder", "unfinished": "is an unfinished shard set", "other": "is no shard set"}
+    assert expected[folder] in said
+
+
+def test_info_tells_the_set_at_a_glance(sound: Path) -> None:
+    said = "\n".join(info(sound))
+    assert "12 samples in 3 shards" in said
+    assert "6 with a picture (1 distinct), 6 text-only" in said
+    assert re.search(r"rows +16 +12 +4\n", said)
+    assert "4  picture_missing: there is no such file" in said
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.marked: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1][0] == "mark":
+            self.marked.append(data)
+
+
+def test_the_preview_is_one_page_that_needs_nothing_else(sound: Path, tmp_path: Path) -> None:
+    assert main(["preview", str(sound), "--out", str(tmp_path / "page.html"), "--samples", "9"]) == 0
+    text = (tmp_path / "page.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert sum(tag == "article" for tag, _ in page.tags) == 9
+    sources = [about["src"] for tag, about in page.tags if tag == "img"]
+    assert sources
+    assert all(source and source.startswith("data:image/jpeg;base64,") for source in sources)
+    assert not any("href" in about for _, about in page.tags)
+    assert "ja<|endoftext|>" in page.marked, "what is supervised is marked"
+    assert "&lt;b&gt;&amp;" in text, "markup of the data is shown, not obeyed"
+    assert text.count("picture_missing") == 4
+
+
+def test_a_preview_shows_every_source_and_spreads_over_each() -> None:
+    sources = np.array(["a"] * 1000 + ["b"] * 3 + ["c"] * 50, dtype=object)
+    rows = choose_rows(sources, 23)
+    assert len(rows) == 23
+    assert {name: sum(sources[row] == name for row in rows) for name in "abc"} == {"a": 10, "b": 3, "c": 10}
+    assert rows[0] == 0
+    assert 999 in rows
