@@ -93,11 +93,10 @@ def selective_scan(
     """`reference.selective_scan`. The kernel gives no gradient through the returned state."""
     if not x.is_cuda:
         return reference.selective_scan(x, dt, A, B, C, D, z, dt_bias)
-    time_last = [part.mT.contiguous() for part in (x, dt, B, C)]
-    gate = None if z is None else z.mT.contiguous()
-    xt, dtt, Bt, Ct = time_last
+    x, dt, B, C = (part.to(x.dtype).mT.contiguous() for part in (x, dt, B, C))  # the kernel wants time last, one type
+    z = None if z is None else z.mT.contiguous()
     y, state = fused().selective_scan_fn(
-        xt, dtt, A, Bt, Ct, D, z=gate, delta_bias=dt_bias, delta_softplus=True, return_last_state=True
+        x, dt, A, B, C, D, z=z, delta_bias=dt_bias, delta_softplus=True, return_last_state=True
     )
     return y.mT, state.float().contiguous()
 

@@ -15,8 +15,8 @@ from model.errors import UserError
 from model.tensors import fill, open_tensors
 
 RANDOM_SEED = 20250  # of towers without published weights: they are frozen, so every run must draw the same ones
-# timm's random vision transformers hardly tell places apart, and their features are weak: as a start for training that is
-# right, but these stay as they are. Trained ones have both.
+# timm's random vision transformers hardly tell places apart, and their features are weak: right as a start for training,
+# is right, but these stay as they are, and trained ones have both.
 RANDOM_PATCH_GAIN, RANDOM_POSITION_STD = 3.0, 1.5
 HUB = "timm"
 
@@ -38,6 +38,12 @@ class Tower(nn.Module):
 
     def patch_embedding(self, pixels: Tensor) -> Tensor:  # uint8 [b, 3, h, w] -> [b, n, width]
         return self.vit.patch_embed(self.normalise(pixels))
+
+    @torch.no_grad()
+    def strengthen(self) -> None:
+        """Random weights that frozen towers can do with."""
+        self.vit.patch_embed.proj.weight *= RANDOM_PATCH_GAIN
+        nn.init.normal_(self.vit.pos_embed, std=RANDOM_POSITION_STD)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
@@ -61,10 +67,12 @@ class Towers(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(RANDOM_SEED)
             towers = {tower.name: Tower(tower, config.image_px) for tower in config.towers}
+            for tower in towers.values():
+                tower.strengthen()
         self.towers = nn.ModuleDict(towers)  # type: ignore[assignment]
         if pretrained is not None:
-            for tower in config.towers:
-                self._load(tower, pretrained)
+            for described in config.towers:
+                self._load(described, pretrained)
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -84,12 +92,6 @@ class Towers(nn.Module):
         vit = self.towers[tower.name].vit
         fill(vit, published_tower(tower, files, self.config.grid), f"{files.paths[0]} (tower {tower.name})")
         self.loaded |= files.record()
-
-
-@torch.no_grad()
-def _strengthen(vit: nn.Module) -> None:
-    vit.patch_embed.proj.weight *= RANDOM_PATCH_GAIN
-    nn.init.normal_(vit.pos_embed, std=RANDOM_POSITION_STD)
 
 
 def published_tower(tower: TowerConfig, tensors: Mapping[str, Tensor], grid: int) -> dict[str, Tensor]:

@@ -10,20 +10,20 @@ from torch.nn import functional as F
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaForCausalLM
 from transformers import MambaConfig as TransformersMambaConfig
 
-from model.config import MambaConfig, preset
+from model.config import MambaConfig, MambaKind, preset
 from model.language_model import MambaLM, plan_segments
 from model.mamba import NO_WEIGHT_DECAY, Mixer
 
-KINDS = ("mamba1", "mamba2")
+KINDS: tuple[MambaKind, ...] = ("mamba1", "mamba2")
 LENGTHS = (1, 7, 33, 64, 65)
 
 
-def small(kind: str, **changes: Any) -> MambaConfig:
-    name = {"mamba1": "tiny_v1", "mamba2": "tiny_v2"}[kind]
-    return replace(preset(name).llm, **{"d_model": 64, "num_layers": 3, "vocab_size": 96, **changes})
+def small(kind: MambaKind, **changes: Any) -> MambaConfig:
+    config = MambaConfig(kind, 64, 3, 96, d_state={"mamba1": 8, "mamba2": 32}[kind], head_dim=32, chunk_size=32)
+    return replace(config, **changes)
 
 
-def language_model(kind: str, **changes: Any) -> MambaLM:
+def language_model(kind: MambaKind, **changes: Any) -> MambaLM:
     """Random, with every parameter that starts at a constant moved away from it."""
     torch.manual_seed(0)
     llm = MambaLM(small(kind, **changes))
@@ -73,7 +73,7 @@ def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_loss_and_every_gradient_equal_transformers(kind: str, length: int) -> None:
+def test_logits_loss_and_every_gradient_equal_transformers(kind: MambaKind, length: int) -> None:
     llm = language_model(kind)
     twin = transformers_twin(llm)
     tokens = torch.randint(0, 96, (2, length))
@@ -114,7 +114,7 @@ def _group_norm(norm: Any, groups: int) -> Any:
 
 @pytest.mark.parametrize("prompt", [1, 2, 3, 31, 32, 40])
 @pytest.mark.parametrize("kind", KINDS)
-def test_prefill_and_decoding_equal_the_full_forward_pass(kind: str, prompt: int) -> None:
+def test_prefill_and_decoding_equal_the_full_forward_pass(kind: MambaKind, prompt: int) -> None:
     llm = language_model(kind).requires_grad_(False)
     tokens = torch.randint(0, 96, (3, prompt + 6))
     expected = llm.head(llm(llm.embed(tokens))[0])
@@ -125,7 +125,7 @@ def test_prefill_and_decoding_equal_the_full_forward_pass(kind: str, prompt: int
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_decoding_updates_its_state_in_place_and_never_grows_it(kind: str) -> None:
+def test_decoding_updates_its_state_in_place_and_never_grows_it(kind: MambaKind) -> None:
     llm = language_model(kind).requires_grad_(False)
     _, cache = llm.prefill(llm.embed(torch.randint(0, 96, (1, 5))))
     before = [(part.data_ptr(), part.shape) for state in cache for part in state]
@@ -189,7 +189,7 @@ def test_taps_are_the_branch_or_the_residual_stream_after_the_layer() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_later_token_never_changes_an_earlier_state(kind: str) -> None:
+def test_a_later_token_never_changes_an_earlier_state(kind: MambaKind) -> None:
     llm = language_model(kind)
     x = torch.randn(1, 40, 64)
     changed = x.clone()
@@ -207,7 +207,7 @@ def test_full_size_language_models_have_the_published_number_of_parameters(name:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_filled_after_the_meta_device_is_still_tied_and_marked(kind: str) -> None:
+def test_a_model_filled_after_the_meta_device_is_still_tied_and_marked(kind: MambaKind) -> None:
     with torch.device("meta"):
         llm = MambaLM(small(kind))
     llm = llm.to_empty(device="cpu")
@@ -220,7 +220,7 @@ def test_a_model_filled_after_the_meta_device_is_still_tied_and_marked(kind: str
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_initial_values_are_mamba_ssms(kind: str) -> None:
+def test_initial_values_are_mamba_ssms(kind: MambaKind) -> None:
     torch.manual_seed(0)
     llm = MambaLM(small(kind, d_model=256, num_layers=4))
     mixer: Any = llm.backbone.layers[1].mixer
@@ -238,7 +238,7 @@ def test_initial_values_are_mamba_ssms(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_residual_stream_is_fp32_under_bf16_weights(kind: str) -> None:
+def test_the_residual_stream_is_fp32_under_bf16_weights(kind: MambaKind) -> None:
     llm = language_model(kind).bfloat16()
     hidden, residual = llm.backbone.layers[0](llm.embed(torch.randint(0, 96, (1, 8))))
     assert (hidden.dtype, residual.dtype) == (torch.bfloat16, torch.float32)
