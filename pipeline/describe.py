@@ -1,0 +1,117 @@
+"""What a recipe would train and cost, in seconds, without weights, data or GPU.
+
+    python -m pipeline.describe pipeline/recipes/emma_v2.toml
+    python -m pipeline.describe pipeline/recipes/emma_v1.toml --ranks 16 --mfu 0.45 --json
+    python -m pipeline.describe pipeline/recipes/emma_v2.toml data.shards=/data/shards      # lengths of these shards
+
+Hours are for A100s at the given model FLOP utilisation; the recipe's shards, if they are there, give steps and lengths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from model.errors import UserError
+from pipeline.cost import count_parameters, flops_per_sample
+from pipeline.recipe import Recipe, load_recipe
+from preprocess.shards import Manifest
+
+A100_FLOPS = 312e12  # bf16, dense, from the data sheet
+PAPER_ROWS, PAPER_TEXT_ONLY = 1_230_800, 40_688
+TYPICAL_TEXT, TYPICAL_SUPERVISED = 295, 150  # where no shards say better
+GIB = 1 << 30
+STATE_BYTES = {"bf16": 18, "autocast": 16, "fp32": 16}  # weights, gradients, master weights and Adam's two moments
+
+
+def describe(recipe: Recipe, ranks: int, mfu: float) -> dict[str, Any]:
+    """All figures, as `--json` prints them."""
+    data = _data_facts(recipe)
+    parameters = count_parameters(recipe.config)
+    flops = flops_per_sample(
+        recipe.config,
+        data["text_tokens_per_sample"],
+        data["supervised_per_sample"],
+        recipe.engine.segment_layers,
+        recipe.engine.keep_layers,
+    )
+    state = STATE_BYTES[recipe.engine.precision] * parameters.trainable
+    step_flops = flops.useful * recipe.optim.global_batch
+    return {
+        "model": recipe.model,
+        "parameters": {**asdict(parameters), "trainable": parameters.trainable},
+        "data": data,
+        "flops": {**asdict(flops), "useful": flops.useful, "total": flops.total, "useful_per_step": step_flops},
+        "states_gib_per_rank": state / ranks / GIB,
+        "towers_gib_per_rank": 2 * parameters.vision / GIB,
+        "checkpoint_gib": 14 * parameters.trainable / GIB,
+        "hours": data["steps"] * step_flops / (ranks * A100_FLOPS * mfu) / 3600,
+        "ranks": ranks,
+        "mfu": mfu,
+    }
+
+
+def _data_facts(recipe: Recipe) -> dict[str, Any]:
+    """Of the recipe's shards if they exist, else of the paper's mix."""
+    batch, epochs = recipe.optim.global_batch, recipe.data.epochs
+    if (Path(recipe.data.shards) / "manifest.json").exists():
+        counts = Manifest.load(recipe.data.shards).counts
+        with_image, text_only, samples = counts["with_image"], counts["text_only"], counts["samples"]
+        text, supervised = counts["text_tokens"] // samples, counts["supervised_tokens"] // samples
+        source = recipe.data.shards
+    else:
+        with_image, text_only = PAPER_ROWS - PAPER_TEXT_ONLY, PAPER_TEXT_ONLY
+        text, supervised, source = TYPICAL_TEXT, TYPICAL_SUPERVISED, "the paper's mix, typical lengths"
+    return {
+        "source": source,
+        "samples": with_image + text_only,
+        "text_tokens_per_sample": text,
+        "supervised_per_sample": supervised,
+        "tokens_per_sample": text + recipe.config.vision.num_patches,
+        "steps": recipe.steps or epochs * (-(-with_image // batch) + -(-text_only // batch)),
+    }
+
+
+def table(facts: dict[str, Any]) -> str:
+    parameters, flops, data = facts["parameters"], facts["flops"], facts["data"]
+    rows = [(f"parameters: {part}", f"{count:,}") for part, count in parameters.items() if part != "trainable"]
+    rows += [
+        ("  trainable", f"{parameters['trainable']:,}"),
+        ("  frozen", f"{parameters['vision']:,}"),
+        ("samples", f"{data['samples']:,} ({data['source']})"),
+        ("tokens per sample", f"{data['tokens_per_sample']} ({data['text_tokens_per_sample']} of text)"),
+        ("optimizer steps", f"{data['steps']:,}"),
+        ("useful TFLOP per sample", f"{flops['useful'] / 1e12:.2f}"),
+        ("  with recomputation", f"{flops['total'] / 1e12:.2f}"),
+        ("useful PFLOP per step", f"{flops['useful_per_step'] / 1e15:.3f}"),
+        ("training states per rank", f"{facts['states_gib_per_rank']:.1f} GiB over {facts['ranks']} ranks (ZeRO-3)"),
+        ("towers per rank", f"{facts['towers_gib_per_rank']:.1f} GiB"),
+        ("checkpoint on disk", f"{facts['checkpoint_gib']:.1f} GiB"),
+        ("hours", f"{facts['hours']:.1f} on {facts['ranks']} × A100 at {facts['mfu']:.0%} MFU"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([facts["model"], *(f"  {name:<{width}}  {value}" for name, value in rows)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--mfu", type=float, default=0.4, help="useful FLOPs over the peak (default 0.4)")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    recipe = load_recipe(args.recipe, ["data.shards=none", "run.dir=none", *args.overrides])
+    facts = describe(recipe, args.ranks, args.mfu)
+    print(json.dumps(facts, indent=2) if args.json else table(facts))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
