@@ -126,10 +126,7 @@ def ssd_step(
 ) -> Tensor:
     if not x.is_cuda:
         return reference.ssd_step(state, x, dt, A, B, C, D, dt_bias)
-    _, heads, head_dim, d_state = state.shape
-    per_value = [
-        part[..., None].expand(*part.shape, head_dim) for part in (dt, D, dt_bias)
-    ]  # stride 0: a scalar per head
-    dt, D, dt_bias = per_value
+    _, heads, head_dim, d_state = state.shape  # the kernel recognises a scalar per head by strides of 0
+    dt, D, dt_bias = (part[..., None].expand(*part.shape, head_dim) for part in (dt, D, dt_bias))
     A = A[:, None, None].expand(heads, head_dim, d_state)
     return fused().selective_state_update(state, x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=True)

@@ -88,9 +88,8 @@ class Mamba1Mixer(Mixer):
 
     def fused(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
-        xz = (
-            self.in_proj.weight @ x.flatten(0, 1).t()
-        )  # [2c, b * l]: the kernel wants time last, and this needs no copy
+        # The kernel wants time last; multiplied from the left, the projection comes out so without a copy.
+        xz = self.in_proj.weight @ x.flatten(0, 1).t()  # [2c, b * l]
         xz = xz.view(-1, batch, length).transpose(0, 1)  # [b, 2c, l]
         return kernels.fused().mamba_inner_fn(
             xz,

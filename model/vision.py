@@ -15,8 +15,8 @@ from model.errors import UserError
 from model.tensors import fill, open_tensors
 
 RANDOM_SEED = 20250  # of towers without published weights: they are frozen, so every run must draw the same ones
-# timm's random vision transformers hardly tell places apart, and their features are weak: right as a start for training,
-# is right, but these stay as they are, and trained ones have both.
+# timm's random vision transformers hardly tell places apart, and their features are weak. That is right as a start for
+# training, but these stay as they are; trained ones have both.
 RANDOM_PATCH_GAIN, RANDOM_POSITION_STD = 3.0, 1.5
 HUB = "timm"
 
