@@ -26,7 +26,7 @@ class AlignTarget(NamedTuple):
 
 
 class Alignment(nn.Module):
-    """Fusion of the tapped states and the decoder f_dec: Mamba blocks and a linear layer. It runs in training only."""
+    """Fusion of the tapped states and the decoder f_dec: Mamba blocks, a norm and a linear layer. Training only."""
 
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__()
@@ -51,7 +51,10 @@ class Alignment(nn.Module):
 
 @torch.no_grad()
 def align_target(config: EmmaConfig, towers: Towers, pixels: Tensor, features: Tensor) -> AlignTarget:
-    """What the decoder must reconstruct. Shapes: pixels uint8 [b, 3, h, w], features [b, n, v]."""
+    """What the decoder must reconstruct. Shapes: pixels uint8 [b, 3, h, w], features [b, n, v].
+
+    Differs: normalised per patch, as in the public code; the paper says raw pixels.
+    """
     assert config.alignment is not None
     match config.alignment.target:
         case "pixels":
