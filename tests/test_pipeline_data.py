@@ -1,4 +1,4 @@
-"""What the loader hands to the model is what the shards hold: each sample once an epoch, pixels and targets in place."""
+"""What the loader hands to the model is what the shards hold: every sample once an epoch, everything in place."""
 
 from collections import Counter
 

@@ -1,0 +1,68 @@
+"""What DeepSpeed is told, and which parameters decay."""
+
+import json
+
+import pytest
+
+from model.config import PRESETS, preset
+from model.emma import Emma
+from model.errors import UserError
+from pipeline.engine import OWNED_BY_RECIPE, compose_config, learning_rate, parameter_groups
+from pipeline.recipe import load_recipe
+
+CONFIGS = ("ds_configs/zero3.json", "ds_configs/zero2.json", "ds_configs/zero3_small.json")
+
+
+def recipe(recipe_file, *overrides):
+    return load_recipe(recipe_file, ["data.shards=/s", "run.dir=/r", *overrides])
+
+
+@pytest.mark.parametrize("ds_config", CONFIGS)
+def test_every_json_that_ships_takes_the_recipes_numbers(recipe_file, ds_config):
+    config = compose_config(recipe(recipe_file, f"engine.ds_config={ds_config}", "engine.precision=bf16"), world_size=2)
+    assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 2 == 8
+    assert config["gradient_clipping"] == 1.0
+    assert config["bf16"]["enabled"]
+    assert config["data_types"]["grad_accum_dtype"] == "fp32"
+
+
+@pytest.mark.parametrize("key", OWNED_BY_RECIPE)
+def test_a_json_that_says_what_the_recipe_owns_is_refused(recipe_file, tmp_path, key):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({key: 1, "zero_optimization": {"stage": 3}}))
+    with pytest.raises(UserError, match=rf"{key}.*the recipe owns"):
+        compose_config(recipe(recipe_file, f"engine.ds_config={path}"), world_size=1)
+
+
+def test_a_global_batch_that_does_not_divide_is_refused(recipe_file):
+    with pytest.raises(UserError, match=r"global_batch 8 is not a multiple of 3 ranks × optim\.micro_batch 4"):
+        compose_config(recipe(recipe_file), world_size=3)
+
+
+@pytest.mark.parametrize("name", ["tiny_v1", "tiny_v2", "tiny_csm", "tiny_release"])
+def test_matrices_decay_and_nothing_else(name):
+    emma = Emma(preset(name))
+    decayed, spared = ({id(p) for p in group["params"]} for group in parameter_groups(emma, 0.1))
+    assert decayed.isdisjoint(spared)
+    for parameter_name, parameter in emma.named_parameters():
+        kind = parameter_name.rsplit(".", 1)[-1]
+        exempt = parameter.ndim < 2 or kind in {"A_log", "D", "dt_bias"} or "conv1d" in parameter_name
+        exempt = exempt or "embedding" in parameter_name or "queries" in parameter_name
+        assert (id(parameter) in spared) == exempt, parameter_name
+    assert len(decayed) + len(spared) == len(list(emma.parameters()))
+
+
+def test_the_learning_rate_warms_up_from_above_zero_and_decays_to_nearly_zero(recipe_file):
+    told = recipe(recipe_file, "optim.lr=1.0", "optim.warmup_ratio=0.1")
+    rates = [learning_rate(told, step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[-1] < 0.001
+
+
+def test_every_preset_has_a_twin_small_enough_for_these_tests():
+    for name in PRESETS:
+        twin = name if name.startswith("tiny_") else f"tiny_{name.removeprefix('emma_')}"
+        assert twin in PRESETS

@@ -1,0 +1,144 @@
+"""From a checkpoint to answers: nothing is lost on the way, and the prompt is the one of training."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from model.config import preset
+from model.emma import Emma
+from model.errors import UserError
+from pipeline.checkpoint import folder_name, full_state
+from pipeline.export import check_state, export_run
+from pipeline.generate import answer, load
+from preprocess.prompts import encode_dialogue, encode_prompt, load_tokenizer
+from tests.conftest import finish, run_python, torchrun
+
+
+@pytest.fixture(scope="module")
+def run(recipe_file, shards, tmp_path_factory):
+    """Trained on two ranks, so that the checkpoint's tensors are in pieces."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    program = ["-m", "pipeline.train", recipe_file, f"data.shards={shards}", f"run.dir={folder}", "steps=4"]
+    finish(torchrun(2, program))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("models") / "tiny"
+    done = run_python("-m", "pipeline.export", run, out)
+    assert done.returncode == 0, done.stderr
+    assert "step 4" in done.stdout
+    return out
+
+
+def test_the_checkpoint_holds_every_trained_tensor_of_the_model_and_no_other(run):
+    state = full_state(run / "checkpoints" / folder_name(4))
+    check_state(state, preset("tiny_v2"), run)
+    assert state.keys() == Emma(preset("tiny_v2")).state_dict().keys()
+    lost = dict(list(state.items())[1:])
+    with pytest.raises(UserError, match="1 tensors are not the model's"):
+        check_state(lost, preset("tiny_v2"), run)
+
+
+def test_the_exported_model_is_the_trained_one_without_its_training_only_part(run, exported):
+    state = full_state(run / "checkpoints" / folder_name(4))
+    model, _ = load(exported, "cpu")
+    found = model.emma.state_dict()
+    assert found.keys() == {name for name in state if not name.startswith("alignment.")}
+    for name, tensor in found.items():
+        assert torch.equal(tensor, state[name].to(tensor.dtype)), name
+
+
+def test_the_training_only_part_is_kept_on_request(run, tmp_path):
+    export_run(run, tmp_path / "whole", step=None, with_alignment=True)
+    model, _ = load(tmp_path / "whole", "cpu")
+    assert model.emma.alignment is not None
+
+
+def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    victim = next((copy / "checkpoints").rglob("*optim_states.pt"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    done = run_python("-m", "pipeline.export", copy, tmp_path / "out")
+    assert done.returncode == 1
+    assert "no good checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_is_the_prefix_of_what_was_trained_on(shards, exported):
+    tokenizer = load_tokenizer(exported)
+    turns = [("human", "<image>\nWhich colour?"), ("gpt", "red"), ("human", "Sure?"), ("gpt", "Yes")]
+    dialogue = [{"from": speaker, "value": value} for speaker, value in turns]
+    for template in ("base", "zephyr"):
+        whole = encode_dialogue(dialogue, template, tokenizer)
+        for questions in (1, 3):
+            prompt = encode_prompt(dialogue[:questions], template, tokenizer)
+            assert whole.tokens[: len(prompt)] == prompt
+            assert len(prompt) in {start for start, _ in whole.spans}
+
+
+def test_decoding_step_by_step_gives_the_tokens_of_the_full_forward_pass(exported):
+    model, tokenizer = load(exported, "cpu")
+    noise = np.random.Generator(np.random.Philox(key=1)).integers(0, 256, (2, 100, 100, 3), np.uint8)
+    questions = ["Which colour?", "Say 4", "Which colour?"]
+    pictures = [noise[0], None, noise[1]]
+    found = answer(model, tokenizer, questions, pictures, max_new_tokens=12)
+    assert found == [recompute_all(model, tokenizer, q, p, 12) for q, p in zip(questions, pictures, strict=True)]
+
+
+@torch.inference_mode()
+def recompute_all(model, tokenizer, question, picture, max_new_tokens):
+    """Greedy decoding that runs the whole sequence through the training path for every token."""
+    ids = encode_prompt([{"from": "human", "value": question}], model.config.template, tokenizer)
+    new: list[int] = []
+    features = None
+    if picture is not None:
+        features = model.towers(torch.from_numpy(picture).permute(2, 0, 1)[None])
+    while len(new) < max_new_tokens:
+        embedded = torch.cat(model.emma._embed(torch.tensor([ids + new]), features), 1)
+        hidden, _ = model.emma.llm(embedded)
+        new.append(int(model.emma.llm.head(hidden[:, -1]).argmax()))
+        if new[-1] == tokenizer.eos_id:
+            new.pop()
+            break
+    return tokenizer.decode(new).strip()
+
+
+def test_generate_answers_on_the_command_line(exported, raw_mix):
+    picture = raw_mix.parent / "pictures" / "0.png"
+    words = [exported, "--image", picture, "--prompt", "Which colour?", "--max-new-tokens", "4", "--device", "cpu"]
+    done = run_python("-m", "pipeline.generate", *words)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 1
+
+
+def test_generate_says_what_is_wrong_in_one_line(exported, raw_mix, tmp_path):
+    cases = [
+        ([tmp_path / "nothing", "--prompt", "x"], "nothing"),
+        ([exported, "--image", raw_mix.parent / "absent.png", "--prompt", "x"], "absent.png"),
+        ([exported, "--image", raw_mix, "--prompt", "x"], "mix.toml"),
+    ]
+    for words, said in cases:
+        done = run_python("-m", "pipeline.generate", *words)
+        assert done.returncode == 1
+        [line] = done.stderr.strip().splitlines()
+        assert line.startswith("error: ")
+        assert said in line
+
+
+def test_an_untrained_model_is_exported_from_a_recipe(recipe_file, shards, tmp_path):
+    words = ["--untrained", recipe_file, tmp_path / "start", f"data.shards={shards}", "run.dir=unused"]
+    done = run_python("-m", "pipeline.export", *words)
+    assert done.returncode == 0, done.stderr
+    model, _ = load(tmp_path / "start", "cpu")
+    torch.manual_seed(7)
+    fresh = Emma(preset("tiny_v2")).state_dict()
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in model.emma.state_dict().items())
+    assert json.loads((tmp_path / "start/config.json").read_text())
