@@ -130,7 +130,7 @@ def collate(rows: list[Sample], real: npt.NDArray[np.bool_], image_px: int) -> M
     return MicroBatch(tokens, targets, pixels, torch.from_numpy(real))
 
 
-class MicroBatches(Dataset):  # type: ignore[type-arg]
+class MicroBatches(Dataset):
     """Item k is micro-batch k of one rank, counted over the whole training: any k can be asked for, in any process."""
 
     def __init__(self, reader: ShardReader, plan: Plan, ranks: Ranks, micro_batch: int):
@@ -191,7 +191,7 @@ class TrainData:
         finally:
             del loader  # ends its processes, also when an error goes on its way up
 
-    def _loader(self, dataset: MicroBatches, first: int) -> DataLoader:  # type: ignore[type-arg]
+    def _loader(self, dataset: MicroBatches, first: int) -> DataLoader:
         workers = self.recipe.data.workers
         return DataLoader(
             dataset,

@@ -136,7 +136,7 @@ def _open_wandb(recipe: Recipe, folder: Path) -> Any:
             name=folder.name,
             id=id_file.read_text().strip(),
             resume="allow",
-            mode=recipe.log.wandb,
+            mode="offline" if recipe.log.wandb == "offline" else "online",
             dir=str(folder),
             config=asdict(recipe),
             settings=wandb.Settings(silent=True),

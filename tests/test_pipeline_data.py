@@ -44,7 +44,7 @@ def test_an_epoch_over_two_ranks_is_the_set_as_the_stock_reader_reads_it(recipe_
     ranks = [train_data(recipe_file, shards, 2, rank, f"data.workers={workers}") for rank in (0, 1)]
     steps = ranks[0].plan.steps_per_epoch
     seen = Counter(row for data in ranks for row in rows_of(data, steps))
-    expected = Counter()
+    expected: Counter[tuple] = Counter()
     for sample in stock_samples:
         tokens, spans = sample["tokens.npy"].tolist(), sample["json"]["spans"]
         supervised = [token for start, end in spans for token in tokens[start:end]]

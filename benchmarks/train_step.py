@@ -1,0 +1,78 @@
+"""Rank 0 of eight, the whole network at full size: seconds, TFLOP/s and memory of the settings that were weighed.
+
+    python -m benchmarks.train_step --json train_step.json            # on a machine with one GPU; minutes
+    python -m benchmarks.train_step --only zero2 --micro-batches 16
+
+Each variant runs `pipeline.dry_run` in a process of its own. docs/performance.md keeps the table and says what it was
+measured on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+VARIANTS = {
+    "V2 zero3 segments of 4": ("emma_v2", []),
+    "V2 zero3 segments of 4, keep 16": ("emma_v2", ["engine.keep_layers=16"]),
+    "V2 zero2 segments of 4": ("emma_v2", ["engine.ds_config=ds_configs/zero2.json"]),
+    "V2 zero3 autocast": ("emma_v2", ["engine.precision=autocast"]),
+    "V1 zero3 segments of 4": ("emma_v1", []),
+    "V1 zero2 segments of 4": ("emma_v1", ["engine.ds_config=ds_configs/zero2.json"]),
+}
+
+
+def run_variant(
+    recipe: str, overrides: list[str], sizes: list[int], memory_gib: float
+) -> list[dict[str, float | None]]:
+    """The trials of one variant. Raises: RuntimeError with the end of its output if it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "trials.json"
+        command = [sys.executable, "-m", "pipeline.dry_run", f"pipeline/recipes/{recipe}.toml", *overrides]
+        command += ["--memory-gib", str(memory_gib), "--json", str(out), "--micro-batches", *map(str, sizes)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode or not out.exists():
+            raise RuntimeError(done.stdout[-1000:] + done.stderr[-3000:])
+        trials: list[dict[str, float | None]] = json.loads(out.read_text())
+        return trials
+
+
+def line(name: str, trial: dict[str, float | None]) -> str:
+    if trial["step_s"] is None:
+        return f"| {name} | {trial['micro_batch']} | does not fit | | |"
+    peak = max(trial[f"{phase}_gib"] or 0.0 for phase in ("forward", "backward", "update"))
+    return (
+        f"| {name} | {trial['micro_batch']} | {1000 * (trial['step_s'] or 0):.0f} | "
+        f"{trial['useful_tflops'] or 0:.0f} | {peak:.1f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[16])
+    parser.add_argument("--memory-gib", type=float, default=39.0)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    results = {}
+    print("| variant | micro-batch | ms/step | useful TFLOP/s | peak GiB |\n|---|---|---|---|---|", flush=True)
+    for name, (recipe, overrides) in VARIANTS.items():
+        if args.only not in name:
+            continue
+        try:
+            results[name] = run_variant(recipe, overrides, args.micro_batches, args.memory_gib)
+        except RuntimeError as error:
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            continue
+        for trial in results[name]:
+            print(line(name, trial), flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
