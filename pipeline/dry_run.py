@@ -29,7 +29,7 @@ from model.kernels import kernel_report
 from model.vision import Towers
 from pipeline.cost import flops_per_sample
 from pipeline.data import GlobalBatch, MicroBatch
-from pipeline.engine import build_engine
+from pipeline.engine import build_engine, init_distributed
 from pipeline.ranks import Ranks, find_ranks
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.step import optimizer_step
@@ -42,7 +42,7 @@ WARM_UP, TIMED = 2, 3
 
 @dataclass(frozen=True)
 class Trial:
-    """What one micro-batch size took. `step_s` is forward, backward and update of one micro-batch; None: out of memory."""
+    """What one micro-batch size took. `step_s`: forward, backward and update of one; None: out of memory."""
 
     micro_batch: int
     step_s: float | None
@@ -57,8 +57,8 @@ class Trial:
 
 
 def rehearse(recipe: Recipe, world_size: int, memory_gib: float, text_tokens: int, sizes: list[int]) -> list[Trial]:
-    """A trial of every micro-batch size in turn, up to the first that does not fit. Once in a process."""
-    ranks = join_fake_group(recipe, world_size)
+    """A trial of every micro-batch size in turn, up to the first that does not fit. Call it once in a process."""
+    ranks = imagine_ranks(recipe, world_size)
     recipe = replace(recipe, optim=replace(recipe.optim, micro_batch=sizes[0], global_batch=sizes[0] * world_size))
     with torch.device(ranks.device):
         emma = Emma(recipe.config)
@@ -74,18 +74,12 @@ def rehearse(recipe: Recipe, world_size: int, memory_gib: float, text_tokens: in
     return trials
 
 
-def join_fake_group(recipe: Recipe, world_size: int) -> Ranks:
+def imagine_ranks(recipe: Recipe, world_size: int) -> Ranks:
     """Be rank 0 of `world_size`; the others are imagined."""
-    import deepspeed
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     ranks = find_ranks(recipe.engine.device)
-    if ranks.device.type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    torch.distributed.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
-    deepspeed.init_distributed(dist_backend=ranks.backend, verbose=False)
+    init_distributed(ranks, imagined=True)
     return ranks
 
 

@@ -35,8 +35,8 @@ PRECISION: dict[str, dict[str, Any]] = {
 }
 
 
-def init_distributed(ranks: Ranks) -> None:
-    """Join the process group. Every rank must call it, once."""
+def init_distributed(ranks: Ranks, imagined: bool = False) -> None:
+    """Join the process group. Every rank must call it, once. `imagined`: the other ranks are not there (dry runs)."""
     import deepspeed
 
     if ranks.device.type == "cuda":
@@ -44,7 +44,11 @@ def init_distributed(ranks: Ranks) -> None:
     else:
         # DeepSpeed would compile a shared-memory operator here: 20 s and a compiler, for what gloo does too.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if ranks.world_size == 1:
+    if imagined:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        torch.distributed.init_process_group("fake", rank=0, world_size=ranks.world_size, store=FakeStore())
+    elif ranks.world_size == 1:
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(ranks.backend, store=store, rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=ranks.backend, verbose=False)

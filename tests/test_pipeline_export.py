@@ -102,7 +102,7 @@ def recompute_all(model, tokenizer, question, picture, max_new_tokens):
     if picture is not None:
         features = model.towers(torch.from_numpy(picture).permute(2, 0, 1)[None])
     while len(new) < max_new_tokens:
-        embedded = torch.cat(model.emma._embed(torch.tensor([ids + new]), features), 1)
+        embedded = torch.cat(model.emma.embed(torch.tensor([ids + new]), features), 1)
         hidden, _ = model.emma.llm(embedded)
         new.append(int(model.emma.llm.head(hidden[:, -1]).argmax()))
         if new[-1] == tokenizer.eos_id:
