@@ -29,8 +29,8 @@ while (($#)); do
   esac
 done
 
-# shellcheck source=slurm/environment.sh
-source "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/slurm/environment.sh"
+cd "$(dirname "$0")/.."
+source slurm/environment.sh
 
 "${python[@]}" -c 'import torch; assert torch.version.cuda' 2>/dev/null || fail "no torch with CUDA here: make install"
 "${python[@]}" -c 'from torch.utils.cpp_extension import CUDA_HOME; assert CUDA_HOME' 2>/dev/null ||
@@ -42,6 +42,9 @@ wheels=${wheels:-$work/wheels}
 pip=("${python[@]}" -m pip --disable-pip-version-check)
 # FORCE_BUILD: no download of somebody else's build. SKIP_CUDA_BUILD is for the download, which only asks for metadata.
 export MAX_JOBS=${MAX_JOBS:-$(nproc)} MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE
+# causal-conv1d's backward pass is one large file: let nvcc spread it over the cores, from CUDA 12.1 on.
+nvcc=$("${python[@]}" -c 'from torch.utils.cpp_extension import CUDA_HOME; print(f"{CUDA_HOME}/bin/nvcc")')
+[[ $("$nvcc" --help) != *--split-compile* ]] || export NVCC_APPEND_FLAGS="${NVCC_APPEND_FLAGS-} --split-compile=0"
 
 mapfile -t requirements < <("${python[@]}" -c '
 from importlib.metadata import requires
@@ -65,20 +68,25 @@ PYTHON
 }
 
 build() { # build REQUIREMENT: its source package to a wheel
-  echo "building $1 for sm_$arch with $MAX_JOBS jobs"
+  echo "building $1 for sm_$arch with $MAX_JOBS jobs; minutes"
   local folder
   folder=$(mktemp -d -p "$work")
   MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE \
     "${pip[@]}" download -q --no-deps --no-binary :all: --no-build-isolation -d "$folder" "$1"
   tar -xzf "$folder"/*.tar.gz -C "$folder" --strip-components=1
   keep_one_architecture "$folder/setup.py"
-  "${pip[@]}" wheel -q --no-deps --no-build-isolation -w "$wheels" "$folder" >"$work/log" 2>&1 ||
-    { tail -n 40 "$work/log" >&2 && fail "$1 did not build; the compiler's last words are above"; }
+  "${pip[@]}" wheel -q --no-deps --no-build-isolation -w "$wheels" "$folder" >"$folder/log" 2>&1 ||
+    { tail -n 40 "$folder/log" >&2 && fail "$1 did not build; the compiler's last words are above"; }
 }
 
 "${pip[@]}" install -q setuptools wheel packaging ninja einops # to build; the last one is imported too
+builds=()
 for requirement in "${requirements[@]}"; do
-  build "$requirement"
+  build "$requirement" &
+  builds+=($!)
+done
+for each in "${builds[@]}"; do
+  wait "$each"
 done
 "${pip[@]}" install -q --no-deps --force-reinstall "$wheels"/{mamba_ssm,causal_conv1d}-*.whl
 

@@ -23,8 +23,10 @@ if [[ ${1-} == -h || ${1-} == --help || $# == 0 ]]; then
   exit $(($# == 0 ? 2 : 0))
 fi
 
-# shellcheck source=slurm/environment.sh
-source "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/slurm/environment.sh"
+# SLURM runs a copy of this script from its spool folder: the checkout is where sbatch was called.
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+[[ -f slurm/environment.sh ]] || { echo "error: $PWD: not a checkout of emma-pipeline; call sbatch in one" >&2; exit 2; }
+source slurm/environment.sh
 [[ ${SLURM_JOB_ID-} ]] || fail "this runs inside a SLURM job: sbatch slurm/preprocess.sh …"
 
 # The job's working directory is a copy of the checkout, so a relative path would be looked for, or written, there.

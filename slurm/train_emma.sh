@@ -27,8 +27,10 @@ if [[ ${1-} == -h || ${1-} == --help || $# == 0 ]]; then
   exit $(($# == 0 ? 2 : 0))
 fi
 
-# shellcheck source=slurm/environment.sh
-source "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/slurm/environment.sh"
+# SLURM runs a copy of this script from its spool folder: the checkout is where sbatch was called.
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+[[ -f slurm/environment.sh ]] || { echo "error: $PWD: not a checkout of emma-pipeline; call sbatch in one" >&2; exit 2; }
+source slurm/environment.sh
 
 # -- Where and what ------------------------------------------------------------------------------------------------
 

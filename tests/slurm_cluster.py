@@ -10,18 +10,20 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+REPOSITORY = Path(__file__).parents[1]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 FINISHED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 
 T = TypeVar("T")
 
-# Requeued jobs wait until their old credential has expired: two minutes by default, a second here.
+# Requeued jobs wait until their old credential has expired: two minutes by default, five seconds here.
 # The node claims more CPUs than there are, so that eight tasks fit. `urgent` preempts `normal` by requeueing it.
 SLURM_CONF = """\
 ClusterName=test
@@ -47,7 +49,7 @@ SelectTypeParameters=CR_CPU
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-KillWait=5
+KillWait=3
 ReturnToService=2
 SlurmdParameters=config_overrides
 GresTypes=gpu
@@ -67,7 +69,13 @@ class SlurmCluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = {**os.environ, "PATH": SYSTEM_PATH, "SLURM_CONF": str(folder / "slurm.conf")}
+        self.environment = {
+            **os.environ,
+            "PATH": SYSTEM_PATH,
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "EMMA_ENV": f"export PATH={Path(sys.executable).parent}:$PATH",
+            "OMP_NUM_THREADS": "1",
+        }
         self.daemons: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> SlurmCluster:
@@ -93,15 +101,16 @@ class SlurmCluster:
                 daemon.kill()
                 daemon.wait()
 
-    def sbatch(self, *arguments: str | Path, cwd: Path, **environment: str) -> str:
-        """Submits and returns the job's id."""
-        command = ["sbatch", "--parsable", *map(str, arguments)]
-        result = self.run(command, cwd=cwd, **environment)
+    def submit(self, *words: str | Path, checkout: Path = REPOSITORY, **environment: str) -> str:
+        """`sbatch …` in a checkout, with this Python; the job's id."""
+        result = self.run(
+            "sbatch", "--parsable", f"--output={self.folder}/%A-%a.log", *words, cwd=checkout, **environment
+        )
         assert result.returncode == 0, result.stderr
         return result.stdout.strip()
 
-    def run(self, command: list[str], cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-        environment = {**self.environment, **environment}
+    def run(self, *words: str | Path, cwd: Path | None = None, **more: str) -> subprocess.CompletedProcess[str]:
+        environment, command = {**self.environment, **more}, [str(word) for word in words]
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
     def job(self, job: str) -> dict[str, str]:
@@ -114,15 +123,22 @@ class SlurmCluster:
         return wait_until(lambda: self._end_of(job), f"job {job} to end", timeout_s)
 
     def log(self, job: str) -> str:
-        file = Path(self.job(job)["StdOut"])
-        return file.read_text() if file.exists() else ""
+        return Path(self.job(job)["StdOut"]).read_text()
+
+    def signal(self, job: str, name: str) -> None:
+        """What SLURM sends when the time limit comes near: to the batch script alone."""
+        assert self.run("scancel", f"--signal={name}", "--batch", job).returncode == 0
+
+    def preempt(self) -> None:
+        """Run a job that is more important and wants the whole node."""
+        self.wait_for(self.submit("--partition=urgent", "--cpus-per-task=64", "--wrap=true"))
 
     def _end_of(self, job: str) -> str | None:
         state = self.job(job).get("JobState", "")
         return state if state in FINISHED else None
 
     def _ask(self, *command: str) -> str:
-        return self.run(list(command)).stdout
+        return self.run(*command).stdout
 
     def _configure(self) -> None:
         for name in ("state", "spool", "gpus"):

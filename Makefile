@@ -1,0 +1,36 @@
+# Every target sets itself up: `make demo` and `make test` work on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test lint soak
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+install: $(INSTALLED)  ## make .venv and install into it (PYTHON=python3.12 chooses the interpreter)
+
+demo: $(INSTALLED)  ## the whole chain on CPU: data, shards, training, a kill, resuming, answers
+	@$(BIN)/python -m pipeline.demo
+
+test: $(INSTALLED)  ## run the tests (ARGS="-k slurm" chooses some)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)  ## formatting, lint, types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+soak: $(INSTALLED)  ## the tests that take hours: kills at random moments
+	@$(BIN)/python -m pytest -m soak $(ARGS)
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.10 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+	  { echo "error: $(PYTHON) cannot make virtual environments: apt-get install python3-venv"; rm -rf $(VENV); exit 2; }
+	@echo "installing into $(VENV): some 6 GB with the CUDA libraries, minutes"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@

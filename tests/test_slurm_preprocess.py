@@ -1,0 +1,39 @@
+"""slurm/preprocess.sh on a real controller: Ray inside the allocation, a finished shard set, the right end."""
+
+import pytest
+
+from preprocess.shards import Manifest
+from tests.conftest import write_byte_tokenizer
+from tests.slurm_cluster import wait_until
+
+SCRIPT = "slurm/preprocess.sh"
+
+
+@pytest.fixture
+def submit(slurm, raw_mix, tmp_path):
+    def submit(*words: str) -> str:
+        tokenizer = write_byte_tokenizer(tmp_path / "tokenizer")
+        where = ("--root", raw_mix.parent, "--out", tmp_path / "shards", "--tokenizer", tokenizer)
+        return slurm.submit("--cpus-per-task=2", SCRIPT, raw_mix, "--model", "tiny_v2", *where, *words)
+
+    return submit
+
+
+def test_a_mix_becomes_a_finished_shard_set(slurm, submit, tmp_path):
+    job = submit("--samples-per-shard", "16")
+    assert slurm.wait_for(job) == "COMPLETED", slurm.log(job)
+    assert Manifest.load(tmp_path / "shards").counts["samples"] == 35
+    assert "35/35 dialogues (100%)" in slurm.log(job)
+
+
+def test_a_build_that_fails_fails_the_job(slurm, submit, tmp_path):
+    job = submit("--model", "no_such_model")
+    assert slurm.wait_for(job) == "FAILED"
+    assert "no_such_model" in slurm.log(job)
+    assert not (tmp_path / "shards").exists()
+
+
+def test_a_relative_path_is_refused_because_the_job_runs_in_a_copy(slurm, submit):
+    job = submit("--out", "shards")
+    assert slurm.wait_for(job) == "FAILED"
+    assert "--out shards: give an absolute path" in slurm.log(job)

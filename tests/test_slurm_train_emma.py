@@ -1,0 +1,118 @@
+"""slurm/train_emma.sh on a real controller: what it would do, and real training by two CPU ranks."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.slurm_cluster import REPOSITORY, wait_until
+
+SCRIPT = "slurm/train_emma.sh"
+STEPS = 8
+ONE_NODE = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "gpu7", "SLURM_JOB_NUM_NODES": "1"}
+TWO_NODES = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_JOB_NUM_NODES": "2"}
+TASK_OF_AN_ARRAY = {**ONE_NODE, "SLURM_ARRAY_JOB_ID": "4240", "SLURM_ARRAY_TASK_ID": "3"}
+
+PLAN = """\
+checkout     {checkout}
+run folder   /runs/v2, at step 0
+tasks        {tasks}, 8 CPUs each
+environment  MASTER_ADDR={first} MASTER_PORT=24242
+             SRUN_CPUS_PER_TASK=8 OMP_NUM_THREADS=8
+command      'srun' '--label' '--kill-on-bad-exit=1' 'python' '-m' 'pipeline.train' \
+'pipeline/recipes/emma_v2.toml' 'data.shards=/data/shards' 'run.dir=/runs/v2'
+on USR1      touch /runs/v2/control/stop, wait for the save, scontrol requeue 4242
+requeues     0 so far, at most 20
+"""
+
+
+def dry_run(slurm, *words, **environment):
+    """As a job would see it, without one."""
+    return slurm.run("bash", SCRIPT, *words, cwd=REPOSITORY, DRY_RUN="1", OMP_NUM_THREADS="", **environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "tasks", "first"),
+    [(ONE_NODE, "8 = 1 nodes x 8", "gpu7"), (TWO_NODES, "16 = 2 nodes x 8", "gpu07")],
+    ids=["1 node", "2 nodes"],
+)
+def test_a_dry_run_tells_the_whole_environment(slurm, environment, tasks, first):
+    recipe = ("pipeline/recipes/emma_v2.toml", "data.shards=/data/shards", "run.dir=/runs/v2")
+    plan = dry_run(slurm, *recipe, **environment)
+    assert plan.stderr == ""
+    assert plan.stdout == PLAN.format(checkout=REPOSITORY, tasks=tasks, first=first)
+
+
+def test_a_task_of_an_array_is_requeued_alone_and_has_its_number_in_the_recipe(slurm):
+    recipe = ("pipeline/recipes/emma_v2.toml", "data.shards=/data/shards", "run.dir=/runs/seed-%a", "seed=%a")
+    plan = dry_run(slurm, *recipe, **TASK_OF_AN_ARRAY).stdout
+    assert "run folder   /runs/seed-3," in plan
+    assert "'seed=3'" in plan
+    assert "scontrol requeue 4240_3\n" in plan
+
+
+def test_a_container_goes_before_python(slurm):
+    recipe = ("pipeline/recipes/emma_v2.toml", "data.shards=/data/shards", "run.dir=/runs/v2")
+    plan = dry_run(slurm, *recipe, **ONE_NODE, EMMA_CONTAINER="env INSIDE=1").stdout
+    assert "'--kill-on-bad-exit=1' 'env' 'INSIDE=1' 'python' '-m' 'pipeline.train'" in plan
+
+
+def test_without_a_job_a_dry_run_goes_by_the_directives(slurm):
+    recipe = ("pipeline/recipes/emma_v2.toml", "data.shards=/data/shards", "run.dir=/runs/v2")
+    plan = dry_run(slurm, *recipe)
+    assert plan.returncode == 0, plan.stderr
+    assert "tasks        8 = 1 nodes x 8, 8 CPUs each" in plan.stdout
+
+
+@pytest.fixture
+def submit(slurm, recipe_file, shards, tmp_path):
+    """Submit real training, two tasks on the CPU, into tmp_path/run."""
+
+    def submit(*overrides: str, partition: str = "normal") -> str:
+        size = ("--gpus-per-node=0", "--ntasks-per-node=2", "--cpus-per-task=1", f"--partition={partition}")
+        recipe = (recipe_file, f"data.shards={shards}", f"run.dir={tmp_path}/run", f"steps={STEPS}")
+        return slurm.submit(*size, SCRIPT, *recipe, *overrides)
+
+    return submit
+
+
+def lines(run: Path) -> list[dict]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def steps_of(run: Path) -> list[int]:
+    return [line["step"] for line in lines(run) if "event" not in line]
+
+
+@pytest.mark.parametrize("cause", ["warning", "preemption"])
+def test_an_interrupted_training_is_requeued_and_trains_every_step_once(slurm, submit, tmp_path, cause):
+    run = tmp_path / "run"
+    job = submit(partition="graceful")
+    wait_until(lambda: steps_of(run), "the first step")
+    if cause == "warning":
+        slurm.signal(job, "USR1")
+    else:
+        slurm.preempt()
+    assert slurm.wait_for(job) == "COMPLETED", slurm.log(job)
+    assert slurm.job(job)["Restarts"] == "1"
+    assert json.loads((run / "outcome.json").read_text()) == {"outcome": "done", "step": STEPS, "reason": ""}
+    assert steps_of(run) == list(range(1, STEPS + 1))
+    events = [line for line in lines(run) if "event" in line]
+    assert [event["event"] for event in events] == ["start", "stopped", "resume", "done"]
+    assert {event.get("world_size", 2) for event in events} == {2}
+
+
+def test_a_mistake_in_the_recipe_ends_the_job_with_one_line_and_no_requeue(slurm, submit, tmp_path):
+    job = submit("optim.lrr=1")
+    assert slurm.wait_for(job) == "FAILED"
+    assert slurm.job(job)["Restarts"] == "0"
+    assert slurm.log(job).startswith("error: ")
+    assert "did you mean 'lr'" in slurm.log(job)
+    assert slurm.log(job).count("\n") == 1
+
+
+def test_outside_of_a_checkout_it_says_where_to_go(slurm, tmp_path):
+    job = slurm.submit(REPOSITORY / SCRIPT, "recipe.toml", checkout=tmp_path)
+    assert slurm.wait_for(job) == "FAILED"
+    assert "not a checkout of emma-pipeline; call sbatch in one" in slurm.log(job)
