@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from model.errors import UserError
 from preprocess.prompts import Tokenizer
 from preprocess.rejects import Reject
 from preprocess.shards import (
@@ -73,6 +74,8 @@ def finalise(
         for task in tasks:
             data = task.sidecar.read_bytes()
             sidecar = json.loads(data)
+            if sidecar["spec_sha256"] != task.spec_sha256:
+                raise UserError(f"{task.sidecar} was changed by another build; run this one again, alone")
             sidecars[task.sidecar.name] = hashlib.sha256(data).hexdigest()
             if not sidecar["samples"]:
                 continue

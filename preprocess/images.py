@@ -60,7 +60,8 @@ def decode_rgb(data: bytes) -> Image.Image:
             with Image.open(io.BytesIO(data), formats=[_PIL_FORMATS[kind]]) as picture:
                 _guard_size(picture)
                 picture.load()
-                return _to_rgb(ImageOps.exif_transpose(picture))
+                ImageOps.exif_transpose(picture, in_place=True)
+                return _to_rgb(picture)
     except (Rejected, MemoryError):
         raise
     except Exception as error:  # what decoders raise for broken bytes has no common class

@@ -38,6 +38,16 @@ class Progress:
             self._shown = now
             self._show(last)
 
+    def numbers(self) -> dict[str, float]:
+        """What a monitor draws."""
+        report = self.report("")
+        return {
+            "dialogues_done": self.done,
+            "dialogues_per_s": report["dialogues_per_s"],
+            "rejects": self.rejects.total(),
+            "seconds_left": report["left_s"] or 0.0,
+        }
+
     def report(self, state: str) -> dict[str, Any]:
         elapsed = time.monotonic() - self.started
         rate = (self.done - self.reused) / elapsed if elapsed > 0 else 0.0

@@ -16,7 +16,9 @@ from PIL import Image
 from skimage import data as photographs
 
 from preprocess import build_shards
+from preprocess.folder import only_builder_of
 from preprocess.shards import Manifest, load_index
+from tests.conftest import run_python
 from tests.golden_tokenizer import gpt_neox
 from tests.ray_head import RayHead, ray_head
 from tests.shard_builds import arguments, build_in_process, write_mix
@@ -95,11 +97,16 @@ def test_a_failed_build_fails_its_job(head: RayHead, root: Path, tmp_path: Path)
     assert "FAILED" in head.submit("list").stdout
 
 
-def test_a_relative_path_is_refused_where_it_would_be_lost(head: RayHead, root: Path) -> None:
-    words = [str(word).replace(str(root), "data/raw") for word in command(root, root / "out")]
-    done = head.submit("submit", "--working-dir", ".", "--", "python", SCRIPT, *words)
-    assert done.returncode == 1
-    assert "--root data/raw is relative, and this job runs in a temporary copy: give the whole path" in done.stdout
+def test_a_relative_path_is_refused_where_it_would_be_lost(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_1"  # where Ray unpacks --working-dir
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    words = [*command(root, tmp_path / "out", workers=0), "--root", "data/raw"]
+    assert build_shards.main(words) == build_shards.EXIT_USER_ERROR
+    complaint = "--root data/raw is relative, and this job runs in a temporary copy: give the whole path"
+    assert complaint in capsys.readouterr().err
 
 
 # -- Accidents -------------------------------------------------------------------------------------------------------
@@ -134,6 +141,8 @@ def test_a_killed_build_goes_on_where_it_was(head: RayHead, root: Path, expected
     wait_for_shards(driver, out, 4)
     driver.kill()
     driver.communicate()
+    while head.workers("build_shard"):
+        time.sleep(0.1)  # Ray ends the tasks of a dead driver
     (out / "shard-00011.tar.feed.tmp").write_text("left by a killed worker")
     finished = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.json")}
     assert not (out / "manifest.json").exists()
@@ -154,6 +163,47 @@ def test_a_rerun_builds_only_what_is_missing_or_differs(root: Path, expected: Pa
     assert contents(out) == contents(expected)
     changed = {path.name for path in out.glob("shard-*") if path.stat().st_mtime_ns != before.get(path.name)}
     assert changed == {"shard-00003.tar", "shard-00003.json", "shard-00005.tar", "shard-00005.json"}
+
+
+@pytest.mark.parametrize("name", ["index.parquet", "rejects.jsonl", "tokenizer.json", "manifest.json"])
+def test_what_was_deleted_from_a_set_is_written_again(root: Path, expected: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(expected, tmp_path / "out")
+    (tmp_path / "out" / name).unlink()
+    assert build_shards.main(command(root, tmp_path / "out", workers=0)) == 0
+    assert contents(tmp_path / "out") == contents(expected)
+
+
+def test_a_full_disk_is_one_clear_line_and_nothing_finished_is_lost(root: Path, expected: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk."""
+    largest = max(path.stat().st_size for path in expected.glob("*.tar"))
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); "
+    program = limited + "from preprocess.build_shards import main; sys.exit(main(sys.argv[1:]))"
+    words = [str(word) for word in command(root, tmp_path / "out", workers=0)]
+    done = run_python("-c", program, str(largest - 1), *words)
+    assert done.returncode == build_shards.EXIT_USER_ERROR, done.stderr
+    assert (
+        done.stderr
+        == f"error: no space left for {tmp_path / 'out'}; what is finished is kept: make room and run again\n"
+    )
+    assert build_shards.main(command(root, tmp_path / "out", workers=0)) == 0
+    assert contents(tmp_path / "out") == contents(expected)
+
+
+def test_an_interrupted_build_says_that_it_can_go_on(head: RayHead, root: Path, expected: Path, tmp_path: Path) -> None:
+    driver = head.driver(SCRIPT, *command(root, tmp_path / "out"))
+    wait_for_shards(driver, tmp_path / "out", 1)
+    driver.send_signal(signal.SIGINT)
+    said, _ = driver.communicate(timeout=60)
+    assert driver.returncode == build_shards.EXIT_INTERRUPTED, said
+    assert "stopped; what is finished is kept, and the same command goes on from there" in said
+    assert "Traceback" not in said
+    assert list((tmp_path / "out").glob("shard-*.json"))
+
+
+def test_the_address_of_a_job_server_is_told_from_that_of_a_cluster(root: Path, tmp_path: Path) -> None:
+    done = run_python(SCRIPT, *command(root, tmp_path / "out"), RAY_ADDRESS="http://127.0.0.1:1")
+    assert done.returncode == build_shards.EXIT_USER_ERROR
+    assert "RAY_ADDRESS http://127.0.0.1:1 is a job server: use `ray job submit`" in done.stderr.splitlines()[-1]
 
 
 def test_a_finished_set_is_left_alone(root: Path, expected: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,7 +298,7 @@ def test_a_missing_annotation_file_is_named(root: Path, tmp_path: Path, capsys: 
 
 
 def test_two_builds_of_one_folder_are_refused(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with build_shards._only_builder_of(tmp_path / "out"):
+    with only_builder_of(tmp_path / "out"):
         assert build_shards.main(command(root, tmp_path / "out", workers=0)) == build_shards.EXIT_USER_ERROR
     assert "another build_shards.py is building into" in capsys.readouterr().err
 
