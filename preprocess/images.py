@@ -11,6 +11,7 @@ size            every picture is squashed, bicubic and antialiased; the aspect r
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -29,6 +30,7 @@ Image.MAX_IMAGE_PIXELS = None  # the limit above is checked instead, before any 
 Kind = Literal["jpg", "png", "gif", "webp", "bmp", "tiff"]
 _PIL_FORMATS = {"jpg": "JPEG", "png": "PNG", "gif": "GIF", "webp": "WEBP", "bmp": "BMP", "tiff": "TIFF"}
 _TRUNCATED = ("truncated", "premature end", "not enough image data", "unexpected end")
+_ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>")  # of an object in memory: no two runs have the same
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -65,8 +67,9 @@ def decode_rgb(data: bytes) -> Image.Image:
     except (Rejected, MemoryError):
         raise
     except Exception as error:  # what decoders raise for broken bytes has no common class
-        reason = "picture_truncated" if any(sign in str(error).lower() for sign in _TRUNCATED) else "picture_corrupt"
-        raise Rejected(reason, f"{kind}: {error}") from None
+        said = _ADDRESS.sub("", str(error))
+        reason = "picture_truncated" if any(sign in said.lower() for sign in _TRUNCATED) else "picture_corrupt"
+        raise Rejected(reason, f"{kind}: {said}") from None
 
 
 def _guard_size(picture: Image.Image) -> None:

@@ -74,7 +74,7 @@ class PictureStore:
     def _read_file(self, path: str) -> bytes:
         file = self.root / path
         if file.is_symlink() and not file.resolve().is_relative_to(self.root.resolve()):
-            raise Rejected("picture_path_escapes", f"a link to {file.resolve()}")
+            raise Rejected("picture_path_escapes", f"a link to {file.readlink()}")
         return file.read_bytes()
 
 
