@@ -1,0 +1,47 @@
+"""Every system that the paper compares goes the whole way: a ZeRO-3 step, a save, a resume, an export, an answer."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pipeline.generate import answer, load
+from tests.conftest import build_shards, run_python
+
+VARIANTS = [
+    "tiny_v1",
+    "tiny_cobra",
+    "tiny_no_mff",
+    "tiny_csm",
+    "tiny_avf",
+    "tiny_release",
+]  # tiny_v2 is everywhere else
+
+
+@pytest.fixture(scope="module")
+def zephyr_shards(raw_mix, tmp_path_factory):
+    return build_shards(raw_mix, tmp_path_factory.mktemp("shards") / "v1", model="tiny_v1")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_preset_trains_saves_resumes_exports_and_answers(recipe_file, zephyr_shards, tmp_path, name):
+    run, out = tmp_path / "run", tmp_path / "model"
+    words = [recipe_file, f"model={name}", f"data.shards={zephyr_shards}", f"run.dir={run}", "checkpoint.every_steps=1"]
+    for stop_at_once in (True, False):
+        if stop_at_once:  # a request that stands when training starts under SLURM is not taken away
+            (run / "control").mkdir(parents=True)
+            (run / "control/stop").touch()
+        environment = {"SLURM_JOB_ID": "1"} if stop_at_once else {}
+        done = run_python("-m", "pipeline.train", *words, "steps=3", **environment)
+        assert done.returncode == 0, done.stderr
+    facts = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps_seen = [line["step"] for line in facts if "event" not in line]
+    assert steps_seen == [1, 2, 3]
+    aligned = any(line.get("loss/align") is not None for line in facts)
+    assert aligned == (name != "tiny_cobra")
+
+    done = run_python("-m", "pipeline.export", run, out)
+    assert done.returncode == 0, done.stderr
+    model, tokenizer = load(out, "cpu")
+    picture = np.zeros((100, 100, 3), np.uint8)
+    assert len(answer(model, tokenizer, ["Which colour?"], [picture], max_new_tokens=3)) == 1
