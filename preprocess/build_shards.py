@@ -24,7 +24,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.metrics import Gauge
 
 from model.errors import UserError
-from preprocess.finalise import Finished, finalise
+from preprocess.finalise import Facts, finalise
 from preprocess.folder import (
     DIALOGUES,
     clear_scaffold,
@@ -40,7 +40,7 @@ from preprocess.progress import LOG_EVERY_S, Progress
 from preprocess.request import Build, check
 from preprocess.shards import MANIFEST, REJECTS, TOKENIZER, WORK, Manifest, canonical_json, publish, published
 from preprocess.task import ShardTask, build_shard
-from preprocess.worklist import Worklist, make_worklist, refuse_missing_folders, row_count_notes
+from preprocess.worklist import Worklist, make_worklist, refuse_hopeless_work, row_count_notes
 
 BUILDER = 1  # raise it when the same input must give other bytes: every shard is then built again
 PAPER_MIX = Path("preprocess/mixes/emma_1m2.toml")
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             run(build)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr, flush=True)  # Ray adds a traceback
         return EXIT_TOO_MANY_REJECTS if isinstance(error, TooManyRejectsError) else EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("stopped; what is finished is kept, and the same command goes on from there", file=sys.stderr, flush=True)
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def dry_run(build: Build) -> None:
     work = make_worklist(build.mix, build.root, build.samples_per_shard, len, _row_teller())
-    refuse_missing_folders(work, PictureStore(build.root, build.mix.archives), build.max_reject_ratio)
+    refuse_hopeless_work(work, PictureStore(build.root, build.mix.archives), build.max_reject_ratio)
     tasks = plan(build, work)
     missing = [task for task in tasks if not is_built(task)]
     print(f"{work.rows.total()} rows, {len(work.rejects)} of them rejected before their pictures are looked at")
@@ -125,7 +125,7 @@ def run(build: Build) -> Manifest:
         work = _write_worklist(build)
         tasks = plan(build, work)
         missing = [task for task in tasks if not is_built(task)]
-        about = Finished(
+        facts = Facts(
             build.config.name,
             build.settings,
             build.tokenizer,
@@ -133,16 +133,16 @@ def run(build: Build) -> Manifest:
             work.rejects,
             _sha256([task.spec_sha256 for task in tasks]),
         )
-        manifest = None if missing else standing_manifest(build.out, about.spec_sha256)
+        manifest = None if missing else standing_manifest(build.out, facts.spec_sha256)
         state = "is up to date" if manifest else "is built"
-        manifest = manifest or _build_set(build, tasks, missing, about)
+        manifest = manifest or _build_set(build, tasks, missing, facts)
         _refuse_too_many(build, Counter({name: of["rejects"] for name, of in manifest.sources.items()}), work.rows)
         clear_scaffold(build.out)
         print(f"{build.out} {state}: {_summary(manifest)}", flush=True)
         return manifest
 
 
-def _build_set(build: Build, tasks: Sequence[ShardTask], missing: Sequence[ShardTask], about: Finished) -> Manifest:
+def _build_set(build: Build, tasks: Sequence[ShardTask], missing: Sequence[ShardTask], facts: Facts) -> Manifest:
     (build.out / MANIFEST).unlink(missing_ok=True)  # from here on, and until the end, this is not a set
     remove_strangers(build.out, tasks)
     publish(build.out / TOKENIZER, build.tokenizer.data)
@@ -152,9 +152,9 @@ def _build_set(build: Build, tasks: Sequence[ShardTask], missing: Sequence[Shard
 
     def check_rejects(rejects: Counter[str]) -> None:
         _print_rejects(build.out / REJECTS)
-        _refuse_too_many(build, rejects, about.rows)
+        _refuse_too_many(build, rejects, facts.rows)
 
-    return finalise(build.out, tasks, about, check_rejects)
+    return finalise(build.out, tasks, facts, check_rejects)
 
 
 def _write_worklist(build: Build) -> Worklist:
@@ -162,7 +162,7 @@ def _write_worklist(build: Build) -> Worklist:
         work = make_worklist(build.mix, build.root, build.samples_per_shard, file.write, _row_teller())
     for note in row_count_notes(build.mix.sources, work.rows):
         print(note, flush=True)
-    refuse_missing_folders(work, PictureStore(build.root, build.mix.archives), build.max_reject_ratio)
+    refuse_hopeless_work(work, PictureStore(build.root, build.mix.archives), build.max_reject_ratio)
     return work
 
 

@@ -30,27 +30,9 @@ from preprocess.shards import (
 from preprocess.task import Settings, ShardTask
 
 
-@dataclass
-class Totals:
-    """What the manifest counts, summed over sidecars."""
-
-    samples: Counter[str] = field(default_factory=Counter)  # by source
-    with_image: int = 0
-    text_tokens: int = 0
-    supervised_tokens: int = 0
-    pictures: set[str] = field(default_factory=set)
-
-    def add(self, columns: dict[str, list[Any]]) -> None:
-        self.samples.update(columns["source"])
-        self.with_image += sum(columns["has_image"])
-        self.text_tokens += sum(columns["num_text_tokens"])
-        self.supervised_tokens += sum(columns["num_supervised_tokens"])
-        self.pictures.update(digest for digest in columns["picture_sha256"] if digest is not None)
-
-
 @dataclass(frozen=True)
-class Finished:
-    """What `finalise` was given besides the tasks."""
+class Facts:
+    """What the manifest tells besides what the sidecars do. `rejects` are those of the worklist."""
 
     model: str
     settings: Settings
@@ -60,13 +42,47 @@ class Finished:
     spec_sha256: str
 
 
+@dataclass
+class Contents:
+    """The sum of the sidecars. `samples` are counted by source; `pictures` are digests of distinct ones."""
+
+    shards: list[ShardEntry] = field(default_factory=list)
+    sidecars: dict[str, str] = field(default_factory=dict)
+    samples: Counter[str] = field(default_factory=Counter)
+    pictures: set[str] = field(default_factory=set)
+    with_image: int = 0
+    text_tokens: int = 0
+    supervised_tokens: int = 0
+    index_sha256: str = ""
+
+    def add(self, columns: dict[str, list[Any]]) -> None:
+        self.samples.update(columns["source"])
+        self.pictures.update(digest for digest in columns["picture_digest"] if digest is not None)
+        self.with_image += sum(columns["has_image"])
+        self.text_tokens += sum(columns["num_text_tokens"])
+        self.supervised_tokens += sum(columns["num_supervised_tokens"])
+
+
+@dataclass
+class Losses:
+    by_source: Counter[str] = field(default_factory=Counter)
+    by_reason: Counter[str] = field(default_factory=Counter)
+    sha256: str = ""
+
+
 def finalise(
-    out: Path, tasks: Sequence[ShardTask], about: Finished, may_publish: Callable[[Counter[str]], None]
+    out: Path, tasks: Sequence[ShardTask], facts: Facts, may_publish: Callable[[Counter[str]], None]
 ) -> Manifest:
     """Publishes index, rejects and manifest. `may_publish` sees the rejects by source, and may raise."""
-    totals = Totals()
-    entries: list[ShardEntry] = []
-    sidecars: dict[str, str] = {}
+    contents = _publish_index(out, tasks)
+    lost = _publish_rejects(out, tasks, facts)
+    may_publish(lost.by_source)
+    publish(out / MANIFEST, _manifest(facts, contents, lost).to_bytes())
+    return Manifest.load(out)
+
+
+def _publish_index(out: Path, tasks: Sequence[ShardTask]) -> Contents:
+    contents = Contents()
     with (
         published(out / INDEX) as file,
         pq.ParquetWriter(pa.PythonFile(file, mode="w"), INDEX_SCHEMA, compression="zstd") as index,
@@ -76,39 +92,14 @@ def finalise(
             sidecar = json.loads(data)
             if sidecar["spec_sha256"] != task.spec_sha256:
                 raise UserError(f"{task.sidecar} was changed by another build; run this one again, alone")
-            sidecars[task.sidecar.name] = hashlib.sha256(data).hexdigest()
-            if not sidecar["samples"]:
-                continue
-            index.write_table(_index_table(len(entries), sidecar["columns"]))
-            totals.add(sidecar["columns"])
-            entries.append(ShardEntry(task.tar.name, sidecar["sha256"], sidecar["bytes"], sidecar["samples"]))
-    by_source, by_reason, rejects_sha256 = _publish_rejects(out, tasks, about)
-    may_publish(by_source)
-    manifest = Manifest(
-        model=about.model,
-        template=about.settings.template,
-        tokenizer={
-            "name": about.tokenizer.name,
-            "sha256": about.tokenizer.sha256,
-            "vocab_size": about.tokenizer.vocab_size,
-            "eos_id": about.tokenizer.eos_id,
-        },
-        image={"px": about.settings.image_px, "encoding": about.settings.encoding},
-        max_text_tokens=about.settings.max_text_tokens,
-        spec_sha256=about.spec_sha256,
-        counts=_counts(about.rows, totals, by_source),
-        sources={
-            name: {"rows": rows, "samples": totals.samples[name], "rejects": by_source[name]}
-            for name, rows in about.rows.items()
-        },
-        rejects_by_reason=dict(by_reason),
-        shards=tuple(entries),
-        sidecars=sidecars,
-        index={"sha256": file.sha256, "rows": totals.samples.total()},
-        rejects={"sha256": rejects_sha256, "rows": by_source.total()},
-    )
-    publish(out / MANIFEST, manifest.to_bytes())
-    return Manifest.load(out)
+            contents.sidecars[task.sidecar.name] = hashlib.sha256(data).hexdigest()
+            if sidecar["samples"]:
+                index.write_table(_index_table(len(contents.shards), sidecar["columns"]))
+                contents.add(sidecar["columns"])
+                entry = ShardEntry(task.tar.name, sidecar["sha256"], sidecar["bytes"], sidecar["samples"])
+                contents.shards.append(entry)
+    contents.index_sha256 = file.sha256
+    return contents
 
 
 def _index_table(shard: int, columns: dict[str, list[Any]]) -> pa.Table:
@@ -116,20 +107,18 @@ def _index_table(shard: int, columns: dict[str, list[Any]]) -> pa.Table:
     return pa.table({name: columns[name] for name in INDEX_SCHEMA.names}, schema=INDEX_SCHEMA)
 
 
-def _publish_rejects(out: Path, tasks: Sequence[ShardTask], about: Finished) -> tuple[Counter[str], Counter[str], str]:
-    """All rejects in the order of sources and rows; returns how many by source and by reason, and the file's sha256."""
-    by_source, by_reason = Counter[str](), Counter[str]()
-    order = {name: position for position, name in enumerate(about.rows)}
+def _publish_rejects(out: Path, tasks: Sequence[ShardTask], facts: Facts) -> Losses:
+    """Writes all rejects in the order of sources and rows."""
+    lost = Losses()
+    order = {name: position for position, name in enumerate(facts.rows)}
+    ordered = heapq.merge(facts.rejects, _shard_rejects(tasks), key=lambda reject: (order[reject.source], reject.row))
     with published(out / REJECTS) as file:
-        for reject in heapq.merge(
-            about.rejects,
-            _shard_rejects(tasks),
-            key=lambda reject: (order[reject.source], reject.row),
-        ):
-            by_source[reject.source] += 1
-            by_reason[reject.reason] += 1
+        for reject in ordered:
+            lost.by_source[reject.source] += 1
+            lost.by_reason[reject.reason] += 1
             file.write(json.dumps(reject.to_json()).encode() + b"\n")
-    return by_source, by_reason, file.sha256
+    lost.sha256 = file.sha256
+    return lost
 
 
 def _shard_rejects(tasks: Iterable[ShardTask]) -> Iterator[Reject]:
@@ -137,16 +126,39 @@ def _shard_rejects(tasks: Iterable[ShardTask]) -> Iterator[Reject]:
         yield from (Reject(**entry) for entry in json.loads(task.sidecar.read_bytes())["rejects"])
 
 
-def _counts(rows: Counter[str], totals: Totals, rejects: Counter[str]) -> dict[str, int]:
+def _manifest(facts: Facts, contents: Contents, lost: Losses) -> Manifest:
+    settings, tokenizer = facts.settings, facts.tokenizer
+    return Manifest(
+        model=facts.model,
+        template=settings.template,
+        tokenizer={name: getattr(tokenizer, name) for name in ("name", "sha256", "vocab_size", "eos_id")},
+        image={"px": settings.image_px, "encoding": settings.encoding},
+        max_text_tokens=settings.max_text_tokens,
+        spec_sha256=facts.spec_sha256,
+        counts=_counts(facts.rows, contents, lost),
+        sources={
+            name: {"rows": rows, "samples": contents.samples[name], "rejects": lost.by_source[name]}
+            for name, rows in facts.rows.items()
+        },
+        rejects_by_reason=dict(lost.by_reason),
+        shards=tuple(contents.shards),
+        sidecars=contents.sidecars,
+        index={"sha256": contents.index_sha256, "rows": contents.samples.total()},
+        rejects={"sha256": lost.sha256, "rows": lost.by_source.total()},
+    )
+
+
+def _counts(rows: Counter[str], contents: Contents, lost: Losses) -> dict[str, int]:
+    samples = contents.samples.total()
     counts = {
         "rows": rows.total(),
-        "samples": totals.samples.total(),
-        "rejects": rejects.total(),
-        "with_image": totals.with_image,
-        "text_only": totals.samples.total() - totals.with_image,
-        "pictures": len(totals.pictures),
-        "text_tokens": totals.text_tokens,
-        "supervised_tokens": totals.supervised_tokens,
+        "samples": samples,
+        "rejects": lost.by_source.total(),
+        "with_image": contents.with_image,
+        "text_only": samples - contents.with_image,
+        "pictures": len(contents.pictures),
+        "text_tokens": contents.text_tokens,
+        "supervised_tokens": contents.supervised_tokens,
     }
-    assert counts["rows"] == counts["samples"] + counts["rejects"], f"rows were lost or counted twice: {counts}"
+    assert counts["rows"] == samples + counts["rejects"], f"rows were lost or counted twice: {counts}"
     return counts

@@ -67,7 +67,7 @@ def io_errors_explained(out: Path) -> Iterator[None]:
         if cause.errno in _NO_SPACE:
             raise UserError(f"no space left for {out}; what is finished is kept: make room and run again") from None
         if cause.errno in _NO_ACCESS:
-            raise UserError(f"--out {out} cannot be written: {cause.strerror}; choose another folder") from None
+            raise UserError(f"{cause.filename or out} cannot be used: {cause.strerror}") from None
         raise
 
 

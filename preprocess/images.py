@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from model.errors import UserError
 from preprocess.rejects import REASONS, Rejected
 
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = 64_000_000  # at four bytes each, still small beside a worker's memory
 JPEG_QUALITY = 95
 
 Image.MAX_IMAGE_PIXELS = None  # the limit above is checked instead, before any pixel is decoded
@@ -94,12 +94,13 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     values = np.asarray(picture)
     if values.min() < 0 or values.max() > 0xFFFF:
         raise Rejected("picture_unsupported_pixels", f"values from {values.min()} to {values.max()}")
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    return Image.fromarray((values.astype(np.uint16) // 257).astype(np.uint8))
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
-    page = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(page, picture).convert("RGB")
+    page = Image.new("RGB", picture.size, "white")
+    page.paste(picture, mask=picture.getchannel("A"))
+    return page
 
 
 def squash(picture: Image.Image, image_px: int) -> Image.Image:

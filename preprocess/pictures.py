@@ -14,7 +14,7 @@ import tarfile
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
 from model.errors import UserError
@@ -54,7 +54,7 @@ class PictureStore:
         return None
 
     def has_folder(self, folder: str) -> bool:
-        return (self.root / folder).is_dir() or self.archive_of(folder) is not None
+        return _exists(Path.is_dir, self.root / folder) or self.archive_of(folder) is not None
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019  stores live as long as their process
     def archive_of(self, folder: str) -> _Archive | None:
@@ -62,12 +62,12 @@ class PictureStore:
         for ancestor in [folder, *map(str, PurePosixPath(folder).parents)]:
             if ancestor in self.archives:
                 return _open_archive(self.root / self.archives[ancestor], ancestor)
-        if (self.root / folder).is_dir():
+        if _exists(Path.is_dir, self.root / folder):
             return None
         for ancestor in [folder, *map(str, PurePosixPath(folder).parents)][:-1]:
             for suffix in (".zip", ".tar"):
                 beside = self.root / (ancestor + suffix)
-                if beside.is_file():
+                if _exists(Path.is_file, beside):
                     return _open_archive(beside, ancestor)
         return None
 
@@ -76,6 +76,16 @@ class PictureStore:
         if file.is_symlink() and not file.resolve().is_relative_to(self.root.resolve()):
             raise Rejected("picture_path_escapes", f"a link to {file.readlink()}")
         return file.read_bytes()
+
+
+def _exists(of_kind: Callable[[Path], bool], path: Path) -> bool:
+    """A name that no file can have names none."""
+    try:
+        return of_kind(path)
+    except OSError as error:
+        if error.errno in _NOT_A_FILE_NAME:
+            return False
+        raise
 
 
 def _spellings(path: str) -> list[str]:

@@ -136,7 +136,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> WrittenShard:
 
     Plain tarfile, so that a worker need not import torch, which webdataset does; the stock package reads it.
     """
-    columns: dict[str, list[Any]] = {name: [] for name in [*INDEX_SCHEMA.names[1:], "picture_sha256"]}
+    columns: dict[str, list[Any]] = {name: [] for name in [*INDEX_SCHEMA.names[1:], "picture_digest"]}
     with (
         published(path) as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,  # type: ignore[call-overload]
@@ -179,7 +179,7 @@ def _index_row(sample: Sample, places: dict[str, tuple[int, int]]) -> dict[str, 
         "has_image": sample.image is not None,
         "source": sample.source,
         "id": sample.id,
-        "picture_sha256": hashlib.sha256(sample.image).hexdigest()[:16] if sample.image is not None else None,
+        "picture_digest": hashlib.sha256(sample.image).hexdigest()[:16] if sample.image is not None else None,
     }
 
 

@@ -26,7 +26,6 @@ from preprocess.shards import (
     TOKENIZER,
     WORK,
     Manifest,
-    ShardEntry,
     file_sha256,
     load_index,
     read_fields,
@@ -37,17 +36,31 @@ REMEDY = "delete what is named and run build_shards.py with the same arguments a
 
 @dataclass
 class _Account:
-    """Which rows of which source have been met, and how often: each must be, exactly once."""
+    """How often each row of each source has been met (it must be once), and the totals that the manifest tells."""
 
     rows: dict[str, np.ndarray]
     strangers: int = 0
     samples: Counter[str] = field(default_factory=Counter)
+    totals: Counter[str] = field(default_factory=Counter)
 
     def meet(self, source: str, row: int) -> None:
         if source in self.rows and 0 <= row < len(self.rows[source]):
             self.rows[source][row] += 1
         else:
             self.strangers += 1
+
+    def add(self, sample: Sample) -> None:
+        self.meet(sample.source, sample.row)
+        self.samples[sample.source] += 1
+        self.totals.update(
+            {
+                "samples": 1,
+                "with_image": int(sample.image is not None),
+                "text_only": int(sample.image is None),
+                "text_tokens": len(sample.tokens),
+                "supervised_tokens": sample.num_supervised_tokens,
+            }
+        )
 
 
 def verify(folder: Path) -> Iterator[str]:
@@ -101,26 +114,20 @@ def _samples(folder: Path, manifest: Manifest, account: _Account) -> Iterator[st
         return
     if index.num_rows != manifest.index["rows"]:
         yield f"{INDEX} has {index.num_rows} rows, the manifest says {manifest.index['rows']}"
-    totals = Counter[str]()
     first = 0
     for number, shard in enumerate(manifest.shards):
         rows = index.slice(first, shard.samples).to_pylist()
         first += shard.samples
-        yield from _shard(folder, manifest, number, shard, rows, account, totals)
-    for name, found in totals.items():
+        yield from _shard(folder, manifest, number, rows, account)
+    for name, found in account.totals.items():
         if manifest.counts[name] != found:
             yield f"{MANIFEST}: {name} is {manifest.counts[name]}, found {found}"
 
 
 def _shard(
-    folder: Path,
-    manifest: Manifest,
-    number: int,
-    shard: ShardEntry,
-    rows: list[dict[str, Any]],
-    account: _Account,
-    totals: Counter[str],
+    folder: Path, manifest: Manifest, number: int, rows: list[dict[str, Any]], account: _Account
 ) -> Iterator[str]:
+    shard = manifest.shards[number]
     path = folder / shard.name
     if not path.is_file():
         return
@@ -139,9 +146,7 @@ def _shard(
             except (ValueError, KeyError, TypeError, Rejected) as error:
                 yield f"{place}: cannot be read ({error})"
                 continue
-            account.meet(sample.source, sample.row)
-            account.samples[sample.source] += 1
-            totals.update(_counted(sample))
+            account.add(sample)
     if read != shard.samples:
         yield f"{shard.name} has {read} samples, the manifest says {shard.samples}"
 
@@ -173,16 +178,6 @@ def _within_limits(sample: Sample, manifest: Manifest) -> Iterator[str]:
         shape = decode_pixels(sample, px if manifest.image["encoding"] == "original" else None).shape
         if shape != (px, px, 3):
             yield f"the picture is {shape}, expected {(px, px, 3)}"
-
-
-def _counted(sample: Sample) -> dict[str, int]:
-    return {
-        "samples": 1,
-        "with_image": int(sample.image is not None),
-        "text_only": int(sample.image is None),
-        "text_tokens": len(sample.tokens),
-        "supervised_tokens": sample.num_supervised_tokens,
-    }
 
 
 def _rejects(folder: Path, manifest: Manifest, account: _Account) -> Iterator[str]:

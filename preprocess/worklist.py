@@ -100,8 +100,10 @@ def to_line(dialogue: Dialogue) -> bytes:
     return json.dumps(line, separators=(",", ":")).encode() + b"\n"
 
 
-def refuse_missing_folders(work: Worklist, store: PictureStore, max_reject_ratio: float) -> None:
-    """Raises: UserError if folders that are not there would already cost more rows than may be lost."""
+def refuse_hopeless_work(work: Worklist, store: PictureStore, max_reject_ratio: float) -> None:
+    """Raises: UserError if there are no rows, or missing folders would cost more of them than may be lost."""
+    if not work.rows.total():
+        raise UserError("the mix's annotation files have no rows: there is nothing to build")
     for source, folders in work.folders.items():
         missing = {folder: rows for folder, rows in folders.items() if not store.has_folder(folder)}
         if sum(missing.values()) > max_reject_ratio * work.rows[source]:

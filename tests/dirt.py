@@ -170,6 +170,7 @@ PICTURE_DIRT = [
     Dirt("link out of the root", about("link_out.jpg"), "picture_path_escapes"),
     Dirt("link within the root", about("link_in.jpg"), colours=HALVES),
     Dirt("path too long", about("x" * 300 + ".jpg"), "picture_path_invalid"),
+    Dirt("folder too long", about("y" * 300 + "/1.jpg"), "picture_path_invalid"),
     Dirt("NUL in a path", about("a\0b.jpg"), "picture_path_invalid"),
     Dirt("backslashes in a path", about("deep\\er\\good.jpg"), colours=HALVES),
     Dirt("dots in a name", about("a.dotted.name.v2.jpg"), colours=HALVES),

@@ -262,7 +262,7 @@ MISTAKES = {
     "unknown preset": (["--model", "emma_v3"], "no model preset 'emma_v3'; did you mean 'emma_v2'?"),
     "large vocabulary": (["--model", "tiny_v2"], "has ids up to 50276, preset tiny_v2 embeds 1024"),
     "impossible ratio": (["--max-reject-ratio", "7"], "--max-reject-ratio is 7.0, expected a number from 0 to 1"),
-    "out is a file": (["--out", __file__], f"--out {__file__} cannot be written"),
+    "out is a file": (["--out", __file__], f"{__file__}/.work cannot be used: Not a directory"),
 }
 
 
@@ -289,6 +289,13 @@ def test_a_missing_picture_folder_is_noticed_before_any_work(
     said = capsys.readouterr().err
     assert f"picture folders are missing under {tmp_path}: coco/train2017 (9 rows)" in said
     assert not list((tmp_path / "out").glob("shard*"))
+
+
+def test_a_mix_without_rows_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.json").write_text("[]")
+    write_mix(tmp_path, [{"name": "none", "format": "llava", "annotations": "rows.json"}])
+    assert build_shards.main(command(tmp_path, tmp_path / "out", workers=0)) == build_shards.EXIT_USER_ERROR
+    assert "have no rows: there is nothing to build" in capsys.readouterr().err
 
 
 def test_a_missing_annotation_file_is_named(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
