@@ -39,6 +39,7 @@ from preprocess.pictures import PictureStore
 from preprocess.progress import LOG_EVERY_S, Progress
 from preprocess.request import Build, check
 from preprocess.shards import MANIFEST, REJECTS, TOKENIZER, WORK, Manifest, canonical_json, publish, published
+from preprocess.survey import Survey
 from preprocess.task import ShardTask, build_shard
 from preprocess.worklist import Worklist, make_worklist, refuse_hopeless_work, row_count_notes
 
@@ -102,7 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", type=int, help="tasks at a time (default: one per CPU; 0: in this process, without Ray)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be built, and write nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="look at the data, say what would be built, write nothing"
+    )
     return parser
 
 
@@ -110,11 +113,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def dry_run(build: Build) -> None:
-    work = make_worklist(build.mix, build.root, build.samples_per_shard, len, _row_teller())
-    refuse_hopeless_work(work, PictureStore(build.root, build.mix.archives), build.max_reject_ratio)
+    """Reads every row and a few pictures. Raises: UserError for what would stop a build."""
+    survey, store = Survey(), PictureStore(build.root, build.mix.archives)
+    work = make_worklist(build.mix, build.root, build.samples_per_shard, survey.write, _row_teller())
+    for line in survey.report(build.mix, work, store):
+        print(line, flush=True)
+    refuse_hopeless_work(work, store, build.max_reject_ratio)
     tasks = plan(build, work)
     missing = [task for task in tasks if not is_built(task)]
-    print(f"{work.rows.total()} rows, {len(work.rejects)} of them rejected before their pictures are looked at")
     print(f"{len(tasks)} shards of {work.dialogues} dialogues, {len(missing)} of them to be built in {build.out}")
 
 
@@ -185,6 +191,7 @@ def plan(build: Build, work: Worklist) -> list[ShardTask]:
 
 
 def build_here(tasks: Sequence[ShardTask], progress: Progress) -> None:
+    progress.tick()
     for task in tasks:
         finished = build_shard(task)
         progress.add(finished.dialogues, finished.rejects)

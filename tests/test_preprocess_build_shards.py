@@ -253,7 +253,32 @@ def test_other_settings_build_another_set(root: Path, expected: Path, tmp_path: 
 def test_a_dry_run_writes_nothing(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert build_shards.main([*command(root, tmp_path / "out"), "--dry-run"]) == 0
     assert not (tmp_path / "out").exists()
-    assert "12 shards of 240 dialogues, 12 of them to be built" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines() == [
+        "photographs: 240 rows, 0 rejected before their pictures are looked at",
+        "    photographs: pictures of 216 rows",
+        "12 pictures looked at, 0 of them bad",
+        f"12 shards of 240 dialogues, 12 of them to be built in {tmp_path / 'out'}",
+    ]
+
+
+def test_a_dry_run_lists_what_is_missing_and_what_is_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/1.jpg").write_text("no picture")
+    rows = [_row(i) | {"image": f"{folder}/1.jpg"} for i, folder in enumerate(["here", "here", "coco/train2017"])]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    write_mix(tmp_path, [{"name": "a", "format": "llava", "annotations": "rows.json", "expected_rows": 4}])
+    words = arguments(tmp_path, tmp_path / "out", gpt_neox(), samples_per_shard=1)
+    assert build_shards.main([*words, "--dry-run"]) == build_shards.EXIT_USER_ERROR
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        "a: 3 rows of 4 expected, 0 rejected before their pictures are looked at",
+        "    here: pictures of 2 rows",
+        "    coco/train2017: pictures of 1 rows – MISSING",
+        "3 pictures looked at, 3 of them bad",
+        "    picture_unknown_format: 2, for one here/1.jpg",
+        "    picture_missing: 1, for one coco/train2017/1.jpg",
+    ]
+    assert "picture folders are missing" in said.err
 
 
 MISTAKES = {

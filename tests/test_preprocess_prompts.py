@@ -8,7 +8,9 @@ import tokenizers
 
 from model.errors import UserError
 from preprocess.prompts import Tokenizer, encode_dialogue, encode_prompt, load_tokenizer
+from tests.conftest import run_python
 from tests.golden_tokenizer import gpt_neox
+from tests.shard_builds import write_tokenizer
 
 EOS = 0
 GOLDEN_ZEPHYR = [29, 93, 4537, 49651, 187, 1276, 310, 352, 32, 0, 187, 29, 93, 515, 5567, 49651, 187, 34, 5798, 15, 0]
@@ -135,6 +137,17 @@ def test_a_bad_tokenizer_is_one_clear_line(tmp_path: Path, content: str | None, 
     with pytest.raises(UserError, match=complaint) as raised:
         load_tokenizer(path)
     assert "\n" not in str(raised.value)
+
+
+def test_a_hub_id_is_looked_for_in_the_cache_first(tmp_path: Path) -> None:
+    """As on a compute node without network."""
+    stored = tmp_path / "models--org--name"
+    (stored / "refs").mkdir(parents=True)
+    (stored / "refs/main").write_text("0" * 40)
+    write_tokenizer(stored / "snapshots" / ("0" * 40), gpt_neox())
+    program = "from preprocess.prompts import load_tokenizer; t = load_tokenizer('org/name'); print(t.name, t.sha256)"
+    done = run_python("-c", program, HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert done.stdout.split() == ["org/name", gpt_neox().sha256], done.stderr
 
 
 def test_truncation_and_padding_that_a_tokenizer_brings_are_off() -> None:
