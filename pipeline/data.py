@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -202,6 +203,7 @@ class TrainData:
             # A forked child of a process that runs threads (Gloo's, NCCL's) can hang; a fork server's outlives a kill.
             multiprocessing_context="spawn" if workers else None,
             prefetch_factor=4 if workers else None,
+            worker_init_fn=_outlive_sigterm,
         )
 
     def _describe(self, step: int, micro_batches: list[MicroBatch], wait_s: float) -> GlobalBatch:
@@ -223,6 +225,11 @@ class TrainData:
             padding_ratio=1 - int(lengths.sum()) / max(1, computed),
             wait_s=wait_s,
         )
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """SLURM's preemption signals loading processes too; the rank, which it asks to stop, still needs them."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _unless_damaged(item: MicroBatch | DamagedShardError) -> MicroBatch:
