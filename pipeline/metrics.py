@@ -52,6 +52,16 @@ class Metrics:
             print(f"{name} at step {step}{details}", flush=True)
             self._write({"event": name, "step": step, "time": time.time(), **facts})
 
+    def started(self, step: int, began: float, notes: list[str]) -> None:
+        """Mark the start of the loop, by a process that began at `began`; it continues if steps are done already."""
+        for note in notes if self.ranks.is_main else ():
+            print(note, flush=True)
+        facts = {"world_size": self.ranks.world_size, "total_steps": self.total_steps, "began": began, "notes": notes}
+        if self.ranks.is_main:
+            self._write({"event": "resume" if step else "start", "step": step, "time": time.time(), **facts})
+            print(f"{'resumed' if step else 'started'} at step {step} of {self.total_steps}", flush=True)
+        self.window = _Window()
+
     def log(self, step: int, epoch: float, batch: GlobalBatch, report: StepReport, lr: float) -> None:
         """Note one step; every `log.every_steps` write a line. `step` counts the steps done, this one included."""
         if not self.ranks.is_main:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,6 +37,7 @@ from pipeline.ranks import Ranks, find_ranks
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.step import optimizer_step
 
+BEGAN = time.time()
 MAX_NONFINITE = 3  # steps in a row without a finite loss and gradient, after which the run has failed
 
 
@@ -53,7 +55,7 @@ def train(recipe: Recipe, ranks: Ranks) -> tuple[str, int]:
     checkpoints = Checkpoints(recipe, ranks, _identity(recipe, data))
     with Metrics(recipe, ranks, data.total_steps) as metrics:
         step, report = checkpoints.resume(engine)
-        metrics.event("resume" if step else "start", step, world_size=ranks.world_size, notes=report)
+        metrics.started(step, BEGAN, report)
         step = train_steps(engine, towers, recipe, data, step, checkpoints, control, metrics)
         outcome = "done" if step == data.total_steps else "stopped"
         metrics.event(outcome, step)
@@ -83,7 +85,9 @@ def train_steps(
         if nonfinite == MAX_NONFINITE:
             raise DivergedError(f"no finite loss or gradient in steps {step - nonfinite + 1} to {step}")
         if checkpoints.due(step) or report.stop or report.save or step == data.total_steps:
+            begun = time.monotonic()
             checkpoints.save(engine, step)
+            metrics.event("save", step, seconds=round(time.monotonic() - begun, 2))
             control.done("save")
         if report.stop:
             control.done("stop")

@@ -32,7 +32,7 @@ def test_a_preset_trains_saves_resumes_exports_and_answers(recipe_file, zephyr_s
             (run / "control").mkdir(parents=True)
             (run / "control/stop").touch()
         environment = {"SLURM_JOB_ID": "1"} if stop_at_once else {}
-        done = run_python("-m", "pipeline.train", *words, "steps=3", **environment)
+        done = run_python("-m", "pipeline.train", *words, "steps=3", environment=environment)
         assert done.returncode == 0, done.stderr
     facts = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps_seen = [line["step"] for line in facts if "event" not in line]

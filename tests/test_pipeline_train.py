@@ -70,7 +70,8 @@ def assert_same_end(run, undisturbed):
 
 def test_a_run_reports_every_step_and_ends_with_a_checkpoint(undisturbed):
     assert sorted(losses(undisturbed)) == list(range(1, STEPS + 1))
-    assert [line["event"] for line in lines(undisturbed) if "event" in line] == ["start", "done"]
+    events = [(line["event"], line["step"]) for line in lines(undisturbed) if "event" in line]
+    assert events == [("start", 0), ("save", 4), ("save", 8), ("save", STEPS), ("done", STEPS)]
     assert list_steps(undisturbed / "checkpoints") == [4, 8, STEPS]
     assert (undisturbed / "checkpoints/latest").read_text().strip() == folder_name(STEPS)
 
