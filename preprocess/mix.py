@@ -39,7 +39,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Mix:
-    """The whole mix. `archives` maps folders of pictures to the zip or tar that holds each, relative to the root."""
+    """The whole mix. `archives` maps folders of pictures that are not unpacked to the zip or tar of each."""
 
     sources: tuple[Source, ...]
     encoding: Encoding

@@ -1,7 +1,7 @@
 """Where the bytes of a picture come from: folders under the root, or the zips and tars that datasets are published as.
 
-`coco/train2017/1.jpg` is looked for as that file; else in the archive that the mix names for its folder, or that lies
-beside the folder as `coco/train2017.zip` (.tar), as `1.jpg` or `train2017/1.jpg`.
+`coco/train2017/1.jpg` is that file if its folder is there; else it is sought, as `1.jpg` or `train2017/1.jpg`, in the
+archive that the mix names for the folder, or that lies beside its place as `coco/train2017.zip` (.tar).
 """
 
 from __future__ import annotations
@@ -59,16 +59,12 @@ class PictureStore:
     @functools.lru_cache(maxsize=4096)  # noqa: B019  stores live as long as their process
     def archive_of(self, folder: str) -> _Archive | None:
         """The archive that stands for the folder or for one above it, unless the folder is there."""
-        for ancestor in [folder, *map(str, PurePosixPath(folder).parents)]:
-            if ancestor in self.archives:
-                return _open_archive(self.root / self.archives[ancestor], ancestor)
         if _exists(Path.is_dir, self.root / folder):
             return None
-        for ancestor in [folder, *map(str, PurePosixPath(folder).parents)][:-1]:
-            for suffix in (".zip", ".tar"):
-                beside = self.root / (ancestor + suffix)
-                if _exists(Path.is_file, beside):
-                    return _open_archive(beside, ancestor)
+        for ancestor in [folder, *map(str, PurePosixPath(folder).parents)]:
+            for name in (self.archives.get(ancestor), f"{ancestor}.zip", f"{ancestor}.tar"):
+                if name and _exists(Path.is_file, self.root / name):
+                    return _open_archive(self.root / name, ancestor)
         return None
 
     def _read_file(self, path: str) -> bytes:
@@ -110,8 +106,6 @@ class _Archive:
             self._packed: _Zip | _Tar = _Zip(path) if zipfile.is_zipfile(path) else _Tar(path)
         except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
             raise UserError(f"picture archive {path} is damaged ({error}); fetch it again") from None
-        except FileNotFoundError:
-            raise UserError(f"picture archive {path} is missing; the mix names it under [archives]") from None
 
     def read(self, path: str) -> bytes:
         inside = PurePosixPath(path).relative_to(self.folder)

@@ -83,13 +83,25 @@ class RayHead:
 
     def workers(self, name: str) -> list[int]:
         """Processes below the head that run a task of that name now."""
-        return [process.pid for process in self._below() if process.name().startswith(f"ray::{name}")]
+        found = []
+        for process in self._below():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.name().startswith(f"ray::{name}"):
+                    found.append(process.pid)
+        return found
 
     def stop(self) -> None:
         descendants = self._below()
         self.process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.communicate(timeout=STOP_S)
+        self._kill(descendants)
+
+    def kill(self) -> None:
+        """The whole head, at once."""
+        self._kill(self._below())
+
+    def _kill(self, descendants: list[psutil.Process]) -> None:
         for process in descendants:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -97,6 +109,8 @@ class RayHead:
         self.process.communicate()
 
     def _below(self) -> list[psutil.Process]:
+        if self.process.poll() is not None:
+            return []
         return psutil.Process(self.process.pid).children(recursive=True)
 
 

@@ -51,11 +51,12 @@ def test_a_picture_is_read_from_an_archive_in_place_of_its_folder(tmp_path: Path
     assert store.stamp("coco/train2017/2.jpg") == (tmp_path / archive).stat().st_size
 
 
-def test_a_folder_is_preferred_to_the_archive_beside_it(tmp_path: Path) -> None:
+def test_a_folder_is_preferred_to_every_archive(tmp_path: Path) -> None:
     write_zip(tmp_path / "p.zip", {"p/1.jpg": b"packed"})
+    write_zip(tmp_path / "named.zip", {"p/1.jpg": b"packed"})
     (tmp_path / "p").mkdir()
     (tmp_path / "p/1.jpg").write_bytes(b"unpacked")
-    assert PictureStore(tmp_path, {}).read("p/1.jpg") == b"unpacked"
+    assert PictureStore(tmp_path, {"p": "named.zip"}).read("p/1.jpg") == b"unpacked"
 
 
 def test_a_folder_may_be_a_link_to_anywhere(tmp_path: Path) -> None:
@@ -73,9 +74,11 @@ def test_a_damaged_archive_is_one_clear_line(tmp_path: Path) -> None:
         PictureStore(tmp_path, {}).read("p/1.jpg")
 
 
-def test_an_archive_that_the_mix_names_must_be_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"picture archive .*gone\.zip is missing"):
-        PictureStore(tmp_path, {"p": "gone.zip"}).read("p/1.jpg")
+def test_an_archive_that_is_not_there_is_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    store = PictureStore(tmp_path, {"p": "gone.zip"})
+    assert not store.has_folder("p")
+    with pytest.raises(Rejected, match="picture_missing"):
+        store.read("p/1.jpg")
 
 
 def test_a_member_that_was_damaged_costs_its_row_only(tmp_path: Path) -> None:
