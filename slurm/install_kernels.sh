@@ -53,36 +53,40 @@ for line in requires("emma-pipeline"):
     if "gpu" in marker:
         print(requirement.strip())')
 
-keep_one_architecture() { # keep_one_architecture SETUP.PY
-  "${python[@]}" - "$1" "$arch" <<'PYTHON'
+keep_one_architecture() { # keep_one_architecture SETUP.PY NAME
+  "${python[@]}" - "$1" "$2" "$arch" <<'PYTHON'
 import re, sys
 from pathlib import Path
 
-file, arch = Path(sys.argv[1]), sys.argv[2]
+file, name, arch = Path(sys.argv[1]), *sys.argv[2:]
 flag = re.compile(r'cc_flag\.append\("-gencode"\)\s*cc_flag\.append\("arch=compute_(\d+),code=sm_\d+"\)')
 known = flag.findall(text := file.read_text())
 if arch not in known:
-    sys.exit(f"error: --arch {arch}: {file.parent.name} compiles {', '.join(known) or 'nothing that this script understands'}")
+    sys.exit(f"error: --arch {arch}: {name} compiles {', '.join(known) or 'nothing that this script understands'}")
 file.write_text(flag.sub(lambda match: match[0] if match[1] == arch else "pass", text))
 PYTHON
 }
 
-build() { # build REQUIREMENT: its source package to a wheel
-  echo "building $1 for sm_$arch with $MAX_JOBS jobs; minutes"
-  local folder
-  folder=$(mktemp -d -p "$work")
+unpack() { # unpack REQUIREMENT FOLDER
+  mkdir "$2"
   MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE \
-    "${pip[@]}" download -q --no-deps --no-binary :all: --no-build-isolation -d "$folder" "$1"
-  tar -xzf "$folder"/*.tar.gz -C "$folder" --strip-components=1
-  keep_one_architecture "$folder/setup.py"
-  "${pip[@]}" wheel -q --no-deps --no-build-isolation -w "$wheels" "$folder" >"$folder/log" 2>&1 ||
-    { tail -n 40 "$folder/log" >&2 && fail "$1 did not build; the compiler's last words are above"; }
+    "${pip[@]}" download -q --no-deps --no-binary :all: --no-build-isolation -d "$2" "$1"
+  tar -xzf "$2"/*.tar.gz -C "$2" --strip-components=1
+  keep_one_architecture "$2/setup.py" "$1"
+}
+
+build() { # build FOLDER
+  "${pip[@]}" wheel -q --no-deps --no-build-isolation -w "$wheels" "$1" >"$1.log" 2>&1 ||
+    { tail -n 40 "$1.log" >&2 && fail "$(basename "$1") did not build; the compiler's last words are above"; }
 }
 
 "${pip[@]}" install -q setuptools wheel packaging ninja einops # to build; the last one is imported too
 builds=()
 for requirement in "${requirements[@]}"; do
-  build "$requirement" &
+  name=${requirement%%[<>=!~]*}
+  unpack "$requirement" "$work/$name"
+  echo "building $requirement for sm_$arch with $MAX_JOBS jobs; takes minutes"
+  build "$work/$name" &
   builds+=($!)
 done
 for each in "${builds[@]}"; do

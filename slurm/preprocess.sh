@@ -25,7 +25,7 @@ fi
 
 # SLURM runs a copy of this script from its spool folder: the checkout is where sbatch was called.
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
-[[ -f slurm/environment.sh ]] || { echo "error: $PWD: not a checkout of emma-pipeline; call sbatch in one" >&2; exit 2; }
+[[ -f slurm/environment.sh ]] || { echo "error: $PWD is not a checkout; call sbatch in a checkout" >&2 && exit 2; }
 source slurm/environment.sh
 [[ ${SLURM_JOB_ID-} ]] || fail "this runs inside a SLURM job: sbatch slurm/preprocess.sh …"
 
@@ -68,7 +68,7 @@ cluster=$!
 tear_down() {
   kill "$cluster" 2>/dev/null || true # srun then ends the whole step
   wait "$cluster" || true
-  srun --ntasks-per-node=1 rm -rf "$scratch" || true # a cancelled job gets no further step, and leaves a few megabytes
+  srun --ntasks-per-node=1 rm -rf "$scratch" || true # a cancelled job gets no further step
 }
 trap tear_down EXIT
 
@@ -77,8 +77,8 @@ until (: <"/dev/tcp/127.0.0.1/$((port + 1))") 2>/dev/null; do
   sleep 1
 done
 
-"${container[@]}" ray job submit --log-color=false --address="$dashboard" --submission-id="$submission" --working-dir=. \
-  -- python preprocess/build_shards.py "$@"
+"${container[@]}" ray job submit --log-color=false --address="$dashboard" --submission-id="$submission" \
+  --working-dir=. -- python preprocess/build_shards.py "$@"
 
 # A job that was stopped rather than finished makes submit exit 0 too.
 status=$("${container[@]}" ray job status --address="$dashboard" "$submission")

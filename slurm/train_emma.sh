@@ -29,7 +29,7 @@ fi
 
 # SLURM runs a copy of this script from its spool folder: the checkout is where sbatch was called.
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
-[[ -f slurm/environment.sh ]] || { echo "error: $PWD: not a checkout of emma-pipeline; call sbatch in one" >&2; exit 2; }
+[[ -f slurm/environment.sh ]] || { echo "error: $PWD is not a checkout; call sbatch in a checkout" >&2 && exit 2; }
 source slurm/environment.sh
 
 # -- Where and what ------------------------------------------------------------------------------------------------
@@ -99,8 +99,11 @@ fi
 
 other=$(rival)
 [[ ! $other ]] || fail "$run: job $other trains here; cancel it or give another run.dir"
-((requeues <= max_requeues)) || fail "$run: job $job was requeued $requeues times, MAX_REQUEUES is $max_requeues; look at the log, then submit again"
-((fruitless < max_fruitless)) || fail "$run: job $job started $fruitless times at step $step and never got further; look at the log, then submit again"
+then='look at the log, then submit again'
+((requeues <= max_requeues)) ||
+  fail "$run: job $job was requeued $requeues times, MAX_REQUEUES is $max_requeues; $then"
+((fruitless < max_fruitless)) ||
+  fail "$run: job $job started $fruitless times at step $step and never got further; $then"
 
 mkdir -p "$run/control" || fail "$run: cannot be written; give another run.dir"
 rm -f "$run"/control/{stop,save} "$run/outcome.json" # of the start before; training itself leaves them alone in a job

@@ -55,7 +55,7 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName=localhost CPUs=64 RealMemory=4000 Gres=gpu:8
 PartitionName=normal Nodes=localhost Default=YES PriorityTier=1 GraceTime=0
-PartitionName=graceful Nodes=localhost PriorityTier=1 GraceTime=60
+PartitionName=graceful Nodes=localhost PriorityTier=1 GraceTime=600
 PartitionName=urgent Nodes=localhost PriorityTier=2 PreemptMode=OFF
 """
 
@@ -118,7 +118,7 @@ class SlurmCluster:
         words = self._ask("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_for(self, job: str, timeout_s: float = 120) -> str:
+    def wait_for(self, job: str, timeout_s: float = 240) -> str:
         """The state in which the job ended. A requeued job has not ended."""
         return wait_until(lambda: self._end_of(job), f"job {job} to end", timeout_s)
 
@@ -163,7 +163,7 @@ class SlurmCluster:
             self.daemons.append(subprocess.Popen(command, env=self.environment, stdout=output, stderr=output))
 
 
-def wait_until(condition: Callable[[], T | None], what: str, timeout_s: float = 60) -> T:
+def wait_until(condition: Callable[[], T | None], what: str, timeout_s: float = 240) -> T:
     """The condition's first true value; fails naming what was waited for."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
