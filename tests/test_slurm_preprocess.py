@@ -4,7 +4,6 @@ import pytest
 
 from preprocess.shards import Manifest
 from tests.conftest import write_byte_tokenizer
-from tests.slurm_cluster import wait_until
 
 SCRIPT = "slurm/preprocess.sh"
 

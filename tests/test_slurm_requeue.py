@@ -1,7 +1,7 @@
 """Which ends of a job lead to a requeue: the real batch script on a real controller, with a program that only counts.
 
-What the batch script goes by is the contract of `pipeline.train`: control/stop, checkpoints/latest, outcome.json and the
-exit code. The program below keeps it and needs no seconds to start; real training is in test_slurm_train_emma.py.
+What the batch script goes by is the contract of `pipeline.train`: control/stop, checkpoints/latest, outcome.json and
+the exit code. The program below keeps it and starts at once; real training is in test_slurm_train_emma.py.
 """
 
 import json
