@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from model.errors import UserError
 from pipeline.demo_processes import Commands, kill_family, ray_head
 from pipeline.demo_report import Results, draw_answers, draw_losses, read_metrics, summary, table
@@ -39,7 +41,7 @@ JOB = "emma-demo"
 STEP_LINE = re.compile(r"step +(\d+)/")
 THREADS = {"OMP_NUM_THREADS": "1"}  # of each rank
 SHOWN_STEPS = 50  # of the training's lines, one in so many
-RAY_NOISE = re.compile(r"^$|^-+$|INFO |[Jj]ob submission server|Next steps|Query the|Request the|Tailing|^ +ray job")
+RAY_NOISE = re.compile(r"^$|^-+$|\.py:\d+ -- |Next steps|Query the|Request the|Tailing|^ +ray job")
 
 
 class Places:
@@ -175,6 +177,7 @@ def train_until(commands: Commands, command: Sequence[str], last_step: int) -> i
             print(f"  SIGKILL to all {kill_family(process.pid)} processes of the training at step {step}", flush=True)
             process.wait()
             return step
+    process.wait()
     raise UserError(f"the training ended by itself before step {last_step}: {commands.end_of('train')}")
 
 
@@ -205,6 +208,7 @@ def _names(place: Path) -> Callable[[str], bool]:
 
 def answer(places: Places, questions: Sequence[Question]) -> dict[str, Sequence[str]]:
     """By whom the questions were answered -> the answers."""
+    torch.set_num_threads(1)  # on matrices this small, more of them mostly wait for each other
     trained, untrained = (load(folder, "cpu") for folder in (places.model, places.untrained))
     print(f"  {len(questions)} questions about {len({q.image for q in questions})} pictures, three times")
     return {

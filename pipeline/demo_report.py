@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from PIL import Image
 
 from pipeline.evaluate import Question, score
+from preprocess.images import decode_rgb
 
 FIRST_STEPS, LAST_STEPS = 1, 20  # whose mean is a term's first and last loss
 SHEET_ROWS, SHEET_COLUMNS = 3, 5
@@ -151,7 +151,7 @@ def draw_answers(results: Results, images: Path, path: Path) -> None:
     grid = figure.subplots(SHEET_ROWS, SHEET_COLUMNS)
     for axes, i in zip(grid.flat, _lot(results.questions, grid.size), strict=True):
         question, said = results.questions[i], results.answers["trained"][i]
-        axes.imshow(Image.open(images / question.image))
+        axes.imshow(decode_rgb((images / question.image).read_bytes()))
         axes.axis("off")
         right = said == question.answer
         axes.set_title(
@@ -174,4 +174,4 @@ def _lot(questions: Sequence[Question], count: int) -> list[int]:
 
 def _save(figure: Figure, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)

@@ -138,7 +138,7 @@ class _Progress:
             return
         self.shown = now
         rate = done / max(now - self.started, 1e-9)
-        print(f"{done}/{self.total} questions  {rate:.1f}/s  {(self.total - done) / rate:.0f} s left", flush=True)
+        print(f"  {done}/{self.total} questions  {rate:.1f}/s  {(self.total - done) / rate:.0f} s left", flush=True)
 
 
 def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Score]:

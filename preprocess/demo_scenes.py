@@ -17,9 +17,10 @@ RGB = tuple[int, int, int]
 Cell = tuple[int, int]  # row, column
 
 SCENE_PX = 200
-CELL_PX = SCENE_PX / 3
-JITTER_PX = 4
-RADIUS_PX = (24, 29)  # with the jitter, no shape leaves its cell
+CELL_PX = 56  # two patches of the tiny models, which see the scene at half its size
+MARGIN_PX = (SCENE_PX - 3 * CELL_PX) // 2
+JITTER_PX = 3
+RADIUS_PX = (20, 24)  # with the jitter, no shape leaves its cell
 COLOURS: dict[str, RGB] = {
     "red": (208, 30, 38),
     "orange": (246, 136, 20),
@@ -133,7 +134,8 @@ def render(scene: Scene) -> Image.Image:
 def centre_of(scene: Scene, cell: Cell) -> tuple[float, float]:
     """Where the shape in `cell` stands: x, y in pixels of the picture."""
     row, column = cell
-    return (column + 0.5) * CELL_PX + scene.jitter[0], (row + 0.5) * CELL_PX + scene.jitter[1]
+    left, top = MARGIN_PX + scene.jitter[0], MARGIN_PX + scene.jitter[1]
+    return left + (column + 0.5) * CELL_PX, top + (row + 0.5) * CELL_PX
 
 
 def _draw_shape(pen: ImageDraw.ImageDraw, scene: Scene, centre: tuple[float, float]) -> None:

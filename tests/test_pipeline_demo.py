@@ -1,0 +1,198 @@
+"""The demo's own parts; the whole chain is run by `make demo`."""
+
+import itertools
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from PIL import Image
+
+from model.errors import UserError
+from pipeline.demo import RECIPE, Places, finish, overrides, start_afresh, train_until
+from pipeline.demo_processes import Commands, kill_family
+from pipeline.demo_report import CONTROLS, Results, draw_answers, draw_losses, read_metrics, summary, table
+from pipeline.evaluate import Question
+from pipeline.recipe import load_recipe
+from preprocess.demo_scenes import draw_scenes, questions, render
+
+
+def steps(first: int, last: int, loss: float = 2.0) -> list[dict[str, Any]]:
+    return [
+        {"step": step, "loss/text": loss / step, "loss/align": None if step % 3 == 0 else 1 / step, "time/step_s": 0.5}
+        for step in range(first, last + 1)
+    ]
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Results:
+    """Sixty questions about twenty scenes, of which the trained model knows all but one in ten."""
+    (tmp_path / "raw" / "held_out").mkdir(parents=True)
+    asked = []
+    for number, scene in enumerate(itertools.islice(draw_scenes("report"), 20)):
+        render(scene).save(tmp_path / "raw" / "held_out" / f"{number}.png")
+        asked += [Question(f"{number}.png", q.question, q.answer, q.kind) for q in questions(scene)]
+    said = ["?" if i % 10 == 0 else question.answer for i, question in enumerate(asked)]
+    wrong = ["?" for _ in asked]
+    return Results(
+        seconds={"data": 1.04, "shards": 20.0, "train": 60.0, "answers": 5.0, "total": 86.04},
+        samples=600,
+        shards_job_s=10.0,
+        rejects={"picture_missing": 2, "no_answer": 1},
+        global_batch=8,
+        killed_at_step=25,
+        resumed_at_step=20,
+        metrics=steps(1, 50),
+        questions=asked,
+        answers={"trained": said, "untrained": wrong, "commonest": wrong, "shuffled": wrong},
+    )
+
+
+def test_the_summary_has_the_promised_keys(results: Results) -> None:
+    facts = json.loads(json.dumps(summary(results)))
+    assert facts["seconds"].keys() >= {"shards", "train", "answers", "total"}
+    assert facts["samples_per_s"] == {"shards": 60.0, "train": 16.0}
+    assert facts["exact_match"].keys() == {"trained", "untrained", "commonest", "shuffled"}
+    assert facts["loss"].keys() == {"text", "align"}
+    assert facts["loss"]["text"] == [2.0, pytest.approx(sum(2 / n for n in range(31, 51)) / 20, abs=1e-4)]
+    assert (facts["resumed_at_step"], facts["killed_at_step"], facts["steps"]) == (20, 25, 50)
+    assert (facts["rejects"], facts["rejects_by_reason"]) == (3, {"picture_missing": 2, "no_answer": 1})
+
+
+def test_the_margin_is_over_the_best_control(results: Results) -> None:
+    share = results.exact_match("trained")
+    assert share == pytest.approx(0.9, abs=0.02)
+    assert results.margin == share
+    guessing = [question.answer if i % 2 else "?" for i, question in enumerate(results.questions)]
+    assert replace(results, answers={**results.answers, "shuffled": guessing}).margin == pytest.approx(
+        share - 0.5, abs=0.02
+    )
+
+
+def test_the_table_tells_every_figure(results: Results) -> None:
+    told = table(results)
+    for word in (
+        "shards",
+        "60.0",
+        "train",
+        "16.0",
+        "text",
+        "align",
+        "killed at step 25",
+        "resumed at step 20",
+        "3 rows",
+    ):
+        assert word in told
+    for what in CONTROLS.values():
+        assert what in told
+
+
+def test_lost_steps_and_steps_done_again_count_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"event": "start", "step": 0}, *steps(1, 25), {"event": "resume", "step": 20}, *steps(21, 40, loss=3.0)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics, resumed = read_metrics(path)
+    assert resumed == 20
+    assert [row["step"] for row in metrics] == list(range(1, 41))
+    assert [metrics[i]["loss/text"] for i in (19, 20)] == [2 / 20, 3 / 21]
+
+
+def test_the_figures_are_pictures(results: Results, tmp_path: Path) -> None:
+    draw_losses(results, tmp_path / "loss.png")
+    draw_answers(results, tmp_path / "raw" / "held_out", tmp_path / "answers.png")
+    for name in ("loss.png", "answers.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 400
+            assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 10
+
+
+def test_the_demo_ends_with_its_report(results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finish(results, Places(tmp_path))
+    assert "exact match" in capsys.readouterr().out
+    assert json.loads((tmp_path / "summary.json").read_text())["samples"] == 600
+    assert (tmp_path / "loss.png").exists()
+    assert (tmp_path / "answers.png").exists()
+
+
+def test_a_model_that_did_not_learn_fails_the_demo_after_its_report(results: Results, tmp_path: Path) -> None:
+    untaught = replace(results, answers=dict.fromkeys(results.answers, results.answers["untrained"]))
+    with pytest.raises(UserError, match=r"beats the best control by 0\.0%"):
+        finish(untaught, Places(tmp_path))
+    assert (tmp_path / "summary.json").exists()
+
+
+def test_only_the_demos_own_folder_is_wiped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").touch()
+    with pytest.raises(UserError, match="was not made by the demo"):
+        start_afresh(mine)
+    assert (mine / "thesis.tex").exists()
+
+    own = tmp_path / "runs" / "demo"
+    start_afresh(own)
+    assert capsys.readouterr().out == ""
+    (own / "summary.json").touch()
+    start_afresh(own)
+    assert "wiped" in capsys.readouterr().out
+    assert not (own / "summary.json").exists()
+
+
+def test_the_demos_recipe_says_when_it_ends_and_checkpoints_before_the_kill(tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPE, overrides(Places(tmp_path)))
+    assert recipe.steps
+    assert recipe.checkpoint.every_steps < recipe.steps // 2
+    assert recipe.log.every_steps == 1
+    assert recipe.engine.device == "cpu"
+
+
+# -- Processes ---------------------------------------------------------------------------------------------------------
+
+FAMILY = """
+import subprocess, sys, time
+child = [sys.executable, "-c", "import time; print('child', flush=True); time.sleep(60)"]
+subprocess.Popen(child, start_new_session=True)
+for step in range(1, 600):
+    print(f"step {step}/600", flush=True)
+    time.sleep(0.05)
+"""
+
+
+def test_the_kill_reaches_children_in_groups_of_their_own_and_the_output_is_kept(tmp_path: Path) -> None:
+    commands = Commands(tmp_path / "logs")
+    before = time.monotonic()
+    assert train_until(commands, [sys.executable, "-c", FAMILY], last_step=10) == 10
+    assert time.monotonic() - before < 30
+    log = (tmp_path / "logs" / "train.log").read_text()
+    assert "child" in log
+    assert "step 9/600" in log
+    assert not [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_training_that_ends_before_the_kill_is_an_error_with_its_last_lines(tmp_path: Path) -> None:
+    program = "print('step 1/9'); print('the disk is full')"
+    with pytest.raises(UserError, match=r"(?s)ended by itself before step 5.*the disk is full"):
+        train_until(Commands(tmp_path), [sys.executable, "-c", program], last_step=5)
+
+
+def test_a_command_that_fails_is_an_error_with_its_last_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = "import sys; print('shown'); print('hidden'); sys.exit('out of luck')"
+    with pytest.raises(UserError, match="ended with 1"):
+        Commands(tmp_path).run("x", [sys.executable, "-c", program], keep=lambda line: line == "shown")
+    out = capsys.readouterr().out
+    assert "| shown" in out
+    assert "| hidden" not in out
+    assert "out of luck" in (tmp_path / "x.log").read_text()
+
+
+def test_killing_what_is_gone_is_no_error() -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    assert kill_family(process.pid) == 0

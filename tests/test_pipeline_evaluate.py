@@ -1,0 +1,171 @@
+"""Held-out exact match: questions in, scores out; controls that look at nothing, or at the wrong picture."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.config import preset
+from model.emma import Emma
+from model.errors import UserError
+from model.vision import Towers
+from model.weights import load_model, save_model
+from pipeline.evaluate import (
+    Question,
+    Score,
+    ask,
+    commonest_answers,
+    main,
+    read_questions,
+    score,
+    shuffle_pictures,
+    table,
+)
+from pipeline.generate import answer
+from preprocess.images import read_pixels
+from preprocess.prompts import load_tokenizer
+from tests.conftest import write_byte_tokenizer
+
+
+def asked(image: str, kind: str = "colour", answer: str = "red", question: str = "What colour is it?") -> Question:
+    return Question(image, question, answer, kind)
+
+
+def test_exact_match_counts_by_kind_and_over_all() -> None:
+    questions = [asked("a"), asked("b"), asked("c", "shape", "cross"), asked("d", "shape", "ring")]
+    scores = score(questions, ["red", "blue", "cross", " ring\n"])
+    assert scores == {"colour": Score(1, 2), "shape": Score(2, 2), "all": Score(3, 4)}
+    assert scores["all"].exact_match == 0.75
+
+
+@pytest.mark.parametrize("said", ["Red", "red.", "reddish", "", "dark red"])
+def test_nearly_right_is_wrong(said: str) -> None:
+    assert score([asked("a")], [said])["all"].right == 0
+
+
+def test_the_table_ends_with_the_total() -> None:
+    lines = table(score([asked("a"), asked("b", "shape")], ["red", "no"])).splitlines()
+    assert [line.split()[0] for line in lines] == ["kind", "colour", "shape", "all"]
+    assert lines[-1].split()[1:] == ["1", "2", "50.0%"]
+
+
+def test_the_commonest_answer_is_that_of_the_questions_kind() -> None:
+    questions = [asked("a"), asked("b"), asked("c", answer="blue"), asked("a", "shape", "ring")]
+    assert commonest_answers(questions) == ["red", "red", "red", "ring"]
+
+
+def test_shuffled_questions_get_another_picture_of_their_kind_and_keep_the_rest() -> None:
+    kinds = {"colour": range(20), "shape": range(7), "word": range(20, 24)}
+    questions = [asked(f"{i}", kind, answer=f"{kind} {i}") for kind, pictures in kinds.items() for i in pictures]
+    questions += [asked("0", "colour", question="And the rim?"), asked("1", "colour", question="And the rim?")]
+    shuffled = shuffle_pictures(questions, seed=0)
+    assert all(new.image != old.image for new, old in zip(shuffled, questions, strict=True))
+    for kind in kinds:
+        before, after = (sorted(q.image for q in each if q.kind == kind) for each in (questions, shuffled))
+        assert before == after
+    assert [(q.kind, q.question, q.answer) for q in shuffled] == [(q.kind, q.question, q.answer) for q in questions]
+    assert shuffled == shuffle_pictures(questions, seed=0)
+    assert shuffled != shuffle_pictures(questions, seed=1)
+
+
+def test_a_kind_about_one_picture_cannot_be_shuffled() -> None:
+    with pytest.raises(UserError, match="2 of 3 'colour' questions share one picture"):
+        shuffle_pictures([asked("a"), asked("a"), asked("b")], seed=0)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{", "line 2: not JSON"),
+        ('["a"]', "line 2: expected an object"),
+        ('{"image": "a.jpg", "question": "Q", "answer": 4, "kind": "k"}', "line 2: expected an object"),
+        ('{"image": "a.jpg", "question": "Q", "kind": "k"}', "line 2: expected an object"),
+    ],
+)
+def test_a_bad_line_of_questions_is_named(tmp_path: Path, line: str, complaint: str) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"image": "a.jpg", "question": "Q", "answer": "A", "kind": "k", "more": 1}\n' + line + "\n")
+    with pytest.raises(UserError, match=complaint):
+        read_questions(path)
+
+
+def test_questions_that_are_not_there_are_a_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        read_questions(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="holds no question"):
+        read_questions(tmp_path / "empty.jsonl")
+
+
+# -- With a model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = write_byte_tokenizer(folder / "tokenizer")
+    config = preset("tiny_v2")
+    torch.manual_seed(0)
+    tokenizer_json = (tokenizer / "tokenizer.json").read_text()
+    save_model(folder / "m", config, Emma(config).state_dict(), Towers(config.vision), tokenizer_json, {})
+    return folder / "m"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    noise = np.random.default_rng(0)
+    for name in "abc":
+        Image.fromarray(noise.integers(0, 255, (90, 120, 3), np.uint8)).save(folder / f"{name}.png")
+    return folder
+
+
+def test_answers_come_in_the_questions_order_and_do_not_depend_on_their_neighbours(
+    model_folder: Path, images: Path
+) -> None:
+    model, tokenizer = load_model(model_folder, torch.device("cpu"), torch.float32), load_tokenizer(model_folder)
+    texts = ["Which?", "A rather long question, is it not?", "Which?", "Why?"]
+    questions = [asked(f"{name}.png", question=text) for name, text in zip("abca", texts, strict=True)]
+    together = ask(model, tokenizer, questions, images, quiet=True)
+    px = model.config.vision.image_px
+    alone = [
+        answer(model, tokenizer, [q.question], [read_pixels(images / q.image, px)], max_new_tokens=16)[0].strip()
+        for q in questions
+    ]
+    assert together == alone
+    assert len(set(together)) > 1
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> None:
+    monkeypatch.setattr("sys.argv", ["evaluate", *map(str, words)])
+    main()
+
+
+def test_the_command_prints_a_table_and_writes_what_was_said(
+    model_folder: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, out = tmp_path / "questions.jsonl", tmp_path / "result.json"
+    path.write_text("".join(json.dumps(vars(asked(f"{name}.png"))) + "\n" for name in "abc"))
+    run_command(monkeypatch, model_folder, path, "--images", images, "--json", out, "--shuffle-pictures", "0")
+    assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["all", "0", "3"]
+    result = json.loads(out.read_text())
+    assert result["exact_match"] == {"colour": 0.0, "all": 0.0}
+    assert sorted(row["image"] for row in result["answers"]) == ["a.png", "b.png", "c.png"]
+    assert [row["image"] for row in result["answers"]] != ["a.png", "b.png", "c.png"]
+    assert all(isinstance(row["said"], str) for row in result["answers"])
+
+
+def test_a_missing_picture_is_named(
+    model_folder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps(vars(asked("lost.png"))) + "\n")
+    with pytest.raises(UserError, match=r"lost\.png cannot be read"):
+        run_command(monkeypatch, model_folder, path, "--images", images)

@@ -1,0 +1,242 @@
+"""The demo's raw data: answers agree with pixels, formats with the real sets', and nothing held out was seen."""
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from model.config import preset
+from model.errors import UserError
+from preprocess import build_shards
+from preprocess.demo_dirt import DAMAGED, REPAIRABLE
+from preprocess.demo_mix import HELD_OUT, MODEL, QUESTIONS, TOKENIZER, Sizes, write_mix
+from preprocess.demo_scenes import (
+    CELL_PX,
+    COLOURS,
+    COUNTS,
+    POSITIONS,
+    SHAPES,
+    WORDS,
+    Scene,
+    centre_of,
+    draw_scenes,
+    questions,
+    render,
+)
+from preprocess.demo_writing import PHOTOGRAPHS
+from preprocess.images import decode_rgb
+from preprocess.prompts import Tokenizer, load_tokenizer
+
+MIX = Path(__file__).parents[1] / "preprocess" / "mixes" / "demo.toml"
+SIZES = Sizes(llava=40, lvis=20, lrv=10, held_out=30, text_only=20)
+SCENES = list(itertools.islice(draw_scenes("test"), 200))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mix") / "raw"
+    write_mix(folder, SIZES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shards") / "demo"
+    words = [MIX, "--model", MODEL, "--root", root, "--out", out, "--tokenizer", root / TOKENIZER, "--workers", 0]
+    assert build_shards.main([*map(str, words), "--max-reject-ratio", "1"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def tokenizer(root: Path) -> Tokenizer:
+    return load_tokenizer(root / TOKENIZER)
+
+
+def rows_of(root: Path, source: str) -> list[dict]:
+    return json.loads((root / f"{source}.json").read_text())
+
+
+def held_out(root: Path) -> list[dict]:
+    return [json.loads(line) for line in (root / HELD_OUT / QUESTIONS).read_text().splitlines()]
+
+
+def answers(scene: Scene) -> dict[str, str]:
+    return {question.kind: question.answer for question in questions(scene)}
+
+
+def painted(scene: Scene) -> np.ndarray:
+    """Where the picture has the scene's own colour: bool [h, w]."""
+    return (np.asarray(render(scene)) == scene.paint).all(-1)
+
+
+def share_painted(scene: Scene, row: int, column: int) -> float:
+    """Of the pixels within the cell's largest shape."""
+    x, y = map(round, centre_of(scene, (row, column)))
+    half = CELL_PX // 2
+    return float(painted(scene)[y - half : y + half, x - half : x + half].mean())
+
+
+# -- Scenes ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_scene_is_painted_in_the_colour_that_it_says() -> None:
+    for scene in SCENES:
+        named = min(COLOURS, key=lambda name: np.abs(np.subtract(COLOURS[name], scene.paint)).sum())
+        assert answers(scene)["colour"] == named
+        assert painted(scene).sum() > 300
+
+
+def test_shapes_stand_in_their_cells_and_nowhere_else() -> None:
+    for scene in (scene for scene in SCENES if scene.cells):
+        filled = {(row, column) for row in range(3) for column in range(3) if share_painted(scene, row, column) > 0.1}
+        assert filled == set(scene.cells)
+        whole = painted(scene).sum()
+        assert whole == pytest.approx(sum(share_painted(scene, *cell) for cell in scene.cells) * CELL_PX**2, rel=0.02)
+
+
+def test_a_count_is_the_number_of_cells_and_a_position_the_place_of_the_only_one() -> None:
+    for scene in (scene for scene in SCENES if scene.cells):
+        said = answers(scene)
+        assert ("count" in said, "position" in said) == (len(scene.cells) > 1, len(scene.cells) == 1)
+        if len(scene.cells) > 1:
+            assert said["count"] == COUNTS[len(scene.cells)]
+        else:
+            (row, column), place = scene.cells[0], said["position"]
+            assert place == POSITIONS[row][column]
+            assert ("top" in place, "bottom" in place) == (row == 0, row == 2)
+            assert ("left" in place, "right" in place) == (column == 0, column == 2)
+
+
+def test_every_shape_looks_different() -> None:
+    pictures = [
+        render(Scene((168, 168, 168), "red", COLOURS["red"], (0, 0), shape, 24, ((1, 1),))).tobytes()
+        for shape in SHAPES
+    ]
+    assert len(set(pictures)) == len(SHAPES)
+
+
+def test_a_printed_word_fits_into_the_picture() -> None:
+    for word in WORDS:
+        ink = painted(Scene((168, 168, 168), "red", COLOURS["red"], (0, 0), word=word))
+        assert ink.sum() > 2000
+        assert not ink[[0, -1]].any()
+        assert not ink[:, [0, -1]].any()
+
+
+def test_no_constant_answer_is_right_often() -> None:
+    asked = [question for scene in itertools.islice(draw_scenes("balance"), 2000) for question in questions(scene)]
+    for kind in {question.kind for question in asked}:
+        counts = Counter(question.answer for question in asked if question.kind == kind)
+        assert counts.most_common(1)[0][1] / counts.total() < 0.32
+
+
+def test_a_series_of_scenes_is_the_same_however_many_are_taken() -> None:
+    assert list(itertools.islice(draw_scenes("test"), 5)) == SCENES[:5]
+    assert list(itertools.islice(draw_scenes("other"), 5)) != SCENES[:5]
+
+
+# -- The mix -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_version_writes_the_same_bytes(root: Path, tmp_path: Path) -> None:
+    write_mix(tmp_path / "raw", SIZES)
+    files = {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    assert files == {
+        path.relative_to(tmp_path / "raw"): path.read_bytes()
+        for path in (tmp_path / "raw").rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_folder_with_something_in_it_is_not_written_into(root: Path) -> None:
+    with pytest.raises(UserError, match="is not empty"):
+        write_mix(root, SIZES)
+
+
+def test_held_out_pictures_are_none_of_the_training_pictures(root: Path) -> None:
+    pictures = [path for path in root.rglob("*.jpg") if "damaged" not in path.parts]
+    pixels = {path: decode_rgb(path.read_bytes()).tobytes() for path in pictures}
+    unseen = {data for path, data in pixels.items() if HELD_OUT in path.parts}
+    seen = {data for path, data in pixels.items() if HELD_OUT not in path.parts}
+    assert len(unseen) == SIZES.held_out
+    assert unseen.isdisjoint(seen)
+    named = [row.get("image", row.get("image_id")) for source in DAMAGED for row in rows_of(root, source)]
+    assert not any(HELD_OUT in str(name) for name in named)
+
+
+def test_held_out_questions_name_pictures_that_exist_and_cover_every_kind(root: Path) -> None:
+    questions = held_out(root)
+    assert {question["kind"] for question in questions} == {"colour", "shape", "count", "position", "word"}
+    assert {question["image"] for question in questions} == {path.name for path in (root / HELD_OUT).glob("*.jpg")}
+
+
+def test_the_real_sets_formats_are_met(root: Path) -> None:
+    llava, lvis, lrv = (rows_of(root, source) for source in ("llava", "lvis", "lrv"))
+    text_only = [row for row in llava if row.get("model") == ""]
+    assert len(text_only) == SIZES.text_only
+    assert not any("image" in row for row in text_only)
+    firsts = [row["conversations"][0]["value"] for row in lvis if row["image"].startswith("scenes")]
+    assert len(firsts) == SIZES.lvis
+    assert all(first.endswith("\n<image>") for first in firsts)
+    assert {frozenset(row) for row in lrv} >= {frozenset(("image_id", "question", "answer", "task"))}
+    assert max(Counter(row["image_id"] for row in lrv).values()) > 1
+    assert any(len(row["conversations"]) > 4 for row in llava)
+
+
+def test_the_photographs_are_those_that_ship_with_the_package(root: Path) -> None:
+    for name in PHOTOGRAPHS:
+        assert min(decode_rgb((root / "photographs" / name).read_bytes()).size) > 100
+
+
+# -- Through the builder -----------------------------------------------------------------------------------------------
+
+
+def test_every_damaged_row_is_rejected_for_its_own_reason(shards: Path) -> None:
+    found = [json.loads(line) for line in (shards / "rejects.jsonl").read_text().splitlines()]
+    expected = Counter((source, reason) for source, rows in DAMAGED.items() for reason, _ in rows)
+    assert expected.total() == 12
+    assert Counter((reject["source"], reject["reason"]) for reject in found) == expected
+
+
+def test_every_other_row_becomes_a_sample_the_repairable_ones_too(root: Path, shards: Path) -> None:
+    manifest = json.loads((shards / "manifest.json").read_text())
+    rows = sum(len(rows_of(root, source)) for source in DAMAGED)
+    assert manifest["counts"]["samples"] == rows - 12
+    assert sum(map(len, REPAIRABLE.values())) >= 4
+
+
+def test_the_full_mix_stays_below_the_reject_ratio() -> None:
+    sizes = Sizes()
+    rows = {"llava": sizes.llava + sizes.text_only, "lvis": sizes.lvis, "lrv": 2 * sizes.lrv}
+    for source, damaged in DAMAGED.items():
+        assert len(damaged) / rows[source] < 0.01
+
+
+# -- Tokenizer ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_tokenizer_fits_the_model_and_has_gpt_neoxs_special_ids(tokenizer: Tokenizer) -> None:
+    assert tokenizer.vocab_size <= preset(MODEL).llm.vocab_size
+    assert tokenizer.eos_id == 0
+    assert tokenizer.decode([0, 1], skip_special_tokens=False) == "<|endoftext|><|padding|>"
+
+
+def test_the_tokenizer_gives_any_text_back(tokenizer: Tokenizer) -> None:
+    for text in ("In: Which shape is it?\nOut: ", "Größe 5 µm – 汉字 🙂", "a\r\n\tb", "<|endoftext|>"):
+        assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
+
+
+def test_short_answers_are_one_or_two_tokens(tokenizer: Tokenizer) -> None:
+    places = [place for row in POSITIONS for place in row]
+    for answer in (*COLOURS, *COUNTS.values(), *places):
+        assert len(tokenizer.encode(answer)) <= 2, answer
+
+
+def test_transformers_loads_the_tokenizers_folder(root: Path, tokenizer: Tokenizer) -> None:
+    theirs = PreTrainedTokenizerFast.from_pretrained(root / TOKENIZER)
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (0, 1)
+    assert theirs("Where is it?")["input_ids"] == tokenizer.encode("Where is it?")
