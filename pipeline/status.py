@@ -76,11 +76,14 @@ def read_history(run: Path) -> History:
         text = (run / "metrics.jsonl").read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{run}: no run to tell of: {error}") from None
-    # The last line of a killed run may be cut off.
-    lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-    if not lines:
-        raise UserError(f"{run}: its metrics.jsonl is still empty")
-    return tell(lines)
+    try:
+        # The last line of a killed run may be cut off.
+        lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        if lines:
+            return tell(lines)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{run}: metrics.jsonl is damaged or of another version: {error!r}") from None
+    raise UserError(f"{run}: its metrics.jsonl is still empty")
 
 
 def tell(lines: list[dict[str, Any]]) -> History:
