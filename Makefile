@@ -23,8 +23,8 @@ lint: $(INSTALLED)  ## formatting, lint, types
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-soak: $(INSTALLED)  ## the tests that take hours: kills at random moments
-	@$(BIN)/python -m pytest -m soak $(ARGS)
+soak: $(INSTALLED)  ## what takes too long for a test: kills at many random moments
+	@set -e; for program in tests/soak_*.py; do $(BIN)/python -m tests.$$(basename $$program .py) $(ARGS); done
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
