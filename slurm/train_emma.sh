@@ -23,7 +23,7 @@
 set -euo pipefail
 
 if [[ ${1-} == -h || ${1-} == --help || $# == 0 ]]; then
-  sed -n 's/^# \{0,1\}//p' "$0" | tail -n +2
+  sed -n '/^#!/d; /^#SBATCH/d; /^#/!q; s/^# \{0,1\}//p' "$0"
   exit $(($# == 0 ? 2 : 0))
 fi
 

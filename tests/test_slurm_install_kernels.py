@@ -12,13 +12,6 @@ def install_kernels(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
 
 
-def test_help_tells_every_option_and_nothing_of_the_script_itself():
-    told = install_kernels("--help")
-    assert told.returncode == 0
-    assert {"--arch", "--wheels"} <= set(told.stdout.split())
-    assert "set -euo pipefail" not in told.stdout
-
-
 @pytest.mark.parametrize("words", [["--sm", "80"], ["--arch"]])
 def test_a_mistake_on_the_command_line_is_one_line(words):
     told = install_kernels(*words)

@@ -1,6 +1,7 @@
 """slurm/train_emma.sh on a real controller: what it would do, and real training by two CPU ranks."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,16 @@ command      'srun' '--label' '--kill-on-bad-exit=1' 'python' '-m' 'pipeline.tra
 on USR1      touch /runs/v2/control/stop, wait for the save, scontrol requeue 4242
 requeues     0 so far, at most 20
 """
+
+
+@pytest.mark.parametrize("script", ["train_emma", "preprocess", "install_kernels"])
+def test_help_shows_examples_and_nothing_of_the_script_itself(script):
+    told = subprocess.run(["bash", f"slurm/{script}.sh", "--help"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert told.returncode == 0
+    assert told.stdout.count(f"slurm/{script}.sh ") >= 3
+    assert "EMMA_ENV" in told.stdout
+    assert "SBATCH" not in told.stdout
+    assert told.stdout.count("\n") < 25
 
 
 def dry_run(slurm, *words, **environment):
