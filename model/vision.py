@@ -11,7 +11,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from model.config import TowerConfig, VisionConfig
-from model.errors import UserError
+from model.errors import UserError, first_line
 from model.tensors import fill, open_tensors
 
 RANDOM_SEED = 20250  # of towers without published weights: they are frozen, so every run must draw the same ones
@@ -120,6 +120,6 @@ def hub_file(tower: TowerConfig) -> Path:
         return Path(hf_hub_download(repository, "model.safetensors"))
     except Exception as error:  # the hub client raises a dozen types; to the user they are one
         raise UserError(
-            f"tower {tower.name}: cannot get {repository} from the hub ({error}); "
+            f"tower {tower.name}: cannot get {repository} from the hub ({first_line(error)}); "
             "download it on a machine with network first: python -m pipeline.prefetch RECIPE"
         ) from error

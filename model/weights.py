@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model.config import EmmaConfig, config_from_dict
 from model.emma import Emma
-from model.errors import UserError
+from model.errors import UserError, first_line
 from model.tensors import fill, open_published, open_tensors
 from model.vision import Towers
 
@@ -98,8 +98,8 @@ def hub_folder(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
     except Exception as error:  # the hub client raises a dozen types; to the user they are one
         raise UserError(
-            f"language model {name!r}: neither a folder nor to be had from the hub ({error}); give a folder, "
-            "or download it on a machine with network first: python -m pipeline.prefetch RECIPE"
+            f"language model {name!r}: neither a folder nor to be had from the hub ({first_line(error)}); "
+            "give a folder, or download it on a machine with network first: python -m pipeline.prefetch RECIPE"
         ) from error
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 
 from model.config import EmmaConfig
 from model.emma import Emma
+from model.errors import UserError
 from model.vision import Towers
 from model.weights import load_language_model
 from pipeline.files import write_json
@@ -17,14 +19,19 @@ RANDOM = "random"
 
 
 def initial_model(recipe: Recipe, record: Path | None = None) -> tuple[Emma, Towers]:
-    """The whole model on the CPU in fp32, with what was loaded, from where, written to `record`."""
+    """The whole model on the CPU in fp32; what was loaded, from where, is written to `record`.
+
+    Raises: UserError if `record` tells of an earlier start with other towers: they are frozen and in no checkpoint.
+    """
     torch.manual_seed(recipe.seed)
     emma = Emma(recipe.config)
     source = llm_source(recipe)
-    loaded = load_language_model(emma, source) if source else None
+    loaded = load_language_model(emma, source) if source else RANDOM
+    towers = make_towers(recipe)
     if record is not None:
-        write_json(record, {"llm": loaded or RANDOM, "towers": tower_source(recipe) or RANDOM})
-    return emma, make_towers(recipe)
+        _refuse_other_towers(record, towers)
+        write_json(record, {"llm": loaded, "towers": towers.loaded or RANDOM})
+    return emma, towers
 
 
 def empty_model(config: EmmaConfig) -> Emma:
@@ -49,3 +56,15 @@ def tower_source(recipe: Recipe) -> str | None:
     published = None if any(tower.overrides for tower in recipe.config.vision.towers) else "timm"
     source = recipe.weights.towers or published
     return None if source == RANDOM else source
+
+
+def _refuse_other_towers(record: Path, towers: Towers) -> None:
+    if not record.exists():
+        return
+    before = json.loads(record.read_text(encoding="utf-8"))["towers"]
+    hashes = sorted(before.values()) if isinstance(before, dict) else []
+    if hashes != sorted(towers.loaded.values()):
+        raise UserError(
+            f"weights.towers: the files {', '.join(towers.loaded) or RANDOM} are not those that this run began with "
+            f"({record}); give those, or another run.dir to start afresh"
+        )

@@ -136,7 +136,7 @@ class Recipe:
         whole = asdict(self)
         whole["epochs"] = whole["data"]["epochs"]
         whole["window"] = whole["data"]["window"]
-        for name in ("data", "run", "log", "checkpoint", "engine"):
+        for name in ("data", "run", "log", "checkpoint", "engine", "weights"):
             del whole[name]
         whole["precision"] = self.engine.precision
         del whole["optim"]["micro_batch"]
