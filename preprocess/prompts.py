@@ -80,8 +80,8 @@ def load_tokenizer(name_or_folder: str | Path) -> Tokenizer:
 
 def _download(hub_id: str) -> bytes:
     """From the hub's cache on this machine, else over the network."""
-    cached = huggingface_hub.try_to_load_from_cache(hub_id, "tokenizer.json")
     try:
+        cached = huggingface_hub.try_to_load_from_cache(hub_id, "tokenizer.json")
         path = cached if isinstance(cached, str) else huggingface_hub.hf_hub_download(hub_id, "tokenizer.json")
         return Path(path).read_bytes()
     except Exception as error:  # offline, unknown, private: the packages below raise a dozen classes

@@ -201,7 +201,7 @@ def test_an_interrupted_build_says_that_it_can_go_on(head: RayHead, root: Path, 
 
 
 def test_the_address_of_a_job_server_is_told_from_that_of_a_cluster(root: Path, tmp_path: Path) -> None:
-    done = run_python(SCRIPT, *command(root, tmp_path / "out"), environment={"RAY_ADDRESS": "http://127.0.0.1:1"})
+    done = run_python(SCRIPT, *command(root, tmp_path / "out"), RAY_ADDRESS="http://127.0.0.1:1")
     assert done.returncode == build_shards.EXIT_USER_ERROR
     assert "RAY_ADDRESS http://127.0.0.1:1 is a job server: use `ray job submit`" in done.stderr.splitlines()[-1]
 

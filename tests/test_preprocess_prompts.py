@@ -150,6 +150,11 @@ def test_a_hub_id_is_looked_for_in_the_cache_first(tmp_path: Path) -> None:
     assert done.stdout.split() == ["org/name", gpt_neox().sha256], done.stderr
 
 
+def test_a_relative_folder_that_is_not_there_is_one_clear_line() -> None:
+    with pytest.raises(UserError, match=r"nowhere/at/all' is neither a folder with a tokenizer\.json nor on the hub"):
+        load_tokenizer("../nowhere/at/all")
+
+
 def test_truncation_and_padding_that_a_tokenizer_brings_are_off() -> None:
     settings = json.loads(gpt_neox().data)
     settings["truncation"] = {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
