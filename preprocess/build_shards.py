@@ -131,14 +131,7 @@ def run(build: Build) -> Manifest:
         work = _write_worklist(build)
         tasks = plan(build, work)
         missing = [task for task in tasks if not is_built(task)]
-        facts = Facts(
-            build.config.name,
-            build.settings,
-            build.tokenizer,
-            work.rows,
-            work.rejects,
-            _sha256([task.spec_sha256 for task in tasks]),
-        )
+        facts = _facts(build, work, tasks)
         manifest = None if missing else standing_manifest(build.out, facts.spec_sha256)
         state = "is up to date" if manifest else "is built"
         manifest = manifest or _build_set(build, tasks, missing, facts)
@@ -188,6 +181,14 @@ def plan(build: Build, work: Worklist) -> list[ShardTask]:
         )
         for number, part in enumerate(work.ranges)
     ]
+
+
+def _facts(build: Build, work: Worklist, tasks: Sequence[ShardTask]) -> Facts:
+    """`spec_sha256` stands for all that a manifest depends on but the pictures: while it is the same, so is the set."""
+    rejects = [reject.to_json() for reject in work.rejects]
+    shards = [task.spec_sha256 for task in tasks]
+    spec_sha256 = _sha256([build.config.name, build.tokenizer.name, work.rows, rejects, shards])
+    return Facts(build.config.name, build.settings, build.tokenizer, work.rows, work.rejects, spec_sha256)
 
 
 def build_here(tasks: Sequence[ShardTask], progress: Progress) -> None:

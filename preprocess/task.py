@@ -78,12 +78,8 @@ def build_shard(task: ShardTask) -> Done:
         "rejected_pictures": maker.rejected_pictures,
     }
     publish(task.sidecar, canonical_json(sidecar))
-    return done(task, sidecar)
-
-
-def done(task: ShardTask, sidecar: dict[str, Any]) -> Done:
-    rejects = Counter(entry["source"] for entry in sidecar["rejects"])
-    return Done(task.name, task.range.count, sidecar["samples"], dict(rejects))
+    rejects = Counter(rejected.source for rejected in maker.rejects)
+    return Done(task.name, task.range.count, written.samples, dict(rejects))
 
 
 def _read_range(path: Path, part: Range) -> Iterator[dict[str, Any]]:

@@ -127,8 +127,8 @@ def finish(driver: subprocess.Popen[str]) -> str:
 def test_a_killed_worker_is_replaced(head: RayHead, root: Path, expected: Path, tmp_path: Path) -> None:
     driver = head.driver(SCRIPT, *command(root, tmp_path / "out"))
     wait_for_shards(driver, tmp_path / "out", 2)
-    workers = head.workers("build_shard")
-    assert workers
+    while not (workers := head.workers("build_shard")):
+        assert driver.poll() is None, f"the build ended too early: {driver.communicate()[0]}"
     for pid in workers:
         os.kill(pid, signal.SIGKILL)
     finish(driver)
@@ -239,6 +239,17 @@ def test_rows_that_are_added_rebuild_only_the_end(root: Path, expected: Path, tm
     before, after = contents(expected), contents(tmp_path / "out")
     assert all(before[name] == after[name] for name in before if name.startswith("shard"))
     assert load_index(tmp_path / "out").num_rows == NUM_ROWS + 5 - 1
+
+
+def test_rows_that_are_only_rejected_are_counted_all_the_same(root: Path, expected: Path, tmp_path: Path) -> None:
+    longer = tmp_path / "root"
+    shutil.copytree(root, longer)
+    rows = json.loads((root / "rows.json").read_text())
+    (longer / "rows.json").write_text(json.dumps([*rows, {"id": "no conversations"}]))
+    shutil.copytree(expected, tmp_path / "out")
+    assert build_shards.main(command(longer, tmp_path / "out", workers=0)) == 0
+    counts = Manifest.load(tmp_path / "out").counts
+    assert (counts["rows"], counts["samples"], counts["rejects"]) == (NUM_ROWS + 1, NUM_ROWS - 1, 2)
 
 
 # -- What is said ----------------------------------------------------------------------------------------------------
