@@ -266,10 +266,12 @@ def tiny(full: EmmaConfig) -> EmmaConfig:
 
 def _tiny_alignment(full: AlignmentConfig, vision: VisionConfig, llm: MambaConfig) -> AlignmentConfig:
     widths = {"pixels": PIXELS_PER_PATCH, "features": vision.width, "patch_embedding": vision.towers[-1].width}
+    num_values = widths[full.target]
     return replace(
         full,
         taps=paper_taps(llm.num_layers) if full.taps else (),
-        num_values=widths[full.target],
+        num_values=num_values,
+        weight=alignment_weight(num_values, vision.num_patches),
         head_dim=32,
         decoder_layers=min(full.decoder_layers, 2),
     )

@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -168,16 +169,16 @@ def train_with_a_kill(commands: Commands, places: Places) -> int:
 
 def train_until(commands: Commands, command: Sequence[str], last_step: int) -> int:
     """Start the training and kill it at that step, without warning. Raises: UserError if it ends before."""
-    process = commands.start(command, **THREADS)
-    for line in commands.lines("train", process):
-        if _is_news(line):
-            commands.show(line)
-        step = _step_of(line)
-        if step is not None and step >= last_step:
-            print(f"  SIGKILL to all {kill_family(process.pid)} processes of the training at step {step}", flush=True)
-            process.wait()
-            return step
-    process.wait()
+    with commands.running(command, **THREADS) as process:
+        for line in commands.lines("train", process):
+            if _is_news(line):
+                commands.show(line)
+            step = _step_of(line)
+            if step is not None and step >= last_step:
+                print(
+                    f"  SIGKILL to all {kill_family(process.pid)} processes of the training at step {step}", flush=True
+                )
+                return step
     raise UserError(f"the training ended by itself before step {last_step}: {commands.end_of('train')}")
 
 
@@ -239,6 +240,7 @@ def main() -> None:
         "--dir", type=Path, default=Path("runs/demo"), help="everything goes there (default %(default)s)"
     )
     folder = parser.parse_args().dir
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an interrupt: Ray and the training end too
     finish(demo(folder), Places(folder))
 
 

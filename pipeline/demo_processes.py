@@ -35,19 +35,21 @@ class Commands:
 
     def run(self, log: str, words: Words, keep: Callable[[str], bool], **environment: str) -> list[str]:
         """All lines; shows those that `keep` chooses. Raises: UserError with the last ones if the command fails."""
-        process = self.start(words, **environment)
         lines = []
-        for line in self.lines(log, process):
-            lines.append(line)
-            if keep(line):
-                self.show(line)
-        if process.wait():
+        with self.running(words, **environment) as process:
+            for line in self.lines(log, process):
+                lines.append(line)
+                if keep(line):
+                    self.show(line)
+        if process.returncode:
             raise UserError(f"{_typed(words)} ended with {process.returncode}: {self.end_of(log)}")
         return lines
 
-    def start(self, words: Words, **environment: str) -> subprocess.Popen[str]:
+    @contextlib.contextmanager
+    def running(self, words: Words, **environment: str) -> Iterator[subprocess.Popen[str]]:
+        """The command, started; whoever leaves early, by an error or an interrupt, leaves nothing of it behind."""
         print(f"  $ {_typed(words)}", flush=True)
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [str(word) for word in words],
             cwd=REPOSITORY,
             env=with_our_programs(environment),
@@ -57,6 +59,13 @@ class Commands:
             text=True,
             errors="replace",
         )
+        try:
+            yield process
+        except BaseException:
+            kill_family(process.pid)
+            raise
+        finally:
+            process.wait()
 
     def lines(self, log: str, process: subprocess.Popen[str]) -> Iterator[str]:
         """What the process prints, until nobody holds its output any more."""
@@ -90,14 +99,14 @@ def kill_family(pid: int) -> int:
     """SIGKILL a process and all that it started, whatever their process groups; how many there were."""
     try:
         parent = psutil.Process(pid)
-        family = [parent, *parent.children(recursive=True)]
+        children = parent.children(recursive=True)
     except psutil.NoSuchProcess:
         return 0
-    for member in family:
+    for member in (parent, *children):
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
-    psutil.wait_procs(family, timeout=10)
-    return len(family)
+    psutil.wait_procs(children, timeout=10)
+    return 1 + len(children)
 
 
 # -- Ray ---------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ DOORS = {
     "webdataset": {"preprocess/shards.py"},
     "deepspeed": {"pipeline/engine.py", "pipeline/checkpoint.py"},
     "wandb": {"pipeline/metrics.py"},
+    "matplotlib": {"pipeline/demo_report.py", "pipeline/status.py"},
 }
 
 

@@ -163,6 +163,10 @@ for step in range(1, 600):
 """
 
 
+def living_children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+
+
 def test_the_kill_reaches_children_in_groups_of_their_own_and_the_output_is_kept(tmp_path: Path) -> None:
     commands = Commands(tmp_path / "logs")
     before = time.monotonic()
@@ -171,7 +175,7 @@ def test_the_kill_reaches_children_in_groups_of_their_own_and_the_output_is_kept
     log = (tmp_path / "logs" / "train.log").read_text()
     assert "child" in log
     assert "step 9/600" in log
-    assert not [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    assert living_children() == []
 
 
 def test_a_training_that_ends_before_the_kill_is_an_error_with_its_last_lines(tmp_path: Path) -> None:
@@ -190,6 +194,17 @@ def test_a_command_that_fails_is_an_error_with_its_last_lines(
     assert "| shown" in out
     assert "| hidden" not in out
     assert "out of luck" in (tmp_path / "x.log").read_text()
+
+
+def test_an_interrupt_leaves_no_process_behind(tmp_path: Path) -> None:
+    def interrupt(line: str) -> bool:
+        if line == "child":
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        Commands(tmp_path).run("x", [sys.executable, "-c", FAMILY], keep=interrupt)
+    assert living_children() == []
 
 
 def test_killing_what_is_gone_is_no_error() -> None:
