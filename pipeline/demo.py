@@ -24,11 +24,13 @@ import torch
 
 from model.errors import UserError
 from pipeline.demo_processes import Commands, kill_family, ray_head
-from pipeline.demo_report import Results, draw_answers, draw_losses, read_metrics, summary, table
+from pipeline.demo_report import Results, draw_answers, summary, table
 from pipeline.evaluate import Question, ask, commonest_answers, read_questions, shuffle_pictures
 from pipeline.files import write_json
 from pipeline.generate import load
 from pipeline.recipe import load_recipe
+from pipeline.status import draw as draw_losses
+from pipeline.status import read_history
 from preprocess.demo_mix import HELD_OUT, MODEL, QUESTIONS, TOKENIZER, write_mix
 from preprocess.shards import REJECTS, Manifest
 
@@ -90,7 +92,6 @@ def demo(folder: Path) -> Results:
         manifest = Manifest.load(places.shards)
     with clock.stage("train", f"DeepSpeed ZeRO-3 on {RANKS} ranks, killed half-way; the same command resumes"):
         killed_at = train_with_a_kill(commands, places)
-        metrics, resumed_at = read_metrics(places.run / "metrics.jsonl")
     with clock.stage("answers", "export, load again, and ask about pictures that were never seen"):
         export(commands, places)
         questions = read_questions(places.held_out / QUESTIONS)
@@ -102,8 +103,7 @@ def demo(folder: Path) -> Results:
         rejects=manifest.rejects_by_reason,
         global_batch=load_recipe(RECIPE, overrides(places)).optim.global_batch,
         killed_at_step=killed_at,
-        resumed_at_step=resumed_at,
-        metrics=metrics,
+        history=read_history(places.run),
         questions=questions,
         answers=answers,
     )
@@ -223,7 +223,7 @@ def answer(places: Places, questions: Sequence[Question]) -> dict[str, Sequence[
 def finish(results: Results, places: Places) -> None:
     """Write the report. Raises: UserError if the model did not learn."""
     write_json(places.root / "summary.json", summary(results))
-    draw_losses(results, places.root / "loss.png")
+    draw_losses(results.history, places.root / "loss.png")
     draw_answers(results, places.held_out, places.root / "answers.png")
     print(f"\n{table(results)}\n\n{places.root}: summary.json, loss.png, answers.png, model/ (ask it yourself:")
     print(f"  python -m pipeline.generate {places.model} --image PICTURE --prompt QUESTION)", flush=True)

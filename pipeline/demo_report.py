@@ -1,21 +1,23 @@
-"""What the demo tells at its end: a table, summary.json, the loss curve, and pictures with what was asked and said."""
+"""What the demo tells at its end: a table, summary.json, and pictures with what was asked and said."""
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, Literal
 
 from matplotlib.figure import Figure
 
 from pipeline.evaluate import Question, score
+from pipeline.status import History
 from preprocess.images import decode_rgb
 
 FIRST_STEPS, LAST_STEPS = 1, 20  # whose mean is a term's first and last loss
 SHEET_ROWS, SHEET_COLUMNS = 3, 5
+TERMS: tuple[Literal["text", "align"], ...] = ("text", "align")
 CONTROLS = {
     "untrained": "the model before its first step",
     "commonest": "always the commonest answer to that kind of question",
@@ -30,7 +32,6 @@ class Results:
     seconds     by stage, and "total"
     samples     in the shards; `shards_job_s` is how long the Ray job took, its start included
     rejects     rows by reason
-    metrics     the steps of the run, each once: those redone after the kill count, not those lost by it
     answers     by who gave them: "trained" and the keys of CONTROLS, each in the order of `questions`
     """
 
@@ -40,8 +41,7 @@ class Results:
     rejects: dict[str, int]
     global_batch: int
     killed_at_step: int
-    resumed_at_step: int
-    metrics: list[dict[str, Any]]
+    history: History
     questions: Sequence[Question]
     answers: dict[str, Sequence[str]]
 
@@ -53,32 +53,21 @@ class Results:
         """By how much of exact match the trained model beats the best of the controls."""
         return self.exact_match("trained") - max(map(self.exact_match, CONTROLS))
 
-    def loss_ends(self, term: str) -> tuple[float, float]:
-        """The first and last values of "text" or "align"; text-only steps have no alignment."""
-        values = [row[f"loss/{term}"] for row in self.metrics if row[f"loss/{term}"] is not None]
-        return _mean(values[:FIRST_STEPS]), _mean(values[-LAST_STEPS:])
+    @property
+    def resumed_at_step(self) -> int:
+        return self.history.starts[-1].step
+
+    def loss_ends(self, term: Literal["text", "align"]) -> tuple[float, float]:
+        """The first and last values of a term; text-only steps have no alignment."""
+        pairs = (loss for _, loss in sorted(self.history.losses.items()))
+        values = [value for text, align in pairs if (value := text if term == "text" else align) is not None]
+        return fmean(values[:FIRST_STEPS]), fmean(values[-LAST_STEPS:])
 
     @property
     def train_samples_per_s(self) -> float:
-        """While stepping: without the starts of the two processes and without saving."""
-        return len(self.metrics) * self.global_batch / sum(row["time/step_s"] for row in self.metrics)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The steps of a run, each as it was done last, and the step from which it was resumed (0: never)."""
-    steps: dict[int, dict[str, Any]] = {}
-    resumed = 0
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if row.get("event") == "resume":
-            resumed = row["step"]
-        elif "event" not in row:
-            steps[row["step"]] = row
-    return [steps[step] for step in sorted(steps)], resumed
+        """While stepping: without starts, saving, and steps that the kill made to be done again."""
+        ledger = self.history.ledger
+        return len(self.history.losses) * self.global_batch / (ledger.training + ledger.waiting_for_data)
 
 
 def summary(results: Results) -> dict[str, Any]:
@@ -89,7 +78,7 @@ def summary(results: Results) -> dict[str, Any]:
             "shards": round(results.samples / results.shards_job_s, 1),
             "train": round(results.train_samples_per_s, 1),
         },
-        "loss": {term: [round(value, 4) for value in results.loss_ends(term)] for term in ("text", "align")},
+        "loss": {term: [round(value, 4) for value in results.loss_ends(term)] for term in TERMS},
         "exact_match": {who: round(results.exact_match(who), 4) for who in ("trained", *CONTROLS)},
         "exact_match_by_kind": {
             kind: round(each.exact_match, 4)
@@ -99,7 +88,7 @@ def summary(results: Results) -> dict[str, Any]:
         "questions": len(results.questions),
         "killed_at_step": results.killed_at_step,
         "resumed_at_step": results.resumed_at_step,
-        "steps": results.metrics[-1]["step"],
+        "steps": results.history.step,
         "samples": results.samples,
         "rejects": sum(results.rejects.values()),
         "rejects_by_reason": results.rejects,
@@ -125,29 +114,9 @@ def _by_kind(scores: dict[str, float]) -> str:
     return ", ".join(f"{kind} {value:.0%}" for kind, value in scores.items())
 
 
-# -- Pictures ----------------------------------------------------------------------------------------------------------
-
-
-def draw_losses(results: Results, path: Path) -> None:
-    """Both terms over the steps, with the kill marked."""
-    figure = Figure(figsize=(8, 4.5))
-    axes = figure.subplots()
-    for term, colour in (("text", "tab:blue"), ("align", "tab:orange")):
-        rows = [row for row in results.metrics if row[f"loss/{term}"] is not None]
-        axes.plot([r["step"] for r in rows], [r[f"loss/{term}"] for r in rows], color=colour, lw=0.9, label=term)
-    for what, step, colour in (
-        ("killed", results.killed_at_step, "tab:red"),
-        ("resumed", results.resumed_at_step, "tab:green"),
-    ):
-        axes.axvline(step, color=colour, ls="--", lw=1, label=f"{what} at step {step}")
-    axes.set(xlabel="step", ylabel="loss", yscale="log", title="Text and alignment loss")
-    axes.legend()
-    _save(figure, path)
-
-
 def draw_answers(results: Results, images: Path, path: Path) -> None:
     """Held-out pictures, by lot but every kind in turn, each with its question, the model's answer and the truth."""
-    figure = Figure(figsize=(2.6 * SHEET_COLUMNS, 3.2 * SHEET_ROWS))
+    figure = Figure(figsize=(2.6 * SHEET_COLUMNS, 3.2 * SHEET_ROWS), layout="constrained")
     grid = figure.subplots(SHEET_ROWS, SHEET_COLUMNS)
     for axes, i in zip(grid.flat, _lot(results.questions, grid.size), strict=True):
         question, said = results.questions[i], results.answers["trained"][i]
@@ -159,7 +128,7 @@ def draw_answers(results: Results, images: Path, path: Path) -> None:
             color="tab:green" if right else "tab:red",
             fontsize=10,
         )
-    _save(figure, path)
+    figure.savefig(path, dpi=90)
 
 
 def _lot(questions: Sequence[Question], count: int) -> list[int]:
@@ -170,8 +139,3 @@ def _lot(questions: Sequence[Question], count: int) -> list[int]:
     drawn = [rng.sample(pile, min(len(pile), count)) for pile in piles]
     turns = [pile[turn] for turn in range(count) for pile in drawn if turn < len(pile)]
     return turns[:count]
-
-
-def _save(figure: Figure, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)

@@ -7,7 +7,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -16,17 +15,18 @@ from PIL import Image
 from model.errors import UserError
 from pipeline.demo import RECIPE, Places, finish, overrides, start_afresh, train_until
 from pipeline.demo_processes import Commands, kill_family
-from pipeline.demo_report import CONTROLS, Results, draw_answers, draw_losses, read_metrics, summary, table
+from pipeline.demo_report import CONTROLS, Results, summary, table
 from pipeline.evaluate import Question
 from pipeline.recipe import load_recipe
+from pipeline.status import History, Ledger, Start
 from preprocess.demo_scenes import draw_scenes, questions, render
 
-
-def steps(first: int, last: int, loss: float = 2.0) -> list[dict[str, Any]]:
-    return [
-        {"step": step, "loss/text": loss / step, "loss/align": None if step % 3 == 0 else 1 / step, "time/step_s": 0.5}
-        for step in range(first, last + 1)
-    ]
+HISTORY = History(
+    ledger=Ledger(training=24.0, waiting_for_data=1.0),
+    starts=[Start(0, 0.0, ""), Start(20, 15.0, "killed or crashed")],
+    losses={step: (2 / step, None if step % 3 == 0 else 1 / step) for step in range(1, 51)},
+    step=50,
+)
 
 
 @pytest.fixture
@@ -46,8 +46,7 @@ def results(tmp_path: Path) -> Results:
         rejects={"picture_missing": 2, "no_answer": 1},
         global_batch=8,
         killed_at_step=25,
-        resumed_at_step=20,
-        metrics=steps(1, 50),
+        history=HISTORY,
         questions=asked,
         answers={"trained": said, "untrained": wrong, "commonest": wrong, "shuffled": wrong},
     )
@@ -92,31 +91,14 @@ def test_the_table_tells_every_figure(results: Results) -> None:
         assert what in told
 
 
-def test_lost_steps_and_steps_done_again_count_once(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    rows = [{"event": "start", "step": 0}, *steps(1, 25), {"event": "resume", "step": 20}, *steps(21, 40, loss=3.0)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    metrics, resumed = read_metrics(path)
-    assert resumed == 20
-    assert [row["step"] for row in metrics] == list(range(1, 41))
-    assert [metrics[i]["loss/text"] for i in (19, 20)] == [2 / 20, 3 / 21]
-
-
-def test_the_figures_are_pictures(results: Results, tmp_path: Path) -> None:
-    draw_losses(results, tmp_path / "loss.png")
-    draw_answers(results, tmp_path / "raw" / "held_out", tmp_path / "answers.png")
-    for name in ("loss.png", "answers.png"):
-        with Image.open(tmp_path / name) as picture:
-            assert min(picture.size) > 400
-            assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 10
-
-
 def test_the_demo_ends_with_its_report(results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finish(results, Places(tmp_path))
     assert "exact match" in capsys.readouterr().out
     assert json.loads((tmp_path / "summary.json").read_text())["samples"] == 600
-    assert (tmp_path / "loss.png").exists()
-    assert (tmp_path / "answers.png").exists()
+    for name in ("loss.png", "answers.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 400
+            assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 10
 
 
 def test_a_model_that_did_not_learn_fails_the_demo_after_its_report(results: Results, tmp_path: Path) -> None:
