@@ -15,10 +15,14 @@ BAR_CHARACTERS = 30
 
 
 class Progress:
-    """Counts dialogues done. `reused` ones were there already: they count as done, not towards the rate."""
+    """Counts dialogues done. `reused` ones were there already: they count as done, not towards the rate.
 
-    def __init__(self, out: Path, total: int, reused: int = 0, stream: TextIO = sys.stdout) -> None:
-        self.path, self.total, self.reused, self.stream = out / PROGRESS, total, reused, stream
+    Without a folder `out` there is no file.
+    """
+
+    def __init__(self, out: Path | None, total: int, reused: int = 0, stream: TextIO = sys.stdout) -> None:
+        self.path = out / PROGRESS if out else None
+        self.total, self.reused, self.stream = total, reused, stream
         self.done, self.rejects = reused, Counter[str]()
         self.started = time.monotonic()
         self.terminal = stream.isatty()
@@ -31,7 +35,7 @@ class Progress:
     def tick(self, state: str = "building", last: bool = False) -> None:
         """Shows and files what is due; call it at least every second."""
         now = time.monotonic()
-        if last or now - self._filed >= FILE_EVERY_S:
+        if self.path and (last or now - self._filed >= FILE_EVERY_S):
             self._filed = now
             publish(self.path, canonical_json(self.report(state)))
         if last or now - self._shown >= (TERMINAL_EVERY_S if self.terminal else LOG_EVERY_S):

@@ -14,6 +14,7 @@ import numpy as np
 
 from model.errors import UserError
 from preprocess.preview import write_preview
+from preprocess.progress import Progress
 from preprocess.rejects import REASONS
 from preprocess.shards import Manifest, load_index
 from preprocess.verify import REMEDY, verify
@@ -66,8 +67,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def run_verify(folder: Path) -> int:
     """Prints each problem as it is found."""
-    problems = 0
-    for problem in verify(folder):
+    problems, progress = 0, Progress(None, Manifest.load(folder).counts["samples"], stream=sys.stderr)
+
+    def tick(samples: int) -> None:
+        progress.add(samples, {})
+        progress.tick()
+
+    for problem in verify(folder, tick):
         problems += 1
         print(problem, flush=True)
     if problems:

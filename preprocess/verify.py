@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,11 @@ class _Account:
         )
 
 
-def verify(folder: Path) -> Iterator[str]:
-    """Yields one line per problem; a sound set yields none. Raises: UserError if there is no manifest."""
+def verify(folder: Path, tick: Callable[[int], None] = lambda samples: None) -> Iterator[str]:
+    """Yields one line per problem; a sound set yields none. `tick` is told how many more samples have been read.
+
+    Raises: UserError if there is no manifest.
+    """
     manifest = Manifest.load(folder)
     if (folder / MANIFEST).read_bytes() != manifest.to_bytes():
         yield f"{MANIFEST} is not spelled as it was written"
@@ -72,7 +75,7 @@ def verify(folder: Path) -> Iterator[str]:
     yield from _hashes(folder, manifest)
     yield from _tokenizer(folder, manifest)
     account = _Account({name: np.zeros(about["rows"], np.int32) for name, about in manifest.sources.items()})
-    yield from _samples(folder, manifest, account)
+    yield from _samples(folder, manifest, account, tick)
     yield from _rejects(folder, manifest, account)
     yield from _balance(manifest, account)
 
@@ -106,7 +109,7 @@ def _tokenizer(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{TOKENIZER}: {name} is {found}, the manifest says {manifest.tokenizer[name]}"
 
 
-def _samples(folder: Path, manifest: Manifest, account: _Account) -> Iterator[str]:
+def _samples(folder: Path, manifest: Manifest, account: _Account, tick: Callable[[int], None]) -> Iterator[str]:
     try:
         index = load_index(folder)
     except UserError as error:
@@ -119,6 +122,7 @@ def _samples(folder: Path, manifest: Manifest, account: _Account) -> Iterator[st
         rows = index.slice(first, shard.samples).to_pylist()
         first += shard.samples
         yield from _shard(folder, manifest, number, rows, account)
+        tick(shard.samples)
     for name, found in account.totals.items():
         if manifest.counts[name] != found:
             yield f"{MANIFEST}: {name} is {manifest.counts[name]}, found {found}"

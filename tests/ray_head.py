@@ -59,6 +59,11 @@ class RayHead:
         """`ray job …`, run in the checkout."""
         return self.run("ray", "job", *words)
 
+    def statuses(self) -> list[str]:
+        """Of every job so far, as the SDK tells them."""
+        program = "from ray import job_submission as jobs; print(*(j.status for j in jobs.JobSubmissionClient().list_jobs()))"
+        return self.run(sys.executable, "-c", program).stdout.split()
+
     def run(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(word) for word in words],
