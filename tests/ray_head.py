@@ -61,7 +61,8 @@ class RayHead:
 
     def statuses(self) -> list[str]:
         """Of every job so far, as the SDK tells them."""
-        program = "from ray import job_submission as jobs; print(*(j.status for j in jobs.JobSubmissionClient().list_jobs()))"
+        program = "from ray.job_submission import JobSubmissionClient as Client; "
+        program += "print(*(job.status for job in Client().list_jobs()))"
         return self.run(sys.executable, "-c", program).stdout.split()
 
     def run(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
