@@ -175,9 +175,8 @@ def train_until(commands: Commands, command: Sequence[str], last_step: int) -> i
                 commands.show(line)
             step = _step_of(line)
             if step is not None and step >= last_step:
-                print(
-                    f"  SIGKILL to all {kill_family(process.pid)} processes of the training at step {step}", flush=True
-                )
+                killed = kill_family(process.pid)
+                print(f"  SIGKILL to all {killed} processes of the training, at step {step}", flush=True)
                 return step
     raise UserError(f"the training ended by itself before step {last_step}: {commands.end_of('train')}")
 
@@ -236,9 +235,8 @@ def finish(results: Results, places: Places) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--dir", type=Path, default=Path("runs/demo"), help="everything goes there (default %(default)s)"
-    )
+    default = Path("runs/demo")
+    parser.add_argument("--dir", type=Path, default=default, help="everything goes there (default %(default)s)")
     folder = parser.parse_args().dir
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an interrupt: Ray and the training end too
     finish(demo(folder), Places(folder))
