@@ -24,7 +24,6 @@ import torch.distributed as dist
 
 from model.emma import Emma
 from model.errors import UserError
-from model.kernels import kernel_report
 from model.vision import Towers
 from pipeline.checkpoint import Checkpoints, Identity
 from pipeline.control import Control
@@ -32,6 +31,7 @@ from pipeline.data import DamagedShardError, TrainData
 from pipeline.engine import build_engine, check_partition, init_distributed, learning_rate
 from pipeline.files import write_json
 from pipeline.metrics import Metrics
+from pipeline.preflight import preflight
 from pipeline.pretrained import empty_model, initial_model, make_towers
 from pipeline.ranks import Ranks, find_ranks
 from pipeline.recipe import Recipe, load_recipe
@@ -47,6 +47,8 @@ class DivergedError(RuntimeError):
 
 def train(recipe: Recipe, ranks: Ranks) -> tuple[str, int]:
     """Run the recipe to its end or to a stop request: ("done" or "stopped", steps done). Every rank calls it."""
+    for line in preflight(recipe, ranks):
+        say(ranks, line)
     data = TrainData(recipe, ranks)
     folder, control = open_run(recipe, ranks)
     emma, towers = build_model(recipe, ranks, folder)
@@ -116,14 +118,15 @@ def build_model(recipe: Recipe, ranks: Ranks, folder: Path) -> tuple[Emma, Tower
     """The model that trains and the frozen towers. Only the main rank reads weights; the engine broadcasts them."""
     if ranks.is_main:
         emma, towers = initial_model(recipe, record=folder / "weights.json")
-        print(
-            f"{recipe.model}: {kernel_report(ranks.device)}; {ranks.world_size} ranks on {ranks.device.type}",
-            flush=True,
-        )
     else:
         emma, towers = empty_model(recipe.config), make_towers(recipe)
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     return emma, towers.to(ranks.device, dtype)
+
+
+def say(ranks: Ranks, line: str) -> None:
+    if ranks.is_main:
+        print(line, flush=True)
 
 
 def _identity(recipe: Recipe, data: TrainData) -> Identity:

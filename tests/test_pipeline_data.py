@@ -1,5 +1,6 @@
 """What the loader hands to the model is what the shards hold: every sample once an epoch, everything in place."""
 
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 import webdataset
 
 from model.errors import UserError
-from pipeline.data import IGNORED, PAD_ID, TrainData
+from pipeline.data import IGNORED, PAD_ID, DamagedShardError, TrainData
 from pipeline.ranks import Ranks
 from pipeline.recipe import load_recipe
 from preprocess.images import stored_pixels
@@ -104,3 +105,15 @@ def test_shards_of_another_model_are_refused(recipe_file, shards):
         train_data(recipe_file, shards, 1, 0, "model=tiny_v1")
     with pytest.raises(UserError, match=r"picture size is 100.*384"):
         train_data(recipe_file, shards, 1, 0, "model=emma_v2")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_sample_stops_the_loader_with_its_name_and_the_remedy(recipe_file, shards, tmp_path, workers):
+    damaged = tmp_path / "shards"
+    shutil.copytree(shards, damaged)
+    for tar in damaged.glob("*.tar"):
+        tar.write_bytes(tar.read_bytes()[:2000])
+    data = train_data(recipe_file, damaged, 1, 0, f"data.workers={workers}")
+    with pytest.raises(DamagedShardError, match=r"shard-0000\d\.tar: sample \d+ cannot be read") as error:
+        list(data.from_step(0))
+    assert f"preprocess.shardset verify {damaged}" in str(error.value)

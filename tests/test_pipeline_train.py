@@ -170,17 +170,21 @@ def test_a_users_mistakes_are_one_line_each(recipe_file, shards, tmp_path):
             assert words in line
 
 
-def test_a_damaged_shard_stops_the_run_and_names_the_sample_and_the_remedy(recipe_file, shards, tmp_path):
-    damaged = tmp_path / "shards"
-    shutil.copytree(shards, damaged)
-    for tar in damaged.glob("*.tar"):
-        tar.write_bytes(tar.read_bytes()[:2000])
-    for workers in (0, 1):
-        told = run_python(*command(recipe_file, damaged, tmp_path / "run", f"data.workers={workers}"))
-        line = one_line(told, code=2)
-        assert "shard-0000" in line
-        assert "preprocess.shardset verify" in line
-        assert outcome(tmp_path / "run")["outcome"] == "failed"
+def test_a_shard_that_was_replaced_is_found_before_training_begins(recipe_file, shards, tmp_path):
+    replaced = tmp_path / "shards"
+    shutil.copytree(shards, replaced)
+    flip_one_bit(replaced / "shard-00001.tar")
+    line = one_line(run_python(*command(recipe_file, replaced, tmp_path / "run")), code=2)
+    assert "shard-00001.tar: its content is not what the manifest says" in line
+    assert "preprocess.shardset verify" in line
+
+
+def test_all_problems_are_told_at_once(recipe_file, tmp_path):
+    (tmp_path / "empty").mkdir()
+    words = command(recipe_file, tmp_path / "empty", tmp_path / "run", "optim.micro_batch=3", "weights.llm=/no/where")
+    told = run_python(*words).stderr
+    for said in ("3 problems", "micro_batch 3", "manifest.json", "/no/where"):
+        assert said in told
 
 
 def test_a_run_without_a_finite_loss_fails_for_good(recipe_file, shards, tmp_path):
