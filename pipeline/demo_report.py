@@ -124,7 +124,7 @@ def draw_answers(results: Results, images: Path, path: Path) -> None:
         axes.axis("off")
         right = said == question.answer
         axes.set_title(
-            f"{question.question}\n{said} ({'right' if right else f'truth: {question.answer}'})",
+            f"{question.question}\n{said} ({'correct' if right else f'truth: {question.answer}'})",
             color="tab:green" if right else "tab:red",
             fontsize=10,
         )
