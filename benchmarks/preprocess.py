@@ -1,0 +1,270 @@
+"""Building shards: ours, the script that people write, Ray Data, and the sum of the parts that nobody can leave out.
+
+    python -m benchmarks.preprocess --json preprocess.json
+    python -m benchmarks.preprocess --pictures 300 --rows-per-picture 3    # as in the mix, where rows share pictures
+
+The same rows about the same photographs by each. Samples per CPU second where one process does it all, so that a busy
+machine does not matter much; samples per second where several do, from the first shard of each worker to the last.
+docs/performance.md keeps the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.photographs import write_rows
+from model.config import preset
+from preprocess import build_shards, images
+from preprocess.prompts import encode_dialogue, load_tokenizer
+from preprocess.shards import read_fields
+from tests.golden_tokenizer import gpt_neox
+
+MODEL = "emma_v2"
+CONFIG = preset(MODEL)
+PX = CONFIG.vision.image_px
+RAY_DATA_NEEDS = "pandas"
+
+Rows = list[dict[str, Any]]
+
+
+def cpu_s(work: Callable[[], object]) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+# -- Ours ------------------------------------------------------------------------------------------------------------
+
+
+def command(root: Path, out: Path, workers: int, rows_per_shard: int) -> list[str]:
+    words = [root / "mix.toml", "--model", MODEL, "--root", root, "--out", out, "--tokenizer", root / "tokenizer"]
+    return [str(word) for word in [*words, "--workers", workers, "--samples-per-shard", rows_per_shard]]
+
+
+def ours(root: Path, out: Path, rows_per_shard: int) -> float:
+    """CPU seconds of a whole build in this process, from reading the rows to the manifest."""
+    request = build_shards.check(build_shards._parser().parse_args(command(root, out, 0, rows_per_shard)))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return cpu_s(lambda: build_shards.run(request))
+
+
+def ours_on_ray(root: Path, out: Path, workers: int, rows_per_shard: int) -> float:
+    """Samples per second from the first shard of each worker to the last; Ray's own start is left out."""
+    words = [sys.executable, "-m", "preprocess.build_shards", *command(root, out, workers, rows_per_shard)]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    ended = sorted(path.stat().st_mtime for path in out.glob("shard-*.json"))
+    return (len(ended) - workers) * rows_per_shard / (ended[-1] - ended[workers - 1])
+
+
+# -- The others ------------------------------------------------------------------------------------------------------
+
+
+def everyday_tokens(tokenizer: Any, conversations: Iterable[Mapping[str, str]]) -> tuple[list[int], list[int]]:
+    """Ids and labels, turn by turn, as fine-tuning scripts have it."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for turn in conversations:
+        human = turn["from"] == "human"
+        text = turn["value"].replace("<image>", "").strip()
+        new = tokenizer(f"In: {text}\nOut: " if human else f"{text}{tokenizer.eos_token}").input_ids
+        ids += new
+        labels += [-100] * len(new) if human else new
+    return ids, labels
+
+
+def everyday_sample(root: Path, tokenizer: Any, row: Mapping[str, Any]) -> dict[str, bytes | str]:
+    picture = Image.open(root / row["image"]).convert("RGB").resize((PX, PX), Image.Resampling.BICUBIC)
+    buffer, tokens = io.BytesIO(), io.BytesIO()
+    picture.save(buffer, "JPEG", quality=images.JPEG_QUALITY, subsampling=0)
+    ids, labels = everyday_tokens(tokenizer, row["conversations"])
+    np.save(tokens, np.array([ids, labels], np.int32))
+    meta = json.dumps({"id": row["id"], "picture": row["image"]}).encode()
+    return {"__key__": f"{int(row['id']):09d}", "jpg": buffer.getvalue(), "tokens.npy": tokens.getvalue(), "json": meta}
+
+
+def everyday_tokenizer(root: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    path = str(root / "tokenizer/tokenizer.json")
+    return PreTrainedTokenizerFast(tokenizer_file=path, eos_token="<|endoftext|>")
+
+
+def everyday_script(root: Path, out: Path, rows_per_shard: int) -> float:
+    """CPU seconds of PIL, transformers and webdataset.ShardWriter in one loop; the tokenizer is loaded before."""
+    import webdataset
+
+    tokenizer = everyday_tokenizer(root)
+    out.mkdir()
+
+    def work() -> None:
+        with webdataset.ShardWriter(f"{out}/%05d.tar", maxcount=rows_per_shard, verbose=0) as writer:
+            for row in json.loads((root / "rows.json").read_text()):
+                writer.write(everyday_sample(root, tokenizer, row))
+
+    return cpu_s(work)
+
+
+def ray_data(root: Path, out: Path, workers: int) -> float:
+    """Samples per second of Ray Data's `write_webdataset`, in a process of its own; Ray's start is left out."""
+    words = [sys.executable, "-m", "benchmarks.preprocess", "--ray-data-only", str(root), str(out), str(workers)]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
+
+
+class EverydayMap:
+    """One of Ray Data's workers."""
+
+    def __init__(self, root: Path):
+        self.root, self.tokenizer = root, everyday_tokenizer(root)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        row = json.loads(row["row"])
+        return everyday_sample(self.root, self.tokenizer, row)
+
+
+def ray_data_only(root: Path, out: Path, workers: int) -> None:
+    """A first, small pass starts Ray's workers; only the second counts."""
+    import ray
+
+    ray.init(address="local", num_cpus=workers + 1, include_dashboard=False, log_to_driver=False)
+    rows = [{"row": json.dumps(row)} for row in json.loads((root / "rows.json").read_text())]
+    for part, folder in ((rows[:64], out / "warm"), (rows, out / "all")):
+        started = time.monotonic()
+        dataset = ray.data.from_items(part, override_num_blocks=4 * workers)
+        mapped = dataset.map(EverydayMap, fn_constructor_args=(root,), concurrency=workers)
+        mapped.write_webdataset(str(folder), encoder=None)
+        took = time.monotonic() - started
+    print(len(rows) / took)
+
+
+# -- The limit -------------------------------------------------------------------------------------------------------
+
+
+def parts(root: Path, out: Path, rows: Rows) -> dict[str, float]:
+    """CPU seconds of each part of the work, done over everything before the next begins."""
+    paths = sorted({root / row["image"] for row in rows})
+    tokenizer = load_tokenizer(root / "tokenizer")
+    done: dict[str, list[Any]] = {}
+
+    def each(name: str, work: Callable[[Any], Any], over: Iterable[Any]) -> float:
+        return cpu_s(lambda: done.__setitem__(name, [work(one) for one in over]))
+
+    def tokens(row: Mapping[str, Any]) -> Any:
+        return encode_dialogue(row["conversations"], CONFIG.template, tokenizer, CONFIG.max_text_tokens)
+
+    took = {
+        "read": each("files", Path.read_bytes, paths),
+        "decode": each("decoded", lambda data: Image.open(io.BytesIO(data)).convert("RGB"), done["files"]),
+        "resize": each("squashed", lambda one: one.resize((PX, PX), Image.Resampling.BICUBIC), done["decoded"]),
+        "encode": each("encoded", images.encode_jpeg, done["squashed"]),
+        "tokenise": each("tokens", tokens, rows),
+    }
+    picture = dict(zip(paths, done["encoded"], strict=True))
+    blob = b"".join(picture[root / row["image"]] for row in rows)
+    took["hash"] = cpu_s(lambda: hashlib.sha256(blob).digest())
+    took["write"] = cpu_s(lambda: (out.parent / "blob").write_bytes(blob))
+    return took
+
+
+# -- The table -------------------------------------------------------------------------------------------------------
+
+
+def same_pictures(ours: Path, theirs: Path) -> bool:
+    """Whether both made the same bytes of the first shard's photographs."""
+    made = [[fields["jpg"] for _, fields in read_fields(sorted(out.glob("*.tar"))[0])] for out in (ours, theirs)]
+    return made[0] == made[1]
+
+
+def measure(scratch: Path, pictures: int, rows_per_picture: int, workers: list[int]) -> dict[str, Any]:
+    root = scratch / "root"
+    rows = write_rows(root, pictures, rows_per_picture)
+    (root / "tokenizer").mkdir()
+    (root / "tokenizer/tokenizer.json").write_bytes(gpt_neox().data)
+    shard = max(1, len(rows) // 16)
+    ours(root, scratch / "warm", shard)
+    cpu = {
+        "ours": ours(root, scratch / "ours", shard),
+        "script": everyday_script(root, scratch / "script", shard),
+    }
+    took = parts(root, scratch / "parts", rows)
+    limit = sum(took.values())
+    results: dict[str, Any] = {
+        "rows": len(rows),
+        "pictures": pictures,
+        "samples_per_cpu_s": {name: len(rows) / value for name, value in {**cpu, "limit": limit}.items()},
+        "ms_per_sample": {name: 1000 * value / len(rows) for name, value in took.items()},
+        "times_script": cpu["script"] / cpu["ours"],
+        "of_limit": limit / cpu["ours"],
+        "same_pictures_as_script": same_pictures(scratch / "ours", scratch / "script"),
+        "samples_per_s_on_ray": {n: ours_on_ray(root, scratch / f"ray-{n}", n, shard) for n in workers},
+    }
+    if importlib.util.find_spec(RAY_DATA_NEEDS):
+        rates = {n: ray_data(root, scratch / f"ray-data-{n}", n) for n in workers}
+        results["samples_per_s_of_ray_data"] = rates
+    return results
+
+
+def table(results: Mapping[str, Any]) -> str:
+    rates, ray = results["samples_per_cpu_s"], results["samples_per_s_on_ray"]
+    lines = [
+        f"{results['rows']} rows about {results['pictures']} photographs",
+        "| | samples/s/core |",
+        "|---|---|",
+        f"| ours, in one process | {rates['ours']:.0f} |",
+        *(f"| ours, Ray, {n} worker{'s'[: n > 1]} (each) | {rate / int(n):.0f} |" for n, rate in ray.items()),
+        f"| script: PIL, transformers, webdataset.ShardWriter | {rates['script']:.0f} |",
+    ]
+    for n, rate in results.get("samples_per_s_of_ray_data", {}).items():
+        lines.append(f"| Ray Data `write_webdataset`, {n} worker{'s'[: n > 1]} (each) | {rate / int(n):.0f} |")
+    if "samples_per_s_of_ray_data" not in results:
+        lines.append(f"| Ray Data `write_webdataset` | not measured: {RAY_DATA_NEEDS} is not installed |")
+    lines.append(f"| limit: the sum of the parts | {rates['limit']:.0f} |")
+    spent = ", ".join(f"{name} {value:.2f}" for name, value in results["ms_per_sample"].items())
+    same = "the same bytes" if results["same_pictures_as_script"] else "other bytes"
+    lines += [
+        f"\nms per sample: {spent}",
+        f"{results['times_script']:.2f} × the script, {results['of_limit']:.0%} of the limit; pictures: {same}",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=400)
+    parser.add_argument("--rows-per-picture", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="with Ray")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--ray-data-only", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.ray_data_only:
+        root, out, workers = args.ray_data_only
+        ray_data_only(Path(root), Path(out), int(workers))
+        return
+    results = []
+    for sharing in args.rows_per_picture:
+        with tempfile.TemporaryDirectory() as scratch:
+            results.append(measure(Path(scratch), args.pictures, sharing, args.workers))
+        print(table(results[-1]), end="\n\n", flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
