@@ -11,7 +11,22 @@ from skimage import data
 
 NAMES = ("astronaut", "chelsea", "coffee", "rocket")
 SIZE = (640, 480)
-WORDS = "the a small red wooden table near window shows two people who walk along street with dog and umbrella".split()
+WORDS = [
+    "the",
+    "a",
+    "small",
+    "red",
+    "wooden",
+    "table",
+    "near",
+    "window",
+    "shows",
+    "two",
+    "people",
+    "with",
+    "dog",
+    "umbrella",
+]
 
 
 def write_photographs(folder: Path, count: int) -> list[Path]:

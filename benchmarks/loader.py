@@ -1,0 +1,147 @@
+"""Loading: samples per second from tars to batches, and how soon the first one comes when a run resumes.
+
+    python -m benchmarks.loader --json loader.json
+
+`pipeline.data` with two loading processes, as a rank has them, against the stock webdataset pipeline with as many. That
+one is a stream: to resume inside an epoch it reads, and throws away, what the run has seen of it. It is spared the
+epochs before (another seed starts each), and the full-size figure assumes that it keeps its rate.
+docs/performance.md keeps the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from benchmarks.photographs import write_rows
+from benchmarks.preprocess import MODEL, command
+from pipeline.data import TrainData
+from pipeline.ranks import Ranks
+from pipeline.recipe import Data, Optim, Recipe
+from preprocess import build_shards
+from preprocess.records import decode_pixels, from_fields
+from tests.golden_tokenizer import gpt_neox
+
+NEEDED_SAMPLES_PER_S = 80  # by eight A100s at half of their peak
+FULL_EPOCH = 1_230_000
+WORKERS, MICRO_BATCH, GLOBAL_BATCH = 2, 16, 128
+
+
+def build_set(scratch: Path, pictures: int) -> Path:
+    root, out = scratch / "root", scratch / "shards"
+    write_rows(root, pictures, rows_per_picture=3)
+    (root / "tokenizer").mkdir()
+    (root / "tokenizer/tokenizer.json").write_bytes(gpt_neox().data)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert build_shards.main(command(root, out, workers=0, rows_per_shard=300)) == 0
+    return out
+
+
+# -- Ours ------------------------------------------------------------------------------------------------------------
+
+
+def ours(shards: Path, epochs: int) -> dict[str, float]:
+    """One rank alone, on CPU: what a loading process hands over is what a GPU would be given."""
+    recipe = Recipe(
+        model=MODEL,
+        data=Data(str(shards), str(shards / "tokenizer.json"), epochs=epochs, workers=WORKERS),
+        optim=Optim(global_batch=GLOBAL_BATCH, micro_batch=MICRO_BATCH),
+    )
+    ranks = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+    data = TrainData(recipe, ranks)
+    rate = samples_per_s(batch.samples for batch in data.from_step(0))
+    started = time.monotonic()
+    data = TrainData(recipe, ranks)
+    batches = data.from_step(data.plan.steps_per_epoch + data.plan.steps_per_epoch // 2)
+    next(batches)
+    first_s = time.monotonic() - started
+    batches.close()  # type: ignore[attr-defined]
+    return {"samples_per_s": rate, "first_batch_s": first_s}
+
+
+def samples_per_s(counts: Iterator[int]) -> float:
+    """Once the processes are running: the first batch starts the clock."""
+    next(counts)
+    started, total = time.monotonic(), 0
+    for count in counts:
+        total += count
+    return total / (time.monotonic() - started)
+
+
+# -- The stock pipeline ----------------------------------------------------------------------------------------------
+
+
+def decoded(fields: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    sample = from_fields(fields, fields["__key__"])
+    return sample.tokens, decode_pixels(sample)
+
+
+def padded(rows: list[tuple[np.ndarray, np.ndarray]]) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = [torch.from_numpy(tokens.astype(np.int64)) for tokens, _ in rows]
+    pixels = torch.from_numpy(np.stack([pixels for _, pixels in rows]))
+    return torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True), pixels
+
+
+def stock_stream(shards: Path) -> DataLoader:
+    import webdataset
+
+    urls = sorted(map(str, shards.glob("*.tar")))
+    stream = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0).shuffle(1000, seed=0).map(decoded)
+    return DataLoader(stream.batched(MICRO_BATCH, collation_fn=padded), batch_size=None, num_workers=WORKERS)
+
+
+def stock(shards: Path, epochs: int) -> dict[str, float]:
+    counts = (len(tokens) for _ in range(epochs) for tokens, _ in stock_stream(shards))
+    rate = samples_per_s(counts)
+    seen = sum(1 for _ in stock_stream(shards)) // 2
+    started = time.monotonic()
+    next(itertools.islice(iter(stock_stream(shards)), seen, None))
+    return {"samples_per_s": rate, "first_batch_s": time.monotonic() - started}
+
+
+# -- The table -------------------------------------------------------------------------------------------------------
+
+
+def table(results: Mapping[str, Any]) -> str:
+    of_epoch = FULL_EPOCH / 2
+    lines = [
+        f"{results['samples']} samples, {WORKERS} loading processes",
+        f"| | samples/s | × the {NEEDED_SAMPLES_PER_S} of 8 GPUs | resumed in mid-epoch 2: first batch, s | of 1.23 M, s |",
+        "|---|---|---|---|---|",
+    ]
+    for name in ("ours", "webdataset"):
+        rate, first = results[name]["samples_per_s"], results[name]["first_batch_s"]
+        full = f"about {of_epoch / rate:.0f}" if name == "webdataset" else "as here, and the plan"
+        lines.append(f"| {name} | {rate:.0f} | {rate / NEEDED_SAMPLES_PER_S:.1f} | {first:.1f} | {full} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=1000, help="three rows are about each")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        shards = build_set(Path(scratch), args.pictures)
+        results = {"samples": 3 * args.pictures, "ours": ours(shards, args.epochs)}
+        results["webdataset"] = stock(shards, args.epochs)
+    print(table(results))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
