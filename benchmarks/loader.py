@@ -118,7 +118,7 @@ def table(results: Mapping[str, Any]) -> str:
     of_epoch = FULL_EPOCH / 2
     lines = [
         f"{results['samples']} samples, {WORKERS} loading processes",
-        f"| | samples/s | × the {NEEDED_SAMPLES_PER_S} of 8 GPUs | resumed in mid-epoch 2: first batch, s | of 1.23 M, s |",
+        f"| | samples/s | × the {NEEDED_SAMPLES_PER_S} of 8 GPUs | resumed in epoch 2: first batch, s | of 1.23 M, s |",
         "|---|---|---|---|---|",
     ]
     for name in ("ours", "webdataset"):
