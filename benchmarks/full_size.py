@@ -163,8 +163,8 @@ def main() -> None:
     try:
         generate(args.folder / "root", args.rows)
         results = {"rows": args.rows, "workers": args.workers}
-        results |= build(args.folder / "root", args.folder / "set", args.workers)  # type: ignore[arg-type]
-        results["verifying_s"] = verify(args.folder / "set")  # type: ignore[assignment]
+        results |= build(args.folder / "root", args.folder / "set", args.workers)
+        results["verifying_s"] = verify(args.folder / "set")
     finally:
         if not args.keep:
             shutil.rmtree(args.folder)

@@ -50,7 +50,7 @@ EXIT_USER_ERROR, EXIT_TOO_MANY_REJECTS, EXIT_INTERRUPTED = 2, 3, 130
 
 EXAMPLES = """examples:
   preprocess/build_shards.py preprocess/mixes/emma_1m2.toml --model emma_v2 --root /data/raw --out /data/shards
-  preprocess/build_shards.py my.toml --model tiny_v2 --root raw --out shards --tokenizer my_tokenizer --dry-run
+  preprocess/build_shards.py my.toml --model tiny_v2 --root raw --out shards --tokenizer my_tokenizer --check
   ray job submit --working-dir . -- python preprocess/build_shards.py MIX.toml --model emma_v2 --root /… --out /…
 
 Uses the Ray cluster that RAY_ADDRESS names, as it does in a Ray job; otherwise starts its own on this machine. --root
@@ -69,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         build = check(parsed)
-        if parsed.dry_run:
-            dry_run(build)
+        if parsed.check:
+            look(build)
         else:
             run(build)
     except UserError as error:
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         "--workers", type=int, help="tasks at a time (default: one per CPU; 0: in this process, without Ray)"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="look at the data, say what would be built, write nothing"
+        "--check", "--dry-run", action="store_true", help="look at the data, say what would be built, write nothing"
     )
     return parser
 
@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 # -- The work --------------------------------------------------------------------------------------------------------
 
 
-def dry_run(build: Build) -> None:
+def look(build: Build) -> None:
     """Reads every row and a few pictures. Raises: UserError for what would stop a build."""
     survey, store = Survey(), PictureStore(build.root, build.mix.archives)
     work = make_worklist(build.mix, build.root, build.samples_per_shard, survey.write, _row_teller())

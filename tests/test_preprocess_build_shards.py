@@ -88,6 +88,12 @@ def test_both_ways_of_submitting_build_the_same_set(head: RayHead, root: Path, e
     assert head.statuses() == ["SUCCEEDED", "SUCCEEDED"]
 
 
+def test_eight_workers_build_the_same_set(root: Path, expected: Path, tmp_path: Path) -> None:
+    done = run_python(SCRIPT, *command(root, tmp_path / "out", workers=8), RAY_ADDRESS="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert contents(tmp_path / "out") == contents(expected)
+
+
 def test_a_failed_build_fails_its_job(head: RayHead, root: Path, tmp_path: Path) -> None:
     done = head.submit("submit", "--", SCRIPT, *command(root, tmp_path / "out", max_reject_ratio=0.001))
     assert done.returncode == 1
@@ -164,6 +170,27 @@ def test_a_rerun_builds_only_what_is_missing_or_differs(root: Path, expected: Pa
     assert contents(out) == contents(expected)
     changed = {path.name for path in out.glob("shard-*") if path.stat().st_mtime_ns != before.get(path.name)}
     assert changed == {f"shard-{number:05d}.{kind}" for number in (3, 5, 7) for kind in ("tar", "json")}
+
+
+def test_a_stopped_job_goes_on_where_it_was(head: RayHead, root: Path, tmp_path: Path) -> None:
+    """Every row has a picture of its own here, so that there is something left to stop."""
+    many, out = tmp_path / "root", tmp_path / "out"
+    write_mix(many, [{"name": "photographs", "format": "llava", "annotations": "rows.json"}])
+    rows = [_row(i) | {"image": f"{i}.jpg"} for i in range(600)]
+    for row in rows:
+        os.link(root / "photographs/rocket.jpg", many / str(row["image"]))
+    (many / "rows.json").write_text(json.dumps(rows))
+    words = [str(word) for word in command(many, out, workers=1)]
+    head.submit("submit", "--no-wait", "--submission-id", "stopped", "--", SCRIPT, *words)
+    while not list(out.glob("shard-*.json")):
+        time.sleep(0.02)
+    assert head.submit("stop", "stopped").returncode == 0
+    assert head.statuses().count("STOPPED") == 1
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.json")}
+    assert not (out / "manifest.json").exists()
+    assert head.submit("submit", "--", SCRIPT, *words).returncode == 0
+    assert contents(out) == contents(build_in_process(many, tmp_path / "b", gpt_neox(), samples_per_shard=20))
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished shards were built again"
 
 
 @pytest.mark.parametrize("name", ["index.parquet", "rejects.jsonl", "tokenizer.json", "manifest.json"])
@@ -262,8 +289,13 @@ def test_other_settings_build_another_set(root: Path, expected: Path, tmp_path: 
     assert Manifest.load(tmp_path / "out").template == "zephyr"
 
 
-def test_a_dry_run_writes_nothing(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert build_shards.main([*command(root, tmp_path / "out"), "--dry-run"]) == 0
+def test_the_manifest_counts_distinct_pictures(expected: Path) -> None:
+    counts = Manifest.load(expected).counts
+    assert (counts["with_image"], counts["pictures"]) == (215, len(PHOTOGRAPHS))
+
+
+def test_a_check_writes_nothing(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build_shards.main([*command(root, tmp_path / "out"), "--check"]) == 0
     assert not (tmp_path / "out").exists()
     assert capsys.readouterr().out.splitlines() == [
         "photographs: 240 rows, 0 rejected before their pictures are looked at",
@@ -273,7 +305,7 @@ def test_a_dry_run_writes_nothing(root: Path, tmp_path: Path, capsys: pytest.Cap
     ]
 
 
-def test_a_dry_run_lists_what_is_missing_and_what_is_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_lists_what_is_missing_and_what_is_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "here/1.jpg").write_text("no picture")
     rows = [_row(i) | {"image": f"{folder}/1.jpg"} for i, folder in enumerate(["here", "here", "coco/train2017"])]
@@ -299,6 +331,7 @@ MISTAKES = {
     "unknown preset": (["--model", "emma_v3"], "no model preset 'emma_v3'; did you mean 'emma_v2'?"),
     "large vocabulary": (["--model", "tiny_v2"], "has ids up to 50276, preset tiny_v2 embeds 1024"),
     "impossible ratio": (["--max-reject-ratio", "7"], "--max-reject-ratio is 7.0, expected a number from 0 to 1"),
+    "out is read-only": (["--out", "/sys/shards"], "/sys/shards cannot be used: "),
     "out is a file": (["--out", __file__], f"{__file__}/.work cannot be used: Not a directory"),
 }
 
