@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,6 +28,8 @@ class Source:
     images          what is put before the rows' picture paths; relative to the root
     expected_rows   a different number of rows is reported
     limit           only the first so many rows
+    weight          how often each row is taken: 3 is three times, 0.5 every second row. The rows that result are
+                    what the build counts and numbers
     """
 
     name: str
@@ -35,6 +38,15 @@ class Source:
     images: str = ""
     expected_rows: int | None = None
     limit: int | None = None
+    weight: float = 1.0
+
+    @property
+    def is_whole(self) -> bool:
+        return self.limit is None and self.weight == 1
+
+    def times(self, row: int) -> int:
+        """How often a row of the file is taken. Over the first n rows that makes ⌊n × weight⌋, evenly spread."""
+        return math.floor((row + 1) * self.weight) - math.floor(row * self.weight)
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not TOML: {error}") from None
 
 
-_SOURCE_TYPES = {"expected_rows": int, "limit": int}
+_SOURCE_TYPES: dict[str, type | tuple[type, ...]] = {"expected_rows": int, "limit": int, "weight": (int, float)}
 
 
 def _source(table: dict[str, Any], where: str) -> Source:
@@ -85,6 +97,8 @@ def _source(table: dict[str, Any], where: str) -> Source:
     _one_of(table["format"], get_args(Format), f"{where}: format")
     if table.get("limit", 1) < 1:
         raise UserError(f"{where}: limit is {table['limit']}; it must be at least 1")
+    if not 0 < table.get("weight", 1) < math.inf:
+        raise UserError(f"{where}: weight is {table['weight']}; it must be above 0; leave the source out to have none")
     return Source(**table)
 
 
@@ -95,10 +109,11 @@ def _refuse_unknown(table: dict[str, Any], known: set[str], where: str) -> None:
         raise UserError(f"{where} has an unknown key {key!r}{hint} Known: {', '.join(sorted(known))}")
 
 
-def _typed(table: dict[str, Any], key: str, kind: type, default: Any, where: str) -> Any:
+def _typed(table: dict[str, Any], key: str, kind: type | tuple[type, ...], default: Any, where: str) -> Any:
     value = table.get(key, default)
     if value is not default and (not isinstance(value, kind) or isinstance(value, bool)):
-        raise UserError(f"{where}: {key} is {value!r}, expected {kind.__name__}")
+        names = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+        raise UserError(f"{where}: {key} is {value!r}, expected {names}")
     return value
 
 

@@ -69,7 +69,7 @@ def _lines(mix: Mix, root: Path, work: Worklist, tick: Callable[[int], None]) ->
     for source in mix.sources:
         work.rows[source.name] = 0
         folders = work.folders[source.name] = Counter()
-        for row, value in enumerate(itertools.islice(read_rows(root / source.annotations), source.limit)):
+        for row, value in enumerate(_weighted_rows(source, root)):
             work.rows[source.name] += 1
             if row % 1000 == 0:
                 tick(work.rows.total())
@@ -83,6 +83,12 @@ def _lines(mix: Mix, root: Path, work: Worklist, tick: Callable[[int], None]) ->
             if dialogue.picture:
                 folders[str(PurePosixPath(dialogue.picture).parent)] += 1
             yield to_line(dialogue)
+
+
+def _weighted_rows(source: Source, root: Path) -> Iterator[Any | Rejected]:
+    """A row's repetitions stand together, so that its picture is decoded once."""
+    for row, value in enumerate(itertools.islice(read_rows(root / source.annotations), source.limit)):
+        yield from itertools.repeat(value, source.times(row))
 
 
 def reject(source: str, row: int, id: str, error: Rejected) -> Reject:  # noqa: A002
@@ -120,5 +126,5 @@ def row_count_notes(sources: Iterable[Source], rows: Counter[str]) -> list[str]:
     return [
         f"note: source {source.name!r} has {rows[source.name]} rows, the mix expects {source.expected_rows}"
         for source in sources
-        if source.expected_rows is not None and source.limit is None and rows[source.name] != source.expected_rows
+        if source.is_whole and source.expected_rows not in (None, rows[source.name])
     ]

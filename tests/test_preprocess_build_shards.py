@@ -18,6 +18,7 @@ from skimage import data as photographs
 from preprocess import build_shards
 from preprocess.folder import only_builder_of
 from preprocess.shards import Manifest, load_index
+from preprocess.verify import verify
 from tests.conftest import run_python
 from tests.golden_tokenizer import gpt_neox
 from tests.ray_head import RayHead, ray_head
@@ -393,3 +394,15 @@ def test_a_row_count_other_than_expected_is_reported(
     write_mix(tmp_path / "root", [{k: v for k, v in source.items() if k != "limit"} | {"expected_rows": 700}])
     build_in_process(tmp_path / "root", tmp_path / "out", gpt_neox())
     assert "note: source 'p' has 240 rows, the mix expects 700" in capsys.readouterr().out
+
+
+def test_weighted_rows_are_counted_and_sound(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "root")
+    source = {"format": "llava", "annotations": "rows.json", "images": "photographs", "expected_rows": NUM_ROWS}
+    sources = [source | {"name": "thinned", "weight": 0.25}, source | {"name": "repeated", "weight": 2}]
+    write_mix(tmp_path / "root", sources)
+    out = build_in_process(tmp_path / "root", tmp_path / "out", gpt_neox(), max_reject_ratio=0.1)
+    about = Manifest.load(out).sources
+    assert about["thinned"] == {"rows": 60, "samples": 59, "rejects": 1}
+    assert about["repeated"] == {"rows": 480, "samples": 478, "rejects": 2}
+    assert list(verify(out)) == []

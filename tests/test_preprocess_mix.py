@@ -26,6 +26,8 @@ MISTAKES = {
     "wrong type": (SOURCE + "expected_rows = 'many'", "expected_rows is 'many', expected int"),
     "twins": (SOURCE + SOURCE, "two sources named 'a'"),
     "impossible limit": (SOURCE + "limit = 0", "limit is 0"),
+    "impossible weight": (SOURCE + "weight = 0.0", "weight is 0.0; it must be above 0"),
+    "weight of a wrong type": (SOURCE + "weight = '2'", "weight is '2', expected int or float"),
     "unknown encoding": (SOURCE + '[images]\nencoding = "gif"', "images.encoding is 'gif'"),
 }
 
@@ -50,6 +52,12 @@ def test_a_whole_mix_is_read(tmp_path: Path) -> None:
     (tmp_path / "mix.toml").write_text(head + SOURCE + 'images = "p"\nlimit = 3\n')
     source = Source("a", "llava", "a.json", "p", None, 3)
     assert load_mix(tmp_path / "mix.toml") == Mix((source,), "raw", "org/name", {"vg/VG_100K": "vg/images.zip"})
+
+
+@pytest.mark.parametrize(("weight", "taken"), [(1, "abcde"), (3, "aaabbbcccdddeee"), (0.5, "bd"), (1.5, "abbcdde")])
+def test_a_weight_repeats_rows_or_thins_them_evenly(weight: float, taken: str) -> None:
+    source = Source("a", "llava", "a.json", weight=weight)
+    assert "".join(row * source.times(number) for number, row in enumerate("abcde")) == taken
 
 
 def test_the_papers_mix_has_its_three_sources_in_five_files() -> None:
