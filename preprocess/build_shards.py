@@ -36,6 +36,7 @@ from preprocess.folder import (
     sweep,
 )
 from preprocess.pictures import PictureStore
+from preprocess.places import place
 from preprocess.progress import LOG_EVERY_S, Progress
 from preprocess.request import Build, check
 from preprocess.shards import MANIFEST, REJECTS, TOKENIZER, WORK, Manifest, canonical_json, publish, published
@@ -92,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("mix", type=Path, nargs="?", default=PAPER_MIX, help=f"TOML that names the sources {default}")
     parser.add_argument("--model", default="emma_v2", help=f"preset: template, picture size, limit of text {default}")
     parser.add_argument(
-        "--root", type=Path, default=Path("data/raw"), help=f"where annotations and pictures lie {default}"
+        "--root", type=place, default="data/raw", help=f"folder or URL (s3://…) of annotations and pictures {default}"
     )
     parser.add_argument("--out", type=Path, default=Path("data/shards"), help=f"folder of the shard set {default}")
     parser.add_argument(

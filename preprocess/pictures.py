@@ -1,5 +1,7 @@
 """Where the bytes of a picture come from: folders under the root, or the zips and tars that datasets are published as.
 
+The root may be a URL; archives are then read in place, too.
+
 `coco/train2017/1.jpg` is that file if its folder is there; else it is sought, as `1.jpg` or `train2017/1.jpg`, in the
 archive that the mix names for the folder, or that lies beside its place as `coco/train2017.zip` (.tar).
 """
@@ -9,15 +11,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import os
 import tarfile
 import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from model.errors import UserError
+from preprocess.places import Place, size_of
 from preprocess.rejects import Rejected
 
 _NOT_A_FILE_NAME = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
@@ -27,7 +30,7 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 class PictureStore:
     """Reads pictures by their path under the root. Archives stay open, one handle per process."""
 
-    def __init__(self, root: Path, archives: Mapping[str, str]) -> None:
+    def __init__(self, root: Place, archives: Mapping[str, str]) -> None:
         self.root, self.archives = root, dict(archives)
 
     def read(self, path: str) -> bytes:
@@ -50,34 +53,38 @@ class PictureStore:
         archive = self.archive_of(str(PurePosixPath(path).parent))
         for file in [archive.path] if archive else [self.root / spelling for spelling in _spellings(path)]:
             with contextlib.suppress(OSError, ValueError):
-                return file.stat().st_size
+                return size_of(file)
         return None
 
     def has_folder(self, folder: str) -> bool:
-        return _exists(Path.is_dir, self.root / folder) or self.archive_of(folder) is not None
+        return _exists((self.root / folder).is_dir) or self.archive_of(folder) is not None
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019  stores live as long as their process
     def archive_of(self, folder: str) -> _Archive | None:
         """The archive that stands for the folder or for one above it, unless the folder is there."""
-        if _exists(Path.is_dir, self.root / folder):
+        if _exists((self.root / folder).is_dir):
             return None
         for ancestor in [folder, *map(str, PurePosixPath(folder).parents)]:
             for name in (self.archives.get(ancestor), f"{ancestor}.zip", f"{ancestor}.tar"):
-                if name and _exists(Path.is_file, self.root / name):
+                if name and _exists((self.root / name).is_file):
                     return _open_archive(self.root / name, ancestor)
         return None
 
     def _read_file(self, path: str) -> bytes:
         file = self.root / path
-        if file.is_symlink() and not file.resolve().is_relative_to(self.root.resolve()):
+        if (
+            isinstance(file, Path)
+            and file.is_symlink()
+            and not file.resolve().is_relative_to(Path(str(self.root)).resolve())
+        ):
             raise Rejected("picture_path_escapes", f"a link to {file.readlink()}")
         return file.read_bytes()
 
 
-def _exists(of_kind: Callable[[Path], bool], path: Path) -> bool:
+def _exists(of_kind: Callable[[], bool]) -> bool:
     """A name that no file can have names none."""
     try:
-        return of_kind(path)
+        return of_kind()
     except OSError as error:
         if error.errno in _NOT_A_FILE_NAME:
             return False
@@ -100,11 +107,13 @@ def _as_reject(error: OSError) -> Exception:
 class _Archive:
     """Pictures by their path under the root, of an archive that stands for `folder`."""
 
-    def __init__(self, path: Path, folder: str) -> None:
+    def __init__(self, path: Place, folder: str) -> None:
         self.path, self.folder = path, PurePosixPath(folder)
+        file = path.open("rb")
         try:
-            self._packed: _Zip | _Tar = _Zip(path) if zipfile.is_zipfile(path) else _Tar(path)
+            self._packed: _Zip | _Tar = _Zip(file) if zipfile.is_zipfile(file) else _Tar(file)
         except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+            file.close()
             raise UserError(f"picture archive {path} is damaged ({error}); fetch it again") from None
 
     def read(self, path: str) -> bytes:
@@ -122,8 +131,8 @@ class _Archive:
 
 
 class _Zip:
-    def __init__(self, path: Path) -> None:
-        self._zip = zipfile.ZipFile(path)
+    def __init__(self, file: IO[bytes]) -> None:
+        self._zip = zipfile.ZipFile(file)
         self.names = set(self._zip.namelist())
 
     def read(self, name: str) -> bytes:
@@ -131,16 +140,18 @@ class _Zip:
 
 
 class _Tar:
-    def __init__(self, path: Path) -> None:
-        with tarfile.open(path, "r:") as tar:
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        file.seek(0)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             self.names = {member.name: (member.size, member.offset_data) for member in tar if member.isfile()}
-        self._handle = os.open(path, os.O_RDONLY)
 
     def read(self, name: str) -> bytes:
         size, offset = self.names[name]
-        return os.pread(self._handle, size, offset)
+        self._file.seek(offset)
+        return self._file.read(size)
 
 
 @functools.lru_cache(maxsize=64)
-def _open_archive(path: Path, folder: str) -> _Archive:
+def _open_archive(path: Place, folder: str) -> _Archive:
     return _Archive(path, folder)

@@ -10,6 +10,7 @@ from model.config import EmmaConfig, preset
 from model.errors import UserError
 from preprocess.mix import Mix, load_mix
 from preprocess.pictures import PictureStore
+from preprocess.places import Place
 from preprocess.prompts import Tokenizer, load_tokenizer
 from preprocess.task import Settings
 
@@ -23,7 +24,7 @@ class Build:
     mix: Mix
     config: EmmaConfig
     tokenizer: Tokenizer
-    root: Path
+    root: Place
     out: Path
     samples_per_shard: int
     workers: int | None
@@ -82,7 +83,7 @@ def _refuse_lost_paths(parsed: argparse.Namespace) -> None:
                 )
 
 
-def _check_root(mix: Mix, root: Path) -> None:
+def _check_root(mix: Mix, root: Place) -> None:
     if not root.is_dir():
         raise UserError(f"--root {root} is no folder; it must hold the annotations and pictures that the mix names")
     store = PictureStore(root, mix.archives)

@@ -7,13 +7,13 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model.errors import UserError
+from preprocess.places import Place
 from preprocess.rejects import Rejected
 
 CHUNK_BYTES = 1 << 20
@@ -21,7 +21,7 @@ LONGEST_ROW_CHARACTERS, LONGEST_NUMBER = 64 << 20, 32
 _SPACE = " \t\r\n"
 
 
-def read_rows(path: Path) -> Iterator[Any | Rejected]:
+def read_rows(path: Place) -> Iterator[Any | Rejected]:
     """Each row as JSON gave it, or why a line of JSONL could not be read; a row's number is its place in the stream.
 
     Raises: UserError if there is no such file, or if the rest of it cannot be told apart (a broken array).
@@ -32,7 +32,7 @@ def read_rows(path: Path) -> Iterator[Any | Rejected]:
         magic = raw.read(4)
         raw.seek(0)
         if magic == b"PAR1":
-            yield from _parquet_rows(path)
+            yield from _parquet_rows(raw, path)
             return
         text = _Text(_decompressed(raw, magic), path)
         try:
@@ -51,9 +51,9 @@ def _decompressed(raw: IO[bytes], magic: bytes) -> IO[bytes]:
     return raw
 
 
-def _parquet_rows(path: Path) -> Iterator[Any]:
+def _parquet_rows(raw: IO[bytes], path: Place) -> Iterator[Any]:
     try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+        for batch in pq.ParquetFile(raw).iter_batches(batch_size=1024):
             yield from batch.to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is not a whole Parquet file ({error}); fetch it again") from None
@@ -62,7 +62,7 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
 class _Text:
     """A window of decoded characters that moves through the file and knows its line. Bad UTF-8 becomes U+FFFD."""
 
-    def __init__(self, stream: IO[bytes], path: Path) -> None:
+    def __init__(self, stream: IO[bytes], path: Place) -> None:
         self.stream, self.path = stream, path
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="replace")
         self.window, self.position = "", 0

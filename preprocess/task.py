@@ -15,6 +15,7 @@ import numpy as np
 
 from preprocess import images, prompts
 from preprocess.pictures import PictureStore
+from preprocess.places import Place
 from preprocess.records import Sample
 from preprocess.rejects import Reject, Rejected
 from preprocess.shards import canonical_json, publish, write_shard
@@ -44,7 +45,7 @@ class ShardTask:
     settings: Settings
     dialogues: Path
     tokenizer: Path
-    root: Path
+    root: Place
     archives: dict[str, str]
 
     @property

@@ -12,12 +12,13 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from model.errors import UserError
 from preprocess.mix import Mix, Source
 from preprocess.pictures import PictureStore
+from preprocess.places import Place
 from preprocess.rejects import Reject, Rejected
 from preprocess.rows import read_rows
 from preprocess.sources import Dialogue, row_id, to_dialogue
@@ -51,7 +52,7 @@ class Worklist:
 
 
 def make_worklist(
-    mix: Mix, root: Path, samples_per_shard: int, write: Callable[[bytes], Any], tick: Callable[[int], None]
+    mix: Mix, root: Place, samples_per_shard: int, write: Callable[[bytes], Any], tick: Callable[[int], None]
 ) -> Worklist:
     """Streams every source through `write`. `tick` is told the number of rows read, now and then."""
     work = Worklist()
@@ -65,7 +66,7 @@ def make_worklist(
     return work
 
 
-def _lines(mix: Mix, root: Path, work: Worklist, tick: Callable[[int], None]) -> Iterator[bytes]:
+def _lines(mix: Mix, root: Place, work: Worklist, tick: Callable[[int], None]) -> Iterator[bytes]:
     for source in mix.sources:
         work.rows[source.name] = 0
         folders = work.folders[source.name] = Counter()
@@ -85,7 +86,7 @@ def _lines(mix: Mix, root: Path, work: Worklist, tick: Callable[[int], None]) ->
             yield to_line(dialogue)
 
 
-def _weighted_rows(source: Source, root: Path) -> Iterator[Any | Rejected]:
+def _weighted_rows(source: Source, root: Place) -> Iterator[Any | Rejected]:
     """A row's repetitions stand together, so that its picture is decoded once."""
     for row, value in enumerate(itertools.islice(read_rows(root / source.annotations), source.limit)):
         yield from itertools.repeat(value, source.times(row))

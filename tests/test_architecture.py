@@ -20,6 +20,7 @@ DOORS = {
     "timm": {"model/vision.py"},
     "ray": {"preprocess/build_shards.py"},
     "webdataset": {"preprocess/shards.py"},
+    "fsspec": {"preprocess/places.py"},
     "deepspeed": {"pipeline/engine.py", "pipeline/checkpoint.py"},
     "wandb": {"pipeline/metrics.py"},
     "matplotlib": {"pipeline/demo_report.py", "pipeline/status.py"},
