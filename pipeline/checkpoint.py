@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from model.errors import UserError
+from pipeline.agreement import on_main
 from pipeline.files import sha256_of, sync_file, sync_folder, write_json, write_text
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
@@ -33,6 +34,7 @@ class Identity:
     fingerprint: str
     shards_sha256: str
     total_steps: int
+    zero_stage: int
 
 
 class Checkpoints:
@@ -60,9 +62,9 @@ class Checkpoints:
         dist.barrier()
 
     def _sync_and_hash(self, partial: Path) -> dict[str, dict[str, Any]]:
-        """Each rank takes its share of the files; all get the whole table."""
+        """Each rank takes its share of the main rank's list of files; all get the whole table."""
         dist.barrier()
-        paths = sorted(path for path in partial.rglob("*") if path.is_file())
+        paths = on_main(self.ranks, lambda: sorted(path for path in partial.rglob("*") if path.is_file()))
         mine = {}
         for path in paths[self.ranks.rank :: self.ranks.world_size]:
             sync_file(path)
@@ -71,19 +73,27 @@ class Checkpoints:
         dist.all_gather_object(tables, mine)
         return {name: facts for table in tables for name, facts in table.items()}
 
+    def _must_match(self) -> dict[str, Any]:
+        """Beside the recipe's identity. The number of ranks and the ZeRO stage shape the files of a checkpoint."""
+        return {
+            "shards_sha256": self.identity.shards_sha256,
+            "total_steps": self.identity.total_steps,
+            "world_size": self.ranks.world_size,
+            "zero_stage": self.identity.zero_stage,
+        }
+
     def _publish(self, partial: Path, name: str, step: int, files: dict[str, dict[str, Any]]) -> None:
         manifest = {
             "step": step,
-            "world_size": self.ranks.world_size,
+            **self._must_match(),
             "recipe": self.identity.recipe,
             "fingerprint": self.identity.fingerprint,
-            "shards_sha256": self.identity.shards_sha256,
-            "total_steps": self.identity.total_steps,
             "torch": torch.__version__,
             "files": dict(sorted(files.items())),
         }
         write_json(partial / MANIFEST, manifest)
-        sync_folder(partial)
+        for folder in {partial, *((partial / file).parent for file in files)}:
+            sync_folder(folder)
         shutil.rmtree(self.folder / name, ignore_errors=True)  # one whose deletion was cut off
         partial.rename(self.folder / name)
         sync_folder(self.folder)
@@ -109,7 +119,7 @@ class Checkpoints:
         Raises: UserError on all ranks if there are checkpoints but none is good, or if the newest good one belongs to
         another training.
         """
-        step, report = self._on_main(self._choose)
+        step, report = on_main(self.ranks, self._choose)
         if step is None:
             return 0, report
         folder = self.folder / folder_name(step)
@@ -121,8 +131,7 @@ class Checkpoints:
         for leftover in self.folder.glob(f"{PARTIAL}*") if self.folder.exists() else ():
             shutil.rmtree(leftover)
             report.append(f"removed {leftover.name}: its save was cut off")
-        steps = list_steps(self.folder)
-        for step in reversed(steps):
+        for step in reversed(list_steps(self.folder)):
             folder = self.folder / folder_name(step)
             damage = find_damage(folder)
             if damage is None:
@@ -131,8 +140,9 @@ class Checkpoints:
                 return step, report
             self._refuse(folder)
             report.append(f"refused {folder}: {damage}")
-        if steps:
-            raise UserError("; ".join([*report, f"no checkpoint is left; to start afresh, move {self.folder} away"]))
+        if self.folder.exists() and any(self.folder.iterdir()):
+            what = "; ".join([*report, f"{self.folder} holds no good checkpoint, and is not empty"])
+            raise UserError(f"{what}; to start afresh, move it away")
         return None, report
 
     def _refuse(self, folder: Path) -> None:
@@ -143,31 +153,18 @@ class Checkpoints:
 
     def _check_identity(self, folder: Path) -> None:
         manifest = read_manifest(folder)
-        if manifest["fingerprint"] != self.identity.fingerprint:
-            changed = _differences(manifest["recipe"], self.identity.recipe)
+        if manifest.get("fingerprint") != self.identity.fingerprint:
+            changed = _differences(manifest.get("recipe", {}), self.identity.recipe)
             raise UserError(
                 f"{folder} belongs to another training; changed since: {'; '.join(changed)}; "
                 f"give the old values, or another run.dir to start afresh"
             )
-        for key, found in (("shards_sha256", self.identity.shards_sha256), ("world_size", self.ranks.world_size)):
-            if manifest[key] != found:
+        for key, found in self._must_match().items():
+            if manifest.get(key) != found:
                 raise UserError(
-                    f"{folder}: {key} is {manifest[key]}, this run has {found}; resume with the same, "
+                    f"{folder}: {key} is {manifest.get(key)}, this run has {found}; resume with the same, "
                     f"or give another run.dir to start afresh"
                 )
-
-    def _on_main(self, decide: Any) -> Any:
-        """Let the main rank decide for all, its UserError included. Every rank must call it."""
-        outcome: list[Any] = [None]
-        if self.ranks.is_main:
-            try:
-                outcome = [decide()]
-            except UserError as error:
-                outcome = [error]
-        dist.broadcast_object_list(outcome)
-        if isinstance(outcome[0], UserError):
-            raise outcome[0]
-        return outcome[0]
 
 
 def folder_name(step: int) -> str:
@@ -183,8 +180,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises: UserError if it is not there or not readable."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no readable {MANIFEST}: {error}") from None
+        if not isinstance(manifest["files"], dict):
+            raise TypeError("its files are no table")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: no readable {MANIFEST}: {error!r}") from None
     return manifest
 
 

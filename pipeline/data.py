@@ -22,10 +22,12 @@ from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
 from preprocess.prompts import load_tokenizer
 from preprocess.records import Sample, decode_pixels, from_payloads
+from preprocess.rejects import Rejected
 from preprocess.shards import Manifest, load_index
 
 IGNORED = -100  # the target of a position that is not supervised
 PAD_ID = 1
+Pixels = npt.NDArray[np.uint8]
 PARTS = ("tokens", "meta", "image")  # of a sample, as the index names them
 
 
@@ -88,16 +90,15 @@ class ShardReader:
         names = ["shard", *(f"{part}_{what}" for part in PARTS for what in ("offset", "bytes"))]
         return {name: self.index.column(name).to_numpy() for name in names}
 
-    def sample(self, row: int) -> Sample:
-        """Raises: DamagedShardError naming shard, key and the command that finds the damage."""
+    def read(self, row: int) -> tuple[Sample, Pixels | None]:
+        """A sample and its picture [h, w, 3]. Raises: DamagedShardError naming shard, key and the remedy."""
         column = {name: int(values[row]) for name, values in self.columns.items()}
         shard = self.folder / self.manifest.shards[column["shard"]].name
         try:
-            tokens, meta, image = (
-                os.pread(_open_shard(shard), column[f"{part}_bytes"], column[f"{part}_offset"]) for part in PARTS
-            )
-            return from_payloads(self._key(row), tokens, meta, image or None)
-        except (OSError, ValueError, KeyError) as error:
+            tokens, meta, image = (_payload(shard, column[f"{part}_offset"], column[f"{part}_bytes"]) for part in PARTS)
+            sample = from_payloads(self._key(row), tokens, meta, image or None)
+            return sample, decode_pixels(sample, self.manifest.image["px"]) if image else None
+        except (OSError, EOFError, ValueError, KeyError, TypeError, Rejected) as error:
             raise self.damaged(row, shard, error) from error
 
     def _key(self, row: int) -> str:
@@ -110,24 +111,30 @@ class ShardReader:
         )
 
 
+def _payload(shard: Path, offset: int, size: int) -> bytes:
+    data = os.pread(_open_shard(shard), size, offset)
+    if len(data) != size:
+        raise EOFError(f"it has {len(data)} of {size} bytes at {offset}")
+    return data
+
+
 @functools.cache
 def _open_shard(path: Path) -> int:
     return os.open(path, os.O_RDONLY)
 
 
-def collate(rows: list[Sample], real: npt.NDArray[np.bool_], image_px: int) -> MicroBatch:
+def collate(rows: list[tuple[Sample, Pixels | None]], real: npt.NDArray[np.bool_]) -> MicroBatch:
     """Rows of one modality, padded on the right to the longest; those that are not `real` are not supervised."""
-    shape = (len(rows), max(len(row.tokens) for row in rows))
+    shape = (len(rows), max(len(sample.tokens) for sample, _ in rows))
     tokens, targets = torch.full(shape, PAD_ID), torch.full(shape, IGNORED)
-    for i, row in enumerate(rows):
-        ids = torch.from_numpy(row.tokens.astype(np.int64))
+    for i, (sample, _) in enumerate(rows):
+        ids = torch.from_numpy(sample.tokens.astype(np.int64))
         tokens[i, : len(ids)] = ids
-        for start, end in row.spans if real[i] else ():
+        for start, end in sample.spans if real[i] else ():
             targets[i, start:end] = ids[start:end]
-    pixels = None
-    if rows[0].image is not None:
-        stacked = np.stack([decode_pixels(row, image_px) for row in rows])
-        pixels = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
+    pictures = [pixels for _, pixels in rows if pixels is not None]
+    assert len(pictures) in (0, len(rows)), "a global batch is of one modality"
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous() if pictures else None
     return MicroBatch(tokens, targets, pixels, torch.from_numpy(real))
 
 
@@ -150,8 +157,7 @@ class MicroBatches(Dataset):
         ids = self.plan.step(step)
         mine = rank_slices(ids, self.ranks.rank, self.ranks.world_size, self.micro_batch)[micro]
         real = mine != FILLER
-        rows = [self.reader.sample(int(row)) for row in np.where(real, mine, ids[0])]
-        return collate(rows, real, self.reader.manifest.image["px"])
+        return collate([self.reader.read(int(row)) for row in np.where(real, mine, ids[0])], real)
 
 
 class TrainData:
@@ -261,12 +267,13 @@ def check_fit(manifest: Manifest, recipe: Recipe) -> None:
 
 
 def _check_tokenizer(manifest: Manifest, recipe: Recipe) -> None:
-    expected, found = recipe.data.tokenizer or recipe.config.tokenizer, manifest.tokenizer["name"]
-    same = expected is None or expected == found
-    if not same and recipe.data.tokenizer:
-        same = load_tokenizer(recipe.data.tokenizer).sha256 == manifest.tokenizer["sha256"]
-    if not same:
+    """By content if a copy is named, else by the name that the preset knows it by."""
+    given, found = recipe.data.tokenizer, manifest.tokenizer
+    expected = given or recipe.config.tokenizer
+    if expected is None:
+        return
+    if (load_tokenizer(given).sha256 != found["sha256"]) if given else (expected != found["name"]):
         raise UserError(
-            f"data.shards: {recipe.data.shards}: tokenised with {found!r}, expected {expected!r}; build the shards "
-            f"with --tokenizer {expected}, or name the copy that was used by data.tokenizer=FOLDER"
+            f"data.shards: {recipe.data.shards}: tokenised with {found['name']!r}, expected {expected!r}; build the "
+            f"shards with --tokenizer {expected}, or name the copy that was used by data.tokenizer=FOLDER"
         )

@@ -39,14 +39,14 @@ def describe(recipe: Recipe, ranks: int, mfu: float) -> dict[str, Any]:
         recipe.engine.segment_layers,
         recipe.engine.keep_layers,
     )
-    state = STATE_BYTES[recipe.engine.precision] * parameters.trainable
+    state = STATE_BYTES[recipe.engine.precision] * parameters.trainable  # ZeRO-3 shares all of it
     step_flops = flops.useful * recipe.optim.global_batch
     return {
         "model": recipe.model,
         "parameters": {**asdict(parameters), "trainable": parameters.trainable},
         "data": data,
         "flops": {**asdict(flops), "useful": flops.useful, "total": flops.total, "useful_per_step": step_flops},
-        "states_gib_per_rank": state / ranks / GIB,
+        "zero3_states_gib_per_rank": state / ranks / GIB,
         "towers_gib_per_rank": 2 * parameters.vision / GIB,
         "checkpoint_gib": 14 * parameters.trainable / GIB,
         "hours": data["steps"] * step_flops / (ranks * A100_FLOPS * mfu) / 3600,
@@ -88,7 +88,10 @@ def table(facts: dict[str, Any]) -> str:
         ("useful TFLOP per sample", f"{flops['useful'] / 1e12:.2f}"),
         ("  with recomputation", f"{flops['total'] / 1e12:.2f}"),
         ("useful PFLOP per step", f"{flops['useful_per_step'] / 1e15:.3f}"),
-        ("training states per rank", f"{facts['states_gib_per_rank']:.1f} GiB over {facts['ranks']} ranks (ZeRO-3)"),
+        (
+            "training states per rank",
+            f"{facts['zero3_states_gib_per_rank']:.1f} GiB over {facts['ranks']} ranks (ZeRO-3)",
+        ),
         ("towers per rank", f"{facts['towers_gib_per_rank']:.1f} GiB"),
         ("checkpoint on disk", f"{facts['checkpoint_gib']:.1f} GiB"),
         ("hours", f"{facts['hours']:.1f} on {facts['ranks']} × A100 at {facts['mfu']:.0%} MFU"),
@@ -105,7 +108,9 @@ def main() -> None:
     parser.add_argument("--mfu", type=float, default=0.4, help="useful FLOPs over the peak (default 0.4)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    recipe = load_recipe(args.recipe, ["data.shards=none", "run.dir=none", *args.overrides])
+    if args.ranks < 1 or not 0 < args.mfu <= 1:
+        raise UserError(f"--ranks {args.ranks} --mfu {args.mfu}: expected at least one rank, and a share of the peak")
+    recipe = load_recipe(args.recipe, args.overrides, planning=True)
     facts = describe(recipe, args.ranks, args.mfu)
     print(json.dumps(facts, indent=2) if args.json else table(facts))
 

@@ -213,7 +213,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the trials there too")
     args = parser.parse_intermixed_args()
-    recipe = load_recipe(args.recipe, ["data.shards=none", "run.dir=none", *args.overrides])
+    recipe = load_recipe(args.recipe, args.overrides, planning=True)
     share = max(1, recipe.optim.global_batch // args.ranks)
     sizes = args.micro_batches or [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= share]
     text_tokens = longest_text(recipe, args.text_tokens)

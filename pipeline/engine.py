@@ -26,6 +26,7 @@ OWNED_BY_RECIPE = (
     "fp16",
     "torch_autocast",
     "data_types",
+    "steps_per_print",
 )
 PRECISION: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -81,8 +82,13 @@ def compose_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     path = _config_path(recipe.engine.ds_config)
     try:
         config: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"engine.ds_config: {path}: not a readable DeepSpeed JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"engine.ds_config: {path}: found a {type(config).__name__}, expected an object")
+    if "offload_optimizer" in config.get("zero_optimization", {}):
+        # Its gradients live elsewhere, where `clear_gradients` does not reach; and the states fit on the GPUs.
+        raise UserError(f"{path}: offload_optimizer is not supported; take it out (python -m pipeline.describe RECIPE)")
     for key in OWNED_BY_RECIPE:
         if key in config:
             raise UserError(

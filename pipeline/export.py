@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from model.emma import Emma
 from model.errors import UserError
 from model.vision import Towers
 from model.weights import save_model
-from pipeline.checkpoint import find_damage, folder_name, full_state, list_steps
-from pipeline.pretrained import initial_model, make_towers
+from pipeline.checkpoint import find_damage, folder_name, full_state, list_steps, read_manifest
+from pipeline.pretrained import initial_model, make_towers, refuse_other_towers
 from pipeline.recipe import Recipe, recipe_of_run
 from pipeline.recipe import load_recipe as read_recipe
 from preprocess.shards import Manifest
@@ -28,22 +29,32 @@ from preprocess.shards import Manifest
 State = dict[str, torch.Tensor]
 
 
-def export_run(run: Path, out: Path, step: int | None, with_alignment: bool) -> int:
-    """Write the model of a checkpoint to `out`; the step it is of. Raises: UserError if there is no good checkpoint."""
+def export_run(run: Path, out: Path, step: int | None, with_alignment: bool, shards: str | None = None) -> int:
+    """Write the model of a checkpoint to `out`; the step it is of. `shards`: where they are now, if they were moved.
+
+    Raises: UserError if there is no good checkpoint, or shards or towers are not those that it was trained with.
+    """
     recipe = recipe_of_run(run)
+    if shards:
+        recipe = replace(recipe, data=replace(recipe.data, shards=shards))
     step = step if step is not None else newest_good(run / "checkpoints")
     folder = run / "checkpoints" / folder_name(step)
     if damage := find_damage(folder):
         raise UserError(f"{folder}: {damage}; choose another --step")
+    found, trained = Manifest.load(recipe.data.shards).sha256, read_manifest(folder)["shards_sha256"]
+    if found != trained:
+        raise UserError(f"{recipe.data.shards}: not the shards that {run} was trained on; name them by data.shards=DIR")
+    towers = make_towers(recipe)
+    refuse_other_towers(run / "weights.json", towers)
     state = full_state(folder)
     check_state(state, recipe.config, folder)
-    _write(out, recipe, state, make_towers(recipe), with_alignment, {"step": step})
+    _write(out, recipe, state, towers, with_alignment, {"step": step})
     return step
 
 
 def export_untrained(recipe: Recipe, out: Path, with_alignment: bool) -> None:
     """Write the model as training would begin with it."""
-    emma, towers = initial_model(recipe)
+    emma, towers, _ = initial_model(recipe)
     _write(out, recipe, emma.state_dict(), towers, with_alignment, {"step": 0})
 
 
@@ -84,16 +95,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a run folder; with --untrained, a recipe")
     parser.add_argument("out", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="with --untrained: the recipe's overrides")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="the recipe's overrides; of a run: data.shards="
+    )
     parser.add_argument("--untrained", action="store_true", help="the model before its first step")
     parser.add_argument("--step", type=int, help="of this checkpoint, instead of the newest that verifies")
     parser.add_argument("--with-alignment", action="store_true", help="keep the training-only fusion and decoder")
     args = parser.parse_args()
     if args.untrained:
-        export_untrained(read_recipe(args.source, args.overrides), args.out, args.with_alignment)
+        export_untrained(read_recipe(args.source, args.overrides, planning=True), args.out, args.with_alignment)
         print(f"{args.out}: {args.source}, untrained")
     else:
-        step = export_run(Path(args.source), args.out, args.step, args.with_alignment)
+        shards = [word.removeprefix("data.shards=") for word in args.overrides if word.startswith("data.shards=")]
+        if len(shards) != len(args.overrides):
+            raise UserError(
+                f"{' '.join(args.overrides)}: a run is exported as it was trained; only data.shards= may be new"
+            )
+        step = export_run(Path(args.source), args.out, args.step, args.with_alignment, *shards)
         print(f"{args.out}: {args.source} at step {step}")
 
 

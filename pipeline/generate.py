@@ -84,6 +84,8 @@ def _until(ids: list[int], end: int) -> list[int]:
 
 def load(folder: str | Path, device: str = "auto") -> tuple[LoadedModel, Tokenizer]:
     """An exported model and its tokenizer. Raises: UserError if the folder holds no model."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -98,10 +100,12 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args()
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: expected at least 1")
     model, tokenizer = load(args.model, args.device)
     picture = read_pixels(args.image, model.config.vision.image_px) if args.image else None
     turns: list[dict[str, str]] = []
-    for question in [args.prompt] if args.prompt else iter(lambda: input("> ").strip(), ""):
+    for question in [args.prompt] if args.prompt is not None else iter(lambda: input("> ").strip(), ""):
         turns.append({"from": "human", "value": question})
         said = _reply(model, tokenizer, turns, picture, args.max_new_tokens)
         turns.append({"from": "gpt", "value": said})

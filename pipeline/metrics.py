@@ -6,12 +6,14 @@ A wandb that fails never takes the training down; the JSONL is the record.
 from __future__ import annotations
 
 import json
+import math
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -34,7 +36,7 @@ class Metrics:
 
     def __enter__(self) -> Metrics:
         if self.ranks.is_main:
-            self.file = (self.folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+            self.file = _open_for_lines(self.folder / "metrics.jsonl")
             if self.recipe.log.wandb != "off":
                 self.wandb = _open_wandb(self.recipe, self.folder)
         return self
@@ -43,7 +45,7 @@ class Metrics:
         if self.ranks.is_main:
             self.file.close()
             if self.wandb is not None:
-                self.wandb.finish(exit_code=0 if error is None else 1, quiet=True)
+                self._ask_wandb(lambda: self.wandb.finish(exit_code=0 if error is None else 1, quiet=True))
 
     def event(self, name: str, step: int, **facts: Any) -> None:
         """Mark a start, resume, stop, save, done or warning in the JSONL and on the console."""
@@ -99,16 +101,24 @@ class Metrics:
         )
 
     def _write(self, values: dict[str, Any]) -> None:
-        self.file.write(json.dumps(values) + "\n")
+        self.file.write(json.dumps({key: _finite(value) for key, value in values.items()}) + "\n")
 
     def _to_wandb(self, values: dict[str, Any]) -> None:
-        if self.wandb is None:
-            return
+        if self.wandb is not None:
+            known = {key: value for key, value in values.items() if value is not None}
+            self._ask_wandb(lambda: self.wandb.log(known, step=values["step"]))
+
+    def _ask_wandb(self, what: Callable[[], Any]) -> None:
         try:
-            self.wandb.log({k: v for k, v in values.items() if v is not None}, step=values["step"])
-        except Exception as error:
+            what()
+        except Exception as error:  # whatever ails wandb, the training does not depend on it
             print(f"wandb: {error}; going on without it", flush=True)
             self.wandb = None
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for what is not a number."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Window:
@@ -133,14 +143,23 @@ class _Window:
         return rates
 
 
-def _open_wandb(recipe: Recipe, folder: Path) -> Any:
-    """One wandb run per run folder, however often it is resumed."""
-    import wandb
+def _open_for_lines(path: Path) -> TextIO:
+    """To append lines, after one that a kill may have cut off."""
+    cut_off = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    file = path.open("a", encoding="utf-8", buffering=1)
+    if cut_off:
+        file.write("\n")
+    return file
 
-    id_file = folder / "wandb_id"
-    if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex[:12])
+
+def _open_wandb(recipe: Recipe, folder: Path) -> Any:
+    """One wandb run per run folder, however often it is resumed; None if it cannot be had."""
     try:
+        import wandb
+
+        id_file = folder / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:12])
         return wandb.init(
             project=recipe.log.project,
             name=folder.name,

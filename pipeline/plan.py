@@ -1,7 +1,7 @@
 """Which samples make which step: a pure function of (manifest, seed, epoch, step).
 
 Every global batch is of one modality, so that all ranks run the same modules. World size, micro-batch and number of
-loading processes only choose a slice of it: resuming needs one number, the optimizer step, at any world size.
+loading processes only choose a slice of it: to go on, the plan needs one number, the optimizer step.
 """
 
 from __future__ import annotations

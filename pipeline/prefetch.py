@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
-    recipe = load_recipe(args.recipe, ["data.shards=none", "run.dir=none", *args.overrides])
+    recipe = load_recipe(args.recipe, args.overrides, planning=True)
     parts = list(needs(recipe))
     missing = [error for error in (_fetch(*part) for part in parts) if error]
     if missing:

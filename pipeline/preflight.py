@@ -5,6 +5,7 @@ Every rank checks what it can see, hears what the others found, and all go on or
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from model.errors import UserError
 from model.kernels import kernel_report
+from pipeline.agreement import together
 from pipeline.cost import count_parameters
 from pipeline.data import check_fit
 from pipeline.engine import compose_config
@@ -22,7 +24,7 @@ from pipeline.files import sha256_of
 from pipeline.pretrained import llm_source, tower_source
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
-from preprocess.shards import Manifest
+from preprocess.shards import INDEX, Manifest
 
 GIB = 1 << 30
 CHECKPOINT_BYTES = 14  # of a trainable parameter: bf16 weights, fp32 master weights, Adam's two moments
@@ -37,30 +39,12 @@ def preflight(recipe: Recipe, ranks: Ranks) -> list[str]:
 
     Raises: UserError on all ranks, with all problems.
     """
-    checks: list[Callable[[Recipe, Ranks], str]] = [check_ranks, check_kernels, check_memory]
+    checks: list[Callable[[Recipe, Ranks], str]] = [check_ranks, check_kernels, check_memory, check_weights]
+    if ranks.local_rank == 0:
+        checks.append(check_shards)
     if ranks.is_main:
-        checks += [check_batch, check_shards, check_weights, check_disk]
-    problems, told = [], []
-    for check in checks:
-        problem, line = _outcome(check, recipe, ranks)
-        problems += [problem] if problem else []
-        told += [line] if line else []
-    everywhere: list[list[str]] = [[] for _ in range(ranks.world_size)]
-    dist.all_gather_object(everywhere, problems)
-    distinct = list(dict.fromkeys(problem for each in everywhere for problem in each))
-    if len(distinct) == 1:
-        raise UserError(distinct[0])
-    if distinct:
-        raise UserError(f"{len(distinct)} problems:\n  " + "\n  ".join(distinct))
-    return told
-
-
-def _outcome(check: Callable[[Recipe, Ranks], str], recipe: Recipe, ranks: Ranks) -> tuple[str, str]:
-    """(what is wrong, what is worth telling); one of them is empty."""
-    try:
-        return "", check(recipe, ranks)
-    except UserError as error:
-        return str(error), ""
+        checks += [check_batch, check_disk]
+    return list(filter(None, together(ranks, *(functools.partial(check, recipe, ranks) for check in checks))))
 
 
 def check_ranks(recipe: Recipe, ranks: Ranks) -> str:
@@ -113,6 +97,9 @@ def check_shards(recipe: Recipe, ranks: Ranks) -> str:
     """They fit the model, every file has its size, and as many as there is time for have their hash."""
     manifest = Manifest.load(recipe.data.shards)
     check_fit(manifest, recipe)
+    index = Path(recipe.data.shards) / INDEX
+    if not index.exists() or sha256_of(index) != manifest.index["sha256"]:
+        raise UserError(f"{index}: is not the manifest's index; {_repair(recipe)}")
     hashed = 0
     for shard in manifest.shards:
         path = Path(recipe.data.shards) / shard.name

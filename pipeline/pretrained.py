@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,26 +13,19 @@ from model.emma import Emma
 from model.errors import UserError
 from model.vision import Towers
 from model.weights import load_language_model
-from pipeline.files import write_json
 from pipeline.recipe import Recipe
 
 RANDOM = "random"
 
 
-def initial_model(recipe: Recipe, record: Path | None = None) -> tuple[Emma, Towers]:
-    """The whole model on the CPU in fp32; what was loaded, from where, is written to `record`.
-
-    Raises: UserError if `record` tells of an earlier start with other towers: they are frozen and in no checkpoint.
-    """
+def initial_model(recipe: Recipe) -> tuple[Emma, Towers, dict[str, Any]]:
+    """The whole model on the CPU in fp32, and what was loaded, from where. Raises: UserError."""
     torch.manual_seed(recipe.seed)
     emma = Emma(recipe.config)
     source = llm_source(recipe)
     loaded = load_language_model(emma, source) if source else RANDOM
     towers = make_towers(recipe)
-    if record is not None:
-        _refuse_other_towers(record, towers)
-        write_json(record, {"llm": loaded, "towers": towers.loaded or RANDOM})
-    return emma, towers
+    return emma, towers, {"llm": loaded, "towers": towers.loaded or RANDOM}
 
 
 def empty_model(config: EmmaConfig) -> Emma:
@@ -58,13 +52,17 @@ def tower_source(recipe: Recipe) -> str | None:
     return None if source == RANDOM else source
 
 
-def _refuse_other_towers(record: Path, towers: Towers) -> None:
+def refuse_other_towers(record: Path, towers: Towers) -> None:
+    """The towers are frozen and in no checkpoint: a run keeps to those that its `record` names.
+
+    Raises: UserError if these are others.
+    """
     if not record.exists():
         return
     before = json.loads(record.read_text(encoding="utf-8"))["towers"]
     hashes = sorted(before.values()) if isinstance(before, dict) else []
     if hashes != sorted(towers.loaded.values()):
         raise UserError(
-            f"weights.towers: the files {', '.join(towers.loaded) or RANDOM} are not those that this run began with "
+            f"weights.towers: the files {', '.join(towers.loaded) or RANDOM} are not those that the run began with "
             f"({record}); give those, or another run.dir to start afresh"
         )

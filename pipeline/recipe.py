@@ -10,6 +10,7 @@ import argparse
 import difflib
 import hashlib
 import json
+import math
 import sys
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -24,7 +25,28 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-REQUIRED = "(required)"
+REQUIRED, NOWHERE = "(required)", "(nowhere)"
+RANGES = (
+    ("steps", 1, math.inf),
+    ("data.epochs", 1, math.inf),
+    ("data.window", 1, math.inf),
+    ("data.workers", 0, math.inf),
+    ("optim.lr", 0, math.inf),
+    ("optim.betas", 0, 0.999999),
+    ("optim.eps", 0, math.inf),
+    ("optim.weight_decay", 0, math.inf),
+    ("optim.clip", 0, math.inf),
+    ("optim.warmup_ratio", 0, 1),
+    ("optim.global_batch", 1, math.inf),
+    ("optim.micro_batch", 1, math.inf),
+    ("loss.align_weight", 0, math.inf),
+    ("checkpoint.every_steps", 1, math.inf),
+    ("checkpoint.keep_last", 1, math.inf),
+    ("checkpoint.keep_every", 0, math.inf),
+    ("engine.segment_layers", 0, math.inf),
+    ("engine.keep_layers", 0, math.inf),
+    ("log.every_steps", 1, math.inf),
+)
 
 
 @dataclass(frozen=True)
@@ -147,8 +169,11 @@ class Recipe:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
-def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """Defaults < file < overrides (`optim.lr=1e-5`). Raises: UserError naming the key, its neighbours and its type."""
+def load_recipe(path: str | Path, overrides: typing.Sequence[str] = (), planning: bool = False) -> Recipe:
+    """Defaults < file < overrides (`optim.lr=1e-5`). `planning`: neither shards nor a run folder need be named.
+
+    Raises: UserError naming the key, its neighbours and its type.
+    """
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -157,6 +182,9 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         raise UserError(f"{path}: not a readable recipe: {error}") from None
     for override in overrides:
         _override(table, override)
+    if planning:
+        table = {"data": {}, "run": {}} | table
+        table["data"], table["run"] = {"shards": NOWHERE} | table["data"], {"dir": NOWHERE} | table["run"]
     recipe = _build(Recipe, table, where=str(path))
     _validate(recipe, str(path))
     return recipe
@@ -250,19 +278,14 @@ def _validate(recipe: Recipe, where: str) -> None:
         preset(recipe.model)
     except ValueError as error:
         raise UserError(f"{where}: model: {error}") from None
-    at_least = {
-        "data.epochs": (recipe.data.epochs, 1),
-        "data.window": (recipe.data.window, 1),
-        "data.workers": (recipe.data.workers, 0),
-        "optim.global_batch": (recipe.optim.global_batch, 1),
-        "optim.micro_batch": (recipe.optim.micro_batch, 1),
-        "checkpoint.every_steps": (recipe.checkpoint.every_steps, 1),
-        "checkpoint.keep_last": (recipe.checkpoint.keep_last, 1),
-        "log.every_steps": (recipe.log.every_steps, 1),
-    }
-    for name, (value, least) in at_least.items():
-        if value < least:
-            raise UserError(f"{where}: {name}: found {value}, expected at least {least}")
+    for name, least, most in RANGES:
+        value: Any = recipe
+        for key in name.split("."):
+            value = getattr(value, key)
+        for each in value if isinstance(value, tuple) else (value,):
+            if each is not None and not least <= each <= most:
+                upper = f" and at most {most:g}" if most < math.inf else ""
+                raise UserError(f"{where}: {name}: found {each}, expected at least {least:g}{upper}")
 
 
 def main() -> None:

@@ -76,14 +76,21 @@ def read_history(run: Path) -> History:
         text = (run / "metrics.jsonl").read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{run}: no run to tell of: {error}") from None
+    lines = [line for line in map(_parse, text.splitlines()) if line is not None]
+    if not lines:
+        raise UserError(f"{run}: its metrics.jsonl holds nothing yet")
     try:
-        # The last line of a killed run may be cut off.
-        lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-        if lines:
-            return tell(lines)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{run}: metrics.jsonl is damaged or of another version: {error!r}") from None
-    raise UserError(f"{run}: its metrics.jsonl is still empty")
+        return tell(lines)
+    except KeyError as error:
+        raise UserError(f"{run}: metrics.jsonl is of another version: no key {error}") from None
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """None for a line that a kill has cut off."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def tell(lines: list[dict[str, Any]]) -> History:
@@ -108,7 +115,7 @@ def _begin(history: History, line: dict[str, Any]) -> None:
     began = line["began"]
     if history.starts:
         history.ledger.down += max(0.0, began - history.last_time)
-    before = {"": "killed or crashed", "save": "killed or crashed"}.get(history.last_event, history.last_event)
+    before = history.last_event if history.last_event in ENDS else "killed or crashed"
     history.starts.append(Start(line["step"], began, before if history.starts else ""))
     history.ledger.starting += line["time"] - began
     history.total_steps, history.step = line["total_steps"], line["step"]
@@ -123,7 +130,8 @@ def _advance(history: History, line: dict[str, Any], here: int) -> None:
     history.ledger.waiting_for_data += waited
     history.ledger.redone_steps += (line["time/step_s"] * count - waited) * redone / count
     history.ledger.training += (line["time/step_s"] * count - waited) * (count - redone) / count
-    history.losses[line["step"]] = (line["loss/text"], line["loss/align"])
+    text = float("nan") if line["loss/text"] is None else line["loss/text"]
+    history.losses[line["step"]] = (text, line["loss/align"])
     history.step, history.step_s, history.line_s = line["step"], line["time/step_s"], line["time/step_s"] * count
 
 

@@ -15,8 +15,6 @@ import argparse
 import os
 import sys
 import time
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -25,16 +23,17 @@ import torch.distributed as dist
 from model.emma import Emma
 from model.errors import UserError
 from model.vision import Towers
+from pipeline.agreement import together
 from pipeline.checkpoint import Checkpoints, Identity
 from pipeline.control import Control
 from pipeline.data import DamagedShardError, TrainData
 from pipeline.engine import build_engine, check_partition, init_distributed, learning_rate
-from pipeline.files import write_json
 from pipeline.metrics import Metrics
 from pipeline.preflight import preflight
-from pipeline.pretrained import empty_model, initial_model, make_towers
+from pipeline.pretrained import empty_model, initial_model, make_towers, refuse_other_towers
 from pipeline.ranks import Ranks, find_ranks
 from pipeline.recipe import Recipe, load_recipe
+from pipeline.run import Run
 from pipeline.step import optimizer_step
 
 BEGAN = time.time()
@@ -45,23 +44,24 @@ class DivergedError(RuntimeError):
     """No finite loss or gradient for several steps; the same command would fail again at the same place."""
 
 
-def train(recipe: Recipe, ranks: Ranks) -> tuple[str, int]:
-    """Run the recipe to its end or to a stop request: ("done" or "stopped", steps done). Every rank calls it."""
-    for line in preflight(recipe, ranks):
-        say(ranks, line)
-    data = TrainData(recipe, ranks)
-    folder, control = open_run(recipe, ranks)
-    emma, towers = build_model(recipe, ranks, folder)
+def train(run: Run, ranks: Ranks) -> int:
+    """Run the recipe to its end or to a stop request; the steps done. Every rank calls it."""
+    recipe = run.recipe
+    [data] = together(ranks, lambda: TrainData(recipe, ranks))
+    [(emma, towers, weights)] = together(ranks, lambda: build_model(run, ranks))
     engine = build_engine(emma, recipe, ranks)
     check_partition(engine)
-    checkpoints = Checkpoints(recipe, ranks, _identity(recipe, data))
+    checkpoints = Checkpoints(recipe, ranks, _identity(recipe, data, engine))
+    step, report = checkpoints.resume(engine)
+    run.begin(step, weights)
     with Metrics(recipe, ranks, data.total_steps) as metrics:
-        step, report = checkpoints.resume(engine)
         metrics.started(step, BEGAN, report)
-        step = train_steps(engine, towers, recipe, data, step, checkpoints, control, metrics)
+        step = train_steps(engine, towers, recipe, data, step, checkpoints, run.control, metrics)
         outcome = "done" if step == data.total_steps else "stopped"
         metrics.event(outcome, step)
-        return outcome, step
+    if ranks.is_main:
+        run.end(outcome, step)
+    return step
 
 
 def train_steps(
@@ -86,6 +86,8 @@ def train_steps(
             metrics.event("nonfinite", step, samples=batch.ids.tolist())
         if nonfinite == MAX_NONFINITE:
             raise DivergedError(f"no finite loss or gradient in steps {step - nonfinite + 1} to {step}")
+        if nonfinite and step < data.total_steps:
+            continue  # nothing was updated, and what led here is better kept than overwritten
         if checkpoints.due(step) or report.stop or report.save or step == data.total_steps:
             begun = time.monotonic()
             checkpoints.save(engine, step)
@@ -97,40 +99,26 @@ def train_steps(
     return step
 
 
-def open_run(recipe: Recipe, ranks: Ranks) -> tuple[Path, Control]:
-    """Make the run folder and put the resolved recipe into it. Raises: UserError if it cannot be written."""
-    folder = Path(recipe.run.dir)
-    control = Control(folder)
+def build_model(run: Run, ranks: Ranks) -> tuple[Emma, Towers, dict[str, Any]]:
+    """The model that trains, the frozen towers, and what was loaded. Only the main rank reads the language model."""
+    recipe = run.recipe
     if ranks.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            control.clear()
-            (folder / "outcome.json").unlink(missing_ok=True)
-            write_json(folder / "recipe.json", asdict(recipe))
-        except OSError as error:
-            raise UserError(f"run.dir: {folder}: cannot be written ({error}); give a folder that you own") from None
-    dist.barrier()
-    control.stop_on_sigterm()
-    return folder, control
-
-
-def build_model(recipe: Recipe, ranks: Ranks, folder: Path) -> tuple[Emma, Towers]:
-    """The model that trains and the frozen towers. Only the main rank reads weights; the engine broadcasts them."""
-    if ranks.is_main:
-        emma, towers = initial_model(recipe, record=folder / "weights.json")
+        emma, towers, loaded = initial_model(recipe)
+        refuse_other_towers(run.weights_file, towers)
     else:
-        emma, towers = empty_model(recipe.config), make_towers(recipe)
+        emma, towers, loaded = empty_model(recipe.config), make_towers(recipe), {}
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    return emma, towers.to(ranks.device, dtype)
+    return emma, towers.to(ranks.device, dtype), loaded
 
 
-def say(ranks: Ranks, line: str) -> None:
-    if ranks.is_main:
-        print(line, flush=True)
-
-
-def _identity(recipe: Recipe, data: TrainData) -> Identity:
-    return Identity(recipe.identity(), recipe.fingerprint(), data.reader.manifest.sha256, data.total_steps)
+def _identity(recipe: Recipe, data: TrainData, engine: Any) -> Identity:
+    return Identity(
+        recipe=recipe.identity(),
+        fingerprint=recipe.fingerprint(),
+        shards_sha256=data.reader.manifest.sha256,
+        total_steps=data.total_steps,
+        zero_stage=engine.zero_optimization_stage(),
+    )
 
 
 def main() -> None:
@@ -138,30 +126,38 @@ def main() -> None:
     parser.add_argument("recipe", help="a TOML file; pipeline/recipes has the ones that ship")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in optim.lr=1e-5")
     args = parser.parse_args()
-    run_dir: Path | None = None
+    run: Run | None = None
     try:
         recipe = load_recipe(args.recipe, args.overrides)
-        run_dir = Path(recipe.run.dir)
         ranks = find_ranks(recipe.engine.device)
         init_distributed(ranks)
-        outcome, step = train(recipe, ranks)
+        for line in preflight(recipe, ranks):
+            say(ranks, line)
+        [run] = together(ranks, lambda: Run(recipe, ranks))
+        run.control.stop_on_sigterm()
+        train(run, ranks)
     except UserError as error:
-        fail(error, run_dir, code=2)
+        fail(error, run, code=2)
     except DivergedError as error:
-        fail(error, run_dir, code=3)
-    if ranks.is_main:
-        write_json(run_dir / "outcome.json", {"outcome": outcome, "step": step, "reason": ""})
+        fail(error, run, code=3)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def fail(error: Exception, run_dir: Path | None, code: int) -> NoReturn:
+def say(ranks: Ranks, line: str) -> None:
+    if ranks.is_main:
+        print(line, flush=True)
+
+
+def fail(error: Exception, run: Run | None, code: int) -> NoReturn:
     """One line on the console, an outcome that says not to try again, and an exit code. Never a traceback."""
     is_main = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
-    if is_main or isinstance(error, DamagedShardError):  # all ranks meet every other mistake; the main one speaks
+    if is_main or isinstance(
+        error, DamagedShardError
+    ):  # every other mistake reaches all ranks, and the main one speaks
         print(f"error: {error}", file=sys.stderr, flush=True)
-        if run_dir is not None and run_dir.is_dir() and os.access(run_dir, os.W_OK):
-            write_json(run_dir / "outcome.json", {"outcome": "failed", "step": None, "reason": str(error)})
+        if run is not None:
+            run.end("failed", None, str(error))
     # Other ranks may wait in a collective for this one: leave without the goodbyes that would wait for them.
     os._exit(code)
 

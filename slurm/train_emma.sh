@@ -143,8 +143,8 @@ must_go_on() {
 
 ((rc == 0)) || exit "$rc" # the ranks have said why
 [[ -f $run/outcome.json ]] || fail "$run: training ended without outcome.json"
-read -r outcome step_now < <("${python[@]}" -c \
-  'import json, sys; o = json.load(open(sys.argv[1])); print(o["outcome"], o["step"])' "$run/outcome.json")
+read -r outcome step_now step < <("${python[@]}" -c \
+  'import json, sys; o = json.load(open(sys.argv[1])); print(o["outcome"], o["step"], o["from_step"])' "$run/outcome.json")
 echo "$outcome at step $step_now"
 case $outcome in
   done) ;;

@@ -14,8 +14,9 @@ from pipeline.data import TrainData
 from pipeline.engine import build_engine, init_distributed, learning_rate
 from pipeline.ranks import find_ranks
 from pipeline.recipe import load_recipe
+from pipeline.run import Run
 from pipeline.step import optimizer_step
-from pipeline.train import _identity, build_model, open_run
+from pipeline.train import _identity, build_model
 
 
 def main() -> None:
@@ -23,10 +24,9 @@ def main() -> None:
     ranks = find_ranks(recipe.engine.device)
     init_distributed(ranks)
     data = TrainData(recipe, ranks)
-    folder, _ = open_run(recipe, ranks)
-    emma, towers = build_model(recipe, ranks, folder)
+    emma, towers, _ = build_model(Run(recipe, ranks), ranks)
     engine = build_engine(emma, recipe, ranks)
-    checkpoints = Checkpoints(recipe, ranks, _identity(recipe, data))
+    checkpoints = Checkpoints(recipe, ranks, _identity(recipe, data, engine))
     first, _ = checkpoints.resume(engine)
     gradients = keep_gradients(engine)
     reports = []

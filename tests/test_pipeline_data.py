@@ -1,5 +1,6 @@
 """What the loader hands to the model is what the shards hold: every sample once an epoch, everything in place."""
 
+import os
 import shutil
 from collections import Counter
 
@@ -92,9 +93,8 @@ def test_a_batch_knows_its_padding_and_its_tokens(recipe_file, shards):
 
 def test_pixels_are_those_that_were_stored(recipe_file, shards, stock_samples):
     data = train_data(recipe_file, shards)
-    reader = data.reader
     row = int(np.flatnonzero(data.plan.has_image)[0])
-    stored = reader.sample(row)
+    stored, _ = data.reader.read(row)
     batch = next(b for b in data.from_step(0) if row in b.ids)
     pictures = torch.cat([micro.pixels for micro in batch.micro_batches]).permute(0, 2, 3, 1).numpy()
     assert any((picture == stored_pixels(stored.image)).all() for picture in pictures)
@@ -107,13 +107,40 @@ def test_shards_of_another_model_are_refused(recipe_file, shards):
         train_data(recipe_file, shards, 1, 0, "model=emma_v2")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_sample_stops_the_loader_with_its_name_and_the_remedy(recipe_file, shards, tmp_path, workers):
+def test_shards_of_another_tokenizer_are_refused_whatever_its_folder_is_called(recipe_file, shards, tmp_path):
+    same = tmp_path / "elsewhere/other_name"
+    same.mkdir(parents=True)
+    shutil.copy(shards / "tokenizer.json", same)
+    train_data(recipe_file, shards, 1, 0, f"data.tokenizer={same}")
+    other = tmp_path / "tokenizer"
+    other.mkdir()
+    (other / "tokenizer.json").write_text((shards / "tokenizer.json").read_text().replace("<|padding|>", "<|filling|>"))
+    with pytest.raises(UserError, match="tokenised with 'tokenizer', expected"):
+        train_data(recipe_file, shards, 1, 0, f"data.tokenizer={other}")
+
+
+CUTS = [("tokens_offset", 0), ("tokens_offset", 20), ("meta_offset", 3), ("image_offset", 0), ("image_offset", 500)]
+
+
+@pytest.mark.parametrize(("column", "beyond"), CUTS)
+def test_a_shard_cut_short_anywhere_stops_the_loader_with_the_sample_and_the_remedy(
+    recipe_file, shards, tmp_path, column, beyond
+):
+    damaged = tmp_path / "shards"
+    shutil.copytree(shards, damaged)
+    data = train_data(recipe_file, damaged)
+    row = int(np.flatnonzero(data.plan.has_image)[-1])
+    shard = damaged / data.reader.manifest.shards[int(data.reader.columns["shard"][row])].name
+    os.truncate(shard, int(data.reader.columns[column][row]) + beyond)
+    with pytest.raises(DamagedShardError, match=r"shard-0000\d\.tar: sample \d+ cannot be read") as error:
+        data.reader.read(row)
+    assert f"preprocess.shardset verify {damaged}" in str(error.value)
+
+
+def test_a_loading_process_hands_the_error_over(recipe_file, shards, tmp_path):
     damaged = tmp_path / "shards"
     shutil.copytree(shards, damaged)
     for tar in damaged.glob("*.tar"):
-        tar.write_bytes(tar.read_bytes()[:2000])
-    data = train_data(recipe_file, damaged, 1, 0, f"data.workers={workers}")
-    with pytest.raises(DamagedShardError, match=r"shard-0000\d\.tar: sample \d+ cannot be read") as error:
-        list(data.from_step(0))
-    assert f"preprocess.shardset verify {damaged}" in str(error.value)
+        os.truncate(tar, 2000)
+    with pytest.raises(DamagedShardError, match="cannot be read"):
+        list(train_data(recipe_file, damaged, 1, 0, "data.workers=1").from_step(0))

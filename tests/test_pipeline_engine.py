@@ -34,6 +34,13 @@ def test_a_json_that_says_what_the_recipe_owns_is_refused(recipe_file, tmp_path,
         compose_config(recipe(recipe_file, f"engine.ds_config={path}"), world_size=1)
 
 
+def test_an_offloaded_optimizer_is_refused_since_its_gradients_could_be_stale(recipe_file, tmp_path):
+    path = tmp_path / "offload.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}))
+    with pytest.raises(UserError, match="offload_optimizer is not supported"):
+        compose_config(recipe(recipe_file, f"engine.ds_config={path}"), world_size=1)
+
+
 def test_a_global_batch_that_does_not_divide_is_refused(recipe_file):
     with pytest.raises(UserError, match=r"global_batch 8 is not a multiple of 3 ranks × optim\.micro_batch 4"):
         compose_config(recipe(recipe_file), world_size=3)

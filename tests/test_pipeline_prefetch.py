@@ -10,7 +10,7 @@ from model.config import preset
 from model.emma import Emma
 from model.errors import UserError
 from model.vision import Towers
-from pipeline.pretrained import initial_model
+from pipeline.pretrained import initial_model, make_towers, refuse_other_towers
 from pipeline.recipe import load_recipe
 from tests.conftest import run_python, write_byte_tokenizer
 
@@ -64,25 +64,25 @@ def test_all_that_is_missing_is_named_at_once_and_a_model_of_another_size_is_fou
     assert "Traceback" not in done.stderr
 
 
-def test_pretrained_parts_are_put_in_and_recorded(recipe_file, published, tmp_path):
-    recipe = load_recipe(
-        recipe_file, ["data.shards=none", "run.dir=none", *map(str, words(recipe_file, published)[1:3])]
-    )
-    emma, towers = initial_model(recipe, record=tmp_path / "weights.json")
+def test_pretrained_parts_are_put_in_and_recorded(recipe_file, published):
+    recipe = load_recipe(recipe_file, [str(word) for word in words(recipe_file, published)[1:3]], planning=True)
+    emma, towers, loaded = initial_model(recipe)
     saved = torch.load(published / "llm/pytorch_model.bin", weights_only=True)
     assert all(torch.equal(tensor, saved[name]) for name, tensor in emma.llm.state_dict().items())
-    record = json.loads((tmp_path / "weights.json").read_text())
-    assert len(record["towers"]) == len(towers.towers)
-    assert record["llm"]["source"] == str(published / "llm")
+    assert len(loaded["towers"]) == len(towers.towers)
+    assert loaded["llm"]["source"] == str(published / "llm")
 
 
 def test_a_run_keeps_to_the_towers_that_it_began_with(recipe_file, published, tmp_path):
-    given = ["data.shards=none", "run.dir=none", "weights.llm=random"]
+    given = ["weights.llm=random"]
     first, other = (
-        load_recipe(recipe_file, [*given, f"weights.towers={published / name}"]) for name in ("towers", "other_towers")
+        load_recipe(recipe_file, [*given, f"weights.towers={published / name}"], planning=True)
+        for name in ("towers", "other_towers")
     )
     assert first.fingerprint() == other.fingerprint(), "a folder may move"
-    initial_model(first, record=tmp_path / "weights.json")
-    initial_model(first, record=tmp_path / "weights.json")
-    with pytest.raises(UserError, match="not those that this run began with"):
-        initial_model(other, record=tmp_path / "weights.json")
+    record = tmp_path / "weights.json"
+    refuse_other_towers(record, make_towers(other))
+    record.write_text(json.dumps({"llm": "random", "towers": make_towers(first).loaded}))
+    refuse_other_towers(record, make_towers(first))
+    with pytest.raises(UserError, match="not those that the run began with"):
+        refuse_other_towers(record, make_towers(other))

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from pipeline.export import export_run
 from pipeline.generate import answer, load
 from tests.conftest import build_shards, run_python
 
@@ -38,8 +39,7 @@ def test_a_preset_trains_saves_resumes_exports_and_answers(recipe_file, zephyr_s
     aligned = any(line.get("loss/align") is not None for line in facts)
     assert aligned == (name != "tiny_cobra")
 
-    done = run_python("-m", "pipeline.export", run, out)
-    assert done.returncode == 0, done.stderr
+    export_run(run, out, step=None, with_alignment=False)
     model, tokenizer = load(out, "cpu")
     picture = np.zeros((100, 100, 3), np.uint8)
     assert len(answer(model, tokenizer, ["Which colour?"], [picture], max_new_tokens=3)) == 1

@@ -35,6 +35,8 @@ MISTAKES = [
     (["optmi.lr=1"], ["'optmi'", "did you mean 'optim'"]),
     (["optim.lr=fast"], ["optim: lr", "'fast'", "expected float"]),
     (["optim.micro_batch=0"], ["optim.micro_batch", "at least 1"]),
+    (["optim.betas=[2.0, 0.9]"], ["optim.betas", "found 2.0", "at most 0.999999"]),
+    (["steps=0"], ["steps", "at least 1"]),
     (["engine.device=tpu"], ["engine: device", "'tpu'", "'cpu'"]),
     (["model=tiny_v3"], ["no model preset 'tiny_v3'", "tiny_v2"]),
     (["optim=3"], ["optim", "expected a table"]),
@@ -58,6 +60,12 @@ def test_an_unset_run_folder_is_asked_for(tmp_path):
     path.write_text('model = "tiny_v2"\n[data]\nshards = "/s"\n')
     with pytest.raises(UserError, match=r"run\.dir is not set"):
         load_recipe(path)
+
+
+def test_planning_needs_neither_shards_nor_a_run_folder_and_keeps_those_that_are_named(recipe_file, tmp_path):
+    assert load_recipe(recipe_file, planning=True).data.shards == "/s"
+    (tmp_path / "bare.toml").write_text('model = "tiny_v2"\n')
+    assert load_recipe(tmp_path / "bare.toml", planning=True).model == "tiny_v2"
 
 
 def test_broken_toml_and_a_missing_file_are_user_errors(tmp_path):

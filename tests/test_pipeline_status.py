@@ -84,6 +84,9 @@ def test_a_line_that_was_cut_off_by_a_kill_is_passed_over(tmp_path):
     text = "\n".join(map(json.dumps, LINES[:4]))
     (tmp_path / "metrics.jsonl").write_text(text + '\n{"step": 5, "ti')
     assert read_history(tmp_path).step == 4
+    later = "\n".join(map(json.dumps, LINES[4:]))
+    (tmp_path / "metrics.jsonl").write_text(text + '\n{"step": 5, "ti\n' + later)
+    assert read_history(tmp_path).ledger == tell(LINES).ledger
 
 
 def test_a_folder_that_is_no_run_is_said_so(tmp_path):

@@ -28,7 +28,7 @@ def reference(base, tmp_path_factory):
     """{name: gradient} of each step, and the recipe's batches, by plain torch."""
     recipe = load_recipe(base[0], [*base[1:], "optim.micro_batch=8", f"run.dir={tmp_path_factory.mktemp('none')}"])
     data = TrainData(recipe, Ranks(0, 0, 1, torch.device("cpu")))
-    emma, towers = initial_model(recipe)
+    emma, towers, _ = initial_model(recipe)
     optimizer = torch.optim.AdamW(parameter_groups(emma, recipe.optim.weight_decay), recipe.optim.lr)
     gradients, modalities = [], []
     for batch in data.from_step(0):
@@ -59,18 +59,19 @@ def run_ranks(tmp_path, ranks, base, *overrides):
 
 
 def assert_same_gradients(found, expected, modalities, first=0):
+    """Tensor by tensor: to fp32 rounding in the first step, and later to what Adam makes of that rounding."""
     steps = range(first, len(expected))
     for step, ours, oracle in zip(steps, found, expected[first:], strict=True):
-        norm = torch.cat([g.flatten() for g in oracle.values()]).norm()
+        whole = torch.cat([g.flatten() for g in oracle.values()]).norm()
+        own_share, floor = (1e-4, 1e-7) if step == 0 else (2e-2, 1e-5)
         for name, gradient in oracle.items():
-            off = (ours[name] - gradient).norm() / norm
-            # From the second step on Adam has amplified the rounding of the first.
-            assert off < (1e-6 if step == 0 else 2e-4), f"step {step}, {name}: off by {off:.1e} of the whole gradient"
+            off = (ours[name] - gradient).norm()
+            assert off <= own_share * gradient.norm() + floor * whole, f"step {step}, {name}: off by {off:.1e}"
             if modalities[step] == "text" and name.startswith(ALIGNMENT_ONLY):
                 assert not ours[name].any(), f"step {step}: {name} kept a stale gradient"
 
 
-SPLITS = [(1, 8, 3), (1, 2, 3), (2, 4, 3), (2, 1, 3), (2, 2, 2)]
+SPLITS = [(1, 8, 3), (1, 4, 3), (1, 2, 3), (2, 4, 3), (2, 1, 3), (2, 2, 2)]
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch", "stage"), SPLITS)

@@ -1,5 +1,6 @@
 """Training on two real ranks: killed, stopped, damaged, resumed, and the same bits as if nothing had happened."""
 
+import fcntl
 import json
 import shutil
 import time
@@ -11,7 +12,7 @@ import torch
 from pipeline.checkpoint import find_damage, folder_name, full_state, list_steps
 from tests.conftest import finish, kill_all, run_python, torchrun
 
-STEPS = 10  # one epoch and two thirds
+STEPS = 12  # two epochs
 
 
 def command(recipe_file, shards, run, *overrides):
@@ -60,7 +61,7 @@ def undisturbed(recipe_file, shards, tmp_path_factory):
 
 
 def assert_same_end(run, undisturbed):
-    assert outcome(run) == {"outcome": "done", "step": STEPS, "reason": ""}
+    assert (outcome(run)["outcome"], outcome(run)["step"]) == ("done", STEPS)
     ours, theirs = (full_state(folder / "checkpoints" / folder_name(STEPS)) for folder in (run, undisturbed))
     assert ours.keys() == theirs.keys()
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
@@ -72,7 +73,8 @@ def test_a_run_reports_every_step_and_ends_with_a_checkpoint(undisturbed):
     assert sorted(losses(undisturbed)) == list(range(1, STEPS + 1))
     events = [(line["event"], line["step"]) for line in lines(undisturbed) if "event" in line]
     assert events == [("start", 0), ("save", 4), ("save", 8), ("save", STEPS), ("done", STEPS)]
-    assert list_steps(undisturbed / "checkpoints") == [4, 8, STEPS]
+    assert outcome(undisturbed) == {"outcome": "done", "step": STEPS, "from_step": 0, "reason": ""}
+    assert list_steps(undisturbed / "checkpoints") == [4, 8, 12]
     assert (undisturbed / "checkpoints/latest").read_text().strip() == folder_name(STEPS)
 
 
@@ -81,11 +83,16 @@ def test_killed_in_the_middle_the_same_command_ends_with_the_same_bits(recipe_fi
     process = torchrun(2, command(recipe_file, shards, run))
     wait_for(lambda: max(losses(run), default=0) >= 5, process)
     kill_all(process)
-    assert max(losses(run)) < STEPS
+    assert 4 < max(losses(run)) < STEPS
     assert not (run / "outcome.json").exists()
+    cut_off = run / "checkpoints/.partial-step-00000008/state"  # as a kill during a save leaves it
+    cut_off.mkdir(parents=True, exist_ok=True)
+    (cut_off / "zero_pp_rank_0_mp_rank_00_model_states.pt").write_bytes(b"half")
 
     output = finish(torchrun(2, command(recipe_file, shards, run)))
+    assert "its save was cut off" in output
     assert "resuming from" in output
+    assert not list((run / "checkpoints").glob(".partial*"))
     assert_same_end(run, undisturbed)
 
 
@@ -130,10 +137,51 @@ def test_a_stop_request_is_agreed_on_saved_and_resumed_at_the_next_step(recipe_f
     assert_same_end(run, undisturbed)
 
 
-def test_another_training_in_the_same_folder_is_refused_with_what_differs(recipe_file, shards, undisturbed, tmp_path):
-    told = finish(torchrun(2, command(recipe_file, shards, undisturbed, "optim.lr=3e-3", "seed=8")), code=None)
-    assert "optim.lr was 0.001, now 0.003" in told
-    assert "seed was 7, now 8" in told
+REFUSALS = [
+    (2, ["optim.lr=3e-3", "seed=8"], ["optim.lr was 0.001, now 0.003", "seed was 7, now 8"]),
+    (2, ["engine.ds_config=ds_configs/zero2.json"], ["zero_stage is 3, this run has 2"]),
+    (1, [], ["world_size is 2, this run has 1"]),
+]
+
+
+@pytest.mark.parametrize(("ranks", "overrides", "said"), REFUSALS)
+def test_another_training_in_the_same_folder_is_refused_and_changes_nothing(
+    recipe_file, shards, undisturbed, ranks, overrides, said
+):
+    before = [(undisturbed / name).read_bytes() for name in ("recipe.json", "outcome.json", "metrics.jsonl")]
+    told = finish(torchrun(ranks, command(recipe_file, shards, undisturbed, *overrides)), code=None)
+    for line in said:
+        assert line in told
+    assert [(undisturbed / name).read_bytes() for name in ("recipe.json", "outcome.json", "metrics.jsonl")] == before
+
+
+def test_a_run_that_lost_all_its_checkpoints_never_starts_afresh_by_itself(recipe_file, shards, tmp_path):
+    run = tmp_path / "run"
+    words = command(recipe_file, shards, run, "steps=1")
+    assert run_python(*words).returncode == 0
+    [optimizer] = run.rglob("*optim_states.pt")
+    flip_one_bit(optimizer)
+    for _ in range(2):
+        line = one_line(run_python(*words), code=2)
+        assert "holds no good checkpoint" in line
+        assert "move it away" in line
+
+
+def test_a_second_training_in_a_folder_where_one_is_going_on_is_refused(recipe_file, shards, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process trains here" in one_line(run_python(*command(recipe_file, shards, run)), code=2)
+    assert not (run / "metrics.jsonl").exists()
+
+
+def test_what_only_the_main_rank_meets_ends_all_ranks_without_a_traceback(recipe_file, shards, tmp_path):
+    (tmp_path / "file").touch()
+    told = finish(torchrun(2, command(recipe_file, shards, tmp_path / "file/run")), code=None)
+    ours = told.split("torch.distributed.elastic")[0]
+    assert "error: run.dir" in ours
+    assert ours.count("Traceback") <= 1, ours  # torchrun's own
 
 
 def test_one_process_alone_trains_without_a_launcher(recipe_file, shards, tmp_path):
@@ -161,6 +209,7 @@ def test_a_users_mistakes_are_one_line_each(recipe_file, shards, tmp_path):
         ([], shards, "file/run", ["run.dir", "cannot be written"]),
         (["model=tiny_v1"], shards, "run", ["prompt template is 'base'", "'zephyr'"]),
         (["data.tokenizer=/no/such/tokenizer.json"], shards, "run", ["/no/such/tokenizer.json"]),
+        (["engine.segment_layers=-1"], shards, "run", ["engine.segment_layers", "at least 0"]),
         (["optim.micro_batch=3"], shards, "run", ["global_batch 8", "micro_batch 3"]),
         (["engine.device=cuda"], shards, "run", ["no GPU"]),
     ]

@@ -26,7 +26,8 @@ told = dict(word.split("=", 1) for word in sys.argv[2:])
 run, rank, kind = Path(told["run.dir"]), int(os.environ["SLURM_PROCID"]), told.get("kind")
 stop, latest = run / "control/stop", run / "checkpoints/latest"
 signal.signal(signal.SIGTERM, lambda *_: stop.touch())
-step, outcome = int(latest.read_text()[5:]) if latest.exists() else 0, "done"
+began, outcome = int(latest.read_text()[5:]) if latest.exists() else 0, "done"
+step = began
 (run / f"running-{rank}").touch()
 while int(os.environ.get("SLURM_RESTART_COUNT", 0)) < int(told.get("restarts", 99)):
     time.sleep(0.1)
@@ -43,7 +44,7 @@ time.sleep(0.3)
 if rank == 0:
     latest.parent.mkdir(exist_ok=True)
     latest.write_text(f"step-{step:08d}\\n")
-    (run / "outcome.json").write_text(json.dumps({"outcome": outcome, "step": step, "reason": ""}))
+    (run / "outcome.json").write_text(json.dumps({"outcome": outcome, "step": step, "from_step": began, "reason": ""}))
     stop.unlink(missing_ok=True)
 """
 

@@ -1,0 +1,68 @@
+"""The run folder: claimed by one training at a time, and left with a word on how it ended."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from model.errors import UserError
+from pipeline.control import Control
+from pipeline.files import write_json
+from pipeline.ranks import Ranks
+from pipeline.recipe import Recipe
+
+
+class Run:
+    """One start in a run folder. Every rank has one; only the main rank's writes.
+
+    Raises: UserError if the folder cannot be written, or another process trains there.
+    """
+
+    def __init__(self, recipe: Recipe, ranks: Ranks):
+        self.recipe, self.ranks = recipe, ranks
+        self.folder = Path(recipe.run.dir)
+        self.control = Control(self.folder)
+        self.begun_at: int | None = (
+            None  # the step; None until the folder's checkpoints were found to be this training's
+        )
+        if ranks.is_main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.lock = _claim(self.folder / ".lock")
+                self.control.clear()
+            except OSError as error:
+                raise UserError(f"run.dir: {self.folder}: cannot be written ({error}); give one that you own") from None
+
+    def begin(self, step: int, weights: dict[str, Any]) -> None:
+        """The start was accepted: from here on the folder tells of it, and what an earlier start told is over."""
+        self.begun_at = step
+        if self.ranks.is_main:
+            (self.folder / "outcome.json").unlink(missing_ok=True)
+            write_json(self.folder / "recipe.json", asdict(self.recipe))
+            if not self.weights_file.exists():
+                write_json(self.weights_file, weights)
+
+    def end(self, outcome: str, step: int | None, reason: str = "") -> None:
+        """Leave `outcome.json`: "done", "stopped" or "failed", and from which step this start went on."""
+        if self.begun_at is not None:
+            facts = {"outcome": outcome, "step": step, "from_step": self.begun_at, "reason": reason}
+            write_json(self.folder / "outcome.json", facts)
+
+    @property
+    def weights_file(self) -> Path:
+        """What was loaded when the run began; a resumed one takes its weights from the checkpoint."""
+        return self.folder / "weights.json"
+
+
+def _claim(path: Path) -> IO[str]:
+    """Hold the lock until this process ends, however it ends. A file system without locks is trusted."""
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise UserError(f"run.dir: {path.parent}: another process trains here; stop it, or give another") from None
+    return file
