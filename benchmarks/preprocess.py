@@ -59,7 +59,7 @@ def command(root: Path, out: Path, workers: int, rows_per_shard: int) -> list[st
 
 def ours(root: Path, out: Path, rows_per_shard: int) -> float:
     """CPU seconds of a whole build in this process, from reading the rows to the manifest."""
-    request = build_shards.check(build_shards._parser().parse_args(command(root, out, 0, rows_per_shard)))
+    request = build_shards.check(build_shards.parse(command(root, out, 0, rows_per_shard)))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return cpu_s(lambda: build_shards.run(request))
 

@@ -67,7 +67,7 @@ class TooManyRejectsError(UserError):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parsed = _parser().parse_args(arguments)
+    parsed = parse(arguments)
     try:
         build = check(parsed)
         if parsed.check:
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
         epilog=EXAMPLES,
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--check", "--dry-run", action="store_true", help="look at the data, say what would be built, write nothing"
     )
-    return parser
+    return parser.parse_args(arguments)
 
 
 # -- The work --------------------------------------------------------------------------------------------------------
