@@ -51,6 +51,7 @@ def save_model(
 ) -> None:
     """Writes a folder that `load_model` reads. A state without `alignment.*` makes a model for inference only."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).unlink(missing_ok=True)  # a folder with a config is complete
     has_alignment = any(name.startswith("alignment.") for name in state)
     kept = replace(config, alignment=config.alignment if has_alignment else None)
     _save_tensors(folder / MODEL_FILE, {name: tensor for name, tensor in state.items() if name != TIED})
@@ -58,7 +59,7 @@ def save_model(
     if tokenizer_json is not None:
         _write(folder / TOKENIZER_FILE, tokenizer_json)
     described = {"format": FORMAT, "model": dataclasses.asdict(kept), "extra": dict(extra)}
-    _write(folder / CONFIG_FILE, json.dumps(described, indent=2) + "\n")  # last: a folder with a config is complete
+    _write(folder / CONFIG_FILE, json.dumps(described, indent=2) + "\n")
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:

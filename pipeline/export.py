@@ -8,6 +8,7 @@ python -m pipeline.export --untrained pipeline/recipes/demo.toml models/start da
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,9 @@ import torch
 from model.config import EmmaConfig
 from model.emma import Emma
 from model.errors import UserError
+from model.transformers_layout import save_language_model
 from model.vision import Towers
-from model.weights import save_model
+from model.weights import load_model, save_model
 from pipeline.checkpoint import find_damage, folder_name, full_state, list_steps, read_manifest
 from pipeline.pretrained import initial_model, make_towers, refuse_other_towers
 from pipeline.recipe import Recipe, recipe_of_run
@@ -50,6 +52,14 @@ def export_run(run: Path, out: Path, step: int | None, with_alignment: bool, sha
     check_state(state, recipe.config, folder)
     _write(out, recipe, state, towers, with_alignment, {"step": step})
     return step
+
+
+def export_language_model(model: Path, out: Path) -> None:
+    """The language model of an exported folder alone, as transformers publishes it, with its tokenizer."""
+    loaded = load_model(model)
+    save_language_model(out, loaded.config.llm, loaded.emma.llm.state_dict())
+    if loaded.tokenizer is not None:
+        shutil.copy(loaded.tokenizer, out / "tokenizer.json")
 
 
 def export_untrained(recipe: Recipe, out: Path, with_alignment: bool) -> None:
@@ -100,6 +110,9 @@ def main() -> None:
     )
     parser.add_argument("--untrained", action="store_true", help="the model before its first step")
     parser.add_argument("--step", type=int, help="of this checkpoint, instead of the newest that verifies")
+    parser.add_argument(
+        "--language-model", type=Path, metavar="DIR", help="write that part there too, for transformers"
+    )
     parser.add_argument("--with-alignment", action="store_true", help="keep the training-only fusion and decoder")
     args = parser.parse_args()
     if args.untrained:
@@ -113,6 +126,9 @@ def main() -> None:
             )
         step = export_run(Path(args.source), args.out, args.step, args.with_alignment, *shards)
         print(f"{args.out}: {args.source} at step {step}")
+    if args.language_model:
+        export_language_model(args.out, args.language_model)
+        print(f"{args.language_model}: its language model, for AutoModelForCausalLM.from_pretrained")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ DOORS = {
     "mamba_ssm": {"model/kernels.py"},
     "causal_conv1d": {"model/kernels.py"},
     "timm": {"model/vision.py"},
+    "transformers": {"model/transformers_layout.py"},
     "ray": {"preprocess/build_shards.py"},
     "webdataset": {"preprocess/shards.py"},
     "fsspec": {"preprocess/places.py"},

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Mamba2Config, Mamba2ForCausalLM, MambaForCausalLM
-from transformers import MambaConfig as TransformersMambaConfig
+from transformers import Mamba2ForCausalLM, MambaForCausalLM
 
 from model.config import MambaConfig, MambaKind, preset
 from model.language_model import MambaLM, plan_segments
 from model.mamba import NO_WEIGHT_DECAY, Mixer
+from model.transformers_layout import transformers_config
 
 KINDS: tuple[MambaKind, ...] = ("mamba1", "mamba2")
 LENGTHS = (1, 7, 33, 64, 65)
@@ -34,27 +34,10 @@ def language_model(kind: MambaKind, **changes: Any) -> MambaLM:
 
 
 def transformers_twin(llm: MambaLM) -> Any:
-    config = llm.config
-    shared = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "state_size": config.d_state,
-        "num_hidden_layers": config.num_layers,
-        "expand": config.expand,
-        "conv_kernel": config.d_conv,
-        "layer_norm_epsilon": config.norm_eps,
-        "residual_in_fp32": True,
-        "tie_word_embeddings": True,
-        "use_cache": False,
-        "pad_token_id": 1,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
-    if config.kind == "mamba1":
-        twin = MambaForCausalLM(TransformersMambaConfig(**shared, time_step_rank=config.dt_rank))
-    else:
-        heads = {"num_heads": config.num_heads, "head_dim": config.head_dim, "n_groups": config.num_groups}
-        twin = Mamba2ForCausalLM(Mamba2Config(**shared, **heads, chunk_size=config.chunk_size))
+    twins = {"mamba1": MambaForCausalLM, "mamba2": Mamba2ForCausalLM}
+    config = transformers_config(llm.config)
+    config.use_cache = False
+    twin = twins[llm.config.kind](config)
     state = {theirs(name): tensor for name, tensor in llm.state_dict().items()}
     twin.load_state_dict(state, strict=True)
     return twin.train()

@@ -28,7 +28,7 @@ def run(recipe_file, shards, tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(run, tmp_path_factory):
     out = tmp_path_factory.mktemp("models") / "tiny"
-    done = run_python("-m", "pipeline.export", run, out)
+    done = run_python("-m", "pipeline.export", run, out, "--language-model", out.with_name("lm"))
     assert done.returncode == 0, done.stderr
     assert "step 4" in done.stdout
     return out
@@ -50,6 +50,30 @@ def test_the_exported_model_is_the_trained_one_without_its_training_only_part(ru
     assert found.keys() == {name for name in state if not name.startswith("alignment.")}
     for name, tensor in found.items():
         assert torch.equal(tensor, state[name].to(tensor.dtype)), name
+
+
+def test_the_language_model_is_one_that_transformers_loads_with_the_same_logits(exported):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = load(exported, "cpu")
+    theirs = AutoModelForCausalLM.from_pretrained(exported.with_name("lm"))
+    tokens = torch.tensor([tokenizer.encode("Which colour is it?")])
+    expected = theirs(input_ids=tokens, use_cache=False).logits[:, -1]
+    found, _ = model.emma.prefill(tokens)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(exported.with_name("lm")).encode("Sure?") == tokenizer.encode("Sure?")
+
+
+def test_shards_that_moved_are_named_and_others_are_refused(run, shards, tmp_path):
+    import shutil
+
+    moved = tmp_path / "moved"
+    shutil.copytree(shards, moved)
+    export_run(run, tmp_path / "a", step=None, with_alignment=False, shards=str(moved))
+    manifest = json.loads((moved / "manifest.json").read_text())
+    (moved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"not the shards that|is damaged"):
+        export_run(run, tmp_path / "b", step=None, with_alignment=False, shards=str(moved))
 
 
 def test_the_training_only_part_is_kept_on_request(run, tmp_path):

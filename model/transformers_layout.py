@@ -1,0 +1,56 @@
+"""The trained language model as transformers publishes Mamba: for the tools that start from `AutoModelForCausalLM`.
+
+The only door to transformers. Its configuration's defaults are another model's (Codestral's): every number is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.config import MambaConfig
+
+EOS_ID, PAD_ID = 0, 1
+OURS, THEIRS = "backbone.embedding.", "backbone.embeddings."
+
+
+def transformers_config(config: MambaConfig) -> Any:
+    """The `MambaConfig` or `Mamba2Config` of transformers that describes the same network."""
+    import transformers
+
+    shared: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "state_size": config.d_state,
+        "num_hidden_layers": config.num_layers,
+        "expand": config.expand,
+        "conv_kernel": config.d_conv,
+        "layer_norm_epsilon": config.norm_eps,
+        "residual_in_fp32": True,
+        "tie_word_embeddings": True,
+        "bos_token_id": EOS_ID,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": PAD_ID,
+    }
+    if config.kind == "mamba1":
+        return transformers.MambaConfig(**shared, time_step_rank=config.dt_rank, architectures=["MambaForCausalLM"])
+    heads = {"num_heads": config.num_heads, "head_dim": config.head_dim, "n_groups": config.num_groups}
+    return transformers.Mamba2Config(
+        **shared, **heads, chunk_size=config.chunk_size, architectures=["Mamba2ForCausalLM"]
+    )
+
+
+def save_language_model(folder: Path, config: MambaConfig, state: Mapping[str, Tensor]) -> None:
+    """Write a folder for `AutoModelForCausalLM.from_pretrained`. `state`: of the language model alone, in our names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name.replace(OURS, THEIRS): tensor.detach().contiguous()
+        for name, tensor in state.items()
+        if name != "lm_head.weight"  # the embedding again
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    transformers_config(config).save_pretrained(folder)
