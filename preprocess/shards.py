@@ -7,6 +7,7 @@ comes last, so a set without one is not a set. Any POSIX file system will do.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -179,8 +180,13 @@ def _index_row(sample: Sample, places: dict[str, tuple[int, int]]) -> dict[str, 
         "has_image": sample.image is not None,
         "source": sample.source,
         "id": sample.id,
-        "picture_digest": hashlib.sha256(sample.image).hexdigest()[:16] if sample.image is not None else None,
+        "picture_digest": _picture_digest(sample.image) if sample.image is not None else None,
     }
+
+
+@functools.lru_cache(maxsize=64)  # rows that share a picture come with the same bytes
+def _picture_digest(image: bytes) -> str:
+    return hashlib.sha256(image).hexdigest()[:16]
 
 
 def read_fields(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:

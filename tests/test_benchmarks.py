@@ -14,7 +14,7 @@ def test_ours_and_the_everyday_script_make_the_same_pictures(tmp_path: Path) -> 
     results = measure(tmp_path, pictures=4, rows_per_picture=2, workers=[])
     assert results["rows"] == 8
     assert results["same_pictures_as_script"]
-    assert len(list((tmp_path / "ours").glob("*.tar"))) == 8
+    assert Manifest.load(tmp_path / "ours").counts["pictures"] == 4
     assert "| ours, in one process |" in table(results)
 
 
