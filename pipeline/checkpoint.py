@@ -17,9 +17,10 @@ import torch.distributed as dist
 
 from model.errors import UserError
 from pipeline.agreement import on_main
-from pipeline.files import sha256_of, sync_file, sync_folder, write_json, write_text
+from pipeline.files import sync_file, write_json
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
+from preprocess.shards import file_sha256, publish, sync_folder
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
@@ -68,7 +69,7 @@ class Checkpoints:
         mine = {}
         for path in paths[self.ranks.rank :: self.ranks.world_size]:
             sync_file(path)
-            mine[str(path.relative_to(partial))] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            mine[str(path.relative_to(partial))] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         tables: list[Any] = [None] * self.ranks.world_size
         dist.all_gather_object(tables, mine)
         return {name: facts for table in tables for name, facts in table.items()}
@@ -97,7 +98,7 @@ class Checkpoints:
         shutil.rmtree(self.folder / name, ignore_errors=True)  # one whose deletion was cut off
         partial.rename(self.folder / name)
         sync_folder(self.folder)
-        write_text(self.folder / "latest", f"{name}\n")
+        publish(self.folder / "latest", f"{name}\n".encode())
         for refused in self.folder.glob(f"{REFUSED}*"):  # kept as evidence until there is a good one again
             shutil.rmtree(refused)
         self._prune(step)
@@ -199,7 +200,7 @@ def find_damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != facts["bytes"]:
             return f"{name} has {path.stat().st_size} bytes, expected {facts['bytes']}"
-        if sha256_of(path) != facts["sha256"]:
+        if file_sha256(path) != facts["sha256"]:
             return f"{name} has changed: its sha256 is not the one that was written down"
     return None
 

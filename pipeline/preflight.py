@@ -20,11 +20,10 @@ from pipeline.agreement import together
 from pipeline.cost import count_parameters
 from pipeline.data import check_fit
 from pipeline.engine import compose_config
-from pipeline.files import sha256_of
 from pipeline.pretrained import llm_source, tower_source
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
-from preprocess.shards import INDEX, Manifest
+from preprocess.shards import INDEX, Manifest, file_sha256
 
 GIB = 1 << 30
 CHECKPOINT_BYTES = 14  # of a trainable parameter: bf16 weights, fp32 master weights, Adam's two moments
@@ -98,7 +97,7 @@ def check_shards(recipe: Recipe, ranks: Ranks) -> str:
     manifest = Manifest.load(recipe.data.shards)
     check_fit(manifest, recipe)
     index = Path(recipe.data.shards) / INDEX
-    if not index.exists() or sha256_of(index) != manifest.index["sha256"]:
+    if not index.exists() or file_sha256(index) != manifest.index["sha256"]:
         raise UserError(f"{index}: is not the manifest's index; {_repair(recipe)}")
     hashed = 0
     for shard in manifest.shards:
@@ -108,7 +107,7 @@ def check_shards(recipe: Recipe, ranks: Ranks) -> str:
             raise UserError(f"{path}: has {size} bytes, the manifest says {shard.bytes}; {_repair(recipe)}")
         if hashed + shard.bytes <= HASHED_BYTES or not hashed:
             hashed += shard.bytes
-            if sha256_of(path) != shard.sha256:
+            if file_sha256(path) != shard.sha256:
                 raise UserError(f"{path}: its content is not what the manifest says; {_repair(recipe)}")
     share = hashed / max(1, sum(shard.bytes for shard in manifest.shards))
     return f"{len(manifest.shards)} shards of {manifest.counts['samples']} samples, {share:.0%} of them hashed"

@@ -84,7 +84,7 @@ def published(path: Path) -> Iterator[HashingFile]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def publish(path: Path, data: bytes) -> str:
@@ -94,7 +94,8 @@ def publish(path: Path, data: bytes) -> str:
     return file.sha256
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names inside a folder as durable as the files."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
