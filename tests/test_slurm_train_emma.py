@@ -107,7 +107,8 @@ def test_an_interrupted_training_is_requeued_and_trains_every_step_once(slurm, s
         slurm.preempt()
     assert slurm.wait_for(job) == "COMPLETED", slurm.log(job)
     assert slurm.job(job)["Restarts"] == "1"
-    assert json.loads((run / "outcome.json").read_text()) == {"outcome": "done", "step": STEPS, "reason": ""}
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert (outcome["outcome"], outcome["step"]) == ("done", STEPS)
     assert steps_of(run) == list(range(1, STEPS + 1))
     events = [line["event"] for line in lines(run) if line.get("event") in ("start", "stopped", "resume", "done")]
     assert events == ["start", "stopped", "resume", "done"]
