@@ -1,8 +1,12 @@
 """Checkpoint -> one folder that answers questions: safetensors, config.json, tokenizer.
 
-python -m pipeline.export runs/v2 models/v2                   # the newest checkpoint that verifies
-python -m pipeline.export runs/v2 models/v2 --step 9000 --with-alignment
-python -m pipeline.export --untrained pipeline/recipes/demo.toml models/start data.shards=SHARDS run.dir=none
+    python -m pipeline.export runs/v2 models/v2                   # the newest checkpoint that verifies
+    python -m pipeline.export runs/v2 models/v2 --step 9000 --with-alignment
+    python -m pipeline.export runs/v2 models/v2 --language-model models/v2-lm       # that part for transformers, too
+    python -m pipeline.export runs/v2 models/v2 data.shards=/moved/shards
+    python -m pipeline.export --untrained pipeline/recipes/demo.toml models/start data.shards=SHARDS
+
+The tokenizer is that of the shards, which must be the ones that the run was trained on.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Recipes: TOML plus `key=value` overrides -> one frozen, typed `Recipe`. Strict: an unknown key is an error.
 
-python -m pipeline.recipe pipeline/recipes/emma_v2.toml optim.lr=1e-5            # the resolved whole
-python -m pipeline.recipe pipeline/recipes/emma_v2.toml --get run.dir            # one value, for scripts
+    python -m pipeline.recipe pipeline/recipes/emma_v2.toml optim.lr=1e-5            # the resolved whole
+    python -m pipeline.recipe pipeline/recipes/emma_v2.toml --get run.dir            # one value, for scripts
+
+Values are TOML; what is not TOML is taken as text, so paths need no quotes; null stands for none.
 """
 
 from __future__ import annotations
