@@ -1,0 +1,51 @@
+"""Planning before paying: the figures of the paper's models, and a rehearsal of one rank on the CPU."""
+
+import json
+
+import pytest
+
+from model.config import preset
+from pipeline.cost import count_parameters, flops_per_sample
+from pipeline.describe import describe, table
+from pipeline.dry_run import longest_text
+from pipeline.recipe import load_recipe
+from tests.conftest import run_python
+
+
+@pytest.mark.parametrize(("name", "llm", "trainable"), [("v1", 2_768_345_600, 3.19e9), ("v2", 2_702_599_680, 3.11e9)])
+def test_the_papers_models_have_the_papers_sizes_and_steps(name, llm, trainable):
+    facts = describe(load_recipe(f"pipeline/recipes/emma_{name}.toml", planning=True), ranks=8, mfu=0.4)
+    assert facts["parameters"]["llm"] == llm
+    assert facts["parameters"]["trainable"] == pytest.approx(trainable, rel=0.005)
+    assert facts["data"]["steps"] == 19_232
+    assert 10 < facts["hours"] < 20
+    assert f"{llm:,}" in table(facts)
+
+
+@pytest.mark.parametrize("name", ["emma_v1", "emma_v2"])
+def test_operations_are_six_per_parameter_and_token_and_a_little(name):
+    config = preset(name)
+    text = 295
+    flops = flops_per_sample(config, text, supervised=text, segment_layers=0, keep_layers=0)
+    parameters = count_parameters(config)
+    tokens = config.vision.num_patches + text
+    assert 3 * flops.language == pytest.approx(6 * parameters.llm * tokens, rel=0.15)
+    assert flops.recompute == 0
+    recomputed = flops_per_sample(config, text, text, segment_layers=4, keep_layers=16).recompute
+    assert recomputed == pytest.approx(0.75 * flops.language, rel=0.05)
+
+
+def test_the_recipes_shards_give_steps_and_lengths(recipe_file, shards):
+    recipe = load_recipe(recipe_file, [f"data.shards={shards}"], planning=True)
+    facts = describe(recipe, ranks=2, mfu=0.4)
+    assert facts["data"]["samples"] == 35
+    assert facts["data"]["steps"] == 12
+    assert longest_text(recipe, otherwise=1) > 20
+
+
+def test_a_rehearsal_says_what_fits_and_how_fast(recipe_file, tmp_path):
+    out = tmp_path / "trials.json"
+    done = run_python("-m", "pipeline.dry_run", recipe_file, "--ranks", "2", "--micro-batches", "1", "4", "--json", out)
+    assert done.returncode == 0, done.stderr
+    assert "largest that fits: 4" in done.stdout
+    assert [trial["micro_batch"] for trial in json.loads(out.read_text())] == [1, 4]
