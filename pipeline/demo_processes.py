@@ -119,7 +119,7 @@ def ray_head(logs: Path) -> Iterator[dict[str, str]]:
     It is ended by its own process id: `ray stop` would end every Ray of the host.
     """
     scratch = tempfile.mkdtemp(prefix="emma-", dir="/tmp")  # short: the paths of Ray's sockets may have 107 characters
-    port, dashboard, client, agent = _free_ports(4)
+    port, dashboard, client, agent = free_ports(4)
     options: dict[str, str | int] = {"port": port, "dashboard-port": dashboard, "ray-client-server-port": client}
     options |= {"dashboard-agent-listen-port": agent, "min-worker-port": 0, "max-worker-port": 0}
     options |= {"object-store-memory": OBJECT_STORE_BYTES, "temp-dir": scratch, "log-color": "false"}
@@ -172,7 +172,8 @@ def _end(head: subprocess.Popen[bytes]) -> None:
     head.wait()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on, all different."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

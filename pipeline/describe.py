@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
-from pipeline.cost import count_parameters, flops_per_sample
+from pipeline.cost import CHECKPOINT_BYTES, STATE_BYTES, count_parameters, flops_per_sample
 from pipeline.recipe import Recipe, load_recipe
 from preprocess.shards import Manifest
 
@@ -25,7 +25,6 @@ A100_FLOPS = 312e12  # bf16, dense, from the data sheet
 PAPER_ROWS, PAPER_TEXT_ONLY = 1_230_800, 40_688
 TYPICAL_TEXT, TYPICAL_SUPERVISED = 295, 150  # where no shards say better
 GIB = 1 << 30
-STATE_BYTES = {"bf16": 18, "autocast": 16, "fp32": 16}  # weights, gradients, master weights and Adam's two moments
 
 
 def describe(recipe: Recipe, ranks: int, mfu: float) -> dict[str, Any]:
@@ -39,7 +38,7 @@ def describe(recipe: Recipe, ranks: int, mfu: float) -> dict[str, Any]:
         recipe.engine.segment_layers,
         recipe.engine.keep_layers,
     )
-    state = STATE_BYTES[recipe.engine.precision] * parameters.trainable  # ZeRO-3 shares all of it
+    state = STATE_BYTES[recipe.engine.precision] * parameters.trainable
     step_flops = flops.useful * recipe.optim.global_batch
     return {
         "model": recipe.model,
@@ -48,7 +47,7 @@ def describe(recipe: Recipe, ranks: int, mfu: float) -> dict[str, Any]:
         "flops": {**asdict(flops), "useful": flops.useful, "total": flops.total, "useful_per_step": step_flops},
         "zero3_states_gib_per_rank": state / ranks / GIB,
         "towers_gib_per_rank": 2 * parameters.vision / GIB,
-        "checkpoint_gib": 14 * parameters.trainable / GIB,
+        "checkpoint_gib": CHECKPOINT_BYTES * parameters.trainable / GIB,
         "hours": data["steps"] * step_flops / (ranks * A100_FLOPS * mfu) / 3600,
         "ranks": ranks,
         "mfu": mfu,

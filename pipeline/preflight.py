@@ -17,7 +17,7 @@ import torch.distributed as dist
 from model.errors import UserError
 from model.kernels import kernel_report
 from pipeline.agreement import together
-from pipeline.cost import count_parameters
+from pipeline.cost import CHECKPOINT_BYTES, STATE_BYTES, count_parameters
 from pipeline.data import check_fit
 from pipeline.engine import compose_config
 from pipeline.pretrained import llm_source, tower_source
@@ -26,8 +26,6 @@ from pipeline.recipe import Recipe
 from preprocess.shards import INDEX, Manifest, file_sha256
 
 GIB = 1 << 30
-CHECKPOINT_BYTES = 14  # of a trainable parameter: bf16 weights, fp32 master weights, Adam's two moments
-STATE_BYTES = 18  # of a trainable parameter, shared by the ranks: gradients too
 ROOM_FOR = 2  # checkpoints, beside those that retention keeps: one being written, one to spare
 HASHED_BYTES = 2 * GIB  # of shards; more would take longer than a preflight may
 PROBE_BYTES = 64 << 20
@@ -77,7 +75,7 @@ def check_memory(recipe: Recipe, ranks: Ranks) -> str:
     if ranks.device.type != "cuda":
         return ""
     parameters = count_parameters(recipe.config)
-    needed = STATE_BYTES * parameters.trainable / ranks.world_size + 2 * parameters.vision
+    needed = STATE_BYTES[recipe.engine.precision] * parameters.trainable / ranks.world_size + 2 * parameters.vision
     free, whole = torch.cuda.mem_get_info(ranks.device)
     if free < needed:
         raise UserError(

@@ -25,9 +25,8 @@ class Run:
         self.recipe, self.ranks = recipe, ranks
         self.folder = Path(recipe.run.dir)
         self.control = Control(self.folder)
-        self.begun_at: int | None = (
-            None  # the step; None until the folder's checkpoints were found to be this training's
-        )
+        # The step; None until the folder's checkpoints were found to be this training's.
+        self.begun_at: int | None = None
         if ranks.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)

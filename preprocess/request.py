@@ -14,8 +14,6 @@ from preprocess.places import Place
 from preprocess.prompts import Tokenizer, load_tokenizer
 from preprocess.task import Settings
 
-MAX_IDS = 1 << 16  # tokens are kept in 16 bits
-
 
 @dataclass(frozen=True)
 class Build:

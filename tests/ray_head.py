@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from pipeline.demo_processes import free_ports
+
 REPOSITORY = Path(__file__).parents[1]
 START_S, STOP_S = 60, 15
 
@@ -25,7 +26,7 @@ class RayHead:
     """Where the head listens, and the environment in which commands find it."""
 
     def __init__(self, scratch: Path) -> None:
-        self.port, dashboard, client, agent = _free_ports(4)
+        self.port, dashboard, client, agent = free_ports(4)
         self.address = f"http://127.0.0.1:{dashboard}"
         self.environment = {
             **os.environ,
@@ -130,11 +131,3 @@ def ray_head() -> Iterator[RayHead]:
     finally:
         head.stop()
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
