@@ -16,13 +16,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+ZERO2 = "engine.ds_config=ds_configs/zero2.json"
 VARIANTS = {
-    "V2 zero3 segments of 4": ("emma_v2", []),
-    "V2 zero3 segments of 4, keep 16": ("emma_v2", ["engine.keep_layers=16"]),
-    "V2 zero2 segments of 4": ("emma_v2", ["engine.ds_config=ds_configs/zero2.json"]),
-    "V2 zero3 autocast": ("emma_v2", ["engine.precision=autocast"]),
-    "V1 zero3 segments of 4": ("emma_v1", []),
-    "V1 zero2 segments of 4": ("emma_v1", ["engine.ds_config=ds_configs/zero2.json"]),
+    "V2 zero3, segments of 4": ("emma_v2", []),
+    "V2 zero2, segments of 4": ("emma_v2", [ZERO2]),
+    "V2 zero3, autocast": ("emma_v2", ["engine.precision=autocast"]),
+    "V2 zero3, segments of 4, 24 layers kept": ("emma_v2", ["engine.keep_layers=24"]),
+    "V2 zero2, segments of 4, 16 layers kept": ("emma_v2", [ZERO2, "engine.keep_layers=16"]),
+    "V2 zero3, every layer": ("emma_v2", ["engine.segment_layers=1"]),
+    "V2 zero3, nothing recomputed": ("emma_v2", ["engine.segment_layers=0"]),
+    "V1 zero3, segments of 4": ("emma_v1", []),
+    "V1 zero2, segments of 4": ("emma_v1", [ZERO2]),
+    "V1 zero3, segments of 4, 16 layers kept": ("emma_v1", ["engine.keep_layers=16"]),
 }
 
 
