@@ -31,6 +31,14 @@ class Control:
         """Take SIGTERM for a request to stop: a preemption with grace time tells the ranks, and nobody else."""
         signal.signal(signal.SIGTERM, lambda *_: (self.folder / "stop").touch())
 
+    def refuse(self, reason: str) -> None:
+        """Tell the batch script that the same command would be refused again. Nobody else waits for it.
+
+        It cannot go by the exit code: the launcher kills the ranks that end a moment after the first one.
+        """
+        if "SLURM_JOB_ID" in os.environ and self.folder.is_dir():
+            (self.folder / "refused").write_text(reason + "\n", encoding="utf-8")
+
     def requests(self) -> tuple[bool, bool]:
         """(stop, save) as this rank sees them."""
         return (self.folder / "stop").exists(), (self.folder / "save").exists()

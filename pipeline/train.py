@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -38,6 +39,7 @@ from pipeline.step import optimizer_step
 
 BEGAN = time.time()
 MAX_NONFINITE = 3  # steps in a row without a finite loss and gradient, after which the run has failed
+MAIN_SPEAKS_S = 10.0  # for the main rank to leave its word, before another one does
 
 
 class DivergedError(RuntimeError):
@@ -126,6 +128,7 @@ def main() -> None:
     parser.add_argument("recipe", help="a TOML file; pipeline/recipes has the ones that ship")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in optim.lr=1e-5")
     args = parser.parse_args()
+    recipe: Recipe | None = None
     run: Run | None = None
     try:
         recipe = load_recipe(args.recipe, args.overrides)
@@ -137,9 +140,9 @@ def main() -> None:
         run.control.stop_on_sigterm()
         train(run, ranks)
     except UserError as error:
-        fail(error, run, code=2)
+        fail(error, recipe, run, code=2)
     except DivergedError as error:
-        fail(error, run, code=3)
+        fail(error, recipe, run, code=3)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -149,15 +152,17 @@ def say(ranks: Ranks, line: str) -> None:
         print(line, flush=True)
 
 
-def fail(error: Exception, run: Run | None, code: int) -> NoReturn:
-    """One line on the console, an outcome that says not to try again, and an exit code. Never a traceback."""
+def fail(error: Exception, recipe: Recipe | None, run: Run | None, code: int) -> NoReturn:
+    """One line on the console, a word that says not to try again, and an exit code. Never a traceback."""
     is_main = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
-    if is_main or isinstance(
-        error, DamagedShardError
-    ):  # every other mistake reaches all ranks, and the main one speaks
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        if run is not None:
-            run.end("failed", None, str(error))
+    if not (is_main or isinstance(error, DamagedShardError)):
+        # The main rank met it too and speaks; the launcher ends us all as soon as one ends, so let that one be first.
+        time.sleep(MAIN_SPEAKS_S)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    if run is not None:
+        run.end("failed", None, str(error))
+    if recipe is not None and (run is None or run.begun_at is None):
+        Control(Path(recipe.run.dir)).refuse(str(error))
     # Other ranks may wait in a collective for this one: leave without the goodbyes that would wait for them.
     os._exit(code)
 
