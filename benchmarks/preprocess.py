@@ -16,6 +16,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -33,13 +34,15 @@ from benchmarks.photographs import write_rows
 from model.config import preset
 from preprocess import build_shards, images
 from preprocess.prompts import encode_dialogue, load_tokenizer
-from preprocess.shards import read_fields
+from preprocess.squash import squash
 from tests.golden_tokenizer import gpt_neox
 
 MODEL = "emma_v2"
 CONFIG = preset(MODEL)
 PX = CONFIG.vision.image_px
 RAY_DATA_NEEDS = "pandas"
+ROUNDS = 3
+PARTS = ("read", "decode", "resize", "encode", "tokenise", "hash", "write")
 
 Rows = list[dict[str, Any]]
 
@@ -161,7 +164,7 @@ def ray_data_only(root: Path, out: Path, workers: int) -> None:
 def parts(root: Path, out: Path, rows: Rows) -> dict[str, float]:
     """CPU seconds of each part of the work: of every picture once, and of every row."""
     tokenizer = load_tokenizer(root / "tokenizer")
-    took: Counter[str] = Counter()
+    took = dict.fromkeys(PARTS, 0)
 
     def timed(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
         started = time.process_time_ns()
@@ -169,17 +172,13 @@ def parts(root: Path, out: Path, rows: Rows) -> dict[str, float]:
         took[name] += time.process_time_ns() - started
         return result
 
-    def decode(data: bytes) -> Image.Image:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-
     picture, encoded = "", b""
     with out.open("wb") as file:
         for row in rows:
             if row["image"] != picture:
                 picture = row["image"]
-                decoded = timed("decode", decode, timed("read", (root / picture).read_bytes))
-                squashed = timed("resize", decoded.resize, (PX, PX), Image.Resampling.BICUBIC)
-                encoded = timed("encode", images.encode_jpeg, squashed)
+                pixels = timed("decode", images.decode_rgb, timed("read", (root / picture).read_bytes))
+                encoded = timed("encode", images.encode_jpeg, timed("resize", squash, pixels, PX))
             turns = row["conversations"]
             timed("tokenise", encode_dialogue, turns, CONFIG.template, tokenizer, CONFIG.max_text_tokens)
             timed("hash", hashlib.sha256, encoded)
@@ -190,24 +189,32 @@ def parts(root: Path, out: Path, rows: Rows) -> dict[str, float]:
 # -- The table -------------------------------------------------------------------------------------------------------
 
 
-def same_pictures(ours: Path, theirs: Path) -> bool:
-    """Whether both made the same bytes of the first shard's photographs."""
-    made = [[fields["jpg"] for _, fields in read_fields(sorted(out.glob("*.tar"))[0])] for out in (ours, theirs)]
-    return made[0] == made[1]
+def levels_off(root: Path, most: int = 200) -> dict[int, float]:
+    """By how many levels our pixels differ from Pillow's before they are encoded: the share of values for each."""
+    off: Counter[int] = Counter()
+    for path in sorted((root / "pictures").iterdir())[:most]:
+        data = path.read_bytes()
+        exact = Image.open(io.BytesIO(data)).convert("RGB").resize((PX, PX), Image.Resampling.BICUBIC)
+        ours = squash(images.decode_rgb(data), PX)
+        off.update(np.abs(ours.astype(np.int16) - np.asarray(exact)).ravel().tolist())
+    return {levels: count / off.total() for levels, count in sorted(off.items())}
 
 
-def measure(scratch: Path, pictures: int, rows_per_picture: int, workers: list[int]) -> dict[str, Any]:
+def measure(
+    scratch: Path, pictures: int, rows_per_picture: int, workers: list[int], rounds: int = ROUNDS
+) -> dict[str, Any]:
     root = scratch / "root"
     rows = write_rows(root, pictures, rows_per_picture)
     (root / "tokenizer").mkdir()
     (root / "tokenizer/tokenizer.json").write_bytes(gpt_neox().data)
     shard = max(1, len(rows) // 16)  # enough of them for two workers to take turns
     ours(root, scratch / "warm", len(rows))
-    cpu = {
-        "ours": ours(root, scratch / "ours", len(rows)),
-        "script": everyday_script(root, scratch / "script", len(rows)),
-    }
-    took = parts(root, scratch / "parts", rows)
+    cpu = {"ours": math.inf, "script": math.inf}
+    took = dict.fromkeys(PARTS, math.inf)
+    for turn in range(rounds):  # in turns, and the best of each: other work on the machine costs all of them the same
+        cpu["ours"] = min(cpu["ours"], ours(root, scratch / f"ours-{turn}", len(rows)))
+        cpu["script"] = min(cpu["script"], everyday_script(root, scratch / f"script-{turn}", len(rows)))
+        took = {name: min(took[name], value) for name, value in parts(root, scratch / "parts", rows).items()}
     limit = sum(took.values())
     results: dict[str, Any] = {
         "rows": len(rows),
@@ -216,7 +223,7 @@ def measure(scratch: Path, pictures: int, rows_per_picture: int, workers: list[i
         "ms_per_sample": {name: 1000 * value / len(rows) for name, value in took.items()},
         "times_script": cpu["script"] / cpu["ours"],
         "of_limit": limit / cpu["ours"],
-        "same_pictures_as_script": same_pictures(scratch / "ours", scratch / "script"),
+        "levels_off": levels_off(root),
         "samples_per_s_on_ray": {n: ours_on_ray(root, scratch / f"ray-{n}", n, shard) for n in workers},
     }
     if importlib.util.find_spec(RAY_DATA_NEEDS):
@@ -241,17 +248,18 @@ def table(results: Mapping[str, Any]) -> str:
         lines.append(f"| Ray Data `write_webdataset` | not measured: {RAY_DATA_NEEDS} is not installed |")
     lines.append(f"| limit: the sum of the parts | {rates['limit']:.0f} |")
     spent = ", ".join(f"{name} {value:.2f}" for name, value in results["ms_per_sample"].items())
-    same = "the same bytes" if results["same_pictures_as_script"] else "other bytes"
+    off = ", ".join(f"{share:.2g} by {levels}" for levels, share in results["levels_off"].items())
     lines += [
         f"\nms per sample: {spent}",
-        f"{results['times_script']:.2f} × the script, {results['of_limit']:.0%} of the limit; pictures: {same}",
+        f"{results['times_script']:.2f} × the script, {results['of_limit']:.0%} of the limit",
+        f"share of values that are off Pillow's by levels: {off}",
     ]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=400)
+    parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--rows-per-picture", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="with Ray")
     parser.add_argument("--json", type=Path)

@@ -44,7 +44,7 @@ from preprocess.survey import Survey
 from preprocess.task import ShardTask, build_shard
 from preprocess.worklist import Worklist, make_worklist, refuse_hopeless_work, row_count_notes
 
-BUILDER = 1  # raise it when the same input must give other bytes: every shard is then built again
+BUILDER = 2  # raise it when the same input must give other bytes: every shard is then built again
 PAPER_MIX = Path("preprocess/mixes/emma_1m2.toml")
 SAMPLES_PER_SHARD = 4096
 EXIT_USER_ERROR, EXIT_TOO_MANY_REJECTS, EXIT_INTERRUPTED = 2, 3, 130
@@ -138,6 +138,8 @@ def run(build: Build) -> Manifest:
         manifest = manifest or _build_set(build, tasks, missing, facts)
         _refuse_too_many(build, Counter({name: of["rejects"] for name, of in manifest.sources.items()}), work.rows)
         clear_scaffold(build.out)
+        if len(manifest.made_with) > 1:
+            print(_mixture(manifest), flush=True)
         print(f"{build.out} {state}: {_summary(manifest)}", flush=True)
         return manifest
 
@@ -278,6 +280,11 @@ def _summary(manifest: Manifest) -> str:
         f"{counts['samples']} samples in {len(manifest.shards)} shards, {counts['rejects']} of {counts['rows']} rows "
         f"rejected, {counts['pictures']} pictures, {counts['text_tokens']} text tokens; set {manifest.sha256[:12]}"
     )
+
+
+def _mixture(manifest: Manifest) -> str:
+    makers = "; ".join(f"{shards} with {packages}" for packages, shards in manifest.made_with.items())
+    return f"note: not all shards were made alike: {makers}; for pictures of one make, delete the shards and run again"
 
 
 def _row_teller() -> Callable[[int], None]:

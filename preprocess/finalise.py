@@ -50,6 +50,7 @@ class Contents:
     sidecars: dict[str, str] = field(default_factory=dict)
     samples: Counter[str] = field(default_factory=Counter)
     pictures: set[str] = field(default_factory=set)
+    made_with: Counter[str] = field(default_factory=Counter)
     with_image: int = 0
     text_tokens: int = 0
     supervised_tokens: int = 0
@@ -93,6 +94,7 @@ def _publish_index(out: Path, tasks: Sequence[ShardTask]) -> Contents:
             if sidecar["spec_sha256"] != task.spec_sha256:
                 raise UserError(f"{task.sidecar} was changed by another build; run this one again, alone")
             contents.sidecars[task.sidecar.name] = hashlib.sha256(data).hexdigest()
+            contents.made_with[sidecar["made_with"]] += 1
             if sidecar["samples"]:
                 index.write_table(_index_table(len(contents.shards), sidecar["columns"]))
                 contents.add(sidecar["columns"])
@@ -135,6 +137,7 @@ def _manifest(facts: Facts, contents: Contents, lost: Losses) -> Manifest:
         image={"px": settings.image_px, "encoding": settings.encoding},
         max_text_tokens=settings.max_text_tokens,
         spec_sha256=facts.spec_sha256,
+        made_with=dict(contents.made_with),
         counts=_counts(facts.rows, contents, lost),
         sources={
             name: {"rows": rows, "samples": contents.samples[name], "rejects": lost.by_source[name]}

@@ -14,7 +14,6 @@ from string import Template
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from preprocess.images import encode_jpeg
 from preprocess.prompts import Tokenizer
@@ -103,7 +102,7 @@ def _card(sample: Sample, tokenizer: Tokenizer, image_px: int) -> str:
 
 
 def _data_uri(sample: Sample, image_px: int) -> str:
-    jpeg = encode_jpeg(Image.fromarray(decode_pixels(sample, image_px)))
+    jpeg = encode_jpeg(decode_pixels(sample, image_px))
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 

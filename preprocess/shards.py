@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from model.errors import UserError
 from preprocess.records import META, TOKENS, Sample, to_fields
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, INDEX, REJECTS, PROGRESS = "manifest.json", "index.parquet", "rejects.jsonl", "progress.json"
 TOKENIZER, WORK = "tokenizer.json", ".work"
 
@@ -217,6 +217,7 @@ class ShardEntry:
 class Manifest:
     """What a shard set is. The sha256 of the file's bytes, kept in `sha256`, identifies the set.
 
+    made_with   how many shards each set of packages made
     sidecars    their sha256 by file name; those of ranges that left no sample, and so no tar, too
     """
 
@@ -226,6 +227,7 @@ class Manifest:
     image: dict[str, Any]
     max_text_tokens: int
     spec_sha256: str
+    made_with: dict[str, int]
     counts: dict[str, int]
     sources: dict[str, dict[str, int]]
     rejects_by_reason: dict[str, int]

@@ -75,6 +75,7 @@ def build_shard(task: ShardTask) -> Done:
     sidecar = {
         "spec_sha256": task.spec_sha256,
         **asdict(written),
+        "made_with": images.made_with(),
         "rejects": [rejected.to_json() for rejected in maker.rejects],
         "rejected_pictures": maker.rejected_pictures,
     }

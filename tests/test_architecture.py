@@ -21,6 +21,7 @@ DOORS = {
     "transformers": {"model/transformers_layout.py"},
     "ray": {"preprocess/build_shards.py"},
     "webdataset": {"preprocess/shards.py"},
+    "simplejpeg": {"preprocess/images.py"},
     "fsspec": {"preprocess/places.py"},
     "deepspeed": {"pipeline/engine.py", "pipeline/checkpoint.py"},
     "wandb": {"pipeline/metrics.py"},

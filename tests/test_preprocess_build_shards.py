@@ -17,6 +17,7 @@ from skimage import data as photographs
 
 from preprocess import build_shards
 from preprocess.folder import only_builder_of
+from preprocess.images import made_with
 from preprocess.shards import Manifest, load_index
 from preprocess.verify import verify
 from tests.conftest import run_python
@@ -279,6 +280,20 @@ def test_rows_that_are_only_rejected_are_counted_all_the_same(root: Path, expect
     assert build_shards.main(command(longer, tmp_path / "out", workers=0)) == 0
     counts = Manifest.load(tmp_path / "out").counts
     assert (counts["rows"], counts["samples"], counts["rejects"]) == (NUM_ROWS + 1, NUM_ROWS - 1, 2)
+
+
+def test_shards_of_other_packages_are_told(
+    root: Path, expected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(expected, tmp_path / "out")
+    sidecar = tmp_path / "out/shard-00003.json"
+    sidecar.write_text(sidecar.read_text().replace('"made_with": "pillow ', '"made_with": "pillow 1.'))
+    (tmp_path / "out/manifest.json").unlink()
+    assert build_shards.main(command(root, tmp_path / "out", workers=0)) == 0
+    assert sorted(Manifest.load(tmp_path / "out").made_with.values()) == [1, 11]
+    said = capsys.readouterr().out
+    assert "note: not all shards were made alike: 1 with pillow 1." in said
+    assert f"; 11 with {made_with()}; for pictures of one make, delete" in said
 
 
 # -- What is said ----------------------------------------------------------------------------------------------------

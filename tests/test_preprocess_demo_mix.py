@@ -189,7 +189,7 @@ def test_the_real_sets_formats_are_met(root: Path) -> None:
 
 def test_the_photographs_are_those_that_ship_with_the_package(root: Path) -> None:
     for name in PHOTOGRAPHS:
-        assert min(decode_rgb((root / "photographs" / name).read_bytes()).size) > 100
+        assert min(decode_rgb((root / "photographs" / name).read_bytes()).shape[:2]) > 100
 
 
 # -- Through the builder -----------------------------------------------------------------------------------------------

@@ -1,0 +1,124 @@
+"""Pictures as the model sees them: whatever decodes and squashes them, the pixels are Pillow's."""
+
+import io
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data as photographs
+
+from preprocess import images
+from preprocess.images import decode_rgb, sniff, stored_picture
+from preprocess.squash import squash
+
+PX = 384
+BICUBIC = Image.Resampling.BICUBIC
+
+
+def photograph(width: int, height: int) -> np.ndarray:
+    return np.array(Image.fromarray(photographs.astronaut()).resize((width, height)))
+
+
+def jpeg(pixels: np.ndarray, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def as_pillow_decodes(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+JPEGS: dict[str, dict[str, Any]] = {
+    "as cameras write it": {"quality": 90},
+    "without subsampling": {"quality": 95, "subsampling": 0},
+    "subsampled in one direction": {"quality": 75, "subsampling": 1},
+    "progressive": {"quality": 85, "progressive": True},
+    "with a profile, a comment and EXIF": {"icc_profile": b"profile", "comment": b"text", "exif": Image.Exif()},
+    "with restart markers": {"quality": 80, "restart_marker_rows": 1},
+    "kept as RGB": {"quality": 90, "keep_rgb": True},
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_plain_jpegs_are_decoded_quickly_and_to_pillows_pixels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = jpeg(photograph(203, 155), **JPEGS[kind])
+    monkeypatch.setattr(images, "_by_pillow", None)
+    assert np.array_equal(decode_rgb(data), as_pillow_decodes(data))
+
+
+def test_without_the_quick_decoder_the_pixels_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = jpeg(photograph(203, 155))
+    quick = decode_rgb(data)
+    monkeypatch.setattr(images, "simplejpeg", None)
+    assert np.array_equal(decode_rgb(data), quick)
+
+
+def test_a_jpeg_with_damage_that_pillow_passes_over_is_decoded_by_pillow() -> None:
+    """Decoders differ in what they make of broken data."""
+    data = bytearray(jpeg(photograph(203, 155)))
+    data[len(data) // 2] ^= 0xFF
+    assert np.array_equal(decode_rgb(bytes(data)), as_pillow_decodes(bytes(data)))
+
+
+SHAPES = [
+    (640, 480),
+    (480, 640),
+    (500, 375),
+    (375, 500),
+    (427, 640),
+    (200, 150),
+    (150, 200),
+    (400, 2000),
+    (900, 30),
+    (1, 1),
+]
+
+
+@pytest.mark.parametrize(("width", "height"), SHAPES)
+def test_a_picture_is_squashed_as_pillow_squashes_it(width: int, height: int) -> None:
+    """Noise has the edges at which an order of passes, or a filter, other than Pillow's would show."""
+    noise = np.random.Generator(np.random.Philox(key=1)).integers(0, 2, (height, width, 3)).astype(np.uint8) * 255
+    for pixels in (photograph(width, height), noise):
+        exact = np.asarray(Image.fromarray(pixels).resize((PX, PX), BICUBIC)).astype(int)
+        off = np.abs(squash(pixels, PX) - exact)
+        assert off.max() <= 2
+        assert (off > 1).mean() < 2e-5
+        assert (off > 0).mean() < 0.02
+
+
+def test_a_picture_of_the_right_size_is_left_alone() -> None:
+    pixels = photograph(PX, PX)
+    assert np.array_equal(squash(pixels, PX), pixels)
+
+
+def test_what_is_stored_is_what_was_squashed() -> None:
+    data = jpeg(photograph(640, 480))
+    raw, form = stored_picture(data, PX, "raw")
+    assert (form, sniff(stored_picture(data, PX, "jpeg")[0])) == ("pixels.npy", "jpg")
+    assert np.array_equal(np.load(io.BytesIO(raw)), squash(as_pillow_decodes(data), PX))
+
+
+def test_every_instruction_set_gives_the_same_bytes() -> None:
+    program = (
+        "import hashlib, numpy; from preprocess.squash import squash; "
+        "noise = numpy.random.Generator(numpy.random.Philox(key=1)).integers(0, 256, (479, 641, 3), numpy.uint8); "
+        "print(hashlib.sha256(squash(noise, 384)).hexdigest())"
+    )
+    capabilities = [{"ATEN_CPU_CAPABILITY": "default"}, {}]
+    started = [
+        subprocess.Popen([sys.executable, "-c", program], env=os.environ | one, stdout=subprocess.PIPE, text=True)
+        for one in capabilities
+    ]
+    digests = [process.communicate(timeout=60)[0] for process in started]
+    assert len(digests[0]) == 65
+    assert digests[0] == digests[1]
+
+
+def test_a_builder_does_not_load_torch_before_it_squashes() -> None:
+    program = "import sys, preprocess.build_shards; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
