@@ -20,6 +20,7 @@ from model.errors import UserError
 from pipeline.plan import FILLER, Ids, Plan, rank_slices
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
+from pipeline.sources import BySource, Sources
 from preprocess.prompts import load_tokenizer
 from preprocess.records import Sample, decode_pixels, from_payloads
 from preprocess.rejects import Rejected
@@ -69,6 +70,7 @@ class GlobalBatch:
     tokens: int  # visual and text, without padding
     padding_ratio: float  # of the positions computed, waiting for the slowest rank included
     wait_s: float  # how long the training loop waited for it
+    sources: BySource
 
 
 class ShardReader:
@@ -173,6 +175,7 @@ class TrainData:
         index = self.reader.index
         self.text_tokens = index.column("num_text_tokens").to_numpy()
         self.supervised = index.column("num_supervised_tokens").to_numpy()
+        self.sources = Sources(index)
         self.plan = Plan(
             text_tokens=self.text_tokens,
             has_image=index.column("has_image").to_numpy(zero_copy_only=False),
@@ -185,6 +188,11 @@ class TrainData:
     @property
     def total_steps(self) -> int:
         return self.recipe.steps or self.recipe.data.epochs * self.plan.steps_per_epoch
+
+    def heaviest(self) -> MicroBatch:
+        """This rank's largest micro-batch of the whole run: the plan has the longest samples come first."""
+        dataset = MicroBatches(self.reader, self.plan, self.ranks, self.recipe.optim.micro_batch)
+        return max((dataset.load(k) for k in range(dataset.per_step)), key=lambda part: part.tokens.numel())
 
     def from_step(self, first: int) -> Iterator[GlobalBatch]:
         """Global batches `first`, `first + 1`, … to the end of the run."""
@@ -230,6 +238,9 @@ class TrainData:
             tokens=int(lengths.sum()),
             padding_ratio=1 - int(lengths.sum()) / max(1, computed),
             wait_s=wait_s,
+            sources=self.sources.divide(
+                ids, rank_slices(ids, self.ranks.rank, self.ranks.world_size, self.recipe.optim.micro_batch)
+            ),
         )
 
 

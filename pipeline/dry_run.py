@@ -2,6 +2,7 @@
 
     python -m pipeline.dry_run pipeline/recipes/emma_v2.toml --ranks 8 --memory-gib 39
     python -m pipeline.dry_run pipeline/recipes/emma_v1.toml --micro-batches 8 16 32 engine.segment_layers=4
+    python -m pipeline.dry_run pipeline/recipes/emma_v2.toml --micro-batches 16 engine.memory_gib=36
     python -m pipeline.dry_run pipeline/recipes/demo.toml --ranks 2 engine.device=cpu          # a rehearsal
 
 A fake process group stands for the other ranks: memory and computation are one rank's own; the numbers computed are
@@ -32,6 +33,8 @@ from pipeline.data import GlobalBatch, MicroBatch
 from pipeline.engine import build_engine, init_distributed
 from pipeline.ranks import Ranks, find_ranks
 from pipeline.recipe import Recipe, load_recipe
+from pipeline.recompute import keep_what_fits
+from pipeline.sources import BySource
 from pipeline.step import optimizer_step
 from preprocess.shards import load_index
 
@@ -46,6 +49,7 @@ class Trial:
 
     micro_batch: int
     step_s: float | None
+    keep_layers: int = 0
     forward_gib: float = 0.0
     backward_gib: float = 0.0
     update_gib: float = 0.0
@@ -97,6 +101,8 @@ def try_size(engine: Any, towers: Towers, recipe: Recipe, size: int, text_tokens
     peaks = {"forward": 0.0, "backward": 0.0, "update": 0.0}
     times = []
     try:
+        if recipe.engine.memory_gib:
+            print(keep_what_fits(engine, towers, recipe, batch.micro_batches[0], recipe.engine.memory_gib), flush=True)
         for _ in range(WARM_UP + TIMED):
             begun = time.perf_counter()
             with measured_phases(engine, peaks):
@@ -106,13 +112,10 @@ def try_size(engine: Any, towers: Towers, recipe: Recipe, size: int, text_tokens
     except torch.OutOfMemoryError:
         return Trial(size, None)
     step_s = sorted(times[WARM_UP:])[TIMED // 2]
-    engine_options = recipe.engine
-    supervised = int(text_tokens * SUPERVISED_SHARE)
-    flops = flops_per_sample(
-        recipe.config, text_tokens, supervised, engine_options.segment_layers, engine_options.keep_layers
-    )
+    supervised, kept = int(text_tokens * SUPERVISED_SHARE), engine.module.llm.keep_layers
+    flops = flops_per_sample(recipe.config, text_tokens, supervised, recipe.engine.segment_layers, kept)
     gib = {f"{phase}_gib": value for phase, value in peaks.items()}
-    return Trial(size, step_s, **gib, useful_tflops=flops.useful * size / step_s / 1e12)
+    return Trial(size, step_s, kept, **gib, useful_tflops=flops.useful * size / step_s / 1e12)
 
 
 class measured_phases:  # noqa: N801 (reads as a verb in its with statement)
@@ -176,6 +179,7 @@ def imagined_batch(recipe: Recipe, size: int, text_tokens: int, world_size: int)
         tokens=samples * (text_tokens + config.vision.num_patches),
         padding_ratio=0.0,
         wait_s=0.0,
+        sources=BySource(torch.zeros(1, size, dtype=torch.int64), np.array([samples]), np.array([samples])),
     )
 
 
@@ -187,13 +191,13 @@ def longest_text(recipe: Recipe, otherwise: int) -> int:
 
 
 def table(trials: list[Trial], memory_gib: float) -> str:
-    lines = ["micro-batch   s/step   useful TFLOP/s   peak GiB: forward  backward  update"]
+    lines = ["micro-batch   kept layers   s/step   useful TFLOP/s   peak GiB: forward  backward  update"]
     for trial in trials:
         if trial.step_s is None:
             lines.append(f"{trial.micro_batch:>11}   does not fit into {memory_gib:.0f} GiB")
             continue
         lines.append(
-            f"{trial.micro_batch:>11}   {trial.step_s:6.3f}   {trial.useful_tflops:14.1f}   "
+            f"{trial.micro_batch:>11}   {trial.keep_layers:>11}   {trial.step_s:6.3f}   {trial.useful_tflops:14.1f}   "
             f"{trial.forward_gib:17.1f}  {trial.backward_gib:8.1f}  {trial.update_gib:6.1f}"
         )
     fitting = [trial.micro_batch for trial in trials if trial.step_s is not None]
@@ -223,7 +227,7 @@ def main() -> None:
         f"{recipe.model}, rank 0 of {args.ranks}, {recipe.config.vision.num_patches} + {text_tokens} tokens; ", end=""
     )
     print(f"{kernel_report(torch.device(device))}; {recipe.engine.ds_config}, {recipe.engine.precision}, ", end="")
-    print(f"segments of {recipe.engine.segment_layers}, {recipe.engine.keep_layers} layers kept")
+    print(f"segments of {recipe.engine.segment_layers}")
     print(table(trials, args.memory_gib))
     if args.json:
         args.json.write_text(json.dumps([vars(trial) for trial in trials], indent=2))

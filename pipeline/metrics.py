@@ -9,7 +9,8 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -17,26 +18,30 @@ from typing import Any, TextIO
 
 import torch
 
-from pipeline.data import GlobalBatch
+from pipeline.data import GlobalBatch, TrainData
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
 from pipeline.step import StepReport
+from pipeline.throughput import peak_of_ranks
+from pipeline.window import Window
 
 GIB = 1 << 30
+SLOW_RANK = 1.25  # times the median rank's time: worth a word on the console
+LONG = 60  # characters of a fact; a longer one is not for the console
 
 
 class Metrics:
-    """Context manager; only the main rank writes. `total_steps` is for the progress and the time left."""
+    """Context manager; only the main rank writes."""
 
-    def __init__(self, recipe: Recipe, ranks: Ranks, total_steps: int):
-        self.recipe, self.ranks, self.total_steps = recipe, ranks, total_steps
+    def __init__(self, recipe: Recipe, ranks: Ranks, data: TrainData):
+        self.recipe, self.ranks, self.data = recipe, ranks, data
         self.folder = Path(recipe.run.dir)
-        self.window = _Window()
         self.wandb: Any = None
 
     def __enter__(self) -> Metrics:
         if self.ranks.is_main:
             self.file = _open_for_lines(self.folder / "metrics.jsonl")
+            self.window = Window(self.recipe, self.data.sources.names, peak_of_ranks(self.ranks))
             if self.recipe.log.wandb != "off":
                 self.wandb = _open_wandb(self.recipe, self.folder)
         return self
@@ -48,65 +53,89 @@ class Metrics:
                 self._ask_wandb(lambda: self.wandb.finish(exit_code=0 if error is None else 1, quiet=True))
 
     def event(self, name: str, step: int, **facts: Any) -> None:
-        """Mark a start, resume, stop, save, done or warning in the JSONL and on the console."""
+        """Mark a stop, save, done or warning in the JSONL and on the console."""
         if self.ranks.is_main:
-            details = "".join(f"  {key} {value}" for key, value in facts.items())
-            print(f"{name} at step {step}{details}", flush=True)
+            print(f"{name} at step {step}{_told(facts)}", flush=True)
             self._write({"event": name, "step": step, "time": time.time(), **facts})
 
-    def started(self, step: int, began: float, notes: list[str]) -> None:
-        """Mark the start of the loop, by a process that began at `began`; it continues if steps are done already."""
-        for note in notes if self.ranks.is_main else ():
-            print(note, flush=True)
-        facts = {"world_size": self.ranks.world_size, "total_steps": self.total_steps, "began": began, "notes": notes}
+    @contextmanager
+    def pause(self, name: str, step: int) -> Iterator[dict[str, Any]]:
+        """A save or an evaluation, which is no step's time: an event with its seconds and the given facts."""
+        begun, facts = time.monotonic(), dict[str, Any]()
+        yield facts
+        seconds = time.monotonic() - begun
         if self.ranks.is_main:
-            self._write({"event": "resume" if step else "start", "step": step, "time": time.time(), **facts})
-            print(f"{'resumed' if step else 'started'} at step {step} of {self.total_steps}", flush=True)
-        self.window = _Window()
+            self.window.pause(name, seconds)
+            self.paused_s += seconds
+            self.event(name, step, **facts, seconds=round(seconds, 2))
 
-    def log(self, step: int, epoch: float, batch: GlobalBatch, report: StepReport, lr: float) -> None:
+    def started(self, step: int, began: float, resume_s: float, notes: list[str]) -> None:
+        """Mark the start of the loop, by a process that began at `began`; it continues if steps are done already."""
+        if not self.ranks.is_main:
+            return
+        for note in notes:
+            print(note, flush=True)
+        now = time.time()
+        sizes = {"world_size": self.ranks.world_size, "total_steps": self.data.total_steps}
+        facts = {**sizes, "began": began, "resume_s": round(resume_s, 3), "notes": notes}
+        self._write({"event": "resume" if step else "start", "step": step, "time": now, **facts})
+        print(f"{'resumed' if step else 'started'} at step {step} of {self.data.total_steps}", flush=True)
+        self.first_step, self.paused_s = step, 0.0
+        self.window.restart()
+
+    def log(self, step: int, batch: GlobalBatch, report: StepReport, lr: float) -> None:
         """Note one step; every `log.every_steps` write a line. `step` counts the steps done, this one included."""
         if not self.ranks.is_main:
             return
-        self.window.add(batch)
-        if step % self.recipe.log.every_steps and step != self.total_steps:
+        self.window.add(batch, report)
+        if step % self.recipe.log.every_steps and step != self.data.total_steps:
             return
-        speeds = self.window.close()
         values = {
             "step": step,
-            "epoch": round(epoch, 4),
+            "epoch": round(step / self.data.plan.steps_per_epoch, 4),
             "loss/total": report.total,
             "loss/text": report.text,
             "loss/align": report.align,
             "optim/lr": lr,
             "optim/grad_norm": report.grad_norm,
-            **speeds,
+            **self.window.close(),
             "memory/peak_gib": torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None,
             "time": time.time(),
         }
         self._write(values)
         print(self._line(values), flush=True)
-        self._to_wandb(values)
+        self._to_wandb(step, values)
+
+    def log_heldout(self, step: int, values: dict[str, Any]) -> None:
+        """The losses of an evaluation; its event has them too."""
+        self._to_wandb(step, values)
 
     def _line(self, values: dict[str, Any]) -> str:
-        left = (self.total_steps - values["step"]) * values["time/step_s"]
         align = "   -  " if values["loss/align"] is None else f"{values['loss/align']:.4f}"
+        mfu = "" if values["speed/mfu"] is None else f"  mfu {values['speed/mfu']:.1%}"
         memory = f"  {values['memory/peak_gib']:.1f} GiB" if values["memory/peak_gib"] else ""
+        gc = f"  gc {values['time/gc_s']:.2f}s" if values["time/gc_s"] >= 0.01 * values["time/step_s"] else ""
+        ratio = values["ranks/slowest_ratio"] or 1.0
+        slow = f"  rank {values['ranks/slowest']} ×{ratio:.2f}" if ratio >= SLOW_RANK else ""
         return (
-            f"step {values['step']:>6}/{self.total_steps}  text {values['loss/text']:.4f}  align {align}"
+            f"step {values['step']:>6}/{self.data.total_steps}  text {values['loss/text']:.4f}  align {align}"
             f"  lr {values['optim/lr']:.2e}  |g| {values['optim/grad_norm']:.3f}"
-            f"  {values['speed/samples_per_s']:.1f} samples/s  {values['speed/tokens_per_s']:.0f} tok/s"
-            f"  pad {values['data/padding_ratio']:.1%}  wait {values['time/data_wait_s']:.3f}s{memory}"
-            f"  left {time.strftime('%H:%M:%S', time.gmtime(left))}"
+            f"  {values['speed/samples_per_s']:.1f} samples/s  {values['speed/tokens_per_s']:.0f} tok/s{mfu}"
+            f"  pad {values['data/padding_ratio']:.1%}  wait {values['time/data_wait_s']:.3f}s{gc}{slow}{memory}"
+            f"  left {hours(self._seconds_left(values['step'], values['time/step_s']))}"
         )
 
-    def _write(self, values: dict[str, Any]) -> None:
-        self.file.write(json.dumps({key: _finite(value) for key, value in values.items()}) + "\n")
+    def _seconds_left(self, step: int, step_s: float) -> float:
+        """At the present rate, with as much saving and evaluating as so far."""
+        return (self.data.total_steps - step) * (step_s + self.paused_s / max(1, step - self.first_step))
 
-    def _to_wandb(self, values: dict[str, Any]) -> None:
+    def _write(self, values: dict[str, Any]) -> None:
+        self.file.write(_json_line(values))
+
+    def _to_wandb(self, step: int, values: dict[str, Any]) -> None:
         if self.wandb is not None:
             known = {key: value for key, value in values.items() if value is not None}
-            self._ask_wandb(lambda: self.wandb.log(known, step=values["step"]))
+            self._ask_wandb(lambda: self.wandb.log(known, step=step))
 
     def _ask_wandb(self, what: Callable[[], Any]) -> None:
         try:
@@ -121,26 +150,25 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class _Window:
-    """Rates between two log lines."""
+def hours(seconds: float) -> str:
+    whole, rest = divmod(round(seconds), 3600)
+    return f"{whole}:{rest // 60:02}:{rest % 60:02}"
 
-    def __init__(self) -> None:
-        self.started, self.batches = time.monotonic(), list[GlobalBatch]()
 
-    def add(self, batch: GlobalBatch) -> None:
-        self.batches.append(batch)
+def _told(facts: dict[str, Any]) -> str:
+    """For the console: what is short enough."""
+    words = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in facts.items()}
+    return "".join(f"  {key.rpartition('heldout/')[2]} {word}" for key, word in words.items() if len(word) <= LONG)
 
-    def close(self) -> dict[str, float]:
-        seconds, count = time.monotonic() - self.started, len(self.batches)
-        rates = {
-            "speed/samples_per_s": sum(batch.samples for batch in self.batches) / seconds,
-            "speed/tokens_per_s": sum(batch.tokens for batch in self.batches) / seconds,
-            "time/step_s": seconds / count,
-            "time/data_wait_s": sum(batch.wait_s for batch in self.batches) / count,
-            "data/padding_ratio": sum(batch.padding_ratio for batch in self.batches) / count,
-        }
-        self.__init__()  # type: ignore[misc]
-        return rates
+
+def append_event(folder: Path, name: str, step: int, **facts: Any) -> None:
+    """Mark an event in a run folder's JSONL from outside of the main rank's loop, as its watchdog does."""
+    with _open_for_lines(folder / "metrics.jsonl") as file:
+        file.write(_json_line({"event": name, "step": step, "time": time.time(), **facts}))
+
+
+def _json_line(values: dict[str, Any]) -> str:
+    return json.dumps({key: _finite(value) for key, value in values.items()}) + "\n"
 
 
 def _open_for_lines(path: Path) -> TextIO:

@@ -47,7 +47,13 @@ RANGES = (
     ("checkpoint.keep_every", 0, math.inf),
     ("engine.segment_layers", 0, math.inf),
     ("engine.keep_layers", 0, math.inf),
+    ("engine.memory_gib", 1e-3, math.inf),
     ("log.every_steps", 1, math.inf),
+    ("evaluate.every_steps", 1, math.inf),
+    ("evaluate.samples", 1, math.inf),
+    ("watchdog.slow_factor", 0, math.inf),
+    ("watchdog.least_s", 0, math.inf),
+    ("watchdog.first_s", 0, math.inf),
 )
 
 
@@ -98,13 +104,17 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """`segment_layers`: activation checkpointing, 0 for none; `keep_layers`: the last ones, not recomputed."""
+    """`segment_layers`: activation checkpointing, 0 for none; `keep_layers`: the last ones, not recomputed.
+
+    `memory_gib`: instead of `keep_layers`, as many as fit into so much of each GPU's memory, found when a run starts.
+    """
 
     ds_config: str = "ds_configs/zero3.json"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["bf16", "fp32", "autocast"] = "bf16"
     segment_layers: int = 4
     keep_layers: int = 0
+    memory_gib: float | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,27 @@ class Log:
     every_steps: int = 10
     wandb: Literal["off", "offline", "online"] = "off"
     project: str = "emma"
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Held-out losses while training: every `every_steps` steps on `samples` of other `shards`; null: none."""
+
+    shards: str | None = None
+    every_steps: int = 1000
+    samples: int = 512
+
+
+@dataclass(frozen=True)
+class Watchdog:
+    """A step longer than `slow_factor` times the usual, and than `least_s`, ends the run, to be tried again; 0: never.
+
+    `first_s`: what the start, each of the first steps, a save and an evaluation may take.
+    """
+
+    slow_factor: float = 20.0
+    least_s: float = 300.0
+    first_s: float = 1800.0
 
 
 @dataclass(frozen=True)
@@ -140,6 +171,8 @@ class Recipe:
     checkpoint: Checkpoints = field(default_factory=Checkpoints)
     engine: EngineOptions = field(default_factory=EngineOptions)
     log: Log = field(default_factory=Log)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    watchdog: Watchdog = field(default_factory=Watchdog)
     weights: Weights = field(default_factory=Weights)
     run: Run = field(default_factory=Run)
 
@@ -160,7 +193,7 @@ class Recipe:
         whole = asdict(self)
         whole["epochs"] = whole["data"]["epochs"]
         whole["window"] = whole["data"]["window"]
-        for name in ("data", "run", "log", "checkpoint", "engine", "weights"):
+        for name in ("data", "run", "log", "checkpoint", "engine", "weights", "evaluate", "watchdog"):
             del whole[name]
         whole["precision"] = self.engine.precision
         del whole["optim"]["micro_batch"]
@@ -276,6 +309,8 @@ def _validate(recipe: Recipe, where: str) -> None:
         if getattr(getattr(recipe, section) if section else recipe, key) == REQUIRED:
             name = f"{section}.{key}".strip(".")
             raise UserError(f"{where}: {name} is not set; put it into the recipe or add {name}=… to the command")
+    if recipe.engine.memory_gib and not recipe.engine.segment_layers:
+        raise UserError(f"{where}: engine.memory_gib is for recomputation, which engine.segment_layers=0 turns off")
     try:
         preset(recipe.model)
     except ValueError as error:

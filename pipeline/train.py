@@ -6,7 +6,7 @@
     python -m pipeline.train pipeline/recipes/demo.toml data.shards=SHARDS run.dir=RUN     # one rank
 
 Exit codes: 0 done, or stopped on request (run.dir/outcome.json says which); 2 a mistake that you can mend; 3 the
-training failed in a way that trying again would not mend.
+training failed in a way that trying again would not mend; 4 a rank was lost or hung: try again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,13 +30,18 @@ from pipeline.checkpoint import Checkpoints, Identity
 from pipeline.control import Control
 from pipeline.data import DamagedShardError, TrainData
 from pipeline.engine import build_engine, check_partition, init_distributed, learning_rate
+from pipeline.heldout import HeldOut
 from pipeline.metrics import Metrics
+from pipeline.pauses import GarbageCollection, TowersClock
 from pipeline.preflight import preflight
 from pipeline.pretrained import empty_model, initial_model, make_towers, refuse_other_towers
 from pipeline.ranks import Ranks, find_ranks
 from pipeline.recipe import Recipe, load_recipe
+from pipeline.recompute import keep_what_fits
 from pipeline.run import Run
-from pipeline.step import optimizer_step
+from pipeline.spikes import Spikes
+from pipeline.step import Requests, Seconds, StepReport, optimizer_step
+from pipeline.watchdog import Watchdog, bound_collectives
 
 BEGAN = time.time()
 MAX_NONFINITE = 3  # steps in a row without a finite loss and gradient, after which the run has failed
@@ -49,56 +55,88 @@ class DivergedError(RuntimeError):
 def train(run: Run, ranks: Ranks) -> int:
     """Run the recipe to its end or to a stop request; the steps done. Every rank calls it."""
     recipe = run.recipe
-    [data] = together(ranks, lambda: TrainData(recipe, ranks))
-    [(emma, towers, weights)] = together(ranks, lambda: build_model(run, ranks))
-    engine = build_engine(emma, recipe, ranks)
-    check_partition(engine)
-    checkpoints = Checkpoints(recipe, ranks, _identity(recipe, data, engine))
-    step, report = checkpoints.resume(engine)
-    run.begin(step, weights)
-    with Metrics(recipe, ranks, data.total_steps) as metrics:
-        metrics.started(step, BEGAN, report)
-        step = train_steps(engine, towers, recipe, data, step, checkpoints, run.control, metrics)
-        outcome = "done" if step == data.total_steps else "stopped"
-        metrics.event(outcome, step)
-    if ranks.is_main:
-        run.end(outcome, step)
+    with Watchdog(run, ranks) as watchdog:
+        [data] = together(ranks, lambda: TrainData(recipe, ranks))
+        [heldout] = together(ranks, lambda: HeldOut(recipe, ranks) if recipe.evaluate.shards else None)
+        [(emma, towers, weights)] = together(ranks, lambda: build_model(run, ranks))
+        engine = build_engine(emma, recipe, ranks)
+        check_partition(engine)
+        fitted = fit_memory(engine, towers, recipe, data)
+        checkpoints = Checkpoints(recipe, ranks, _identity(recipe, data, engine))
+        begun = time.monotonic()
+        step, report = checkpoints.resume(engine)
+        resume_s = time.monotonic() - begun
+        run.begin(step, weights)
+        with Metrics(recipe, ranks, data) as metrics:
+            metrics.started(step, BEGAN, resume_s, [*fitted, *report])
+            loop = Loop(run, engine, towers, data, heldout, checkpoints, metrics, watchdog)
+            step = loop.go_on(step)
+            outcome = "done" if step == data.total_steps else "stopped"
+            metrics.event(outcome, step)
+        if ranks.is_main:
+            run.end(outcome, step)
     return step
 
 
-def train_steps(
-    engine: Any,
-    towers: Towers,
-    recipe: Recipe,
-    data: TrainData,
-    step: int,
-    checkpoints: Checkpoints,
-    control: Control,
-    metrics: Metrics,
-) -> int:
-    """The loop, from `step` on; returns the steps done when it ended."""
-    nonfinite = 0
-    for batch in data.from_step(step):
-        lr = learning_rate(recipe, step, data.total_steps)
-        report = optimizer_step(engine, towers, recipe, batch, lr, control.requests())
-        step += 1
-        metrics.log(step, step / data.plan.steps_per_epoch, batch, report, lr)
-        nonfinite = 0 if report.finite else nonfinite + 1
-        if nonfinite:
-            metrics.event("nonfinite", step, samples=batch.ids.tolist())
-        if nonfinite == MAX_NONFINITE:
-            raise DivergedError(f"no finite loss or gradient in steps {step - nonfinite + 1} to {step}")
-        if nonfinite and step < data.total_steps:
-            continue  # nothing was updated, and what led here is better kept than overwritten
-        if checkpoints.due(step) or report.stop or report.save or step == data.total_steps:
-            begun = time.monotonic()
-            checkpoints.save(engine, step)
-            metrics.event("save", step, seconds=round(time.monotonic() - begun, 2))
-            control.done("save")
-        if report.stop:
-            control.done("stop")
-            break
-    return step
+@dataclass
+class Loop:
+    """The steps, and what is done between them; every rank has one."""
+
+    run: Run
+    engine: Any
+    towers: Towers
+    data: TrainData
+    heldout: HeldOut | None
+    checkpoints: Checkpoints
+    metrics: Metrics
+    watchdog: Watchdog
+
+    def go_on(self, step: int) -> int:
+        """From `step` on; returns the steps done when it ended."""
+        clock, spikes, nonfinite = TowersClock(self.towers, self.engine.device), Spikes(), 0
+        with GarbageCollection() as garbage:
+            for batch in self.data.from_step(step):
+                lr = learning_rate(self.run.recipe, step, self.data.total_steps)
+                requests = Requests(*self.run.control.requests())
+                spent = Seconds(batch.wait_s, clock.take(), garbage.take())
+                report = optimizer_step(self.engine, self.towers, self.run.recipe, batch, lr, requests, spent)
+                step += 1
+                self.watchdog.step_done(step)
+                self.metrics.log(step, batch, report, lr)
+                for spike in spikes.look(report, batch.images > 0):
+                    self.metrics.event("spike", step, **spike.facts(), samples=batch.ids.tolist())
+                nonfinite = 0 if report.finite else nonfinite + 1
+                if nonfinite:
+                    self.metrics.event("nonfinite", step, samples=batch.ids.tolist())
+                if nonfinite == MAX_NONFINITE:
+                    raise DivergedError(f"no finite loss or gradient in steps {step - nonfinite + 1} to {step}")
+                # Not a step that updated nothing: what led here is better kept than overwritten.
+                if not nonfinite or step == self.data.total_steps:
+                    self._evaluate_and_save(step, report)
+                    clock.take()
+                if report.stop and not nonfinite:
+                    self.run.control.done("stop")
+                    break
+                garbage.after(step)
+        return step
+
+    def _evaluate_and_save(self, step: int, report: StepReport) -> None:
+        last = step == self.data.total_steps
+        if self.checkpoints.due(step) or report.stop or report.save or last:
+            with self.watchdog.during("the save"), self.metrics.pause("save", step):
+                self.checkpoints.save(self.engine, step)
+            self.run.control.done("save")
+        if self.heldout and not report.stop and (last or self.heldout.due(step)):
+            with self.watchdog.during("the evaluation"), self.metrics.pause("heldout", step) as facts:
+                facts |= self.heldout.losses(self.engine, self.towers)
+            self.metrics.log_heldout(step, facts)
+
+
+def fit_memory(engine: Any, towers: Towers, recipe: Recipe, data: TrainData) -> list[str]:
+    """Recompute as little as the recipe's memory budget allows, if it has one; what was decided."""
+    if recipe.engine.memory_gib is None:
+        return []
+    return [keep_what_fits(engine, towers, recipe, data.heaviest(), recipe.engine.memory_gib)]
 
 
 def build_model(run: Run, ranks: Ranks) -> tuple[Emma, Towers, dict[str, Any]]:
@@ -133,6 +171,7 @@ def main() -> None:
     try:
         recipe = load_recipe(args.recipe, args.overrides)
         ranks = find_ranks(recipe.engine.device)
+        bound_collectives(recipe)
         init_distributed(ranks)
         for line in preflight(recipe, ranks):
             say(ranks, line)

@@ -11,7 +11,7 @@ from pipeline.engine import learning_rate, parameter_groups
 from pipeline.pretrained import initial_model
 from pipeline.ranks import Ranks
 from pipeline.recipe import load_recipe
-from pipeline.step import forward, loss_sums, step_totals
+from pipeline.step import row_losses, step_totals
 from tests.conftest import finish, torchrun
 
 STEPS = 6  # of one epoch: pictures and text alone, and an incomplete last batch of both
@@ -36,9 +36,9 @@ def reference(base, tmp_path_factory):
             group["lr"] = learning_rate(recipe, batch.step, STEPS)
         [micro_batch] = batch.micro_batches
         totals = step_totals(recipe, batch)
-        text, align = loss_sums(forward(emma, towers, recipe.config, micro_batch), micro_batch.real, "token")
+        text, align = row_losses(emma, towers, recipe, micro_batch)
         optimizer.zero_grad(set_to_none=False)
-        (text / totals.text + recipe.align_weight * align / totals.images).backward()
+        (text.sum() / totals.text + recipe.align_weight * align.sum() / totals.images).backward()
         gradients.append({name: _gradient(p) for name, p in emma.named_parameters()})
         modalities.append("picture" if batch.images else "text")
         torch.nn.utils.clip_grad_norm_(emma.parameters(), recipe.optim.clip)
