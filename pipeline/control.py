@@ -16,6 +16,7 @@ class Control:
 
     def __init__(self, run_dir: Path):
         self.folder = run_dir / "control"
+        self.terminated = False
 
     def clear(self) -> None:
         """Forget requests that nobody was there to answer. Main rank only.
@@ -28,8 +29,11 @@ class Control:
             self.done("save")
 
     def stop_on_sigterm(self) -> None:
-        """Take SIGTERM for a request to stop: a preemption with grace time tells the ranks, and nobody else."""
-        signal.signal(signal.SIGTERM, lambda *_: (self.folder / "stop").touch())
+        """Take SIGTERM for a request to stop: a preemption with grace time tells the ranks, and nobody else.
+
+        It leaves no file: the launcher sends the same signal when another rank has died, which is not a stop by hand.
+        """
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
 
     def refuse(self, reason: str) -> None:
         """Tell the batch script that the same command would be refused again. Nobody else waits for it.
@@ -41,7 +45,7 @@ class Control:
 
     def requests(self) -> tuple[bool, bool]:
         """(stop, save) as this rank sees them."""
-        return (self.folder / "stop").exists(), (self.folder / "save").exists()
+        return self.terminated or (self.folder / "stop").exists(), (self.folder / "save").exists()
 
     def done(self, request: str) -> None:
         (self.folder / request).unlink(missing_ok=True)

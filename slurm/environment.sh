@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced in the checkout by the scripts beside it: enters the Python environment.
+# Sourced by the scripts beside it: answers --help, goes to the checkout, enters the Python environment.
 #
 #   EMMA_ENV        a file to source, or a line of shell such as 'module load cuda; conda activate emma'.
 #                   Default: the checkout's .venv (`make install`), else whatever python is in the PATH.
@@ -9,6 +9,12 @@ fail() {
   echo "error: $*" >&2
   exit 2
 }
+
+if [[ ${1-} == -h || ${1-} == --help ]]; then # the words and the name of the script that sources this
+  sed -n '/^#!/d; /^#SBATCH/d; /^#/!q; s/^# \{0,1\}//p' "$0"
+  exit
+fi
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 set +u # activation scripts of conda and modules read variables that are not set
 if [[ -f ${EMMA_ENV-} ]]; then

@@ -17,16 +17,11 @@
 #
 # Variables: EMMA_ENV and EMMA_CONTAINER (slurm/environment.sh).
 set -euo pipefail
-
-if [[ ${1-} == -h || ${1-} == --help || $# == 0 ]]; then
-  sed -n '/^#!/d; /^#SBATCH/d; /^#/!q; s/^# \{0,1\}//p' "$0"
-  exit $(($# == 0 ? 2 : 0))
-fi
-
 # SLURM runs a copy of this script from its spool folder: the checkout is where sbatch was called.
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
-[[ -f slurm/environment.sh ]] || { echo "error: $PWD is not a checkout; call sbatch in a checkout" >&2 && exit 2; }
-source slurm/environment.sh
+checkout=${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}
+[[ -d $checkout/slurm ]] || { echo "error: $checkout is not a checkout; call sbatch in a checkout" >&2 && exit 2; }
+source "$checkout/slurm/environment.sh"
+(($#)) || fail 'no mix given; --help has examples'
 [[ ${SLURM_JOB_ID-} ]] || fail "this runs inside a SLURM job: sbatch slurm/preprocess.sh …"
 
 # The job's working directory is a copy of the checkout, so a relative path would be looked for, or written, there.

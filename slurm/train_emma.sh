@@ -21,16 +21,12 @@
 #
 # Variables: EMMA_ENV and EMMA_CONTAINER (slurm/environment.sh), MAX_REQUEUES (20), MAX_FRUITLESS (3), DRY_RUN.
 set -euo pipefail
-
-if [[ ${1-} == -h || ${1-} == --help || $# == 0 ]]; then
-  sed -n '/^#!/d; /^#SBATCH/d; /^#/!q; s/^# \{0,1\}//p' "$0"
-  exit $(($# == 0 ? 2 : 0))
-fi
-
+trap 'echo "error: SIGUSR1 came before training began; give the job more --time than --signal takes" >&2; exit 2' USR1
 # SLURM runs a copy of this script from its spool folder: the checkout is where sbatch was called.
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
-[[ -f slurm/environment.sh ]] || { echo "error: $PWD is not a checkout; call sbatch in a checkout" >&2 && exit 2; }
-source slurm/environment.sh
+checkout=${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}
+[[ -d $checkout/slurm ]] || { echo "error: $checkout is not a checkout; call sbatch in a checkout" >&2 && exit 2; }
+source "$checkout/slurm/environment.sh"
+(($#)) || fail 'no recipe given; --help has examples'
 
 # -- Where and what ------------------------------------------------------------------------------------------------
 
@@ -41,7 +37,7 @@ job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-${SLURM_JOB_ID:-none}}
 recipe=("${@//%a/${SLURM_ARRAY_TASK_ID-}}")
 run=$("${python[@]}" -m pipeline.recipe "${recipe[@]}" --get run.dir)
-stop=$run/control/stop starts=$run/control/starts.tsv
+control=$run/control stop=$run/control/stop starts=$run/control/starts.tsv
 
 if [[ ${SLURM_JOB_ID-} ]]; then
   mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -54,7 +50,7 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$(directive cpus-per-task)} # s
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
 command=(srun --label --kill-on-bad-exit=1 "${python[@]}" -m pipeline.train "${recipe[@]}")
 
-# -- May it start? SLURM requeues too (preemption, lost nodes), so this is asked at the start, not before a requeue ---
+# -- May it start? SLURM requeues too (preemption, lost nodes), so this is asked at the start as well as at the end ---
 
 # Step of the newest checkpoint; 0 without one.
 step_saved() {
@@ -78,9 +74,17 @@ rival() {
   [[ $last == "$job" ]] || squeue --noheader --states=running,completing --format=%i --jobs="$last" 2>/dev/null || true
 }
 
-step=$(step_saved)
-read -r requeues fruitless < <(earlier_starts)
 max_requeues=${MAX_REQUEUES:-20} max_fruitless=${MAX_FRUITLESS:-3}
+refuse_another_start() { # EARLIER FRUITLESS [WHY]: starts so far, and those in a row at the same step
+  local then="${3:+: $3}; look at the log, then submit again"
+  (($1 <= max_requeues)) ||
+    fail "$run: job $job was requeued $max_requeues times, as often as MAX_REQUEUES allows$then"
+  (($2 < max_fruitless)) ||
+    fail "$run: job $job started $2 times at step $step and never got further$then"
+}
+
+step=$(step_saved)
+read -r earlier fruitless < <(earlier_starts)
 
 if [[ ${DRY_RUN-} == 1 ]]; then
   nodes=${SLURM_JOB_NUM_NODES:-$(directive nodes)} tasks=${SLURM_NTASKS_PER_NODE:-$(directive ntasks-per-node)}
@@ -92,22 +96,21 @@ environment  MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT
              SRUN_CPUS_PER_TASK=$SRUN_CPUS_PER_TASK OMP_NUM_THREADS=$OMP_NUM_THREADS
 command      ${command[*]@Q}
 on USR1      touch $stop, wait for the save, scontrol requeue $job
-requeues     $requeues so far, at most $max_requeues
+requeues     $earlier so far, at most $max_requeues
 PLAN
   exit
 fi
 
 other=$(rival)
 [[ ! $other ]] || fail "$run: job $other trains here; cancel it or give another run.dir"
-then='look at the log, then submit again'
-((requeues <= max_requeues)) ||
-  fail "$run: job $job was requeued $requeues times, MAX_REQUEUES is $max_requeues; $then"
-((fruitless < max_fruitless)) ||
-  fail "$run: job $job started $fruitless times at step $step and never got further; $then"
+refuse_another_start "$earlier" "$fruitless"
 
-mkdir -p "$run/control" || fail "$run: cannot be written; give another run.dir"
-rm -f "$run"/control/{stop,save} "$run/outcome.json" # of the start before; training itself leaves them alone in a job
-printf '%s\t%s\t%s\n' "$(date -u +%FT%TZ)" "$job" "$step" >>"$starts"
+mkdir -p "$control" || fail "$run: cannot be written; give another run.dir"
+why=submitted
+[[ ! ${SLURM_RESTART_COUNT-} ]] || why='by SLURM: preempted, or a node was lost'
+[[ ! -f $control/requeued ]] || why=$(<"$control/requeued")
+rm -f "$control"/{stop,save,refused,requeued} # of the start before; training itself leaves them alone in a job
+printf '%s\t%s\t%s\t%s\n' "$(date -u +%FT%TZ)" "$job" "$step" "$why" >>"$starts"
 
 # -- Train ---------------------------------------------------------------------------------------------------------
 
@@ -121,6 +124,9 @@ ask_to_stop() {
 trap '[[ -e $stop ]] || warned=1; ask_to_stop USR1' USR1 # stopped by hand before: it stays stopped
 trap 'ask_to_stop TERM' TERM
 
+outcome_stamp() { stat --format='%i %y' "$run/outcome.json" 2>/dev/null || true; }
+before=$(outcome_stamp) # an earlier start's word stays, until training replaces it
+
 "${command[@]}" &
 while :; do
   rc=0
@@ -133,25 +139,47 @@ done
 
 job_field() { scontrol --oneliner show job "$job" | tr ' ' '\n' | sed -n "s/^$1=//p"; }
 
-# Who stopped it? After scancel, the time limit or a preemption without grace time the job is COMPLETING: it stays
-# ended, or SLURM requeues it. With grace time only the ranks are told; a job that then ends in time counts as
-# COMPLETED, so that requeueing it is left to us. Everything else was a stop by hand.
-must_go_on() {
-  [[ $(job_field JobState) == RUNNING ]] || return 1
-  [[ $warned || $(job_field PreemptTime) == *[0-9]* ]]
+# Requeue the job and end, if it is ours to do so and not the last start that it may have: go_on WHY STEP STEP_NOW
+go_on() {
+  # After scancel, the time limit or a preemption without grace time the job is COMPLETING: it stays ended, or SLURM
+  # requeues it. With grace time only the ranks are told, and a job that then ends in time counts as COMPLETED.
+  local state
+  state=$(job_field JobState)
+  [[ $state == RUNNING ]] || { echo "$1; the job is ${state:-unknown} and not requeued from here" && exit "$rc"; }
+  (($3 > $2)) && fruitless=0 || fruitless=$((fruitless + 1))
+  refuse_another_start $((earlier + 1)) "$fruitless" "$1"
+  echo "$1; requeued"
+  echo "$1" >"$control/requeued"
+  scontrol requeue "$job"
+  exit
 }
 
-((rc == 0)) || exit "$rc" # the ranks have said why
-[[ -f $run/outcome.json ]] || fail "$run: training ended without outcome.json"
-read -r outcome step_now step < <("${python[@]}" -c \
-  'import json, sys; o = json.load(open(sys.argv[1])); print(o["outcome"], o["step"], o["from_step"])' "$run/outcome.json")
-echo "$outcome at step $step_now"
+preempted() { [[ $(job_field PreemptTime) == *[0-9]* ]]; }
+
+outcome='' reason=''
+if [[ -f $run/outcome.json && $(outcome_stamp) != "$before" ]]; then
+  IFS=$'\t' read -r outcome step_now step_then reason < <("${python[@]}" -c 'import json, sys
+word = json.load(open(sys.argv[1]))
+print(*(str(word[key]).replace("\n", " ") for key in ("outcome", "step", "from_step", "reason")), sep="\t")
+' "$run/outcome.json")
+fi
+[[ ! -f $control/refused ]] || outcome=refused
+((rc == 0)) || [[ $outcome ]] || ((rc != 2 && rc != 3)) || outcome=refused
+((rc == 0)) && [[ ! $outcome ]] && fail "$run: training ended without outcome.json"
+
 case $outcome in
-  done) ;;
+  done) echo "done at step $step_now" ;;
   stopped)
-    must_go_on || exit 0
-    ((step_now > step)) || fail "$run: not one step from the start to the signal; give it more time than --signal takes"
-    scontrol requeue "$job"
+    echo "stopped at step $step_now"
+    if [[ $warned ]]; then
+      go_on 'warned of the time limit' "$step_then" "$step_now"
+    elif preempted; then
+      go_on 'preempted' "$step_then" "$step_now"
+    fi
     ;;
-  *) exit 1 ;;
+  refused | failed) exit $((rc ? rc : 1)) ;; # the ranks have said why
+  *) # lost: no rank could tell how it ended, or a watchdog ended it
+    [[ $warned || ! -e $stop ]] || preempted || exit "$rc" # stopped by hand before
+    go_on "${reason:-crashed with exit code $rc}" "$step" "$(step_saved)"
+    ;;
 esac

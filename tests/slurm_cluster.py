@@ -1,6 +1,6 @@
-"""A real SLURM on this machine for the length of the tests: one controller, one node, eight GPUs in name only.
+"""A real SLURM on this machine for the length of the tests: a controller and nodes with eight GPUs in name only.
 
-No systemd, no root, no fixed port: munged, slurmctld and slurmd live in a folder of their own and are ended by pid.
+No systemd, no root, no fixed port: the daemons live in a folder of their own and are ended by pid.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,26 +20,27 @@ from typing import TypeVar
 REPOSITORY = Path(__file__).parents[1]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+NODES = [f"127.0.0.{i}" for i in range(1, 9)]  # names that are addresses: ranks can find the first of theirs
+POLL_S = 0.2
 FINISHED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 
 T = TypeVar("T")
 
-# Requeued jobs wait until their old credential has expired: two minutes by default, five seconds here.
-# The node claims more CPUs than there are, so that eight tasks fit. `urgent` preempts `normal` by requeueing it.
+# Requeued jobs wait until their old credential has expired: two minutes by default, five seconds here, the least.
+# A node claims more CPUs than there are, so that eight tasks fit. `urgent` preempts the others by requeueing them.
 SLURM_CONF = """\
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={controller_port}
-SlurmdPort={node_port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -53,11 +55,11 @@ KillWait=3
 ReturnToService=2
 SlurmdParameters=config_overrides
 GresTypes=gpu
-NodeName=localhost CPUs=64 RealMemory=4000 Gres=gpu:8
-PartitionName=normal Nodes=localhost Default=YES PriorityTier=1 GraceTime=0
-PartitionName=graceful Nodes=localhost PriorityTier=1 GraceTime=600
-PartitionName=urgent Nodes=localhost PriorityTier=2 PreemptMode=OFF
+PartitionName=normal Nodes=ALL Default=YES PriorityTier=1 GraceTime=0
+PartitionName=graceful Nodes=ALL PriorityTier=1 GraceTime=600
+PartitionName=urgent Nodes=ALL PriorityTier=2 PreemptMode=OFF
 """
+NODE = "NodeName={name} NodeHostname=localhost NodeAddr={name} Port={port} Weight={weight} CPUs=64 Gres=gpu:8\n"
 
 
 def missing_programs() -> list[str]:
@@ -77,6 +79,9 @@ class SlurmCluster:
             "OMP_NUM_THREADS": "1",
         }
         self.daemons: list[subprocess.Popen[bytes]] = []
+        self.lock = threading.Lock()
+        self.jobs: dict[str, dict[str, str]] = {}
+        self.asked = -POLL_S
 
     def __enter__(self) -> SlurmCluster:
         try:
@@ -84,8 +89,9 @@ class SlurmCluster:
             self._start("munged", "--foreground", "--force", *self._munge_options())
             wait_until(lambda: (self.folder / "munge.socket").exists(), "munged to listen")
             self._start("slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
-            self._start("slurmd", "-D", "-N", "localhost", "-f", str(self.folder / "slurm.conf"))
-            wait_until(lambda: "idle" in self._ask("sinfo", "--noheader", "--format=%T"), "the node to be idle")
+            for node in NODES:
+                self._start("slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf"))
+            wait_until(lambda: set(self._ask("sinfo", "--noheader", "--format=%T").split()) == {"idle"}, "idle nodes")
         except BaseException:
             self.__exit__()
             raise
@@ -93,13 +99,11 @@ class SlurmCluster:
 
     def __exit__(self, *_: object) -> None:
         self._ask("scancel", f"--user={getpass.getuser()}")
-        for daemon in reversed(self.daemons):
-            daemon.terminate()
-            try:
-                daemon.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
+        for daemons in (self.daemons[2:], self.daemons[1:2], self.daemons[:1]):  # nodes, controller, munged
+            for daemon in daemons:
+                daemon.terminate()
+            for daemon in daemons:
+                _wait_or_kill(daemon)
 
     def submit(self, *words: str | Path, checkout: Path = REPOSITORY, **environment: str) -> str:
         """`sbatch …` in a checkout, with this Python; the job's id."""
@@ -115,8 +119,14 @@ class SlurmCluster:
 
     def job(self, job: str) -> dict[str, str]:
         """What the controller says of a job, by the names of `scontrol show job`."""
-        words = self._ask("scontrol", "--oneliner", "show", "job", job).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
+        with self.lock:  # tests that wait side by side ask once
+            if time.monotonic() - self.asked > POLL_S:
+                self.jobs = {}
+                for line in self._ask("scontrol", "--oneliner", "show", "jobs").splitlines():
+                    facts = dict(word.split("=", 1) for word in line.split() if "=" in word)
+                    self.jobs[_name(facts)] = facts
+                self.asked = time.monotonic()
+            return self.jobs.get(job, {})
 
     def wait_for(self, job: str, timeout_s: float = 240) -> str:
         """The state in which the job ended. A requeued job has not ended."""
@@ -129,9 +139,12 @@ class SlurmCluster:
         """What SLURM sends when the time limit comes near: to the batch script alone."""
         assert self.run("scancel", f"--signal={name}", "--batch", job).returncode == 0
 
-    def preempt(self) -> None:
+    def preempt(self, node: str = NODES[0]) -> None:
         """Run a job that is more important and wants the whole node."""
-        self.wait_for(self.submit("--partition=urgent", "--cpus-per-task=64", "--wrap=true"))
+        self.wait_for(self.submit("--partition=urgent", f"--nodelist={node}", "--cpus-per-task=64", "--wrap=true"))
+
+    def update_node(self, node: str, state: str) -> None:
+        assert self.run("scontrol", "update", f"nodename={node}", f"state={state}", "reason=test").returncode == 0
 
     def _end_of(self, job: str) -> str | None:
         state = self.job(job).get("JobState", "")
@@ -141,14 +154,17 @@ class SlurmCluster:
         return self.run(*command).stdout
 
     def _configure(self) -> None:
-        for name in ("state", "spool", "gpus"):
+        for name in ("state", "gpus", *(f"spool-{node}" for node in NODES)):
             (self.folder / name).mkdir()
         for gpu in range(8):
             (self.folder / "gpus" / f"nvidia{gpu}").symlink_to("/dev/null")  # a GPU must be a device, and this is one
-        ports = dict(zip(("controller_port", "node_port"), free_ports(2), strict=True))
-        text = SLURM_CONF.format(folder=self.folder, user=getpass.getuser(), **ports)
+        controller_port, *ports = free_ports(1 + len(NODES))
+        text = SLURM_CONF.format(folder=self.folder, user=getpass.getuser(), controller_port=controller_port)
+        nodes = zip(NODES, ports, range(len(NODES)), strict=True)  # the lightest one that is free takes a job
+        text += "".join(NODE.format(name=name, port=port, weight=weight + 1) for name, port, weight in nodes)
         (self.folder / "slurm.conf").write_text(text)
-        (self.folder / "gres.conf").write_text(f"NodeName=localhost Name=gpu File={self.folder}/gpus/nvidia[0-7]\n")
+        gpus = f"Name=gpu File={self.folder}/gpus/nvidia[0-7]"
+        (self.folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} {gpus}\n")
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
@@ -158,9 +174,22 @@ class SlurmCluster:
         return [f"--{option}={self.folder}/munge.{name}" for option, name in names.items()]
 
     def _start(self, *command: str) -> None:
-        output = (self.folder / f"{command[0]}.out").open("wb")
+        output = (self.folder / f"{command[0]}-{len(self.daemons)}.out").open("wb")
         with output:
             self.daemons.append(subprocess.Popen(command, env=self.environment, stdout=output, stderr=output))
+
+
+def _name(facts: dict[str, str]) -> str:
+    """As `sbatch` and we call it: a task of an array by the array's id and its own number."""
+    return f"{facts['ArrayJobId']}_{facts['ArrayTaskId']}" if "ArrayTaskId" in facts else facts.get("JobId", "")
+
+
+def _wait_or_kill(daemon: subprocess.Popen[bytes]) -> None:
+    try:
+        daemon.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        daemon.kill()
+        daemon.wait()
 
 
 def wait_until(condition: Callable[[], T | None], what: str, timeout_s: float = 240) -> T:
@@ -169,7 +198,7 @@ def wait_until(condition: Callable[[], T | None], what: str, timeout_s: float = 
     while time.monotonic() < deadline:
         if value := condition():
             return value
-        time.sleep(0.2)
+        time.sleep(POLL_S)
     raise AssertionError(f"waited {timeout_s:.0f} s in vain for {what}")
 
 
