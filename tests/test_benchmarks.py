@@ -3,8 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+from benchmarks import padding
 from benchmarks.full_size import generate
+from benchmarks.padding import PATCHES, llava_like, waste
 from benchmarks.preprocess import measure, table
+from pipeline.plan import FILLER
 from preprocess import build_shards
 from preprocess.build_shards import PAPER_MIX
 from preprocess.shards import Manifest, read_fields
@@ -39,3 +45,23 @@ def test_the_full_size_mix_is_laid_out_as_the_papers_mix_expects(tmp_path: Path)
     rows = json.loads((tmp_path / "root/llava_v1_5_mix665k.json").read_text())
     shared = [row["image"] for row in rows if "image" in row]
     assert len(set(shared)) < len(shared)
+
+
+def test_waste_counts_padding_and_the_wait_for_the_slowest_rank() -> None:
+    tokens = np.array([10, 20, 30, 40], np.int32)
+    has_image = np.zeros(4, bool)
+    batches = np.full((1, 8, 1, 16), FILLER)
+    batches[0, 0, 0, :2], batches[0, 1, 0, :2] = [0, 1], [2, 3]
+    within, lockstep = waste(batches, tokens, has_image)
+    assert within == pytest.approx(1 - 100 / (16 * 20 + 16 * 40))
+    assert lockstep == pytest.approx(1 - 100 / (8 * 16 * 40))
+    _, with_pictures = waste(batches, tokens, ~has_image)
+    assert with_pictures == pytest.approx(1 - (100 + 4 * PATCHES) / (8 * 16 * (40 + PATCHES)))
+
+
+def test_wider_windows_of_the_plan_waste_less_and_all_of_them_less_than_the_other_schemes() -> None:
+    tokens, has_image = llava_like(share=0.05)
+    found = [about["with_the_wait"] for about in padding.measure(tokens, has_image, windows=(8, 50, 100)).values()]
+    assert found == sorted(found, reverse=True)
+    assert found[0] > 0.5
+    assert found[-1] < 0.05
