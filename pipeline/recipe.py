@@ -97,11 +97,15 @@ class Loss:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The newest `keep_last` are kept, and for ever those whose step is a multiple of `keep_every` (0: none)."""
+    """The newest `keep_last` are kept, and for ever those whose step is a multiple of `keep_every` (0: none).
+
+    `background`: training goes on while a copy of the state is written; false: it waits.
+    """
 
     every_steps: int = 500
     keep_last: int = 3
     keep_every: int = 0
+    background: bool = True
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,7 +27,7 @@ from model.emma import Emma
 from model.errors import UserError
 from model.vision import Towers
 from pipeline.agreement import together
-from pipeline.checkpoint import Checkpoints, Identity
+from pipeline.checkpoint import Checkpoints, Identity, Saved
 from pipeline.control import Control
 from pipeline.data import DamagedShardError, TrainData
 from pipeline.engine import build_engine, check_partition, init_distributed, learning_rate
@@ -35,6 +36,7 @@ from pipeline.metrics import Metrics
 from pipeline.pauses import GarbageCollection, TowersClock
 from pipeline.preflight import preflight
 from pipeline.pretrained import empty_model, initial_model, make_towers, refuse_other_towers
+from pipeline.probe import Probe
 from pipeline.ranks import Ranks, find_ranks
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.recompute import keep_what_fits
@@ -62,9 +64,10 @@ def train(run: Run, ranks: Ranks) -> int:
         engine = build_engine(emma, recipe, ranks)
         check_partition(engine)
         fitted = fit_memory(engine, towers, recipe, data)
-        checkpoints = Checkpoints(recipe, ranks, _identity(recipe, data, engine))
+        probe = Probe(engine, towers, recipe, ranks, data)
+        checkpoints = Checkpoints(recipe, ranks, _identity(recipe, data), engine, probe)
         begun = time.monotonic()
-        step, report = checkpoints.resume(engine)
+        step, report = checkpoints.resume()
         resume_s = time.monotonic() - begun
         run.begin(step, weights)
         with Metrics(recipe, ranks, data) as metrics:
@@ -97,7 +100,7 @@ class Loop:
         with GarbageCollection() as garbage:
             for batch in self.data.from_step(step):
                 lr = learning_rate(self.run.recipe, step, self.data.total_steps)
-                requests = Requests(*self.run.control.requests())
+                requests = Requests(*self.run.control.requests(), self.checkpoints.writing)
                 spent = Seconds(batch.wait_s, clock.take(), garbage.take())
                 report = optimizer_step(self.engine, self.towers, self.run.recipe, batch, lr, requests, spent)
                 step += 1
@@ -105,10 +108,13 @@ class Loop:
                 self.metrics.log(step, batch, report, lr)
                 for spike in spikes.look(report, batch.images > 0):
                     self.metrics.event("spike", step, **spike.facts(), samples=batch.ids.tolist())
+                if self.checkpoints.under_way and not report.writing:
+                    self._save(self.checkpoints.commit)
                 nonfinite = 0 if report.finite else nonfinite + 1
                 if nonfinite:
                     self.metrics.event("nonfinite", step, samples=batch.ids.tolist())
                 if nonfinite == MAX_NONFINITE:
+                    self._save(self.checkpoints.finish)
                     raise DivergedError(f"no finite loss or gradient in steps {step - nonfinite + 1} to {step}")
                 # Not a step that updated nothing: what led here is better kept than overwritten.
                 if not nonfinite or step == self.data.total_steps:
@@ -123,13 +129,22 @@ class Loop:
     def _evaluate_and_save(self, step: int, report: StepReport) -> None:
         last = step == self.data.total_steps
         if self.checkpoints.due(step) or report.stop or report.save or last:
-            with self.watchdog.during("the save"), self.metrics.pause("save", step):
-                self.checkpoints.save(self.engine, step)
-            self.run.control.done("save")
+            self._save(lambda: self.checkpoints.save(step))
+            if report.stop or report.save or last:
+                self._save(self.checkpoints.finish)
+                self.run.control.done("save")
         if self.heldout and not report.stop and (last or self.heldout.due(step)):
             with self.watchdog.during("the evaluation"), self.metrics.pause("heldout", step) as facts:
                 facts |= self.heldout.losses(self.engine, self.towers)
             self.metrics.log_heldout(step, facts)
+
+    def _save(self, act: Callable[[], Saved | None]) -> None:
+        """Do a part of saving, and tell of the checkpoint that is there by it."""
+        with self.watchdog.during("the save"), self.metrics.stalled("save"):
+            saved = act()
+        if saved:
+            seconds = {"seconds": round(saved.stall_s, 2), "whole_s": round(saved.whole_s, 2)}
+            self.metrics.event("save", saved.step, **seconds)
 
 
 def fit_memory(engine: Any, towers: Towers, recipe: Recipe, data: TrainData) -> list[str]:
@@ -151,13 +166,12 @@ def build_model(run: Run, ranks: Ranks) -> tuple[Emma, Towers, dict[str, Any]]:
     return emma, towers.to(ranks.device, dtype), loaded
 
 
-def _identity(recipe: Recipe, data: TrainData, engine: Any) -> Identity:
+def _identity(recipe: Recipe, data: TrainData) -> Identity:
     return Identity(
         recipe=recipe.identity(),
         fingerprint=recipe.fingerprint(),
         shards_sha256=data.reader.manifest.sha256,
         total_steps=data.total_steps,
-        zero_stage=engine.zero_optimization_stage(),
     )
 
 

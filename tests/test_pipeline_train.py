@@ -78,16 +78,24 @@ def test_a_run_reports_every_step_and_ends_with_a_checkpoint(undisturbed):
     assert (undisturbed / "checkpoints/latest").read_text().strip() == folder_name(STEPS)
 
 
+def test_a_memory_budget_changes_what_is_recomputed_and_nothing_that_is_learnt(
+    recipe_file, shards, undisturbed, tmp_path
+):
+    budget = ["engine.segment_layers=2", "engine.memory_gib=1"]
+    assert "6 keep" in finish(torchrun(2, command(recipe_file, shards, tmp_path / "run", *budget)))
+    assert_same_end(tmp_path / "run", undisturbed)
+
+
 def test_killed_in_the_middle_the_same_command_ends_with_the_same_bits(recipe_file, shards, undisturbed, tmp_path):
     run = tmp_path / "run"
     process = torchrun(2, command(recipe_file, shards, run))
-    wait_for(lambda: max(losses(run), default=0) >= 5, process)
+    wait_for(lambda: list_steps(run / "checkpoints"), process)
     kill_all(process)
-    assert 4 < max(losses(run)) < STEPS
+    assert max(losses(run)) < STEPS
     assert not (run / "outcome.json").exists()
-    cut_off = run / "checkpoints/.partial-step-00000008/state"  # as a kill during a save leaves it
-    cut_off.mkdir(parents=True, exist_ok=True)
-    (cut_off / "zero_pp_rank_0_mp_rank_00_model_states.pt").write_bytes(b"half")
+    cut_off = run / "checkpoints/.partial-step-00000008"  # as a kill during a save leaves it
+    cut_off.mkdir(exist_ok=True)
+    (cut_off / "rank-00000.00.master").write_bytes(b"half")
 
     output = finish(torchrun(2, command(recipe_file, shards, run)))
     assert "its save was cut off" in output
@@ -102,13 +110,13 @@ def test_a_damaged_checkpoint_is_refused_with_its_reason_and_the_one_before_is_t
     run = tmp_path / "run"
     finish(torchrun(2, command(recipe_file, shards, run)))
     checkpoints = run / "checkpoints"
-    optimizer = next((checkpoints / folder_name(STEPS)).rglob("*optim_states.pt"))
-    flip_one_bit(optimizer)
-    (checkpoints / folder_name(8) / "state").rename(checkpoints / "elsewhere")
+    moments = checkpoints / folder_name(STEPS) / "rank-00001.00.exp_avg"
+    flip_one_bit(moments)
+    (checkpoints / folder_name(8) / "rank-00000.01.master").rename(checkpoints / "elsewhere")
     (run / "outcome.json").unlink()
 
     output = finish(torchrun(2, command(recipe_file, shards, run)))
-    assert f"{optimizer.name} has changed" in output
+    assert f"{moments.name} has changed" in output
     assert "is missing" in output
     assert f"resuming from {checkpoints / folder_name(4)}" in output
     assert_same_end(run, undisturbed)
@@ -137,21 +145,11 @@ def test_a_stop_request_is_agreed_on_saved_and_resumed_at_the_next_step(recipe_f
     assert_same_end(run, undisturbed)
 
 
-REFUSALS = [
-    (2, ["optim.lr=3e-3", "seed=8"], ["optim.lr was 0.001, now 0.003", "seed was 7, now 8"]),
-    (2, ["engine.ds_config=ds_configs/zero2.json"], ["zero_stage is 3, this run has 2"]),
-    (1, [], ["world_size is 2, this run has 1"]),
-]
-
-
-@pytest.mark.parametrize(("ranks", "overrides", "said"), REFUSALS)
-def test_another_training_in_the_same_folder_is_refused_and_changes_nothing(
-    recipe_file, shards, undisturbed, ranks, overrides, said
-):
+def test_another_training_in_the_same_folder_is_refused_and_changes_nothing(recipe_file, shards, undisturbed):
     before = [(undisturbed / name).read_bytes() for name in ("recipe.json", "outcome.json", "metrics.jsonl")]
-    told = finish(torchrun(ranks, command(recipe_file, shards, undisturbed, *overrides)), code=None)
-    for line in said:
-        assert line in told
+    told = finish(torchrun(2, command(recipe_file, shards, undisturbed, "optim.lr=3e-3", "seed=8")), code=None)
+    assert "optim.lr was 0.001, now 0.003" in told
+    assert "seed was 7, now 8" in told
     assert [(undisturbed / name).read_bytes() for name in ("recipe.json", "outcome.json", "metrics.jsonl")] == before
 
 
@@ -159,8 +157,7 @@ def test_a_run_that_lost_all_its_checkpoints_never_starts_afresh_by_itself(recip
     run = tmp_path / "run"
     words = command(recipe_file, shards, run, "steps=1")
     assert run_python(*words).returncode == 0
-    [optimizer] = run.rglob("*optim_states.pt")
-    flip_one_bit(optimizer)
+    flip_one_bit(next(run.rglob("*.exp_avg_sq")))
     for _ in range(2):
         line = one_line(run_python(*words), code=2)
         assert "holds no good checkpoint" in line
