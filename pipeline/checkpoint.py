@@ -1,13 +1,19 @@
 """Save, verify, resume, prune. A checkpoint is a folder whose manifest names every file with its size and hash.
 
-`checkpoints/step-00000500/` appears by one rename, after every rank has synced and hashed what it wrote; `latest` is
-replaced after that. Whatever stands there was complete once, and verifying tells whether it still is.
+`checkpoints/step-00000500/` appears by one rename, after every rank has written, synced and hashed its share; `latest`
+is replaced after that. Whatever stands there was complete once, and verifying tells whether it still is.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import os
 import shutil
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +22,14 @@ import torch
 import torch.distributed as dist
 
 from model.errors import UserError
-from pipeline.agreement import on_main
-from pipeline.files import sync_file, write_json
+from pipeline.agreement import on_main, together
+from pipeline.elastic import LAYOUT, Layout, parameter_shapes, tied_names
+from pipeline.files import write_json
+from pipeline.probe import Probe
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
-from preprocess.shards import file_sha256, publish, sync_folder
+from pipeline.snapshot import THREADS, Snapshot
+from preprocess.shards import canonical_json, file_sha256, publish, sync_folder
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
@@ -35,73 +44,149 @@ class Identity:
     fingerprint: str
     shards_sha256: str
     total_steps: int
-    zero_stage: int
+
+
+@dataclass
+class Saving:
+    """A save that was begun. `share` becomes what this rank wrote: files, and the map of them."""
+
+    step: int
+    updates: float
+    probe: dict[str, Any]
+    share: Future[dict[str, Any]]
+    begun: float
+    stall_s: float
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is there. `stall_s`: how long the training stood still for it; `whole_s`: from begin to end."""
+
+    step: int
+    stall_s: float
+    whole_s: float
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. Every rank constructs it and calls `save` and `resume`."""
+    """The checkpoints of one run folder. Every rank constructs it and calls its methods, at the same steps.
 
-    def __init__(self, recipe: Recipe, ranks: Ranks, identity: Identity):
-        self.options, self.ranks, self.identity = recipe.checkpoint, ranks, identity
+    A save is begun by `save`, which returns when the state is copied, and ended by `commit`, once no rank is `writing`.
+    At most one is under way.
+    """
+
+    def __init__(self, recipe: Recipe, ranks: Ranks, identity: Identity, engine: Any, probe: Probe | None = None):
+        self.options, self.ranks, self.identity, self.engine = recipe.checkpoint, ranks, identity, engine
+        self.probe = probe
         self.folder = Path(recipe.run.dir) / "checkpoints"
+        self.snapshot = Snapshot(engine)
+        self.writer = ThreadPoolExecutor(1)
+        self.saving: Saving | None = None
 
     def due(self, step: int) -> bool:
         return step % self.options.every_steps == 0
 
-    def save(self, engine: Any, step: int) -> None:
-        """Publish the state after `step` optimizer steps. Every rank must call it."""
-        name = folder_name(step)
-        partial = self.folder / f"{PARTIAL}{name}"
-        if self.ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        engine.save_checkpoint(str(partial), tag="state", save_latest=False, exclude_frozen_parameters=True)
-        files = self._sync_and_hash(partial)
-        if self.ranks.is_main:
-            self._publish(partial, name, step, files)
-        dist.barrier()
+    # -- Saving --------------------------------------------------------------------------------------------------------
 
-    def _sync_and_hash(self, partial: Path) -> dict[str, dict[str, Any]]:
-        """Each rank takes its share of the main rank's list of files; all get the whole table."""
-        dist.barrier()
-        paths = on_main(self.ranks, lambda: sorted(path for path in partial.rglob("*") if path.is_file()))
-        mine = {}
-        for path in paths[self.ranks.rank :: self.ranks.world_size]:
-            sync_file(path)
-            mine[str(path.relative_to(partial))] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        tables: list[Any] = [None] * self.ranks.world_size
-        dist.all_gather_object(tables, mine)
-        return {name: facts for table in tables for name, facts in table.items()}
+    def save(self, step: int) -> Saved | None:
+        """Begin to save the state after `step` optimizer steps; a checkpoint that is there by this call, if one is."""
+        before = self.finish()
+        begun = time.monotonic()
+        updates = self.snapshot.take()
+        probe = self.probe.measure() if self.probe else {}
+        share = self.writer.submit(self._write, self._partial(step))
+        self.saving = Saving(step, updates, probe, share, begun, time.monotonic() - begun)
+        return before if self.options.background else self.finish()
 
-    def _must_match(self) -> dict[str, Any]:
-        """Beside the recipe's identity. The number of ranks and the ZeRO stage shape the files of a checkpoint."""
-        return {
-            "shards_sha256": self.identity.shards_sha256,
-            "total_steps": self.identity.total_steps,
-            "world_size": self.ranks.world_size,
-            "zero_stage": self.identity.zero_stage,
-        }
+    @property
+    def under_way(self) -> bool:
+        return self.saving is not None
 
-    def _publish(self, partial: Path, name: str, step: int, files: dict[str, dict[str, Any]]) -> None:
+    @property
+    def writing(self) -> bool:
+        """Whether this rank has still to do its part of the save under way."""
+        return self.saving is not None and not self.saving.share.done()
+
+    def finish(self) -> Saved | None:
+        """Wait for the save under way, if there is one, and commit it."""
+        return self.commit() if self.saving else None
+
+    def commit(self) -> Saved:
+        """Publish what all ranks wrote; wait for those that are still writing.
+
+        Raises: UserError on all ranks if one could not write. The checkpoints before it are untouched.
+        """
+        assert self.saving is not None
+        saving, self.saving = self.saving, None
+        called = time.monotonic()
+        try:
+            [share] = together(self.ranks, lambda: self._share(saving))
+            shares: list[Any] = [None] * self.ranks.world_size
+            dist.all_gather_object(shares, share)
+            on_main(self.ranks, lambda: self._publish(saving, shares))
+        except UserError:
+            if self.ranks.is_main:
+                shutil.rmtree(self._partial(saving.step), ignore_errors=True)
+            raise
+        now = time.monotonic()
+        return Saved(saving.step, saving.stall_s + now - called, now - saving.begun)
+
+    def _partial(self, step: int) -> Path:
+        return self.folder / f"{PARTIAL}{folder_name(step)}"
+
+    def _write(self, partial: Path) -> dict[str, Any]:
+        """In the background: this rank's files, once there is room for those of all ranks."""
+        partial.mkdir(parents=True, exist_ok=True)
+        needed, free = self.snapshot.bytes * self.ranks.world_size, shutil.disk_usage(partial).free
+        if self.ranks.is_main and free < needed:
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {free} bytes free, {needed} needed")
+        files = self.snapshot.write(partial, self.ranks.rank)
+        return {"files": files, "pieces": self.snapshot.pieces(self.ranks.rank)}
+
+    def _share(self, saving: Saving) -> dict[str, Any]:
+        try:
+            return saving.share.result()
+        except OSError as error:
+            raise _unsaved(self.folder, saving.step, error) from None
+
+    def _publish(self, saving: Saving, shares: list[dict[str, Any]]) -> None:
+        partial, name = self._partial(saving.step), folder_name(saving.step)
+        try:
+            files = {file: facts for share in shares for file, facts in share["files"].items()}
+            pieces = {file: mine for share in shares for file, mine in share["pieces"].items()}
+            Layout(parameter_shapes(self.engine), tied_names(self.engine), pieces).save(partial)
+            files[LAYOUT] = {"bytes": (partial / LAYOUT).stat().st_size, "sha256": file_sha256(partial / LAYOUT)}
+            self._write_manifest(partial, saving, files)
+            shutil.rmtree(self.folder / name, ignore_errors=True)  # one whose deletion was cut off
+            partial.rename(self.folder / name)
+            sync_folder(self.folder)
+            publish(self.folder / "latest", f"{name}\n".encode())
+            for refused in self.folder.glob(f"{REFUSED}*"):  # kept as evidence until there is a good one again
+                shutil.rmtree(refused)
+            self._prune(saving.step)
+        except OSError as error:
+            raise _unsaved(self.folder, saving.step, error) from None
+
+    def _write_manifest(self, partial: Path, saving: Saving, files: dict[str, dict[str, Any]]) -> None:
         manifest = {
-            "step": step,
+            "step": saving.step,
             **self._must_match(),
+            **self._shape(),
+            "updates": saving.updates,
+            "probe": saving.probe,
             "recipe": self.identity.recipe,
             "fingerprint": self.identity.fingerprint,
             "torch": torch.__version__,
             "files": dict(sorted(files.items())),
         }
-        write_json(partial / MANIFEST, manifest)
-        for folder in {partial, *((partial / file).parent for file in files)}:
-            sync_folder(folder)
-        shutil.rmtree(self.folder / name, ignore_errors=True)  # one whose deletion was cut off
-        partial.rename(self.folder / name)
-        sync_folder(self.folder)
-        publish(self.folder / "latest", f"{name}\n".encode())
-        for refused in self.folder.glob(f"{REFUSED}*"):  # kept as evidence until there is a good one again
-            shutil.rmtree(refused)
-        self._prune(step)
+        write_json(partial / MANIFEST, manifest | {"seal": _seal(manifest)})
+
+    def _must_match(self) -> dict[str, Any]:
+        """Beside the recipe's identity."""
+        return {"shards_sha256": self.identity.shards_sha256, "total_steps": self.identity.total_steps}
+
+    def _shape(self) -> dict[str, int]:
+        """What shapes the files, and may differ when they are loaded."""
+        return {"world_size": self.ranks.world_size, "zero_stage": self.engine.zero_optimization_stage()}
 
     def _prune(self, newest: int) -> None:
         """Only complete checkpoints count as kept. The manifest goes first: half a deletion is no checkpoint."""
@@ -114,37 +199,82 @@ class Checkpoints:
             (folder / MANIFEST).unlink()
             shutil.rmtree(folder)
 
-    def resume(self, engine: Any) -> tuple[int, list[str]]:
-        """Load the newest checkpoint that verifies: (steps done, lines to report). Every rank must call it, once.
+    # -- Resuming ------------------------------------------------------------------------------------------------------
+
+    def resume(self) -> tuple[int, list[str]]:
+        """Load the newest checkpoint that verifies: (steps done, lines to report).
 
         Raises: UserError on all ranks if there are checkpoints but none is good, or if the newest good one belongs to
         another training.
         """
-        step, report = on_main(self.ranks, self._choose)
-        if step is None:
-            return 0, report
-        folder = self.folder / folder_name(step)
-        engine.load_checkpoint(str(folder), tag="state")
-        return step, report
-
-    def _choose(self) -> tuple[int | None, list[str]]:
-        report: list[str] = []
-        for leftover in self.folder.glob(f"{PARTIAL}*") if self.folder.exists() else ():
-            shutil.rmtree(leftover)
-            report.append(f"removed {leftover.name}: its save was cut off")
-        for step in reversed(list_steps(self.folder)):
+        report = on_main(self.ranks, self._sweep)
+        while (step := on_main(self.ranks, lambda: max(list_steps(self.folder), default=None))) is not None:
             folder = self.folder / folder_name(step)
-            damage = find_damage(folder)
-            if damage is None:
-                self._check_identity(folder)
-                report.append(f"resuming from {folder}")
-                return step, report
-            self._refuse(folder)
-            report.append(f"refused {folder}: {damage}")
-        if self.folder.exists() and any(self.folder.iterdir()):
-            what = "; ".join([*report, f"{self.folder} holds no good checkpoint, and is not empty"])
-            raise UserError(f"{what}; to start afresh, move it away")
-        return None, report
+            flaw = on_main(self.ranks, lambda: self._inspect(folder)) or self._verify(folder) or self._load(folder)  # noqa: B023
+            if flaw is None:
+                return step, [*report, f"resuming from {folder}", *self._converted(folder)]
+            on_main(self.ranks, lambda: self._refuse(folder))  # noqa: B023
+            report.append(f"refused {folder}: {flaw}")
+        on_main(self.ranks, lambda: self._check_empty(report))
+        return 0, report
+
+    def _sweep(self) -> list[str]:
+        leftovers = list(self.folder.glob(f"{PARTIAL}*"))
+        for leftover in leftovers:
+            shutil.rmtree(leftover)
+        return [f"removed {leftover.name}: its save was cut off" for leftover in leftovers]
+
+    def _inspect(self, folder: Path) -> str | None:
+        """What is wrong with the manifest. Raises: UserError if it is another training's."""
+        try:
+            manifest = read_manifest(folder)
+        except UserError as error:
+            return str(error)
+        if manifest["fingerprint"] != self.identity.fingerprint:
+            changed = _differences(manifest["recipe"], self.identity.recipe)
+            raise UserError(
+                f"{folder} belongs to another training; changed since: {'; '.join(changed)}; "
+                f"give the old values, or another run.dir to start afresh"
+            )
+        for key, found in self._must_match().items():
+            if manifest[key] != found:
+                raise UserError(
+                    f"{folder}: {key} is {manifest[key]}, this run has {found}; resume with the same, "
+                    f"or give another run.dir to start afresh"
+                )
+        return None
+
+    def _verify(self, folder: Path) -> str | None:
+        """Every rank hashes what the rank of its number wrote, which is what it reads next."""
+        names = read_manifest(folder)["files"]
+        mine = [name for name in names if _writer(name) % self.ranks.world_size == self.ranks.rank]
+        return self._everywhere(find_damage(folder, mine))
+
+    def _load(self, folder: Path) -> str | None:
+        """Every rank reads its pieces, wherever they are; then the probe must give what it gave at the save."""
+        manifest = read_manifest(folder)
+        try:
+            self.snapshot.read(folder, Layout.load(folder))
+            flaw = None
+        except (OSError, UserError) as error:
+            flaw = str(error)
+        if flaw := self._everywhere(flaw):
+            return flaw
+        self.snapshot.restore(manifest["updates"])
+        return self.probe.compare(manifest["probe"]) if self.probe else None
+
+    def _everywhere(self, flaw: str | None) -> str | None:
+        """The flaws that any rank has found."""
+        flaws: list[str | None] = [None] * self.ranks.world_size
+        dist.all_gather_object(flaws, flaw)
+        return "; ".join(dict.fromkeys(filter(None, flaws))) or None
+
+    def _converted(self, folder: Path) -> list[str]:
+        manifest, now = read_manifest(folder), self._shape()
+        if all(manifest[key] == value for key, value in now.items()):
+            return []
+        before, after = (f"{at['world_size']} ranks, ZeRO-{at['zero_stage']}" for at in (manifest, now))
+        return [f"it was saved by {before}; its pieces were dealt out anew to {after}"]
 
     def _refuse(self, folder: Path) -> None:
         """Take a damaged checkpoint out of the way of its successor, and out of what retention counts."""
@@ -152,20 +282,10 @@ class Checkpoints:
         shutil.rmtree(away, ignore_errors=True)
         folder.rename(away)
 
-    def _check_identity(self, folder: Path) -> None:
-        manifest = read_manifest(folder)
-        if manifest.get("fingerprint") != self.identity.fingerprint:
-            changed = _differences(manifest.get("recipe", {}), self.identity.recipe)
-            raise UserError(
-                f"{folder} belongs to another training; changed since: {'; '.join(changed)}; "
-                f"give the old values, or another run.dir to start afresh"
-            )
-        for key, found in self._must_match().items():
-            if manifest.get(key) != found:
-                raise UserError(
-                    f"{folder}: {key} is {manifest.get(key)}, this run has {found}; resume with the same, "
-                    f"or give another run.dir to start afresh"
-                )
+    def _check_empty(self, report: list[str]) -> None:
+        if self.folder.exists() and any(self.folder.iterdir()):
+            what = "; ".join([*report, f"{self.folder} holds no good checkpoint, and is not empty"])
+            raise UserError(f"{what}; to start afresh, move it away")
 
 
 def folder_name(step: int) -> str:
@@ -178,38 +298,59 @@ def list_steps(folder: Path) -> list[int]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises: UserError if it is not there or not readable."""
+    """Raises: UserError if it is not there, or not as it was written."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        if not isinstance(manifest["files"], dict):
-            raise TypeError("its files are no table")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if manifest.pop("seal") != _seal(manifest):
+            raise ValueError("its seal does not fit")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: no readable {MANIFEST}: {error!r}") from None
     return manifest
 
 
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None if every one has the size and hash that were written down."""
+def _seal(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(manifest)).hexdigest()
+
+
+def find_damage(folder: Path, names: Iterable[str] | None = None) -> str | None:
+    """What is wrong with a checkpoint's files, or with those named; None if all are as they were written down."""
     try:
         files = read_manifest(folder)["files"]
     except UserError as error:
         return str(error)
-    for name, facts in files.items():
-        path = folder / name
-        if not path.exists():
-            return f"{name} is missing"
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = pool.map(lambda name: _damage(folder / name, files[name]), files if names is None else names)
+        return next(filter(None, found), None)
+
+
+def _damage(path: Path, facts: dict[str, Any]) -> str | None:
+    try:
         if path.stat().st_size != facts["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, expected {facts['bytes']}"
+            return f"{path.name} has {path.stat().st_size} bytes, expected {facts['bytes']}"
         if file_sha256(path) != facts["sha256"]:
-            return f"{name} has changed: its sha256 is not the one that was written down"
+            return f"{path.name} has changed: its sha256 is not the one that was written down"
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error}"
     return None
+
+
+def _writer(name: str) -> int:
+    """The rank that wrote a file."""
+    return int(name.split(".")[0].removeprefix("rank-")) if name.startswith("rank-") else 0
 
 
 def full_state(folder: Path) -> dict[str, torch.Tensor]:
     """Every trained tensor, whole, in fp32, on the CPU, from a checkpoint's shards."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    return Layout.load(folder).whole(folder, "master")
 
-    return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="state")
+
+def _unsaved(folder: Path, step: int, error: OSError) -> UserError:
+    return UserError(
+        f"{folder}: the checkpoint of step {step} could not be written ({error}); those before it are as they were; "
+        f"make room there and run the same command again"
+    )
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:

@@ -60,14 +60,20 @@ class Metrics:
 
     @contextmanager
     def pause(self, name: str, step: int) -> Iterator[dict[str, Any]]:
-        """A save or an evaluation, which is no step's time: an event with its seconds and the given facts."""
+        """An evaluation, which is no step's time: an event with its seconds and the given facts."""
         begun, facts = time.monotonic(), dict[str, Any]()
-        yield facts
-        seconds = time.monotonic() - begun
+        with self.stalled(name):
+            yield facts
+        self.event(name, step, **facts, seconds=round(time.monotonic() - begun, 2))
+
+    @contextmanager
+    def stalled(self, name: str) -> Iterator[None]:
+        """Time that is no step's, of which an event will tell later."""
+        begun = time.monotonic()
+        yield
         if self.ranks.is_main:
-            self.window.pause(name, seconds)
-            self.paused_s += seconds
-            self.event(name, step, **facts, seconds=round(seconds, 2))
+            self.window.pause(name, time.monotonic() - begun)
+            self.paused_s += time.monotonic() - begun
 
     def started(self, step: int, began: float, resume_s: float, notes: list[str]) -> None:
         """Mark the start of the loop, by a process that began at `began`; it continues if steps are done already."""

@@ -34,10 +34,11 @@ class Totals:
 
 @dataclass(frozen=True)
 class Requests:
-    """What this rank was asked for from outside."""
+    """What this rank was asked for from outside, and whether it is still writing a checkpoint."""
 
     stop: bool = False
     save: bool = False
+    writing: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ NOTHING_ASKED, NOTHING_SPENT = Requests(), Seconds()
 class StepReport:
     """Of the whole step over all ranks. `align` is None in a text-only step, `grad_norm` is before clipping.
 
-    `stop` and `save` tell that some rank saw a request; all ranks read the same values here.
+    `stop` and `save` tell that some rank saw a request, `writing` that some rank has a checkpoint to write; all ranks
+    read the same values here.
     """
 
     text: float
@@ -65,6 +67,7 @@ class StepReport:
     grad_norm: float
     stop: bool
     save: bool
+    writing: bool
     text_by_source: npt.NDArray[np.float64]  # [sources] sums, to be divided by the source's share of the totals
     seconds: list[Seconds]  # of each rank
 
@@ -173,6 +176,7 @@ def _report(engine: Any, recipe: Recipe, batch: GlobalBatch, totals: Totals, sum
         grad_norm=float(grad_norm) if grad_norm is not None else math.nan,
         stop=asked.stop,
         save=asked.save,
+        writing=asked.writing,
         text_by_source=losses[2:],
         seconds=seconds,
     )

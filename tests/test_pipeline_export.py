@@ -87,7 +87,7 @@ def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
 
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    victim = next((copy / "checkpoints").rglob("*optim_states.pt"))
+    victim = next((copy / "checkpoints").rglob("*.master"))
     victim.write_bytes(victim.read_bytes()[:-1])
     done = run_python("-m", "pipeline.export", copy, tmp_path / "out")
     assert done.returncode == 1

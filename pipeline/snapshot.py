@@ -1,0 +1,125 @@
+"""What this rank holds of the training state: copied to host memory at one step, written while training goes on.
+
+The host memory is allocated once and used for every save, and for loading: 12 bytes for each trainable parameter,
+divided by the number of ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.elastic import Buffer, Layout, Piece, bytes_of, fill, zero_buffers
+from pipeline.files import sync
+from preprocess.shards import HashingFile
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+THREADS = 4  # of a rank: while one hashes, others keep the disk busy
+BLOCK_BYTES = 16 << 20
+SYNC_BYTES = 256 << 20  # written at most before it is brought to disk, so that little waits in the page cache
+
+
+class Snapshot:
+    """One rank's share of the state of a DeepSpeed engine. Its methods concern this rank alone, except `restore`."""
+
+    def __init__(self, engine: Any):
+        self.engine = engine
+        self.buffers = zero_buffers(engine)
+
+    @functools.cached_property
+    def memory(self) -> dict[tuple[int, str], torch.Tensor]:
+        """Host copies by buffer and kind. On a GPU machine they are page-locked, which a fast copy needs."""
+        copies = {}
+        for index, buffer in enumerate(self.buffers):
+            for kind in KINDS:
+                copies[index, kind] = torch.zeros(buffer.master.numel())
+                if buffer.master.is_cuda:
+                    # torch's own page-locked memory would be rounded up to a power of two.
+                    torch.cuda.cudart().cudaHostRegister(copies[index, kind].data_ptr(), copies[index, kind].nbytes, 0)
+        return copies
+
+    @property
+    def bytes(self) -> int:
+        return sum(buffer.master.nbytes for buffer in self.buffers) * len(KINDS)
+
+    def take(self) -> float:
+        """Copy the state as it is now; the number of updates that Adam has counted."""
+        for (index, kind), copy in self.memory.items():
+            copy.copy_(self._tensor(self.buffers[index], kind), non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        [updates] = {float(self._adam(buffer)["step"]) for buffer in self.buffers}
+        return updates
+
+    def write(self, folder: Path, rank: int) -> dict[str, dict[str, Any]]:
+        """Write and sync the copies; name -> bytes and sha256 of each file. Raises: OSError."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            tasks = {
+                f"{file}.{kind}": pool.submit(_write, folder / f"{file}.{kind}", self.memory[index, kind])
+                for index, file in self._files(rank)
+                for kind in KINDS
+            }
+        return {name: task.result() for name, task in tasks.items()}
+
+    def pieces(self, rank: int) -> dict[str, tuple[Piece, ...]]:
+        """The map of what `write` writes."""
+        return {file: self.buffers[index].pieces for index, file in self._files(rank)}
+
+    def read(self, folder: Path, layout: Layout) -> None:
+        """Fill the copies from a checkpoint of any number of ranks. Raises: OSError; UserError if a part is missing."""
+        reads = [layout.reads(buffer.pieces) for buffer in self.buffers]
+        with ThreadPoolExecutor(THREADS) as pool:
+            tasks = [pool.submit(fill, copy, folder, kind, reads[index]) for (index, kind), copy in self.memory.items()]
+        for task in tasks:
+            task.result()
+
+    def restore(self, updates: float) -> None:
+        """Make the copies the engine's state. Every rank must call it: gathered weights are made anew."""
+        zero = self.engine.optimizer
+        if self.engine.zero_optimization_stage() == 3:
+            zero.checkpoint_event_prologue()
+        for index, buffer in enumerate(self.buffers):
+            buffer.master.data.copy_(self.memory[index, "master"])
+            zero.optimizer.state[buffer.master] = self._new_adam(index, updates)
+        if self.engine.zero_optimization_stage() == 3:
+            for low, high in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
+                low.data.copy_(high.data)
+            zero.checkpoint_event_epilogue()
+        else:
+            zero.update_lp_params()
+
+    def _files(self, rank: int) -> Iterator[tuple[int, str]]:
+        return ((index, f"rank-{rank:05d}.{index:02d}") for index in range(len(self.buffers)))
+
+    def _adam(self, buffer: Buffer) -> dict[str, Any]:
+        state: dict[str, Any] = self.engine.optimizer.optimizer.state[buffer.master]
+        return state
+
+    def _tensor(self, buffer: Buffer, kind: str) -> torch.Tensor:
+        return buffer.master.detach() if kind == "master" else self._adam(buffer)[kind]
+
+    def _new_adam(self, index: int, updates: float) -> dict[str, torch.Tensor]:
+        """As AdamW makes it at its first step. Each buffer counts its updates in a tensor of its own."""
+        buffer = self.buffers[index]
+        group = self.engine.optimizer.optimizer.param_groups[buffer.group]
+        device = buffer.master.device if group["fused"] or group["capturable"] else torch.device("cpu")
+        moments = {kind: self.memory[index, kind].to(buffer.master.device, copy=True) for kind in KINDS[1:]}
+        return {"step": torch.tensor(updates, dtype=torch.float32, device=device), **moments}
+
+
+def _write(path: Path, tensor: torch.Tensor) -> dict[str, Any]:
+    """Hashed while it is written, in large blocks, one after the other."""
+    data: Any = bytes_of(tensor)
+    with path.open("wb") as raw:
+        file = HashingFile(raw)
+        for start in range(0, len(data), BLOCK_BYTES):
+            file.write(data[start : start + BLOCK_BYTES])
+            if file.size % SYNC_BYTES == 0:
+                sync(raw)
+        sync(raw)
+    return {"bytes": file.size, "sha256": file.sha256}

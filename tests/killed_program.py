@@ -1,0 +1,101 @@
+"""Run by the tests: one training after the other in the same run folder, each killed in another stage of a save.
+
+killed_program.py STAGE,STAGE,… RECIPE [key=value …]: after the last stage the training is left alone until its end.
+Each is a process of its own, forked from this one, which has imported everything and started nothing.
+"""
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pipeline.checkpoint
+import pipeline.snapshot
+from pipeline import train
+from pipeline.checkpoint import Checkpoints
+from pipeline.engine import init_distributed  # noqa: F401  (imported before the fork)
+
+FATAL_SAVE = 2  # the save of a life that does not survive
+
+
+class Stages:
+    """Each method has a stage of the second save end this process, as `kill -9` would."""
+
+    @staticmethod
+    def snapshot_taken():
+        before(Checkpoints, "_write", lambda *_: True)
+
+    @staticmethod
+    def half_written():
+        before(pipeline.snapshot, "sync", lambda *_: True)
+
+    @staticmethod
+    def written():
+        before(Checkpoints, "_publish", lambda *_: True)
+
+    @staticmethod
+    def manifest_written():
+        before(Path, "rename", lambda path, *_: path.name.startswith(".partial-"))
+
+    @staticmethod
+    def renamed():
+        before(pipeline.checkpoint, "sync_folder", lambda folder: folder.name == "checkpoints")
+
+    @staticmethod
+    def before_latest():
+        before(pipeline.checkpoint, "publish", lambda path, _: path.name == "latest")
+
+    @staticmethod
+    def pruning():
+        before(shutil, "rmtree", lambda path, **_: not (path / "manifest.json").exists() and any(path.glob("rank-*")))
+
+
+saves = 0
+
+
+def before(owner, name, is_it):
+    """Die instead of calling `owner.name` with arguments that are meant, in the second save."""
+    called = getattr(owner, name)
+
+    def fatal(*arguments, **options):
+        if saves == FATAL_SAVE and is_it(*arguments, **options):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return called(*arguments, **options)
+
+    setattr(owner, name, fatal)
+
+
+def count_saves():
+    save = Checkpoints.save
+
+    def counted(self, step):
+        global saves
+        self.finish()
+        saves += 1
+        return save(self, step)
+
+    setattr(Checkpoints, "save", counted)  # noqa: B010 (the type checker minds the other way)
+
+
+def live(stage, words):
+    """One life; its exit status."""
+    pid = os.fork()
+    if pid == 0:
+        sys.argv = ["pipeline.train", *words]
+        count_saves()
+        if stage:
+            getattr(Stages, stage)()
+        train.main()
+        sys.stdout.flush()
+        os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1].split(","):
+        status = live(name, sys.argv[2:])
+        assert os.WIFSIGNALED(status), f"{name}: not killed, but ended with {status}"
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        print(f"killed: {name}", flush=True)
+    assert live(None, sys.argv[2:]) == 0
