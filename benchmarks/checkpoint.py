@@ -1,0 +1,168 @@
+"""What saving and resuming cost, beside what the disk can do: a state of the real size, random, in a real engine.
+
+    torchrun --nproc-per-node 2 -m benchmarks.checkpoint /scratch pipeline/recipes/emma_v2.toml --json checkpoint.json
+    torchrun --nproc-per-node 2 -m benchmarks.checkpoint /tmp/scratch pipeline/recipes/demo.toml          # on a CPU
+
+The disk's own rate is that of the same processes writing as many bytes each, one file per process, and syncing them.
+What is written goes into a new folder below the given one, and is deleted afterwards. Reading begins with an empty page
+cache, as far as the system can be asked for that. docs/training.md keeps the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from model.emma import Emma
+from model.errors import UserError
+from pipeline.agreement import on_main
+from pipeline.checkpoint import Checkpoints, Identity
+from pipeline.elastic import bytes_of
+from pipeline.engine import build_engine, init_distributed
+from pipeline.files import sync
+from pipeline.ranks import Ranks, find_ranks
+from pipeline.recipe import Recipe, load_recipe
+
+SAVE_EVERY_S = 1800.0  # the interval that a save's stall is set against
+BLOCK_BYTES = 64 << 20
+
+
+def timed(action: Callable[[], Any]) -> float:
+    """Seconds until all ranks have done it, beginning together."""
+    dist.barrier()
+    begun = time.monotonic()
+    action()
+    dist.barrier()
+    return time.monotonic() - begun
+
+
+def random_engine(recipe: Recipe, ranks: Ranks) -> Any:
+    """An engine whose optimizer has moments, as after a step."""
+    with torch.device(ranks.device):
+        emma = Emma(recipe.config)
+    return build_engine(emma, recipe, ranks)
+
+
+def make_moments(checkpoints: Checkpoints) -> None:
+    for buffer in checkpoints.snapshot.buffers:
+        moments = {kind: torch.randn_like(buffer.master) for kind in ("exp_avg", "exp_avg_sq")}
+        state = checkpoints.engine.optimizer.optimizer.state
+        state[buffer.master] = {"step": torch.tensor(1.0, device=buffer.master.device), **moments}
+
+
+def write_plainly(path: Path, block: memoryview, size: int) -> None:
+    """As many bytes as this rank's share of a checkpoint, in one file, one block after the other."""
+    with path.open("wb") as file:
+        for start in range(0, size, BLOCK_BYTES):
+            file.write(block[: size - start])
+        sync(file)
+
+
+def numbers_of(checkpoints: Checkpoints) -> list[float]:
+    """A sum of every tensor of the state, to know it by."""
+    adam = checkpoints.engine.optimizer.optimizer.state
+    tensors = [
+        tensor
+        for b in checkpoints.snapshot.buffers
+        for tensor in (b.master, adam[b.master]["exp_avg"], adam[b.master]["exp_avg_sq"])
+    ]
+    return [float(tensor.detach().double().sum()) for tensor in tensors]
+
+
+def forget(checkpoints: Checkpoints) -> None:
+    for buffer in checkpoints.snapshot.buffers:
+        buffer.master.data.zero_()
+    checkpoints.engine.optimizer.optimizer.state.clear()
+
+
+def measure(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
+    """Every rank must call it."""
+    folder = Path(recipe.run.dir)
+    identity = Identity(recipe.identity(), recipe.fingerprint(), shards_sha256="", total_steps=1)
+    checkpoints = Checkpoints(recipe, ranks, identity, random_engine(recipe, ranks))
+    make_moments(checkpoints)
+    before = numbers_of(checkpoints)
+    size = checkpoints.snapshot.bytes
+    results: dict[str, Any] = {"model": recipe.model, "ranks": ranks.world_size, "gb": size * ranks.world_size / 1e9}
+    results["allocate_s"] = timed(lambda: checkpoints.snapshot.memory)
+    plain, block = folder / f"plain-{ranks.rank}", bytes_of(torch.randn(BLOCK_BYTES // 4))
+    results["plain_s"] = timed(lambda: write_plainly(plain, block, size))
+    plain.unlink()
+    results["stall_s"] = timed(lambda: checkpoints.save(1))
+    results["save_s"] = results["stall_s"] + timed(checkpoints.finish)
+    saved = checkpoints.folder / "step-00000001"
+    forget(checkpoints)
+    results["verify_s"] = timed(lambda: check(checkpoints._verify(saved)))
+    results["load_s"] = timed(lambda: check(checkpoints._load(saved)))
+    results["equal"] = numbers_of(checkpoints) == before
+    return results
+
+
+def check(flaw: str | None) -> None:
+    assert flaw is None, flaw
+
+
+def table(results: dict[str, Any]) -> str:
+    size = results["gb"]
+    rows = [
+        ("the disk by itself: write, sync", "plain_s", ""),
+        ("save, begin to end", "save_s", f"{results['plain_s'] / results['save_s']:.0%} of the disk's own rate"),
+        ("training stands still", "stall_s", f"{results['stall_s'] / SAVE_EVERY_S:.2%} at one save per 30 minutes"),
+        ("allocating host memory, once", "allocate_s", f"{size / results['ranks']:.1f} GB per rank"),
+        ("verify, on resuming", "verify_s", ""),
+        ("load, on resuming", "load_s", "the same numbers" if results["equal"] else "OTHER NUMBERS"),
+    ]
+    lines = [f"{results['model']}, {results['ranks']} ranks, {size:.2f} GB", "| | s | GB/s | |", "|---|---|---|---|"]
+    lines += [f"| {name} | {results[key]:.2f} | {size / results[key]:.2f} | {note} |" for name, key, note in rows]
+    return "\n".join(lines)
+
+
+@contextmanager
+def scratch(ranks: Ranks, parent: Path) -> Iterator[Path]:
+    """A new folder, the same on all ranks, gone in the end."""
+    folder = on_main(ranks, lambda: parent / f"checkpoint-benchmark-{uuid.uuid4().hex[:8]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    finally:
+        dist.barrier()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="on the disk to be measured")
+    parser.add_argument("recipe", nargs="?", default="pipeline/recipes/emma_v2.toml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    args = parser.parse_intermixed_args()
+    recipe = load_recipe(args.recipe, args.overrides, planning=True)
+    ranks = find_ranks(recipe.engine.device)
+    init_distributed(ranks)
+    with scratch(ranks, args.folder) as folder:
+        results = measure(load_recipe(args.recipe, [*args.overrides, f"run.dir={folder}"], planning=True), ranks)
+        if ranks.is_main:
+            print(table(results), flush=True)
+        if ranks.is_main and args.json:
+            args.json.write_text(json.dumps(results, indent=2))
+    dist.destroy_process_group()
+    os._exit(0 if results["equal"] else 1)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
