@@ -76,7 +76,7 @@ def _turns(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
 def build_shards(mix: Path, out: Path, model: str = "tiny_v2") -> Path:
     tokenizer = write_byte_tokenizer(mix.parent / "tokenizer")
     words: list[str | Path] = [mix, "--model", model, "--root", mix.parent, "--out", out, "--tokenizer", tokenizer]
-    done = run_python("preprocess/build_shards.py", *words, "--samples-per-shard", "16", "--workers", "1")
+    done = run_python("preprocess/build_shards.py", *words, "--samples-per-shard", "16", "--workers", "0")
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 

@@ -1,18 +1,11 @@
-"""The update is that of one torch batch, however the batch is split, and whichever modality came before.
-
-The oracle is plain torch on one process: the whole global batch in one forward pass, `loss.backward()`, AdamW.
-"""
+"""The update is that of one torch batch, however the batch is split, and whichever modality came before."""
 
 import pytest
 import torch
 
-from pipeline.data import TrainData
-from pipeline.engine import learning_rate, parameter_groups
-from pipeline.pretrained import initial_model
-from pipeline.ranks import Ranks
 from pipeline.recipe import load_recipe
-from pipeline.step import row_losses, step_totals
 from tests.conftest import finish, torchrun
+from tests.plain_torch import train_plainly
 
 STEPS = 6  # of one epoch: pictures and text alone, and an incomplete last batch of both
 ALIGNMENT_ONLY = ("alignment.", "projector.")
@@ -25,30 +18,11 @@ def base(recipe_file, shards):
 
 @pytest.fixture(scope="module")
 def reference(base, tmp_path_factory):
-    """{name: gradient} of each step, and the recipe's batches, by plain torch."""
-    recipe = load_recipe(base[0], [*base[1:], "optim.micro_batch=8", f"run.dir={tmp_path_factory.mktemp('none')}"])
-    data = TrainData(recipe, Ranks(0, 0, 1, torch.device("cpu")))
-    emma, towers, _ = initial_model(recipe)
-    optimizer = torch.optim.AdamW(parameter_groups(emma, recipe.optim.weight_decay), recipe.optim.lr)
-    gradients, modalities = [], []
-    for batch in data.from_step(0):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, batch.step, STEPS)
-        [micro_batch] = batch.micro_batches
-        totals = step_totals(recipe, batch)
-        text, align = row_losses(emma, towers, recipe, micro_batch)
-        optimizer.zero_grad(set_to_none=False)
-        (text.sum() / totals.text + recipe.align_weight * align.sum() / totals.images).backward()
-        gradients.append({name: _gradient(p) for name, p in emma.named_parameters()})
-        modalities.append("picture" if batch.images else "text")
-        torch.nn.utils.clip_grad_norm_(emma.parameters(), recipe.optim.clip)
-        optimizer.step()
-    assert {"picture", "text"} == set(modalities)
-    return gradients, modalities
-
-
-def _gradient(parameter):
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+    """The gradients of each step by plain torch, and the modalities of the steps."""
+    whole = [*base[1:], "optim.micro_batch=8", f"run.dir={tmp_path_factory.mktemp('none')}"]
+    steps = train_plainly(load_recipe(base[0], whole))
+    assert {"picture", "text"} == {step.modality for step in steps}
+    return [step.gradients for step in steps], [step.modality for step in steps]
 
 
 def run_ranks(tmp_path, ranks, base, *overrides):

@@ -1,0 +1,92 @@
+"""Training, resuming and generating on GPUs, small. On a machine with GPUs and the kernels:
+
+python -m pytest tests/test_pipeline_gpu.py
+"""
+
+import json
+
+import pytest
+import torch
+
+from model.weights import load_model
+from pipeline.data import ShardReader
+from pipeline.generate import answer
+from pipeline.recipe import load_recipe
+from preprocess.prompts import load_tokenizer
+from tests.conftest import build_shards, finish, run_python, torchrun
+from tests.plain_torch import train_plainly
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.filterwarnings("ignore"),  # the kernels' packages and Triton use what torch deprecates
+]
+
+KINDS = ("v1", "v2")
+STEPS = 6  # of one epoch: pictures and text alone, and an incomplete last batch of both
+GPUS = min(2, torch.cuda.device_count())
+ON_GPU = ["engine.device=cuda", "engine.ds_config=ds_configs/zero3.json"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def base(request, recipe_file, raw_mix, tmp_path_factory):
+    """A recipe of each kind, and its overrides."""
+    folder = build_shards(raw_mix, tmp_path_factory.mktemp(request.param) / "shards", f"tiny_{request.param}")
+    return [recipe_file, f"model=tiny_{request.param}", f"data.shards={folder}", *ON_GPU]
+
+
+@pytest.mark.skipif(GPUS < 2, reason="two GPUs are needed")
+def test_two_gpus_under_zero_3_learn_what_one_without_deepspeed_does(base, tmp_path):
+    """Losses of every step, and every gradient of the first, where no update has amplified rounding yet."""
+    recipe = load_recipe(base[0], [*base[1:], f"steps={STEPS}", "optim.micro_batch=8", f"run.dir={tmp_path}"])
+    expected = train_plainly(recipe, "cuda")
+    out = tmp_path / "gradients.pt"
+    program = ["tests/rank_program.py", out, *base, f"steps={STEPS}", "optim.micro_batch=2", f"run.dir={tmp_path}/run"]
+    finish(torchrun(2, program))
+    found = torch.load(out, weights_only=False, map_location="cpu")
+    for step, (report, oracle) in enumerate(zip(found["reports"], expected, strict=True)):
+        assert report["total"] == pytest.approx(oracle.loss, rel=2e-3), step
+    first, oracle = found["gradients"][0], expected[0].gradients
+    whole = torch.cat([gradient.flatten() for gradient in oracle.values()]).norm()
+    for name, gradient in oracle.items():
+        off = (first[name] - gradient).norm()
+        assert off <= 1e-2 * gradient.norm() + 1e-4 * whole, f"{name}: off by {off:.1e} of {gradient.norm():.1e}"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "autocast"])
+def test_the_loss_is_finite_and_falls_on_repeated_batches(base, tmp_path, precision):
+    words = [*base, "steps=36", f"engine.precision={precision}", "engine.segment_layers=2", f"run.dir={tmp_path}"]
+    done = run_python("-m", "pipeline.train", *words, "checkpoint.every_steps=36", timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = [line["loss/text"] for line in steps_of(tmp_path)]
+    assert len(losses) == 36
+    assert all(loss is not None for loss in losses)
+    assert sum(losses[-6:]) < 0.7 * sum(losses[:6])
+
+
+def test_a_resumed_run_goes_on_where_it_was_and_its_model_answers_alike_on_both_devices(base, tmp_path):
+    """To rounding: Mamba's backward pass adds in no fixed order on a GPU."""
+    run = [*base, "steps=12", f"run.dir={tmp_path / 'run'}"]
+    train = ["-m", "pipeline.train", *run]
+    finish(torchrun(GPUS, train))
+    undisturbed = [line["loss/text"] for line in steps_of(tmp_path / "run")]
+    newest = tmp_path / "run/checkpoints/step-00000012"
+    (newest / "manifest.json").unlink()
+    assert "resuming from" in finish(torchrun(GPUS, train))
+    redone = [line["loss/text"] for line in steps_of(tmp_path / "run")][12:]
+    assert redone == pytest.approx(undisturbed[8:], rel=2e-2)
+
+    done = run_python("-m", "pipeline.export", tmp_path / "run", tmp_path / "model")
+    assert done.returncode == 0, done.stderr
+    picture = ShardReader(base[2].removeprefix("data.shards=")).read(0)[1]
+    tokenizer = load_tokenizer(str(tmp_path / "model"))
+    answers = [
+        answer(load_model(tmp_path / "model", device), tokenizer, ["Which colour?", "Say 3"], [picture, None], 24)
+        for device in ("cpu", "cuda")
+    ]
+    assert answers[0] == answers[1]
+
+
+def steps_of(run):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "event" not in line and "loss/text" in line]
