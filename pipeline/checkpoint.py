@@ -178,7 +178,7 @@ class Checkpoints:
             "torch": torch.__version__,
             "files": dict(sorted(files.items())),
         }
-        write_json(partial / MANIFEST, manifest | {"seal": _seal(manifest)})
+        write_json(partial / MANIFEST, manifest | {"seal": seal(manifest)})
 
     def _must_match(self) -> dict[str, Any]:
         """Beside the recipe's identity."""
@@ -301,14 +301,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises: UserError if it is not there, or not as it was written."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        if manifest.pop("seal") != _seal(manifest):
+        if manifest.pop("seal") != seal(manifest):
             raise ValueError("its seal does not fit")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: no readable {MANIFEST}: {error!r}") from None
     return manifest
 
 
-def _seal(manifest: dict[str, Any]) -> str:
+def seal(manifest: dict[str, Any]) -> str:
+    """Kept in the manifest: whatever bit of it flips, the two no longer fit."""
     return hashlib.sha256(canonical_json(manifest)).hexdigest()
 
 

@@ -12,7 +12,7 @@ from model.emma import Emma
 from model.vision import Towers
 
 MULTIPLY_ADD = 2
-CHECKPOINT_BYTES = 14  # of a trainable parameter: bf16 weights, fp32 master weights, Adam's two moments
+CHECKPOINT_BYTES = 12  # of a trainable parameter: fp32 master weights and Adam's two moments
 STATE_BYTES = {"bf16": 18, "autocast": 16, "fp32": 16}  # of one in training: gradients too; ZeRO-3 shares them all
 
 

@@ -1,7 +1,8 @@
 """Run by the tests: one training after the other in the same run folder, each killed in another stage of a save.
 
 killed_program.py STAGE,STAGE,… RECIPE [key=value …]: after the last stage the training is left alone until its end.
-Each is a process of its own, forked from this one, which has imported everything and started nothing.
+Each is a process of its own, forked from this one, which has imported everything and started nothing. Under torchrun
+there is one life, of the one stage that is named: the first rank that comes there dies.
 """
 
 import os
@@ -82,20 +83,31 @@ def live(stage, words):
     """One life; its exit status."""
     pid = os.fork()
     if pid == 0:
-        sys.argv = ["pipeline.train", *words]
-        count_saves()
-        if stage:
-            getattr(Stages, stage)()
-        train.main()
+        train_until(stage, words)
         sys.stdout.flush()
         os._exit(0)
     return os.waitpid(pid, 0)[1]
 
 
-if __name__ == "__main__":
-    for name in sys.argv[1].split(","):
-        status = live(name, sys.argv[2:])
-        assert os.WIFSIGNALED(status), f"{name}: not killed, but ended with {status}"
+def train_until(stage, words):
+    sys.argv = ["pipeline.train", *words]
+    count_saves()
+    if stage:
+        getattr(Stages, stage)()
+    train.main()
+
+
+def live_and_die(stages, words):
+    for stage in stages:
+        status = live(stage, words)
+        assert os.WIFSIGNALED(status), f"{stage}: not killed, but ended with {status}"
         assert os.WTERMSIG(status) == signal.SIGKILL
-        print(f"killed: {name}", flush=True)
-    assert live(None, sys.argv[2:]) == 0
+        print(f"killed: {stage}", flush=True)
+    assert live(None, words) == 0
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        train_until(sys.argv[1], sys.argv[2:])
+    else:
+        live_and_die(sys.argv[1].split(","), sys.argv[2:])

@@ -1,12 +1,14 @@
 """Run by the tests on several ranks: a few training steps whose whole gradients, or states, are kept.
 
-rank_program.py OUT RECIPE [key=value …] [until=N] [keep=states] [disk=slow]
+rank_program.py OUT RECIPE [key=value …] [until=N] [keep=states] [disk=slow] [fill=FILE]
 
 OUT becomes {"gradients": [{name: tensor} per step], "reports": […], "first": step}; with keep=states also "states":
 {step: what DeepSpeed says of every parameter}, right after resuming and at each save. `until` ends it early; on a slow
-disk writing takes longer than some steps.
+disk writing takes longer than some steps; `fill` grows after the first save, until there is no room for another.
 """
 
+import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -26,7 +28,7 @@ from pipeline.run import Run
 from pipeline.step import optimizer_step
 from pipeline.train import _identity, build_model
 
-OURS = {"until": str(2**31), "keep": "gradients", "disk": "fast"}
+OURS = {"until": str(2**31), "keep": "gradients", "disk": "fast", "fill": ""}
 
 
 def main() -> None:
@@ -54,6 +56,9 @@ def main() -> None:
             checkpoints.save(batch.step + 1)
             if ours["keep"] == "states":
                 states[batch.step + 1] = full_state_of(engine)
+            if ours["fill"]:
+                checkpoints.finish()
+                fill_the_disk(Path(ours["fill"]), but_for=checkpoints.snapshot.bytes)
         if batch.step + 1 == int(ours["until"]):
             break
     checkpoints.finish()
@@ -104,6 +109,12 @@ def slow_down_the_disk():
         return write(path, tensor)
 
     snapshot._write = slow
+
+
+def fill_the_disk(file: Path, but_for: int):
+    with file.open("ab") as other:
+        if not other.tell():
+            os.posix_fallocate(other.fileno(), 0, shutil.disk_usage(file.parent).free - but_for)
 
 
 if __name__ == "__main__":

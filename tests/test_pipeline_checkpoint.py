@@ -2,14 +2,16 @@
 
 import contextlib
 import json
-import os
+import math
+import random
 import shutil
 import subprocess
 
 import pytest
 import torch
 
-from pipeline.checkpoint import find_damage, folder_name, full_state, list_steps
+from model.errors import UserError
+from pipeline.checkpoint import MANIFEST, find_damage, folder_name, full_state, list_steps, read_manifest, seal
 from tests.conftest import finish, run_python, torchrun
 from tests.killed_program import Stages
 
@@ -19,7 +21,7 @@ STAGES = [name for name in vars(Stages) if not name.startswith("_")]
 
 def words(recipe_file, shards, run, *overrides):
     told = [recipe_file, f"data.shards={shards}", f"run.dir={run}", f"steps={STEPS}"]
-    return [*told, "checkpoint.every_steps=1", "checkpoint.keep_last=2", *overrides]
+    return [*told, "checkpoint.every_steps=1", "checkpoint.keep_last=3", *overrides]
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +53,69 @@ def test_killed_at_every_stage_of_saving_one_life_after_the_other_it_ends_with_t
     ours, theirs = (full_state(folder / "checkpoints" / folder_name(STEPS)) for folder in (run, straight))
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    assert list_steps(run / "checkpoints") == [STEPS - 1, STEPS]
+    assert list_steps(run / "checkpoints") == [STEPS - 2, STEPS - 1, STEPS]
     assert set(steps_logged(run)) == set(range(1, STEPS + 1))
     assert not [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+def test_a_state_that_computes_something_else_is_refused_and_the_one_before_is_loaded_over_it(
+    recipe_file, shards, straight, tmp_path
+):
+    """Here to the bit; on another machine by more than rounding explains."""
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    (run / "checkpoints/latest").unlink()  # it is for people; resuming does not need it
+    newest, middle, oldest = (run / "checkpoints" / folder_name(step) for step in (STEPS, STEPS - 1, STEPS - 2))
+    probe = read_manifest(newest)["probe"]
+    elsewhere = probe["where"] | {"machine": "another"}
+    rewrite_probe(newest, lambda text: {"text": math.nextafter(text, 0)})
+    rewrite_probe(middle, lambda text: {"text": text * (1 + 5e-5), "where": elsewhere})
+    rewrite_probe(oldest, lambda text: {"text": text * (1 + 5e-6), "where": elsewhere})
+
+    done = run_python("-m", "pipeline.train", *words(recipe_file, shards, run))
+    assert done.returncode == 0, done.stderr
+    assert f"refused {newest}: the text loss of the probe is {probe['text']!r}" in done.stdout
+    assert f"refused {middle}" in done.stdout
+    assert "(allowed: 1e-05 of it)" in done.stdout
+    assert f"resuming from {oldest}" in done.stdout
+    assert read_manifest(newest)["probe"] == probe
+    ours, theirs = (full_state(folder / "checkpoints" / folder_name(STEPS)) for folder in (run, straight))
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def rewrite_probe(folder, change):
+    manifest = read_manifest(folder)
+    manifest["probe"].update(change(manifest["probe"]["text"]))
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"seal": seal(manifest)}))
+
+
+def test_a_manifest_with_any_bit_flipped_is_not_read(straight, tmp_path):
+    content = (straight / "checkpoints" / folder_name(STEPS) / MANIFEST).read_bytes()
+    draw = random.Random(1)
+    for place in draw.sample(range(len(content)), 300):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << draw.randrange(8)
+        (tmp_path / MANIFEST).write_bytes(damaged)
+        if json_of(damaged) == json.loads(content):
+            continue  # white space
+        with pytest.raises(UserError, match="no readable manifest"):
+            read_manifest(tmp_path)
+
+
+def json_of(data):
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None
+
+
+def test_the_benchmark_saves_and_loads_what_it_times(tmp_path):
+    figures = tmp_path / "figures.json"
+    program = ["-m", "benchmarks.checkpoint", tmp_path / "scratch", "pipeline/recipes/demo.toml", "--json", figures]
+    told = finish(torchrun(2, program))
+    assert "| load, on resuming |" in told
+    assert json.loads(figures.read_text())["equal"]
+    assert list((tmp_path / "scratch").iterdir()) == []
 
 
 @contextlib.contextmanager
@@ -70,15 +132,11 @@ def small_disk(folder, megabytes):
 
 
 def test_a_disk_that_fills_up_ends_in_one_line_and_the_checkpoints_before_are_as_they_were(
-    recipe_file, shards, straight, tmp_path
+    recipe_file, shards, tmp_path
 ):
     with small_disk(tmp_path / "disk", megabytes=96) as disk:
         run = disk / "run"
-        told = words(recipe_file, shards, run, "checkpoint.every_steps=4")
-        finish(torchrun(2, ["tests/rank_program.py", tmp_path / "kept.pt", *told, "until=5"]))
-        with (disk / "other").open("wb") as other:
-            free = shutil.disk_usage(disk).free
-            os.posix_fallocate(other.fileno(), 0, free - (6 << 20))  # less than a checkpoint
+        told = words(recipe_file, shards, run, "checkpoint.every_steps=4", f"fill={disk / 'other'}")
         said = finish(torchrun(2, ["tests/rank_program.py", tmp_path / "kept.pt", *told]), code=None)
         assert "UserError" in said
         assert "the checkpoint of step 8 could not be written" in said
