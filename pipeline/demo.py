@@ -28,9 +28,9 @@ from pipeline.demo_report import Results, draw_answers, summary, table
 from pipeline.evaluate import Question, ask, commonest_answers, read_questions, shuffle_pictures
 from pipeline.files import write_json
 from pipeline.generate import load
+from pipeline.history import read_history
 from pipeline.recipe import load_recipe
-from pipeline.status import draw as draw_losses
-from pipeline.status import read_history
+from pipeline.status_figure import draw as draw_losses
 from preprocess.demo_mix import HELD_OUT, MODEL, QUESTIONS, TOKENIZER, write_mix
 from preprocess.shards import REJECTS, Manifest
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from matplotlib.figure import Figure
 
 from pipeline.evaluate import Question, score
-from pipeline.status import History
+from pipeline.history import History
 from preprocess.images import decode_rgb
 
 FIRST_STEPS, LAST_STEPS = 1, 20  # whose mean is a term's first and last loss

@@ -1,32 +1,29 @@
-"""What a run reports: a console line, a line of `metrics.jsonl`, wandb. docs/metrics.md lists the keys.
-
-A wandb that fails never takes the training down; the JSONL is the record.
-"""
+"""What a run reports: a console line, a line of `metrics.jsonl`, wandb. docs/metrics.md lists the keys."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 import torch
 
+from model.errors import first_line
 from pipeline.data import GlobalBatch, TrainData
+from pipeline.history import SLOW_RANK, hours
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
 from pipeline.step import StepReport
 from pipeline.throughput import peak_of_ranks
+from pipeline.wandb_run import WandbRun
 from pipeline.window import Window
 
 GIB = 1 << 30
-SLOW_RANK = 1.25  # times the median rank's time: worth a word on the console
 LONG = 60  # characters of a fact; a longer one is not for the console
 
 
@@ -36,21 +33,24 @@ class Metrics:
     def __init__(self, recipe: Recipe, ranks: Ranks, data: TrainData):
         self.recipe, self.ranks, self.data = recipe, ranks, data
         self.folder = Path(recipe.run.dir)
-        self.wandb: Any = None
+        self.wandb: WandbRun | None = None
+        self.step = 0
 
     def __enter__(self) -> Metrics:
         if self.ranks.is_main:
             self.file = _open_for_lines(self.folder / "metrics.jsonl")
             self.window = Window(self.recipe, self.data.sources.names, peak_of_ranks(self.ranks))
             if self.recipe.log.wandb != "off":
-                self.wandb = _open_wandb(self.recipe, self.folder)
+                self.wandb = WandbRun(self.recipe)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.ranks.is_main:
+            if isinstance(error, Exception):
+                self.event("failed", self.step, reason=f"{type(error).__name__}: {first_line(error)}")
             self.file.close()
             if self.wandb is not None:
-                self._ask_wandb(lambda: self.wandb.finish(exit_code=0 if error is None else 1, quiet=True))
+                self.wandb.finish(exit_code=0 if error is None else 1)
 
     def event(self, name: str, step: int, **facts: Any) -> None:
         """Mark a stop, save, done or warning in the JSONL and on the console."""
@@ -86,13 +86,14 @@ class Metrics:
         facts = {**sizes, "began": began, "resume_s": round(resume_s, 3), "notes": notes}
         self._write({"event": "resume" if step else "start", "step": step, "time": now, **facts})
         print(f"{'resumed' if step else 'started'} at step {step} of {self.data.total_steps}", flush=True)
-        self.first_step, self.paused_s = step, 0.0
+        self.step, self.first_step, self.paused_s = step, step, 0.0
         self.window.restart()
 
     def log(self, step: int, batch: GlobalBatch, report: StepReport, lr: float) -> None:
         """Note one step; every `log.every_steps` write a line. `step` counts the steps done, this one included."""
         if not self.ranks.is_main:
             return
+        self.step = step
         self.window.add(batch, report)
         if step % self.recipe.log.every_steps and step != self.data.total_steps:
             return
@@ -140,25 +141,7 @@ class Metrics:
 
     def _to_wandb(self, step: int, values: dict[str, Any]) -> None:
         if self.wandb is not None:
-            known = {key: value for key, value in values.items() if value is not None}
-            self._ask_wandb(lambda: self.wandb.log(known, step=step))
-
-    def _ask_wandb(self, what: Callable[[], Any]) -> None:
-        try:
-            what()
-        except Exception as error:  # whatever ails wandb, the training does not depend on it
-            print(f"wandb: {error}; going on without it", flush=True)
-            self.wandb = None
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no word for what is not a number."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def hours(seconds: float) -> str:
-    whole, rest = divmod(round(seconds), 3600)
-    return f"{whole}:{rest // 60:02}:{rest % 60:02}"
+            self.wandb.log(step, values)
 
 
 def _told(facts: dict[str, Any]) -> str:
@@ -173,6 +156,11 @@ def append_event(folder: Path, name: str, step: int, **facts: Any) -> None:
         file.write(_json_line({"event": name, "step": step, "time": time.time(), **facts}))
 
 
+def _finite(value: Any) -> Any:
+    """JSON has no word for what is not a number."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _json_line(values: dict[str, Any]) -> str:
     return json.dumps({key: _finite(value) for key, value in values.items()}) + "\n"
 
@@ -184,26 +172,3 @@ def _open_for_lines(path: Path) -> TextIO:
     if cut_off:
         file.write("\n")
     return file
-
-
-def _open_wandb(recipe: Recipe, folder: Path) -> Any:
-    """One wandb run per run folder, however often it is resumed; None if it cannot be had."""
-    try:
-        import wandb
-
-        id_file = folder / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:12])
-        return wandb.init(
-            project=recipe.log.project,
-            name=folder.name,
-            id=id_file.read_text().strip(),
-            resume="allow",
-            mode="offline" if recipe.log.wandb == "offline" else "online",
-            dir=str(folder),
-            config=asdict(recipe),
-            settings=wandb.Settings(silent=True),
-        )
-    except Exception as error:
-        print(f"wandb: {error}; going on without it", flush=True)
-        return None

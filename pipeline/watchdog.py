@@ -17,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 from types import TracebackType
 from typing import NoReturn
@@ -26,6 +25,7 @@ import torch.distributed as dist
 
 from model.errors import UserError
 from pipeline.metrics import append_event
+from pipeline.processes import TELLING_STATES, state_of
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
 from pipeline.run import Run
@@ -35,8 +35,8 @@ FIRST_STEPS = 8  # whose compilation and warming up may take long
 REMEMBERED = 50  # steps, for their median time
 POLL_S = 1.0
 GRACE_S = 5.0  # from a rank's stacks to its end, so that the others can write theirs
-LAST_RESORT_S = 60.0  # after which the interpreter is ended even if nothing of ours can run in it any more
-TELLING_STATES = {"T": "stopped", "Z": "dead", "D": "waiting for a disk"}  # of /proc/PID/stat
+STUCK_S = 60.0  # after which an interpreter in which not even our thread runs writes its stacks to the log
+SUSPENDED_S = 5.0  # that a thread was held up for: the whole job was, as by `scontrol suspend`
 
 
 def bound_collectives(recipe: Recipe) -> None:
@@ -66,6 +66,7 @@ class Watchdog:
         # In a container of its own a process is not to be seen.
         self.peers = {rank: pid for rank, pid in here if rank != self.ranks.rank and state_of(pid)}
         self._expect("the start", self.options.first_s)
+        faulthandler.enable()  # and a crash in compiled code tells where it was
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
@@ -104,13 +105,18 @@ class Watchdog:
         self.since = time.monotonic()
         if self.options.slow_factor:
             self.due = (what, allowance, self.since + allowance)
-            faulthandler.dump_traceback_later(allowance + GRACE_S + LAST_RESORT_S, exit=True)
+            faulthandler.dump_traceback_later(allowance + STUCK_S)
         else:
             self.due = (what, allowance, math.inf)
 
     def _watch(self) -> None:
+        asked = time.monotonic()
         while not self.ended.wait(POLL_S):
             what, allowance, until = self.due
+            late, asked = time.monotonic() - asked - POLL_S, time.monotonic()
+            if late > SUSPENDED_S:
+                self.due = (what, allowance, until + late)
+                continue
             if lost := self._lost_rank():
                 self._end(lost)
             if time.monotonic() > until:
@@ -154,11 +160,3 @@ class Watchdog:
         self.run.end("lost", self.step, reason)
         append_event(self.run.folder, "lost", self.step, reason=reason, stacks=str(self.folder))
         return EXIT_LOST
-
-
-def state_of(pid: int) -> str:
-    """A letter of Linux's, as T for stopped; nothing for a process that is not there."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""

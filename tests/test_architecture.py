@@ -24,8 +24,8 @@ DOORS = {
     "simplejpeg": {"preprocess/images.py"},
     "fsspec": {"preprocess/places.py"},
     "deepspeed": {"pipeline/engine.py", "pipeline/checkpoint.py"},
-    "wandb": {"pipeline/metrics.py"},
-    "matplotlib": {"pipeline/demo_report.py", "pipeline/status.py"},
+    "wandb": {"pipeline/wandb_run.py"},
+    "matplotlib": {"pipeline/demo_report.py", "pipeline/status_figure.py"},
 }
 
 

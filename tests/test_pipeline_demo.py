@@ -16,8 +16,8 @@ from pipeline.demo import RECIPE, Places, finish, overrides, start_afresh, train
 from pipeline.demo_processes import Commands, kill_family
 from pipeline.demo_report import CONTROLS, Results, summary, table
 from pipeline.evaluate import Question
+from pipeline.history import History, Ledger, Start
 from pipeline.recipe import load_recipe
-from pipeline.status import History, Ledger, Start
 from preprocess.demo_scenes import draw_scenes, questions, render
 
 HISTORY = History(
