@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import os
 import signal
+import socket
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,23 +17,20 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from model.errors import UserError
+from pipeline.patience import Patience
 from pipeline.plan import FILLER, Ids, Plan, rank_slices
+from pipeline.processes import TELLING_STATES, state_of
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
+from pipeline.shard_reader import DamagedShardError, LostDataError, Pixels, ShardReader
 from pipeline.sources import BySource, Sources
 from preprocess.prompts import load_tokenizer
-from preprocess.records import Sample, decode_pixels, from_payloads
-from preprocess.rejects import Rejected
-from preprocess.shards import Manifest, load_index
+from preprocess.records import Sample
+from preprocess.shards import Manifest
 
 IGNORED = -100  # the target of a position that is not supervised
 PAD_ID = 1
-Pixels = npt.NDArray[np.uint8]
-PARTS = ("tokens", "meta", "image")  # of a sample, as the index names them
-
-
-class DamagedShardError(UserError):
-    """One rank met it, the others did not."""
+LOADER_DIED = "DataLoader worker"  # so begins the message of torch's RuntimeError
 
 
 @dataclass(frozen=True)
@@ -44,17 +41,17 @@ class MicroBatch:
     targets: torch.Tensor  # [b, t] int64, IGNORED where not supervised
     pixels: torch.Tensor | None  # [b, 3, h, w] uint8
     real: torch.Tensor  # [b] bool
+    slow: tuple[tuple[str, str, float], ...] = ()  # reads that took long: shard, key, seconds
 
     def to(self, device: torch.device) -> MicroBatch:
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
-        return replace(self, **moved)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> MicroBatch:
-        return replace(self, **{n: v.pin_memory() for n, v in vars(self).items() if isinstance(v, torch.Tensor)})
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        changed: dict[str, Any] = {n: change(v) for n, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -71,58 +68,7 @@ class GlobalBatch:
     padding_ratio: float  # of the positions computed, waiting for the slowest rank included
     wait_s: float  # how long the training loop waited for it
     sources: BySource
-
-
-class ShardReader:
-    """Samples by their row in the index. Opens each tar once per process; safe to send to another process."""
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self.manifest = Manifest.load(self.folder)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "manifest": self.manifest}
-
-    @functools.cached_property
-    def index(self) -> Any:
-        return load_index(self.folder)
-
-    @functools.cached_property
-    def columns(self) -> dict[str, np.ndarray]:
-        names = ["shard", *(f"{part}_{what}" for part in PARTS for what in ("offset", "bytes"))]
-        return {name: self.index.column(name).to_numpy() for name in names}
-
-    def read(self, row: int) -> tuple[Sample, Pixels | None]:
-        """A sample and its picture [h, w, 3]. Raises: DamagedShardError naming shard, key and the remedy."""
-        column = {name: int(values[row]) for name, values in self.columns.items()}
-        shard = self.folder / self.manifest.shards[column["shard"]].name
-        try:
-            tokens, meta, image = (_payload(shard, column[f"{part}_offset"], column[f"{part}_bytes"]) for part in PARTS)
-            sample = from_payloads(self._key(row), tokens, meta, image or None)
-            return sample, decode_pixels(sample, self.manifest.image["px"]) if image else None
-        except (OSError, EOFError, ValueError, KeyError, TypeError, Rejected) as error:
-            raise self.damaged(row, shard, error) from error
-
-    def _key(self, row: int) -> str:
-        return str(self.index.column("key")[row])
-
-    def damaged(self, row: int, shard: Path, error: Exception) -> DamagedShardError:
-        return DamagedShardError(
-            f"{shard}: sample {self._key(row)} cannot be read ({error}); find the damage with "
-            f"`python -m preprocess.shardset verify {self.folder}`, delete what it names and build the shards again"
-        )
-
-
-def _payload(shard: Path, offset: int, size: int) -> bytes:
-    data = os.pread(_open_shard(shard), size, offset)
-    if len(data) != size:
-        raise EOFError(f"it has {len(data)} of {size} bytes at {offset}")
-    return data
-
-
-@functools.cache
-def _open_shard(path: Path) -> int:
-    return os.open(path, os.O_RDONLY)
+    slow: tuple[tuple[str, str, float], ...] = ()  # this rank's reads that took long: shard, key, seconds
 
 
 def collate(rows: list[tuple[Sample, Pixels | None]], real: npt.NDArray[np.bool_]) -> MicroBatch:
@@ -147,11 +93,11 @@ class MicroBatches(Dataset):
         self.reader, self.plan, self.ranks, self.micro_batch = reader, plan, ranks, micro_batch
         self.per_step = plan.global_batch // (ranks.world_size * micro_batch)
 
-    def __getitem__(self, k: int) -> MicroBatch | DamagedShardError:
+    def __getitem__(self, k: int) -> MicroBatch | DamagedShardError | LostDataError:
         """An error is handed over, not raised: a loading process would bury it under its own traceback."""
         try:
             return self.load(k)
-        except DamagedShardError as error:
+        except (DamagedShardError, LostDataError) as error:
             return error
 
     def load(self, k: int) -> MicroBatch:
@@ -159,7 +105,9 @@ class MicroBatches(Dataset):
         ids = self.plan.step(step)
         mine = rank_slices(ids, self.ranks.rank, self.ranks.world_size, self.micro_batch)[micro]
         real = mine != FILLER
-        return collate([self.reader.read(int(row)) for row in np.where(real, mine, ids[0])], real)
+        batch = collate([self.reader.read(int(row)) for row in np.where(real, mine, ids[0])], real)
+        slow, self.reader.slow = tuple(self.reader.slow), []
+        return replace(batch, slow=slow)
 
 
 class TrainData:
@@ -198,10 +146,12 @@ class TrainData:
         """Global batches `first`, `first + 1`, … to the end of the run."""
         dataset = MicroBatches(self.reader, self.plan, self.ranks, self.recipe.optim.micro_batch)
         loader = iter(self._loader(dataset, first))
+        patience, what = Patience(), functools.partial(_waiting, self.ranks.rank, weakref.ref(loader))
         try:
             for step in range(first, self.total_steps):
                 asked = time.monotonic()
-                micro_batches = [_unless_damaged(next(loader)) for _ in range(dataset.per_step)]
+                with patience.during(what):
+                    micro_batches = [_unless_lost(next(loader)) for _ in range(dataset.per_step)]
                 yield self._describe(step, micro_batches, time.monotonic() - asked)
         finally:
             del loader  # ends its processes, also when an error goes on its way up
@@ -238,6 +188,7 @@ class TrainData:
             tokens=int(lengths.sum()),
             padding_ratio=1 - int(lengths.sum()) / max(1, computed),
             wait_s=wait_s,
+            slow=tuple(read for micro_batch in micro_batches for read in micro_batch.slow),
             sources=self.sources.divide(
                 ids, rank_slices(ids, self.ranks.rank, self.ranks.world_size, self.recipe.optim.micro_batch)
             ),
@@ -249,10 +200,30 @@ def _outlive_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _unless_damaged(item: MicroBatch | DamagedShardError) -> MicroBatch:
-    if isinstance(item, DamagedShardError):
+def _unless_lost(item: MicroBatch | DamagedShardError | LostDataError) -> MicroBatch:
+    if isinstance(item, Exception):
         raise item
     return item
+
+
+def _waiting(rank: int, loader: weakref.ref[Any]) -> str:
+    """What a rank waits for: its loading processes, as a person would look for them."""
+    named = []
+    for process in getattr(loader(), "_workers", ()):
+        state = TELLING_STATES.get(state_of(process.pid))
+        named.append(f"{process.pid} ({state})" if state else str(process.pid))
+    processes = f" from loading process {', '.join(named)}" if named else ""
+    return f"rank {rank} on {socket.gethostname()}: waiting for data{processes}"
+
+
+def loader_died(error: RuntimeError, ranks: Ranks) -> LostDataError | None:
+    """What torch raises, wherever the training is, when a loading process ends; None for any other error."""
+    text = str(error)
+    if not text.startswith(LOADER_DIED):
+        return None
+    return LostDataError(
+        f"rank {ranks.rank} on {socket.gethostname()}: {text.split('. ')[0]}; if memory ran out, lower data.workers"
+    )
 
 
 def check_fit(manifest: Manifest, recipe: Recipe) -> None:

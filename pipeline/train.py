@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -29,10 +30,10 @@ from model.vision import Towers
 from pipeline.agreement import together
 from pipeline.checkpoint import Checkpoints, Identity, Saved
 from pipeline.control import Control
-from pipeline.data import DamagedShardError, TrainData
+from pipeline.data import TrainData, loader_died
 from pipeline.engine import build_engine, check_partition, init_distributed, learning_rate
 from pipeline.heldout import HeldOut
-from pipeline.metrics import Metrics
+from pipeline.metrics import Metrics, append_event
 from pipeline.pauses import GarbageCollection, TowersClock
 from pipeline.preflight import preflight
 from pipeline.pretrained import empty_model, initial_model, make_towers, refuse_other_towers
@@ -41,9 +42,10 @@ from pipeline.ranks import Ranks, find_ranks
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.recompute import keep_what_fits
 from pipeline.run import Run
+from pipeline.shard_reader import DamagedShardError, LostDataError
 from pipeline.spikes import Spikes
 from pipeline.step import Requests, Seconds, StepReport, optimizer_step
-from pipeline.watchdog import Watchdog, bound_collectives
+from pipeline.watchdog import EXIT_LOST, Watchdog, bound_collectives
 
 BEGAN = time.time()
 MAX_NONFINITE = 3  # steps in a row without a finite loss and gradient, after which the run has failed
@@ -104,6 +106,9 @@ class Loop:
                 spent = Seconds(batch.wait_s, clock.take(), garbage.take())
                 report = optimizer_step(self.engine, self.towers, self.run.recipe, batch, lr, requests, spent)
                 step += 1
+                for shard, key, seconds in batch.slow:
+                    facts = {"rank": self.run.ranks.rank, "shard": shard, "key": key, "seconds": round(seconds, 1)}
+                    append_event(self.run.folder, "slow_read", step, **facts)
                 self.watchdog.step_done(step)
                 self.metrics.log(step, batch, report, lr)
                 for spike in spikes.look(report, batch.images > 0):
@@ -196,6 +201,12 @@ def main() -> None:
         fail(error, recipe, run, code=2)
     except DivergedError as error:
         fail(error, recipe, run, code=3)
+    except LostDataError as error:
+        fail(error, recipe, run, code=EXIT_LOST)
+    except RuntimeError as error:
+        if not (lost := loader_died(error, ranks)):
+            raise
+        fail(lost, recipe, run, code=EXIT_LOST)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -206,15 +217,16 @@ def say(ranks: Ranks, line: str) -> None:
 
 
 def fail(error: Exception, recipe: Recipe | None, run: Run | None, code: int) -> NoReturn:
-    """One line on the console, a word that says not to try again, and an exit code. Never a traceback."""
+    """One line on the console, a word that says whether to try again, and an exit code. Never a traceback."""
     is_main = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
-    if not (is_main or isinstance(error, DamagedShardError)):
+    if not (is_main or isinstance(error, (DamagedShardError, LostDataError))):
         # The main rank met it too and speaks; the launcher ends us all as soon as one ends, so let that one be first.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(MAIN_SPEAKS_S)
     print(f"error: {error}", file=sys.stderr, flush=True)
     if run is not None:
-        run.end("failed", None, str(error))
-    if recipe is not None and (run is None or run.begun_at is None):
+        run.end("lost" if code == EXIT_LOST else "failed", None, str(error))
+    if code != EXIT_LOST and recipe is not None and (run is None or run.begun_at is None):
         Control(Path(recipe.run.dir)).refuse(str(error))
     # Other ranks may wait in a collective for this one: leave without the goodbyes that would wait for them.
     os._exit(code)

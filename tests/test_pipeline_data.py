@@ -2,17 +2,20 @@
 
 import os
 import shutil
+import socket
 from collections import Counter
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import webdataset
 
 from model.errors import UserError
-from pipeline.data import IGNORED, PAD_ID, DamagedShardError, TrainData
+from pipeline.data import IGNORED, PAD_ID, TrainData, loader_died
 from pipeline.ranks import Ranks
 from pipeline.recipe import load_recipe
+from pipeline.shard_reader import DamagedShardError, ShardReader
 from preprocess.images import stored_pixels
 
 
@@ -133,7 +136,7 @@ def test_a_shard_cut_short_anywhere_stops_the_loader_with_the_sample_and_the_rem
     shard = damaged / data.reader.manifest.shards[int(data.reader.columns["shard"][row])].name
     os.truncate(shard, int(data.reader.columns[column][row]) + beyond)
     with pytest.raises(DamagedShardError, match=r"shard-0000\d\.tar: sample \d+ cannot be read") as error:
-        data.reader.read(row)
+        ShardReader(damaged).read(row)
     assert f"preprocess.shardset verify {damaged}" in str(error.value)
 
 
@@ -144,3 +147,15 @@ def test_a_loading_process_hands_the_error_over(recipe_file, shards, tmp_path):
         os.truncate(tar, 2000)
     with pytest.raises(DamagedShardError, match="cannot be read"):
         list(train_data(recipe_file, damaged, 1, 0, "data.workers=1").from_step(0))
+
+
+def test_a_loading_process_that_is_killed_ends_the_epoch_and_is_named(recipe_file, shards):
+    data = train_data(recipe_file, shards, 1, 0, "data.workers=1")
+    with pytest.raises(RuntimeError) as error:
+        for _ in data.from_step(0):
+            [loading] = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+            loading.kill()
+            loading.wait()
+    told = str(loader_died(error.value, data.ranks))
+    assert f"rank 0 on {socket.gethostname()}: DataLoader worker (pid {loading.pid}) is killed by signal" in told
+    assert loader_died(RuntimeError("any other"), data.ranks) is None
