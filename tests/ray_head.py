@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,13 +21,15 @@ from pipeline.demo_processes import free_ports
 
 REPOSITORY = Path(__file__).parents[1]
 START_S, STOP_S = 60, 15
+QUICK_TO_NOTICE = {"RAY_health_check_period_ms": "500", "RAY_metrics_report_interval_ms": "500"}
 
 
 class RayHead:
     """Where the head listens, and the environment in which commands find it."""
 
     def __init__(self, scratch: Path) -> None:
-        self.port, dashboard, client, agent = free_ports(4)
+        self.port, dashboard, client, agent, self.metrics_port = free_ports(5)
+        self.nodes: list[subprocess.Popen[str]] = []
         self.address = f"http://127.0.0.1:{dashboard}"
         self.environment = {
             **os.environ,
@@ -36,29 +39,53 @@ class RayHead:
             "RAY_ADDRESS": self.address,
         }
         ports = {"port": self.port, "dashboard-port": dashboard, "ray-client-server-port": client}
-        ports |= {"dashboard-agent-listen-port": agent, "min-worker-port": 0, "max-worker-port": 0}
-        options = [f"--{name}={value}" for name, value in ports.items()]
-        options += ["--num-cpus=2", "--object-store-memory=100000000", "--disable-usage-stats", f"--temp-dir={scratch}"]
-        self.process = subprocess.Popen(
-            ["ray", "start", "--head", "--block", "--log-color=false", *options],
+        ports |= {"metrics-export-port": self.metrics_port, "min-worker-port": 0, "max-worker-port": 0}
+        self.process = self._start({**ports, "dashboard-agent-listen-port": agent, "temp-dir": scratch}, "--head")
+
+    def _start(self, options: dict[str, object], *words: str) -> subprocess.Popen[str]:
+        options = {"num-cpus": 2, "object-store-memory": 100_000_000, **options}
+        return subprocess.Popen(
+            ["ray", "start", "--block", "--log-color=false", "--disable-usage-stats"]
+            + [f"--{name}={value}" for name, value in options.items()]
+            + list(words),
             cwd=REPOSITORY,
-            env={name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"},
+            env=QUICK_TO_NOTICE | {name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             text=True,
         )
 
-    def wait_until_ready(self) -> None:
+    def add_node(self) -> subprocess.Popen[str]:
+        """A second machine of the cluster, as far as Ray can tell."""
+        agent, metrics = free_ports(2)
+        options = {"address": f"127.0.0.1:{self.port}", "dashboard-agent-listen-port": agent}
+        self.nodes.append(self._start({**options, "metrics-export-port": metrics}))
+        return self.nodes[-1]
+
+    def lose_node(self, node: subprocess.Popen[str]) -> None:
+        """All of its processes end at once, as when a machine loses its power."""
+        self.nodes.remove(node)
+        _kill(node, _below(node))
+
+    def is_ready(self) -> bool:
+        """Waits for it; False if it gave up, as it does where the machine is too busy for its own patience."""
         deadline = time.monotonic() + START_S
         while self.submit("list").returncode:
-            assert self.process.poll() is None, f"the head ended: {self.process.communicate()[0]}"
-            assert time.monotonic() < deadline, "the job server does not answer"
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                return False
             time.sleep(0.5)
+        return True
 
     def submit(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
         """`ray job …`, run in the checkout."""
         return self.run("ray", "job", *words)
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """The newest of each kind that a monitor would be given."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=30) as page:
+            lines = [line for line in page.read().decode().splitlines() if line.startswith(prefix)]
+        return {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
 
     def statuses(self) -> list[str]:
         """Of every job so far, as the SDK tells them."""
@@ -89,45 +116,64 @@ class RayHead:
         )
 
     def workers(self, name: str) -> list[int]:
-        """Processes below the head that run a task of that name now."""
-        found = []
-        for process in self._below():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if process.name().startswith(f"ray::{name}"):
-                    found.append(process.pid)
-        return found
+        """Processes of the cluster that run a task of that name now."""
+        return [pid for started in (self.process, *self.nodes) for pid in workers_below(started, name)]
 
     def stop(self) -> None:
-        descendants = self._below()
+        for node in list(self.nodes):
+            self.lose_node(node)
+        descendants = _below(self.process)
         self.process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.communicate(timeout=STOP_S)
-        self._kill(descendants)
+        _kill(self.process, descendants)
 
     def kill(self) -> None:
         """The whole head, at once."""
-        self._kill(self._below())
+        _kill(self.process, _below(self.process))
 
-    def _kill(self, descendants: list[psutil.Process]) -> None:
-        for process in descendants:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.process.kill()
-        self.process.communicate()
 
-    def _below(self) -> list[psutil.Process]:
-        if self.process.poll() is not None:
-            return []
-        return psutil.Process(self.process.pid).children(recursive=True)
+def workers_below(started: subprocess.Popen[str], name: str) -> list[int]:
+    found = []
+    for process in _below(started):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name().startswith(f"ray::{name}"):
+                found.append(process.pid)
+    return found
+
+
+def _kill(started: subprocess.Popen[str], descendants: list[psutil.Process]) -> None:
+    for process in descendants:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    started.kill()
+    started.communicate()
+
+
+def _below(started: subprocess.Popen[str]) -> list[psutil.Process]:
+    if started.poll() is not None:
+        return []
+    return psutil.Process(started.pid).children(recursive=True)
 
 
 @contextlib.contextmanager
 def ray_head() -> Iterator[RayHead]:
     scratch = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: Ray's sockets are in it, 107 characters at most
-    head = RayHead(scratch)
     try:
-        head.wait_until_ready()
-        yield head
+        head = next((head for head in _attempts(scratch)), None)
+        assert head, "no head of Ray comes up"
+        try:
+            yield head
+        finally:
+            head.stop()
     finally:
-        head.stop()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _attempts(scratch: Path) -> Iterator[RayHead]:
+    for _ in range(3):
+        head = RayHead(scratch)
+        if head.is_ready():
+            yield head
+        else:
+            head.kill()

@@ -1,10 +1,14 @@
-"""Mixes, and builds of them in this process: the same code as on Ray, a task at a time."""
+"""Rows, mixes, and builds of them in this process: the same code as on Ray, a task at a time."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 from preprocess import build_shards
 from preprocess.prompts import Tokenizer
+from preprocess.shards import WORK
+
+PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "rocket", "text")
 
 
 def write_mix(root: Path, sources: list[dict[str, Any]], head: str = "") -> Path:
@@ -36,3 +40,18 @@ def arguments(root: Path, out: Path, tokenizer: Tokenizer, model: str = "emma_v2
 def build_in_process(root: Path, out: Path, tokenizer: Tokenizer, **options: Any) -> Path:
     assert build_shards.main(arguments(root, out, tokenizer, workers=0, **options)) == 0
     return out
+
+
+def dialogue_row(number: int) -> dict[str, object]:
+    row: dict[str, object] = {"id": number, "image": f"{PHOTOGRAPHS[number % 6]}.jpg"}
+    if number % 10 == 9:
+        del row["image"]
+    turns = [("human", f"What is on photograph {number}?"), ("gpt", "Something. " * (number % 13))] * (1 + number % 3)
+    return row | {"conversations": [{"from": speaker, "value": value} for speaker, value in turns]}
+
+
+def contents(out: Path) -> dict[str, str]:
+    """sha256 of every file of the set; fails if there is anything else."""
+    left = {path.name for path in (out / WORK).iterdir()}
+    assert left == {"lock"}, f"left behind: {left}"
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir() if path.is_file()}

@@ -1,9 +1,11 @@
-"""Kills builds at random moments, driver, worker or the whole Ray head, and compares what is there in the end.
+"""Kills builds at random moments, and compares what is there in the end.
 
     python -m tests.soak_shards --kills 20 --seed 1
 
-After each kill the same command runs again on what was left. In the end every tar must equal that of a build without
-accidents, no temporary file may be left, and no shard that was finished may have been built again.
+The driver, the workers, the whole head or another machine of the cluster is killed, by turns. A build survives the loss
+of workers and machines; after the others the same command runs again on what was left. In the end every tar must equal
+that of a build without accidents, no temporary file may be left, and no shard that was finished may have been built
+again. Root also fills a disk.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
 import random
 import signal
 import subprocess
@@ -24,13 +27,16 @@ import psutil
 from PIL import Image
 from skimage import data as photographs
 
+from preprocess.build_shards import EXIT_USER_ERROR
+from tests.conftest import run_python
 from tests.golden_tokenizer import gpt_neox
 from tests.ray_head import RayHead, ray_head
 from tests.shard_builds import arguments, build_in_process, write_mix
 
 NAMES = ("astronaut", "camera", "chelsea", "coffee", "rocket", "text")
 NUM_ROWS, SAMPLES = 2400, 30
-VICTIMS = ("driver", "worker", "head")
+VICTIMS = ("driver", "worker", "head", "node")
+SURVIVED = ("worker", "node")
 
 
 def write_photographs(root: Path) -> None:
@@ -61,6 +67,8 @@ def kill(victim: str, head: RayHead, driver: subprocess.Popen[str]) -> None:
     elif victim == "head":
         head.kill()
         driver.kill()  # it would wait for the head until its patience ends
+    elif victim == "node":
+        head.lose_node(head.nodes[0])
     for pid in head.workers("build_shard") if victim == "worker" else []:
         with contextlib.suppress(psutil.NoSuchProcess):
             psutil.Process(pid).send_signal(signal.SIGKILL)
@@ -75,7 +83,7 @@ def one_life(head: RayHead, command: list[str], victim: str, after_s: float) -> 
     if in_time:
         kill(victim, head, driver)
     said, _ = driver.communicate(timeout=300)
-    assert driver.returncode in (0, -signal.SIGKILL), said
+    assert driver.returncode == (-signal.SIGKILL if in_time and victim not in SURVIVED else 0), said
     while head.workers("build_shard"):
         time.sleep(0.1)
     return driver.returncode == 0, in_time
@@ -84,32 +92,60 @@ def one_life(head: RayHead, command: list[str], victim: str, after_s: float) -> 
 def soak(folder: Path, kills: int, seed: int) -> None:
     rng = random.Random(seed)
     write_photographs(folder / "root")
-    expected = hashes(build_in_process(folder / "root", folder / "expected", gpt_neox(), samples_per_shard=SAMPLES))
+    expected = build_in_process(folder / "root", folder / "expected", gpt_neox(), samples_per_shard=SAMPLES)
     killed = Counter[str]()
     builds = 0
     while killed.total() < kills:
         out = folder / f"build-{builds}"
-        killed += one_build(out, arguments(folder / "root", out, gpt_neox(), samples_per_shard=SAMPLES), rng)
-        assert hashes(out) == expected, "another set"
+        one_build(out, arguments(folder / "root", out, gpt_neox(), samples_per_shard=SAMPLES), rng, killed)
+        assert hashes(out) == hashes(expected), "another set"
         builds += 1
     print(f"{dict(killed)} killed in {builds} builds: the same bytes, nothing left behind, nothing built again")
+    fill_a_disk(folder, expected)
 
 
-def one_build(out: Path, command: list[str], rng: random.Random) -> Counter[str]:
+def one_build(out: Path, command: list[str], rng: random.Random, killed: Counter[str]) -> None:
     """From nothing to the end, however many lives that takes. A new head for each one that is killed."""
-    killed = Counter[str]()
     done, seen = False, dict[str, int]()
     while not done:
         with ray_head() as head:
             while not done and head.process.poll() is None:
-                victim = rng.choice(VICTIMS)
-                done, in_time = one_life(head, command, victim, rng.uniform(1.0, 7.0))
+                if not head.nodes:
+                    head.add_node()
+                victim = min(rng.sample(VICTIMS, len(VICTIMS)), key=lambda name: killed[name])
+                done, in_time = one_life(head, command, victim, rng.uniform(2.0, 9.0))
                 again = {name for name, at in seen.items() if finished(out).get(name) != at}
                 assert not again, f"built again: {again}"
                 seen = finished(out)
                 killed[victim] += in_time
                 print(f"{victim if in_time else 'nobody'} killed, {len(seen)} shards finished", flush=True)
-    return killed
+
+
+def fill_a_disk(folder: Path, expected: Path) -> None:
+    """Half of the set fits; then there is room."""
+    if os.geteuid():
+        print("no disk was filled: only root may mount one")
+        return
+    disk = folder / "disk"
+    disk.mkdir()
+    size = sum(path.stat().st_size for path in expected.rglob("*") if path.is_file())
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size // 2}", "tmpfs", disk], check=True)
+    try:
+        words = ["preprocess/build_shards.py", *arguments(folder / "root", disk / "out", gpt_neox(), workers=2)]
+        words += ["--samples-per-shard", str(SAMPLES)]
+        failed = run_python(*words, timeout=300, RAY_ADDRESS="")
+        assert failed.returncode == EXIT_USER_ERROR, failed.stdout + failed.stderr
+        complaint = f"error: no space left for {disk / 'out'}; what is finished is kept: make room and run again"
+        assert failed.stderr.splitlines()[-1] == complaint, failed.stderr
+        before = finished(disk / "out")
+        subprocess.run(["mount", "-o", f"remount,size={4 * size}", disk], check=True)
+        done = run_python(*words, timeout=300, RAY_ADDRESS="")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert hashes(disk / "out") == hashes(expected), "another set"
+        assert before.items() <= finished(disk / "out").items(), "built again"
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    print(f"a disk was full after {len(before)} shards: one clear line, and the same bytes after there was room")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,7 @@
-"""Builds on a real Ray cluster: the same bytes however many work on them, whoever is killed, and however often."""
+"""Builds: the same bytes however many work on them and however often; mistakes are clear lines."""
 
-import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +18,9 @@ from preprocess.verify import verify
 from tests.conftest import run_python
 from tests.golden_tokenizer import gpt_neox
 from tests.ray_head import RayHead, ray_head
-from tests.shard_builds import arguments, build_in_process, write_mix
+from tests.shard_builds import PHOTOGRAPHS, arguments, build_in_process, contents, dialogue_row, write_mix
 
 SCRIPT = "preprocess/build_shards.py"
-PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "rocket", "text")
 NUM_ROWS, SAMPLES_PER_SHARD = 240, 20
 
 
@@ -37,19 +31,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "photographs").mkdir()
     for name in PHOTOGRAPHS:
         Image.fromarray(getattr(photographs, name)()).convert("RGB").save(root / "photographs" / f"{name}.jpg")
-    rows = [_row(i) for i in range(NUM_ROWS)]
+    rows = [dialogue_row(i) for i in range(NUM_ROWS)]
     rows[7]["image"] = "lost.jpg"
     (root / "rows.json").write_text(json.dumps(rows))
     write_mix(root, [{"name": "photographs", "format": "llava", "annotations": "rows.json", "images": "photographs"}])
     return root
-
-
-def _row(number: int) -> dict[str, object]:
-    row: dict[str, object] = {"id": number, "image": f"{PHOTOGRAPHS[number % 6]}.jpg"}
-    if number % 10 == 9:
-        del row["image"]
-    turns = [("human", f"What is on photograph {number}?"), ("gpt", "Something. " * (number % 13))] * (1 + number % 3)
-    return row | {"conversations": [{"from": speaker, "value": value} for speaker, value in turns]}
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +54,6 @@ def head() -> Iterator[RayHead]:
 
 def command(root: Path, out: Path, **options: Any) -> list[str]:
     return arguments(root, out, gpt_neox(), samples_per_shard=SAMPLES_PER_SHARD, **options)
-
-
-def contents(out: Path) -> dict[str, str]:
-    """sha256 of every file of the set; fails if there is anything else."""
-    left = {path.name for path in (out / build_shards.WORK).iterdir()}
-    assert left == {"lock"}, f"left behind: {left}"
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir() if path.is_file()}
 
 
 # -- The same bytes --------------------------------------------------------------------------------------------------
@@ -120,46 +99,6 @@ def test_a_relative_path_is_refused_where_it_would_be_lost(
 # -- Accidents -------------------------------------------------------------------------------------------------------
 
 
-def wait_for_shards(driver: subprocess.Popen[str], out: Path, count: int) -> None:
-    while len(list(out.glob("shard-*.json"))) < count:
-        assert driver.poll() is None, f"the build ended too early: {driver.communicate()[0]}"
-        time.sleep(0.02)
-
-
-def finish(driver: subprocess.Popen[str]) -> str:
-    said, _ = driver.communicate(timeout=120)
-    assert driver.returncode == 0, said
-    return said
-
-
-def test_a_killed_worker_is_replaced(head: RayHead, root: Path, expected: Path, tmp_path: Path) -> None:
-    driver = head.driver(SCRIPT, *command(root, tmp_path / "out"))
-    wait_for_shards(driver, tmp_path / "out", 2)
-    while not (workers := head.workers("build_shard")):
-        assert driver.poll() is None, f"the build ended too early: {driver.communicate()[0]}"
-    for pid in workers:
-        os.kill(pid, signal.SIGKILL)
-    finish(driver)
-    assert contents(tmp_path / "out") == contents(expected)
-
-
-def test_a_killed_build_goes_on_where_it_was(head: RayHead, root: Path, expected: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    driver = head.driver(SCRIPT, *command(root, out))
-    wait_for_shards(driver, out, 4)
-    driver.kill()
-    driver.communicate()
-    while head.workers("build_shard"):
-        time.sleep(0.1)  # Ray ends the tasks of a dead driver
-    (out / "shard-00011.tar.feed.tmp").write_text("left by a killed worker")
-    finished = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.json")}
-    assert not (out / "manifest.json").exists()
-    said = finish(head.driver(SCRIPT, *command(root, out)))
-    assert contents(out) == contents(expected)
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished shards were built again"
-    assert f"{len(finished) * SAMPLES_PER_SHARD}/{NUM_ROWS} dialogues" in said
-
-
 def test_a_rerun_builds_only_what_is_missing_or_differs(root: Path, expected: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(expected, out)
@@ -172,27 +111,6 @@ def test_a_rerun_builds_only_what_is_missing_or_differs(root: Path, expected: Pa
     assert contents(out) == contents(expected)
     changed = {path.name for path in out.glob("shard-*") if path.stat().st_mtime_ns != before.get(path.name)}
     assert changed == {f"shard-{number:05d}.{kind}" for number in (3, 5, 7) for kind in ("tar", "json")}
-
-
-def test_a_stopped_job_goes_on_where_it_was(head: RayHead, root: Path, tmp_path: Path) -> None:
-    """Every row has a picture of its own here, so that there is something left to stop."""
-    many, out = tmp_path / "root", tmp_path / "out"
-    write_mix(many, [{"name": "photographs", "format": "llava", "annotations": "rows.json"}])
-    rows = [_row(i) | {"image": f"{i}.jpg"} for i in range(600)]
-    for row in rows:
-        os.link(root / "photographs/rocket.jpg", many / str(row["image"]))
-    (many / "rows.json").write_text(json.dumps(rows))
-    words = [str(word) for word in command(many, out, workers=1)]
-    head.submit("submit", "--no-wait", "--submission-id", "stopped", "--", SCRIPT, *words)
-    while not list(out.glob("shard-*.json")):
-        time.sleep(0.02)
-    assert head.submit("stop", "stopped").returncode == 0
-    assert head.statuses().count("STOPPED") == 1
-    finished = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.json")}
-    assert not (out / "manifest.json").exists()
-    assert head.submit("submit", "--", SCRIPT, *words).returncode == 0
-    assert contents(out) == contents(build_in_process(many, tmp_path / "b", gpt_neox(), samples_per_shard=20))
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished shards were built again"
 
 
 @pytest.mark.parametrize("name", ["index.parquet", "rejects.jsonl", "tokenizer.json", "manifest.json"])
@@ -217,17 +135,6 @@ def test_a_full_disk_is_one_clear_line_and_nothing_finished_is_lost(root: Path, 
     )
     assert build_shards.main(command(root, tmp_path / "out", workers=0)) == 0
     assert contents(tmp_path / "out") == contents(expected)
-
-
-def test_an_interrupted_build_says_that_it_can_go_on(head: RayHead, root: Path, expected: Path, tmp_path: Path) -> None:
-    driver = head.driver(SCRIPT, *command(root, tmp_path / "out"))
-    wait_for_shards(driver, tmp_path / "out", 1)
-    driver.send_signal(signal.SIGINT)
-    said, _ = driver.communicate(timeout=60)
-    assert driver.returncode == build_shards.EXIT_INTERRUPTED, said
-    assert "stopped; what is finished is kept, and the same command goes on from there" in said
-    assert "Traceback" not in said
-    assert list((tmp_path / "out").glob("shard-*.json"))
 
 
 def test_the_address_of_a_job_server_is_told_from_that_of_a_cluster(root: Path, tmp_path: Path) -> None:
@@ -263,7 +170,7 @@ def test_rows_that_are_added_rebuild_only_the_end(root: Path, expected: Path, tm
     longer = tmp_path / "root"
     shutil.copytree(root, longer)
     rows = json.loads((root / "rows.json").read_text())
-    (longer / "rows.json").write_text(json.dumps([*rows, *(_row(i) for i in range(NUM_ROWS, NUM_ROWS + 5))]))
+    (longer / "rows.json").write_text(json.dumps([*rows, *(dialogue_row(i) for i in range(NUM_ROWS, NUM_ROWS + 5))]))
     shutil.copytree(expected, tmp_path / "out")
     assert build_shards.main(command(longer, tmp_path / "out", workers=0)) == 0
     before, after = contents(expected), contents(tmp_path / "out")
@@ -324,7 +231,9 @@ def test_a_check_writes_nothing(root: Path, tmp_path: Path, capsys: pytest.Captu
 def test_a_check_lists_what_is_missing_and_what_is_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "here/1.jpg").write_text("no picture")
-    rows = [_row(i) | {"image": f"{folder}/1.jpg"} for i, folder in enumerate(["here", "here", "coco/train2017"])]
+    rows = [
+        dialogue_row(i) | {"image": f"{folder}/1.jpg"} for i, folder in enumerate(["here", "here", "coco/train2017"])
+    ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     write_mix(tmp_path, [{"name": "a", "format": "llava", "annotations": "rows.json", "expected_rows": 4}])
     words = arguments(tmp_path, tmp_path / "out", gpt_neox(), samples_per_shard=1)
@@ -368,7 +277,7 @@ def test_a_mistake_is_one_clear_line(
 def test_a_missing_picture_folder_is_noticed_before_any_work(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [_row(i) | {"image": f"coco/train2017/{i}.jpg"} for i in range(9)]
+    rows = [dialogue_row(i) | {"image": f"coco/train2017/{i}.jpg"} for i in range(9)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     write_mix(tmp_path, [{"name": "llava", "format": "llava", "annotations": "rows.json"}])
     assert build_shards.main(command(tmp_path, tmp_path / "out", workers=0)) == build_shards.EXIT_USER_ERROR

@@ -1,0 +1,166 @@
+"""Builds on a real Ray cluster that meet with accidents: the same bytes in the end, and nothing is built twice."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from skimage import data as photographs
+
+from preprocess import build_shards
+from tests.golden_tokenizer import gpt_neox
+from tests.ray_head import RayHead, ray_head, workers_below
+from tests.shard_builds import arguments, build_in_process, contents, dialogue_row, write_mix
+
+SCRIPT = "preprocess/build_shards.py"
+NUM_ROWS, SAMPLES_PER_SHARD = 600, 20
+ALL_BUT_ONE = 29  # shards
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[RayHead]:
+    with ray_head() as head:
+        yield head
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every row has a picture of its own."""
+    root = tmp_path_factory.mktemp("many") / "root"
+    write_mix(root, [{"name": "photographs", "format": "llava", "annotations": "rows.json"}])
+    rows = [dialogue_row(i) | {"image": f"{i}.jpg"} for i in range(NUM_ROWS)]
+    Image.fromarray(photographs.rocket()).save(root / "rocket.jpg")
+    for row in rows:
+        os.link(root / "rocket.jpg", root / str(row["image"]))
+    (root / "rows.json").write_text(json.dumps(rows))
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(root: Path) -> Path:
+    """The set as it is built without Ray and without accidents."""
+    return build_in_process(root, root.with_name("expected"), gpt_neox(), samples_per_shard=SAMPLES_PER_SHARD)
+
+
+def command(root: Path, out: Path, **options: Any) -> list[str]:
+    return arguments(root, out, gpt_neox(), samples_per_shard=SAMPLES_PER_SHARD, **options)
+
+
+@contextlib.contextmanager
+def held_up(root: Path) -> Iterator[None]:
+    """A pipe stands for one of the last pictures: a build waits there until the block ends."""
+    picture, pipe = root / "590.jpg", root.with_name("pipe")
+    data = picture.read_bytes()
+    picture.unlink()
+    os.mkfifo(picture)
+    os.link(picture, pipe)
+    try:
+        yield
+    finally:
+        picture.unlink()
+        picture.write_bytes(data)
+        with contextlib.suppress(OSError), os.fdopen(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK), "wb") as waiting:
+            os.set_blocking(waiting.fileno(), True)
+            waiting.write(data)
+        pipe.unlink()
+
+
+def wait_for_shards(driver: subprocess.Popen[str], out: Path, count: int) -> None:
+    while len(list(out.glob("shard-*.json"))) < count:
+        assert driver.poll() is None, f"the build ended too early: {driver.communicate()[0]}"
+        time.sleep(0.02)
+
+
+def finish(driver: subprocess.Popen[str]) -> str:
+    said, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 0, said
+    return said
+
+
+def test_a_killed_worker_is_replaced(head: RayHead, root: Path, expected: Path, tmp_path: Path) -> None:
+    with held_up(root):
+        driver = head.driver(SCRIPT, *command(root, tmp_path / "out"))
+        wait_for_shards(driver, tmp_path / "out", ALL_BUT_ONE)
+        for pid in head.workers("build_shard"):
+            os.kill(pid, signal.SIGKILL)
+    finish(driver)
+    assert contents(tmp_path / "out") == contents(expected)
+
+
+def test_a_machine_that_leaves_is_done_without(head: RayHead, root: Path, expected: Path, tmp_path: Path) -> None:
+    node = head.add_node()
+    with held_up(root):
+        driver = head.driver(SCRIPT, *command(root, tmp_path / "out"))
+        while not workers_below(node, "build_shard"):
+            assert driver.poll() is None, f"the build ended too early: {driver.communicate()[0]}"
+            time.sleep(0.02)
+        head.lose_node(node)
+        wait_for_shards(driver, tmp_path / "out", ALL_BUT_ONE)
+    finish(driver)
+    assert contents(tmp_path / "out") == contents(expected)
+
+
+def test_monitors_are_told_of_rows_rate_and_rejects(head: RayHead, root: Path, tmp_path: Path) -> None:
+    with held_up(root):
+        driver = head.driver(SCRIPT, *command(root, tmp_path / "out"))
+        while head.metrics("ray_emma_").get("ray_emma_dialogues_done") != ALL_BUT_ONE * SAMPLES_PER_SHARD:
+            assert driver.poll() is None, f"the build ended too early: {driver.communicate()[0]}"
+            time.sleep(0.1)
+        metrics = head.metrics("ray_emma_")
+    finish(driver)
+    assert metrics["ray_emma_rejects"] == 0
+    assert metrics["ray_emma_dialogues_per_s"] > 0
+    assert metrics["ray_emma_seconds_left"] > 0
+
+
+def test_a_killed_build_goes_on_where_it_was(head: RayHead, root: Path, expected: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with held_up(root):
+        driver = head.driver(SCRIPT, *command(root, out))
+        wait_for_shards(driver, out, ALL_BUT_ONE)
+        driver.kill()
+        driver.communicate()
+        while head.workers("build_shard"):
+            time.sleep(0.1)  # Ray ends the tasks of a dead driver
+    (out / "shard-00029.tar.feed.tmp").write_text("left by a killed worker")
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.json")}
+    assert not (out / "manifest.json").exists()
+    said = finish(head.driver(SCRIPT, *command(root, out)))
+    assert contents(out) == contents(expected)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished shards were built again"
+    assert f"{len(finished) * SAMPLES_PER_SHARD}/{NUM_ROWS} dialogues" in said
+
+
+def test_a_stopped_job_goes_on_where_it_was(head: RayHead, root: Path, expected: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = command(root, out, workers=1)
+    with held_up(root):
+        head.submit("submit", "--no-wait", "--submission-id", "stopped", "--", SCRIPT, *words)
+        while not list(out.glob("shard-*.json")):
+            time.sleep(0.02)
+        assert head.submit("stop", "stopped").returncode == 0
+    assert head.statuses().count("STOPPED") == 1
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.json")}
+    assert not (out / "manifest.json").exists()
+    assert head.submit("submit", "--", SCRIPT, *words).returncode == 0
+    assert contents(out) == contents(expected)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished shards were built again"
+
+
+def test_an_interrupted_build_says_that_it_can_go_on(head: RayHead, root: Path, tmp_path: Path) -> None:
+    with held_up(root):
+        driver = head.driver(SCRIPT, *command(root, tmp_path / "out"))
+        wait_for_shards(driver, tmp_path / "out", 1)
+        driver.send_signal(signal.SIGINT)
+        said, _ = driver.communicate(timeout=60)
+    assert driver.returncode == build_shards.EXIT_INTERRUPTED, said
+    assert "stopped; what is finished is kept, and the same command goes on from there" in said
+    assert "Traceback" not in said
+    assert list((tmp_path / "out").glob("shard-*.json"))
