@@ -104,8 +104,8 @@ def measure(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     results["save_s"] = results["stall_s"] + timed(checkpoints.finish)
     saved = checkpoints.folder / "step-00000001"
     forget(checkpoints)
-    results["verify_s"] = timed(lambda: check(checkpoints._verify(saved)))
-    results["load_s"] = timed(lambda: check(checkpoints._load(saved)))
+    results["verify_s"] = timed(lambda: check(checkpoints.verify(saved)))
+    results["load_s"] = timed(lambda: check(checkpoints.load(saved)))
     results["equal"] = numbers_of(checkpoints) == before
     return results
 

@@ -7,6 +7,7 @@ is replaced after that. Whatever stands there was complete once, and verifying t
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -210,13 +211,17 @@ class Checkpoints:
         report = on_main(self.ranks, self._sweep)
         while (step := on_main(self.ranks, lambda: max(list_steps(self.folder), default=None))) is not None:
             folder = self.folder / folder_name(step)
-            flaw = on_main(self.ranks, lambda: self._inspect(folder)) or self._verify(folder) or self._load(folder)  # noqa: B023
+            flaw = self.take_up(folder)
             if flaw is None:
                 return step, [*report, f"resuming from {folder}", *self._converted(folder)]
-            on_main(self.ranks, lambda: self._refuse(folder))  # noqa: B023
+            on_main(self.ranks, functools.partial(self._refuse, folder))
             report.append(f"refused {folder}: {flaw}")
         on_main(self.ranks, lambda: self._check_empty(report))
         return 0, report
+
+    def take_up(self, folder: Path) -> str | None:
+        """Make a checkpoint the engine's state, or tell what is wrong with it; the same on all ranks."""
+        return on_main(self.ranks, lambda: self._inspect(folder)) or self.verify(folder) or self.load(folder)
 
     def _sweep(self) -> list[str]:
         leftovers = list(self.folder.glob(f"{PARTIAL}*"))
@@ -244,13 +249,13 @@ class Checkpoints:
                 )
         return None
 
-    def _verify(self, folder: Path) -> str | None:
+    def verify(self, folder: Path) -> str | None:
         """Every rank hashes what the rank of its number wrote, which is what it reads next."""
         names = read_manifest(folder)["files"]
         mine = [name for name in names if _writer(name) % self.ranks.world_size == self.ranks.rank]
         return self._everywhere(find_damage(folder, mine))
 
-    def _load(self, folder: Path) -> str | None:
+    def load(self, folder: Path) -> str | None:
         """Every rank reads its pieces, wherever they are; then the probe must give what it gave at the save."""
         manifest = read_manifest(folder)
         try:

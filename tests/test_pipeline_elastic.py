@@ -41,7 +41,7 @@ def lives(recipe_file, shards, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(recipe_file, shards, tmp_path_factory):
-    return run_ranks(recipe_file, shards, tmp_path_factory.mktemp("straight") / "run", 2, 3, STEPS)
+    return run_ranks(recipe_file, shards, tmp_path_factory.mktemp("straight") / "run", 1, 3, STEPS)
 
 
 def assert_equal_states(ours, theirs):
