@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict, deque
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
 from pipeline.step import StepReport
 
-WINDOW = 128  # steps of one modality that a step is compared with
+WINDOW = 128  # steps of one modality whose noise a step is compared with
+RECENT = 16  # of them, the last ones, that tell what is usual
 LEAST = 32  # of them before anything stands out
 Z = 8.0
 # Of the logarithm's spread: what a quiet window may not go below, so that it takes a third more loss (e ** (Z * 0.035))
@@ -21,7 +23,7 @@ MAD_TO_STD = 1.4826  # of a normal distribution
 
 @dataclass(frozen=True)
 class Spike:
-    """`usual`: the window's median; `z`: how many robust standard deviations of the logarithm the value is above it."""
+    """`usual`: the median of the last steps; `z`: how far above it, in robust standard deviations of the logarithm."""
 
     key: str
     value: float
@@ -35,8 +37,8 @@ class Spike:
 class Spikes:
     """Compares each step's loss and gradient norm with the last ones of the same modality.
 
-    Logarithms, since both are positive and vary by factors; median and median deviation, since a spike must not
-    hide the next one. A plateau on a new level is new for half a window, then usual.
+    Logarithms, since both are positive and vary by factors; medians, since a spike must not hide the next one; the
+    noise is taken from one step to the next, since the loss also falls. A new level is usual after a few steps.
     """
 
     def __init__(self) -> None:
@@ -59,6 +61,7 @@ class Spikes:
 
 
 def _standing(value: float, window: deque[float], least_spread: float) -> tuple[float, float]:
-    usual = median(window)
-    spread = MAD_TO_STD * median(abs(each - usual) for each in window)
+    values = list(window)
+    usual = median(values[-RECENT:])
+    spread = MAD_TO_STD / math.sqrt(2) * median(abs(after - before) for before, after in pairwise(values))
     return usual, (value - usual) / max(spread, least_spread)

@@ -17,10 +17,8 @@ from typing import Any
 from pipeline.recipe import Recipe
 
 # The helper process that wandb starts dies of a preemption's SIGTERM, while we go on to save and stop.
-HELPERS = 3  # that may be lost, before we go on without
-SENT_AGAIN = (
-    3  # lines: what was on its way when a helper died may be lost; of lines that it has already wandb takes none
-)
+HELPERS = 3  # that may be lost before we go on without
+SENT_AGAIN = 256  # lines: the last ones of a helper that died may not be written; wandb takes no step twice
 
 
 class WandbRun:

@@ -1,0 +1,97 @@
+"""What counts as a spike: a poisoned batch does, the noise of a training does not."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.data import TrainData
+from pipeline.pretrained import initial_model
+from pipeline.ranks import Ranks
+from pipeline.recipe import load_recipe
+from pipeline.spikes import LEAST, RECENT, WINDOW, Spikes
+from pipeline.step import StepReport, row_losses
+
+
+def report(total, grad_norm=1.0):
+    return StepReport(total, None, total, grad_norm, False, False, False, np.zeros(1), [])
+
+
+def found(totals, grad_norms=None, has_images=True):
+    spikes = Spikes()
+    norms = [1.0] * len(totals) if grad_norms is None else grad_norms
+    steps = (spikes.look(report(*both), has_images) for both in zip(totals, norms, strict=True))
+    return {step: [spike.key for spike in each] for step, each in enumerate(steps) if each}
+
+
+def test_a_normal_noisy_run_is_silent():
+    noise = np.random.Generator(np.random.Philox(key=3))
+    steps = np.arange(20_000)
+    losses = (0.8 + 2.5 * np.exp(-steps / 300)) * (1 + 0.1 * noise.standard_normal(len(steps)))
+    norms = np.exp(0.3 * noise.standard_normal(len(steps)))
+    assert found(losses, norms) == {}
+
+
+def test_a_spike_is_told_with_its_value_and_what_is_usual():
+    spikes = Spikes()
+    for step in range(WINDOW):
+        assert spikes.look(report(1 + 0.01 * (-1) ** step), True) == []
+    [spike] = spikes.look(report(3.0), True)
+    assert (spike.key, spike.value) == ("loss/total", 3.0)
+    assert spike.usual == pytest.approx(1, abs=0.011)
+    assert spike.z > 20
+    assert spikes.look(report(1.0), True) == []
+
+
+def test_one_spike_does_not_hide_the_next():
+    losses = [1.0] * WINDOW
+    losses[60::10] = [4.0] * len(losses[60::10])
+    assert list(found(losses)) == list(range(60, WINDOW, 10))
+
+
+def test_a_new_level_is_soon_usual():
+    steps = list(found([1.0] * WINDOW + [2.0] * WINDOW))
+    assert WINDOW in steps
+    assert max(steps) <= WINDOW + RECENT // 2
+
+
+def test_neither_the_first_steps_nor_a_quiet_window_make_a_spike_of_little():
+    assert found([5.0] + [1.0] * (LEAST - 1) + [1.2] * 3) == {}
+    assert found([1.0] * (LEAST - 1) + [9.0]) == {}
+    assert found([1.0] * LEAST + [9.0]) == {LEAST: ["loss/total"]}
+
+
+def test_a_gradient_that_explodes_is_told_and_one_that_is_not_finite_is_another_story():
+    norms = [1.0] * LEAST
+    assert found([1.0] * (LEAST + 1), [*norms, 30.0]) == {LEAST: ["optim/grad_norm"]}
+    assert found([1.0] * (LEAST + 1), [*norms, math.inf]) == {}
+
+
+def test_steps_with_pictures_and_steps_without_are_not_compared():
+    spikes = Spikes()
+    for _ in range(WINDOW):
+        assert spikes.look(report(1.0), True) == []
+        assert spikes.look(report(7.0), False) == []
+
+
+def test_a_poisoned_batch_in_a_real_training_stands_out(recipe_file, shards, tmp_path):
+    recipe = load_recipe(recipe_file, [f"data.shards={shards}", f"run.dir={tmp_path}", "optim.micro_batch=8"])
+    data = TrainData(recipe, Ranks(0, 0, 1, torch.device("cpu")))
+    batch = next(batch for batch in data.from_step(0) if not batch.images)
+    emma, towers, _ = initial_model(recipe)
+    optimizer, spikes = torch.optim.AdamW(emma.parameters(), 3e-4), Spikes()
+
+    def step():
+        optimizer.zero_grad()
+        loss = row_losses(emma, towers, recipe, part)[0].sum() / batch.supervised_tokens
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(emma.parameters(), recipe.optim.clip)
+        optimizer.step()
+        return {spike.key for spike in spikes.look(report(loss.item(), norm.item()), False)}
+
+    [part] = batch.micro_batches
+    assert not any(step() for _ in range(2 * LEAST))
+    noise = torch.randint(2, 200, part.targets.shape, generator=torch.Generator().manual_seed(0))
+    part.targets[:] = torch.where(part.targets >= 0, noise, part.targets)
+    assert "loss/total" in step()

@@ -1,0 +1,131 @@
+"""A rank that hangs or dies ends the run within seconds, with stacks and a word that says to try again."""
+
+import faulthandler
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from pipeline.demo_processes import free_ports
+from pipeline.history import read_history
+from pipeline.status import state_of as state_of_run
+from pipeline.watchdog import EXIT_LOST, FIRST_STEPS, Watchdog, state_of
+from tests.conftest import REPOSITORY, finish, torchrun
+
+ENDLESS = ["steps=100000", "checkpoint.every_steps=100000", "watchdog.least_s=6", "watchdog.slow_factor=5"]
+
+
+def words(recipe_file, shards, run):
+    return ["-m", "pipeline.train", recipe_file, f"data.shards={shards}", f"run.dir={run}", *ENDLESS]
+
+
+def wait_for_steps(run: Path, count: int) -> None:
+    until = time.monotonic() + 180
+    lines = run / "metrics.jsonl"
+    while not lines.exists() or len(lines.read_text().splitlines()) <= count:
+        assert time.monotonic() < until, "it did not get that far"
+        time.sleep(0.05)
+
+
+def told(run: Path) -> tuple[dict, dict]:
+    """The outcome, and the last event."""
+    return json.loads((run / "outcome.json").read_text()), json.loads(
+        (run / "metrics.jsonl").read_text().splitlines()[-1]
+    )
+
+
+def test_a_rank_that_hangs_ends_the_run_with_the_others_stacks(recipe_file, shards, tmp_path):
+    run = tmp_path / "run"
+    process = torchrun(2, ["--shutdown-timeout=1", *words(recipe_file, shards, run)])
+    wait_for_steps(run, FIRST_STEPS + 1)
+    ranks = sorted(psutil.Process(process.pid).children(), key=lambda rank: int(rank.environ()["RANK"]))
+    ranks[0].send_signal(signal.SIGSTOP)
+    output = finish(process, code=None, timeout=90)
+    assert not any(rank.is_running() for rank in ranks)
+    assert "error: step" in output
+    outcome, event = told(run)
+    assert outcome["outcome"] == event["event"] == "lost"
+    assert "takes longer than" in outcome["reason"]
+    assert "rank 0 is stopped" in outcome["reason"]
+    [stacks] = run.glob("stacks/*/rank-1.txt")
+    assert "optimizer_step" in stacks.read_text()
+    assert "in _watch" in stacks.read_text()
+    assert state_of_run(run, read_history(run), now=time.time()) == f"lost: {outcome['reason']}"
+
+
+def test_a_rank_that_dies_ends_the_others_even_without_a_launcher(recipe_file, shards, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, *map(str, words(recipe_file, shards, run))]
+    world = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_ports(1)[0]),
+        "OMP_NUM_THREADS": "1",
+    }
+    ranks = [
+        subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    wait_for_steps(run, 1)
+    ranks[0].kill()
+    _, error = ranks[1].communicate(timeout=60)
+    ranks[0].communicate()
+    assert ranks[1].returncode == EXIT_LOST, error
+    assert "Traceback" not in error
+    outcome, event = told(run)
+    assert (outcome["outcome"], outcome["reason"]) == ("lost", "rank 0 has ended")
+    assert (event["event"], event["reason"]) == ("lost", "rank 0 has ended")
+
+
+@pytest.fixture
+def watchdog(tmp_path):
+    options = SimpleNamespace(slow_factor=10.0, least_s=20.0, first_s=500.0)
+    run = SimpleNamespace(recipe=SimpleNamespace(watchdog=options), folder=tmp_path, begun_at=0)
+    yield Watchdog(run, SimpleNamespace(rank=0, world_size=1))
+    faulthandler.cancel_dump_traceback_later()
+
+
+def test_the_first_steps_may_take_long_and_later_ones_as_much_as_is_usual(watchdog):
+    for _ in range(FIRST_STEPS - 1):
+        watchdog.seconds.append(1.0)
+    assert watchdog.allowance() == 500
+    watchdog.seconds.append(1.0)
+    assert watchdog.allowance() == 20
+    watchdog.seconds.extend([7.0] * FIRST_STEPS * 2)
+    assert watchdog.allowance() == 70
+
+
+def test_a_save_or_an_evaluation_may_take_long_and_the_next_step_not(watchdog):
+    watchdog.seconds.extend([1.0] * FIRST_STEPS)
+    with watchdog.during("the save"):
+        assert watchdog.due[:2] == ("the save", 500)
+    assert watchdog.due[:2] == ("step 1", 20)
+
+
+def test_a_mistake_that_a_rank_has_told_of_is_not_overwritten(watchdog, tmp_path):
+    watchdog.folder = tmp_path / "stacks"
+    watchdog.folder.mkdir()
+    (tmp_path / "outcome.json").write_text('{"outcome": "failed"}')
+    assert watchdog._tell("rank 1 has ended") == 1
+    assert (tmp_path / "outcome.json").read_text() == '{"outcome": "failed"}'
+
+
+def test_a_process_is_seen_to_be_there_or_not():
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert state_of(child.pid) in ("R", "S", "D")
+    child.communicate()
+    assert state_of(child.pid) == ""
