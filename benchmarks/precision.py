@@ -3,7 +3,7 @@
     python -m benchmarks.precision runs/demo/shards OUT                  # on a machine with a GPU; minutes
     python -m benchmarks.precision runs/demo/shards OUT --kind v1 --steps 50
 
-A reduced model (16 layers of width 512, the tiny preset's towers) trains on the same batches in each precision. fp32
+A reduced model (8 layers of width 512, the tiny preset's towers) trains on the same batches in each precision. fp32
 runs a second time in other micro-batches: what rounding alone does to a curve. OUT gets the runs, a picture, the table.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from model.config import PRESETS, PUBLISHED_D_STATE, EmmaConfig, paper_taps
 
 RECIPE = "pipeline/recipes/demo.toml"
-NUM_LAYERS, WIDTH = 16, 512
+NUM_LAYERS, WIDTH = 8, 512
 RUNS = {
     "fp32": ["engine.precision=fp32", "optim.micro_batch=32"],
     "fp32, other micro-batches": ["engine.precision=fp32", "optim.micro_batch=16"],
@@ -51,7 +51,7 @@ def train_reduced(words: list[str]) -> None:
 def run(kind: str, overrides: list[str], shards: Path, folder: Path, options: list[str]) -> list[Line]:
     """The metrics of every step. Raises: RuntimeError with the end of the output if the training failed."""
     common = [f"model=reduced_{kind}", f"data.shards={shards}", f"run.dir={folder}", "log.every_steps=1"]
-    common += ["engine.ds_config=ds_configs/zero3.json", "engine.segment_layers=4", "optim.lr=1e-3", *options]
+    common += ["engine.ds_config=ds_configs/zero3.json", "engine.segment_layers=0", "optim.lr=1e-3", *options]
     command = [sys.executable, "-m", "benchmarks.precision", "--train", RECIPE, *common, *overrides]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -17,6 +17,7 @@ from pipeline.step import row_losses
 
 GIB = 1 << 30
 SAMPLE_LAYERS = 4  # kept in the second measurement, which tells what one more layer takes
+PASSES = 3  # until ZeRO-3 knows the new order of layers by heart, and gathers the weights of several ahead
 
 
 def keep_what_fits(engine: Any, towers: Towers, recipe: Recipe, heaviest: MicroBatch, budget: float) -> str:
@@ -56,10 +57,11 @@ def _describe(num_layers: int, kept: int, each: float, peak: float, budget: floa
 
 
 def measure(device: torch.device, run: Callable[[], None]) -> int:
-    """Bytes: on a GPU the peak of what is allocated during `run`, elsewhere what autograd saves in it."""
+    """Bytes: on a GPU the peak of what is allocated when `run` has settled, elsewhere what autograd saves in it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        run()
+        for _ in range(PASSES):
+            run()
         return torch.cuda.max_memory_allocated(device)
     held: dict[int, int] = {}
 
