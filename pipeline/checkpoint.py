@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from model.errors import UserError
-from pipeline.agreement import on_main, together
+from pipeline.agreement import on_main
 from pipeline.elastic import LAYOUT, Layout, parameter_shapes, tied_names
 from pipeline.files import write_json
 from pipeline.probe import Probe
@@ -120,9 +120,7 @@ class Checkpoints:
         saving, self.saving = self.saving, None
         called = time.monotonic()
         try:
-            [share] = together(self.ranks, lambda: self._share(saving))
-            shares: list[Any] = [None] * self.ranks.world_size
-            dist.all_gather_object(shares, share)
+            shares = self._gather(saving)
             on_main(self.ranks, lambda: self._publish(saving, shares))
         except UserError:
             if self.ranks.is_main:
@@ -143,11 +141,14 @@ class Checkpoints:
         files = self.snapshot.write(partial, self.ranks.rank)
         return {"files": files, "pieces": self.snapshot.pieces(self.ranks.rank)}
 
-    def _share(self, saving: Saving) -> dict[str, Any]:
-        try:
-            return saving.share.result()
-        except OSError as error:
-            raise _unsaved(self.folder, saving.step, error) from None
+    def _gather(self, saving: Saving) -> list[dict[str, Any]]:
+        """What every rank wrote. Raises: UserError on all ranks, with what the first of those that failed met."""
+        error = saving.share.exception()  # waits
+        shares: list[Any] = [None] * self.ranks.world_size
+        dist.all_gather_object(shares, saving.share.result() if error is None else str(error))
+        for failed in (share for share in shares if isinstance(share, str)):
+            raise _unsaved(self.folder, saving.step, failed)
+        return shares
 
     def _publish(self, saving: Saving, shares: list[dict[str, Any]]) -> None:
         partial, name = self._partial(saving.step), folder_name(saving.step)
@@ -165,7 +166,7 @@ class Checkpoints:
                 shutil.rmtree(refused)
             self._prune(saving.step)
         except OSError as error:
-            raise _unsaved(self.folder, saving.step, error) from None
+            raise _unsaved(self.folder, saving.step, str(error)) from None
 
     def _write_manifest(self, partial: Path, saving: Saving, files: dict[str, dict[str, Any]]) -> None:
         manifest = {
@@ -352,7 +353,7 @@ def full_state(folder: Path) -> dict[str, torch.Tensor]:
     return Layout.load(folder).whole(folder, "master")
 
 
-def _unsaved(folder: Path, step: int, error: OSError) -> UserError:
+def _unsaved(folder: Path, step: int, error: str) -> UserError:
     return UserError(
         f"{folder}: the checkpoint of step {step} could not be written ({error}); those before it are as they were; "
         f"make room there and run the same command again"

@@ -25,9 +25,9 @@ def words(recipe_file, shards, run, *overrides):
 
 @pytest.fixture(scope="module")
 def straight(recipe_file, shards, tmp_path_factory):
-    """One rank, from the first step to the last."""
+    """One rank, from the first step to the last, waiting for every save."""
     run = tmp_path_factory.mktemp("straight") / "run"
-    done = run_python("-m", "pipeline.train", *words(recipe_file, shards, run))
+    done = run_python("-m", "pipeline.train", *words(recipe_file, shards, run, "checkpoint.background=false"))
     assert done.returncode == 0, done.stderr
     return run
 
