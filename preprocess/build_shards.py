@@ -20,10 +20,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 from ray.util.metrics import Gauge
 
-from model.errors import UserError
+from model.errors import UserError, first_line
 from preprocess.finalise import Facts, finalise
 from preprocess.folder import (
     DIALOGUES,
@@ -41,12 +41,13 @@ from preprocess.progress import LOG_EVERY_S, Progress
 from preprocess.request import Build, check
 from preprocess.shards import MANIFEST, REJECTS, TOKENIZER, WORK, Manifest, canonical_json, publish, published
 from preprocess.survey import Survey
-from preprocess.task import ShardTask, build_shard
+from preprocess.task import Done, ShardTask, build_shard, last_crumb
 from preprocess.worklist import Worklist, make_worklist, refuse_hopeless_work, row_count_notes
 
 BUILDER = 2  # raise it when the same input must give other bytes: every shard is then built again
 PAPER_MIX = Path("preprocess/mixes/emma_1m2.toml")
 SAMPLES_PER_SHARD = 4096
+RETRIES = 3  # of a shard whose process died, or could not read or write
 EXIT_USER_ERROR, EXIT_TOO_MANY_REJECTS, EXIT_INTERRUPTED = 2, 3, 130
 
 EXAMPLES = """examples:
@@ -117,7 +118,7 @@ def look(build: Build) -> None:
     """Reads every row and a few pictures. Raises: UserError for what would stop a build."""
     survey, store = Survey(), PictureStore(build.root, build.mix.archives)
     work = make_worklist(build.mix, build.root, build.samples_per_shard, survey.write, _row_teller())
-    for line in survey.report(build.mix, work, store):
+    for line in [*survey.report(build.mix, work, store), *row_count_notes(build.mix, work.rows)]:
         print(line, flush=True)
     refuse_hopeless_work(work, store, build.max_reject_ratio)
     tasks = plan(build, work)
@@ -162,7 +163,7 @@ def _build_set(build: Build, tasks: Sequence[ShardTask], missing: Sequence[Shard
 def _write_worklist(build: Build) -> Worklist:
     with published(build.out / WORK / DIALOGUES) as file:
         work = make_worklist(build.mix, build.root, build.samples_per_shard, file.write, _row_teller())
-    for note in row_count_notes(build.mix.sources, work.rows):
+    for note in row_count_notes(build.mix, work.rows):
         print(note, flush=True)
     refuse_hopeless_work(work, PictureStore(build.root, build.mix.archives), build.max_reject_ratio)
     return work
@@ -209,21 +210,32 @@ def build_on_ray(tasks: Sequence[ShardTask], workers: int | None, progress: Prog
         return
     with _cluster(workers):
         most = workers or 2 * int(ray.cluster_resources().get("CPU", 1))
-        remote = ray.remote(build_shard).options(max_retries=3, retry_exceptions=[OSError])
+        remote = ray.remote(build_shard).options(max_retries=RETRIES, retry_exceptions=[OSError])
         gauges = {name: Gauge(f"emma_{name}", f"build_shards: {name}") for name in progress.numbers()}
         waiting = list(reversed(tasks))
-        flying: list[ray.ObjectRef] = []
+        flying: dict[ray.ObjectRef, ShardTask] = {}
         progress.tick()
         while waiting or flying:
             while waiting and len(flying) < most:
-                flying.append(remote.remote(waiting.pop()))
-            landed, flying = ray.wait(flying, timeout=1.0)
-            for finished in ray.get(landed):
+                task = waiting.pop()
+                flying[remote.remote(task)] = task
+            for landed in ray.wait(list(flying), timeout=1.0)[0]:
+                finished = _result(landed, flying.pop(landed))
                 progress.add(finished.dialogues, finished.rejects)
             progress.tick()
             for name, value in progress.numbers().items():
                 gauges[name].set(value)
         progress.tick("finalising", last=True)
+
+
+def _result(landed: ray.ObjectRef, task: ShardTask) -> Done:
+    try:
+        return ray.get(landed)
+    except (WorkerCrashedError, OutOfMemoryError) as error:
+        raise UserError(
+            f"{task.name}: its process died {RETRIES + 1} times, the last time at {last_crumb(task)} "
+            f"({first_line(error)}); if a picture is to blame, remove it; what is finished is kept"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -245,8 +257,9 @@ def _cluster(workers: int | None) -> Iterator[None]:
     except RayTaskError:
         raise
     except RayError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"Ray gave up ({reason}); what is finished is kept: run the same command again") from None
+        raise UserError(
+            f"Ray gave up ({first_line(error)}); what is finished is kept: run the same command again"
+        ) from None
     finally:
         ray.shutdown()
 

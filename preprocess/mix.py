@@ -50,10 +50,19 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Expected:
+    """How many rows some sources have together, where only that is published."""
+
+    sources: list[str]
+    rows: int
+
+
+@dataclass(frozen=True)
 class Mix:
     """The whole mix. `archives` maps folders of pictures that are not unpacked to the zip or tar of each."""
 
     sources: tuple[Source, ...]
+    expected: tuple[Expected, ...]
     encoding: Encoding
     tokenizer: str | None
     archives: dict[str, str]
@@ -62,7 +71,7 @@ class Mix:
 def load_mix(path: Path) -> Mix:
     """Raises: UserError that names the file and the key."""
     table = _read_toml(path)
-    _refuse_unknown(table, {"tokenizer", "images", "archives", "source"}, f"{path}")
+    _refuse_unknown(table, {"tokenizer", "images", "archives", "source", "expected"}, f"{path}")
     pictures = _typed(table, "images", dict, {}, f"{path}")
     _refuse_unknown(pictures, {"encoding"}, f"{path} [images]")
     encoding = pictures.get("encoding", "jpeg")
@@ -72,7 +81,9 @@ def load_mix(path: Path) -> Mix:
         raise UserError(f"{path} names no source: it needs at least one [[source]] table")
     _refuse_twins([source.name for source in sources], path)
     archives = _typed(table, "archives", dict, {}, f"{path}")
-    return Mix(sources, encoding, _typed(table, "tokenizer", str, None, f"{path}"), archives)
+    names = {source.name for source in sources}
+    rows = [_expected(row, names, f"{path} [[expected]] {i + 1}") for i, row in enumerate(table.get("expected", []))]
+    return Mix(sources, tuple(rows), encoding, _typed(table, "tokenizer", str, None, f"{path}"), archives)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -100,6 +111,18 @@ def _source(table: dict[str, Any], where: str) -> Source:
     if not 0 < table.get("weight", 1) < math.inf:
         raise UserError(f"{where}: weight is {table['weight']}; it must be above 0; leave the source out to have none")
     return Source(**table)
+
+
+def _expected(table: dict[str, Any], names: set[str], where: str) -> Expected:
+    _refuse_unknown(table, {"sources", "rows"}, where)
+    for key, kind in (("sources", list), ("rows", int)):
+        if key not in table:
+            raise UserError(f"{where} has no {key!r}")
+        _typed(table, key, kind, None, where)
+    for name in table["sources"]:
+        if name not in names:
+            raise UserError(f"{where}: there is no source {name!r}; there are {', '.join(sorted(names))}")
+    return Expected(**table)
 
 
 def _refuse_unknown(table: dict[str, Any], known: set[str], where: str) -> None:

@@ -15,7 +15,7 @@ from typing import Literal
 import huggingface_hub
 import tokenizers
 
-from model.errors import UserError
+from model.errors import UserError, first_line
 
 IMAGE_TOKEN = "<image>"
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
@@ -86,9 +86,8 @@ def _download(hub_id: str) -> bytes:
         path = cached if isinstance(cached, str) else huggingface_hub.hf_hub_download(hub_id, "tokenizer.json")
         return Path(path).read_bytes()
     except Exception as error:  # offline, unknown, private: the packages below raise a dozen classes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"tokenizer {hub_id!r} is neither a folder with a tokenizer.json nor on the hub ({reason}); "
+            f"tokenizer {hub_id!r} is neither a folder with a tokenizer.json nor on the hub ({first_line(error)}); "
             "on a machine without network, download it elsewhere and give its folder"
         ) from None
 

@@ -30,9 +30,8 @@ class Survey:
         """Lines for people; nothing is raised for what is missing."""
         rejects = Counter(reject.source for reject in work.rejects)
         for source in mix.sources:
-            name, expected = source.name, source.expected_rows
-            of = f" of {expected} expected" if expected is not None and source.is_whole else ""
-            yield f"{name}: {work.rows[name]} rows{of}, {rejects[name]} rejected before their pictures are looked at"
+            name = source.name
+            yield f"{name}: {work.rows[name]} rows, {rejects[name]} rejected before their pictures are looked at"
             for folder, rows in work.folders[name].most_common(MOST_FOLDERS):
                 place = "" if store.has_folder(folder) else " – MISSING"
                 yield f"    {folder}: pictures of {rows} rows{place}"

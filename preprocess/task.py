@@ -22,6 +22,7 @@ from preprocess.shards import canonical_json, publish, write_shard
 from preprocess.worklist import Range, reject
 
 RECENT_PICTURES = 256
+CRUMB_BYTES = 512
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class ShardTask:
     def sidecar(self) -> Path:
         return self.tar.with_suffix(".json")
 
+    @property
+    def crumb(self) -> Path:
+        """Which dialogue is being worked on: what is left of a process that a picture made crash."""
+        return self.dialogues.with_name(f"{self.name}.crumb.tmp")
+
 
 @dataclass(frozen=True)
 class Done:
@@ -71,7 +77,9 @@ def build_shard(task: ShardTask) -> Done:
     """Publishes the shard, then its sidecar. Raises: OSError if reading or writing failed; bad rows never raise."""
     store = PictureStore(task.root, task.archives)
     maker = _SampleMaker(task.settings, store, _tokenizer(str(task.tokenizer), task.settings.tokenizer_sha256))
-    written = write_shard(task.tar, maker.samples(_read_range(task.dialogues, task.range), task.range.first))
+    with task.crumb.open("wb", buffering=0) as crumb:
+        dialogues = _leaving_crumbs(_read_range(task.dialogues, task.range), crumb.fileno())
+        written = write_shard(task.tar, maker.samples(dialogues, task.range.first))
     sidecar = {
         "spec_sha256": task.spec_sha256,
         **asdict(written),
@@ -80,6 +88,7 @@ def build_shard(task: ShardTask) -> Done:
         "rejected_pictures": maker.rejected_pictures,
     }
     publish(task.sidecar, canonical_json(sidecar))
+    task.crumb.unlink(missing_ok=True)
     rejects = Counter(rejected.source for rejected in maker.rejects)
     return Done(task.name, task.range.count, written.samples, dict(rejects))
 
@@ -93,6 +102,20 @@ def _read_range(path: Path, part: Range) -> Iterator[dict[str, Any]]:
     if len(data) != part.size:
         raise OSError(f"{path}: read {len(data)} of {part.size} bytes at {part.offset}")
     return (json.loads(line) for line in data.splitlines())
+
+
+def _leaving_crumbs(dialogues: Iterator[dict[str, Any]], crumb: int) -> Iterator[dict[str, Any]]:
+    for dialogue in dialogues:
+        place = f"row {dialogue['row']} of {dialogue['source']}, picture {dialogue['picture']}"
+        os.pwrite(crumb, place.encode()[:CRUMB_BYTES].ljust(CRUMB_BYTES), 0)
+        yield dialogue
+
+
+def last_crumb(task: ShardTask) -> str:
+    try:
+        return task.crumb.read_text(errors="replace").strip() or "its first row"
+    except OSError:
+        return "no row yet"
 
 
 @functools.lru_cache(maxsize=2)

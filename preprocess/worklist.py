@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -122,10 +122,14 @@ def refuse_hopeless_work(work: Worklist, store: PictureStore, max_reject_ratio: 
             )
 
 
-def row_count_notes(sources: Iterable[Source], rows: Counter[str]) -> list[str]:
-    """One line per source whose number of rows is not what the mix expects."""
-    return [
-        f"note: source {source.name!r} has {rows[source.name]} rows, the mix expects {source.expected_rows}"
-        for source in sources
-        if source.is_whole and source.expected_rows not in (None, rows[source.name])
-    ]
+def row_count_notes(mix: Mix, rows: Counter[str]) -> Iterator[str]:
+    """One line for each number of rows that is not what the mix expects."""
+    whole = {source.name for source in mix.sources if source.is_whole}
+    for source in mix.sources:
+        if source.name in whole and source.expected_rows not in (None, rows[source.name]):
+            yield f"note: source {source.name!r} has {rows[source.name]} rows, the mix expects {source.expected_rows}"
+    for expected in mix.expected:
+        found = sum(rows[name] for name in expected.sources)
+        if whole.issuperset(expected.sources) and found != expected.rows:
+            names = ", ".join(expected.sources)
+            yield f"note: sources {names} have {found} rows together, the mix expects {expected.rows}"

@@ -94,6 +94,26 @@ def test_a_killed_worker_is_replaced(head: RayHead, root: Path, expected: Path, 
     assert contents(tmp_path / "out") == contents(expected)
 
 
+def test_a_picture_that_makes_every_process_crash_is_named(head: RayHead, root: Path, tmp_path: Path) -> None:
+    crumb = tmp_path / "out/.work/shard-00029.crumb.tmp"
+    with held_up(root):
+        driver = head.driver(SCRIPT, *command(root, tmp_path / "out"))
+        for death in range(4):
+            while not crumb.exists() or "590.jpg" not in crumb.read_text():
+                assert driver.poll() is None, f"the build ended too early: {driver.communicate()[0]}"
+                time.sleep(0.02)
+            if death < 3:
+                crumb.unlink()
+            for pid in head.workers("build_shard"):
+                os.kill(pid, signal.SIGSEGV)
+        said, _ = driver.communicate(timeout=60)
+    assert driver.returncode == build_shards.EXIT_USER_ERROR, said
+    complaint = (
+        "error: shard-00029: its process died 4 times, the last time at row 590 of photographs, picture 590.jpg ("
+    )
+    assert said.splitlines()[-1].startswith(complaint)
+
+
 def test_a_machine_that_leaves_is_done_without(head: RayHead, root: Path, expected: Path, tmp_path: Path) -> None:
     node = head.add_node()
     with held_up(root):

@@ -240,12 +240,13 @@ def test_a_check_lists_what_is_missing_and_what_is_bad(tmp_path: Path, capsys: p
     assert build_shards.main([*words, "--dry-run"]) == build_shards.EXIT_USER_ERROR
     said = capsys.readouterr()
     assert said.out.splitlines() == [
-        "a: 3 rows of 4 expected, 0 rejected before their pictures are looked at",
+        "a: 3 rows, 0 rejected before their pictures are looked at",
         "    here: pictures of 2 rows",
         "    coco/train2017: pictures of 1 rows – MISSING",
         "3 pictures looked at, 3 of them bad",
         "    picture_unknown_format: 2, for one here/1.jpg",
         "    picture_missing: 1, for one coco/train2017/1.jpg",
+        "note: source 'a' has 3 rows, the mix expects 4",
     ]
     assert "picture folders are missing" in said.err
 
@@ -318,6 +319,19 @@ def test_a_row_count_other_than_expected_is_reported(
     write_mix(tmp_path / "root", [{k: v for k, v in source.items() if k != "limit"} | {"expected_rows": 700}])
     build_in_process(tmp_path / "root", tmp_path / "out", gpt_neox())
     assert "note: source 'p' has 240 rows, the mix expects 700" in capsys.readouterr().out
+
+
+def test_rows_that_sources_have_together_may_be_expected(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(root, tmp_path / "root")
+    source = {"name": "p", "format": "llava", "annotations": "rows.json", "images": "photographs"}
+    for rows, told in ((480, False), (481, True)):
+        mix = write_mix(tmp_path / "root", [source, source | {"name": "q"}])
+        mix.write_text(mix.read_text() + f'[[expected]]\nsources = ["p", "q"]\nrows = {rows}\n')
+        assert build_shards.main([*command(tmp_path / "root", tmp_path / "out"), "--check"]) == 0
+        note = "note: sources p, q have 480 rows together, the mix expects 481"
+        assert (note in capsys.readouterr().out) == told
 
 
 def test_weighted_rows_are_counted_and_sound(root: Path, tmp_path: Path) -> None:

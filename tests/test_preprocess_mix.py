@@ -28,6 +28,11 @@ MISTAKES = {
     "impossible limit": (SOURCE + "limit = 0", "limit is 0"),
     "impossible weight": (SOURCE + "weight = 0.0", "weight is 0.0; it must be above 0"),
     "weight of a wrong type": (SOURCE + "weight = '2'", "weight is '2', expected int or float"),
+    "expected of nobody": (
+        SOURCE + "[[expected]]\nsources = ['b']\nrows = 1",
+        "1: there is no source 'b'; there are a",
+    ),
+    "expected without rows": (SOURCE + "[[expected]]\nsources = ['a']", "[[expected]] 1 has no 'rows'"),
     "unknown encoding": (SOURCE + '[images]\nencoding = "gif"', "images.encoding is 'gif'"),
 }
 
@@ -51,7 +56,7 @@ def test_a_whole_mix_is_read(tmp_path: Path) -> None:
     head = 'tokenizer = "org/name"\n[images]\nencoding = "raw"\n[archives]\n"vg/VG_100K" = "vg/images.zip"\n'
     (tmp_path / "mix.toml").write_text(head + SOURCE + 'images = "p"\nlimit = 3\n')
     source = Source("a", "llava", "a.json", "p", None, 3)
-    assert load_mix(tmp_path / "mix.toml") == Mix((source,), "raw", "org/name", {"vg/VG_100K": "vg/images.zip"})
+    assert load_mix(tmp_path / "mix.toml") == Mix((source,), (), "raw", "org/name", {"vg/VG_100K": "vg/images.zip"})
 
 
 @pytest.mark.parametrize(("weight", "taken"), [(1, "abcde"), (3, "aaabbbcccdddeee"), (0.5, "bd"), (1.5, "abbcdde")])
