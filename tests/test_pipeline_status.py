@@ -5,19 +5,25 @@ import json
 import pytest
 
 from model.errors import UserError
-from pipeline.status import draw, read_history, state_of, table, tell
+from pipeline.history import read_history, tell
+from pipeline.status import state_of, table
+from pipeline.status_figure import draw
+
+SPEEDS = {"speed/samples_per_s": 1.6, "speed/tokens_per_s": 1600.0, "speed/mfu": 0.4, "data/padding_ratio": 0.01}
+SLOW = {"ranks/slowest": 3, "ranks/slowest_ratio": 1.5}
 
 
 def step_line(step, time, step_s, wait_s=0.0, align=1.0):
     facts = {"loss/text": 2.0 / step, "loss/align": align, "time/step_s": step_s, "time/data_wait_s": wait_s}
-    return {"step": step, "time": time, **facts}
+    sources = {"loss/text/a": 2.0 / step, "data/samples/a": 8, "loss/text/b": None, "data/samples/b": 0}
+    return {"step": step, "time": time, **facts, **SPEEDS, **SLOW, **sources}
 
 
 def event(name, step, time, **facts):
     return {"event": name, "step": step, "time": time, **facts}
 
 
-# Began at 100; crashed some time after step 4; resumed at 2 at 160; stopped; queued from 185 to 200; done.
+# Began at 100; crashed some time after step 4; resumed at 2 at 160; stopped; queued from 185 to 200; lost; done.
 LINES = [
     event("start", 0, 110, began=100, total_steps=6),
     step_line(2, 120, 5, wait_s=1),
@@ -28,28 +34,68 @@ LINES = [
     step_line(5, 180, 5, align=None),
     event("save", 5, 184, seconds=4),
     event("stopped", 5, 185),
-    event("resume", 5, 207, began=200, total_steps=6),
-    step_line(6, 212, 5),
-    event("done", 6, 212),
+    event("resume", 5, 207, began=200, total_steps=6, resume_s=3),
+    event("lost", 5, 208, reason="rank 1 has ended"),
+    event("resume", 5, 210, began=208, total_steps=6),
+    step_line(6, 215, 5),
+    event("spike", 6, 215, key="loss/total", value=3.0, usual=1.0, z=9.5, samples=[1]),
+    event("nonfinite", 6, 215, samples=[1]),
+    event(
+        "heldout", 6, 219, seconds=4, **{"heldout/loss/text": 0.5, "heldout/loss/align": 1, "heldout/loss/text/a": 0.5}
+    ),
+    event("done", 6, 219),
 ]
 
 
 def test_every_second_is_named_once():
     ledger = tell(LINES).ledger
-    assert ledger.total == 112
-    assert ledger.starting == 10 + 5 + 7
+    assert ledger.total == 119
+    assert ledger.starting == 10 + 5 + 4 + 2
+    assert ledger.resuming == 3
+    assert ledger.evaluating == 4
     assert ledger.saving == 3 + 4
     assert ledger.waiting_for_data == 2
     assert ledger.redone_steps == 10
     assert ledger.training == 8 + 10 + 5 + 5
-    assert ledger.down == (160 - 133) + (200 - 185)
-    assert ledger.other == pytest.approx(1)
-    assert ledger.goodput == pytest.approx(28 / 112)
+    assert ledger.down == 160 - 133
+    assert ledger.queued == 200 - 185
+    assert ledger.parts["other"] == pytest.approx(2)
+    assert sum(ledger.parts.values()) == ledger.total
+    assert ledger.goodput == pytest.approx(28 / 119)
 
 
 def test_restarts_tell_how_the_start_before_had_ended():
     starts = tell(LINES).starts
-    assert [(start.step, start.before) for start in starts] == [(0, ""), (2, "killed or crashed"), (5, "stopped")]
+    assert [(start.step, start.before) for start in starts] == [
+        (0, ""),
+        (2, "killed or crashed"),
+        (5, "stopped"),
+        (5, "lost: rank 1 has ended"),
+    ]
+
+
+def test_the_table_tells_what_there_is_to_know(tmp_path):
+    told = table(tmp_path, tell(LINES), now=219)
+    for words in (
+        "step 6 of 6, 0:00:00 left",
+        "lately 1.6 samples/s, 1600 tok/s, MFU 40.0%, padding 1.0%",
+        "rank 3 takes 1.50 times as long",
+        "resumed at step 5 after it was lost: rank 1 has ended",
+        "steps without a finite loss or gradient: 6",
+        "spikes at steps 6 (total 3, z 10)",
+    ):
+        assert words in told
+    [a] = [line.split() for line in told.splitlines() if line.startswith("a ")]
+    assert a == ["a", "32", f"{sum(2.0 / step for step in (2, 4, 5, 6)) / 4:.4f}", "0.5000"]
+    [b] = [line.split() for line in told.splitlines() if line.startswith("b ")]
+    assert b == ["b", "0", "-", "-"]
+
+
+def test_what_was_redone_is_told_once():
+    spike = event("spike", 3, 30, key="loss/total", value=3.0, usual=1.0, z=9.0, samples=[1])
+    again = event("resume", 2, 40, began=40, total_steps=6)
+    history = tell([event("start", 0, 0, began=0, total_steps=6), spike, again, spike | {"time": 50}])
+    assert len(history.spikes) == 1
 
 
 def test_a_log_line_that_covers_old_and_new_steps_is_divided():
@@ -70,6 +116,7 @@ def test_a_log_line_that_covers_old_and_new_steps_is_divided():
         (None, 500, "dead: silent for 0:08:20"),
         ({"outcome": "done", "step": 6, "reason": ""}, 500, "done"),
         ({"outcome": "failed", "step": None, "reason": "no finite loss"}, 5, "failed: no finite loss"),
+        ({"outcome": "lost", "step": 6, "reason": "rank 1 has ended"}, 5, "lost: rank 1 has ended"),
     ],
 )
 def test_the_state_is_read_off_the_outcome_and_the_silence(tmp_path, outcome, silent_s, state):
