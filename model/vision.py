@@ -88,7 +88,7 @@ class Towers(nn.Module):
         return super().train(False)
 
     def _load(self, tower: TowerConfig, pretrained: str | Path) -> None:
-        files = open_tensors(hub_file(tower) if pretrained == HUB else _local_file(tower, Path(pretrained)))
+        files = open_tensors(tower_file(tower, pretrained))
         vit = self.towers[tower.name].vit
         fill(vit, published_tower(tower, files, self.config.grid), f"{files.paths[0]} (tower {tower.name})")
         self.loaded |= files.record()
@@ -103,6 +103,11 @@ def published_tower(tower: TowerConfig, tensors: Mapping[str, Tensor], grid: int
     return kept
 
 
+def tower_file(tower: TowerConfig, pretrained: str | Path, cached: bool = False) -> Path:
+    """Where a tower's weights are: in the folder `pretrained`, or the hub's. `cached`: nothing is downloaded."""
+    return hub_file(tower, cached) if pretrained == HUB else _local_file(tower, Path(pretrained))
+
+
 def _local_file(tower: TowerConfig, folder: Path) -> Path:
     names = [f"{tower.name}.safetensors", f"{tower.timm_name}.safetensors", f"{tower.timm_name}/model.safetensors"]
     for path in (folder / name for name in names):
@@ -111,13 +116,13 @@ def _local_file(tower: TowerConfig, folder: Path) -> Path:
     raise UserError(f"{folder}: no weights of tower {tower.name}; expected one of {', '.join(names)}")
 
 
-def hub_file(tower: TowerConfig) -> Path:
-    """A tower's published weights, downloaded unless they are in the hub's cache already."""
+def hub_file(tower: TowerConfig, cached: bool = False) -> Path:
+    """A tower's published weights, downloaded unless they are in the hub's cache already, or must be: `cached`."""
     from huggingface_hub import hf_hub_download
 
     repository = timm.get_pretrained_cfg(tower.timm_name).hf_hub_id
     try:
-        return Path(hf_hub_download(repository, "model.safetensors"))
+        return Path(hf_hub_download(repository, "model.safetensors", local_files_only=cached))
     except Exception as error:  # the hub client raises a dozen types; to the user they are one
         raise UserError(
             f"tower {tower.name}: cannot get {repository} from the hub ({first_line(error)}); "

@@ -91,12 +91,13 @@ def load_language_model(emma: Emma, source: str | Path) -> dict[str, Any]:
     return {"source": str(source), "sha256": files.record()}
 
 
-def hub_folder(name: str) -> Path:
-    """A published language model's folder, downloaded unless it is in the hub's cache already."""
+def hub_folder(name: str, cached: bool = False) -> Path:
+    """A published language model's folder, downloaded unless it is in the hub's cache already, or must be: `cached`."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
+        patterns = ["*.json", "*.safetensors", "*.bin"]
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=cached))
     except Exception as error:  # the hub client raises a dozen types; to the user they are one
         raise UserError(
             f"language model {name!r}: neither a folder nor to be had from the hub ({first_line(error)}); "

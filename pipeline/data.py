@@ -30,6 +30,7 @@ from preprocess.shards import Manifest
 
 IGNORED = -100  # the target of a position that is not supervised
 PAD_ID = 1
+PREFETCHED = 4  # micro-batches that each loading process keeps ready
 LOADER_DIED = "DataLoader worker"  # so begins the message of torch's RuntimeError
 
 
@@ -166,7 +167,7 @@ class TrainData:
             pin_memory=self.ranks.device.type == "cuda",
             # A forked child of a process that runs threads (Gloo's, NCCL's) can hang; a fork server's outlives a kill.
             multiprocessing_context="spawn" if workers else None,
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=PREFETCHED if workers else None,
             worker_init_fn=_outlive_sigterm,
         )
 
@@ -224,6 +225,13 @@ def loader_died(error: RuntimeError, ranks: Ranks) -> LostDataError | None:
     return LostDataError(
         f"rank {ranks.rank} on {socket.gethostname()}: {text.split('. ')[0]}; if memory ran out, lower data.workers"
     )
+
+
+def loading_bytes(recipe: Recipe) -> int:
+    """Of one rank's micro-batches with pictures that its loading processes keep ready, in shared memory."""
+    config = recipe.config
+    sample = 3 * config.vision.image_px**2 + 2 * 8 * config.max_text_tokens
+    return recipe.data.workers * PREFETCHED * recipe.optim.micro_batch * sample
 
 
 def check_fit(manifest: Manifest, recipe: Recipe) -> None:

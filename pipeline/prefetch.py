@@ -29,7 +29,7 @@ def needs(recipe: Recipe) -> Iterator[tuple[str, str, Callable[[], str]]]:
     llm, towers = llm_source(recipe), tower_source(recipe)
     tokenizer = recipe.data.tokenizer or recipe.config.tokenizer
     if llm:
-        yield "language model", llm, lambda: _language_model(recipe, llm)
+        yield "language model", llm, lambda: language_model(recipe, llm)
     if towers == HUB:
         for tower in recipe.config.vision.towers:
             yield f"tower {tower.name}", tower.timm_name, lambda tower=tower: _size([hub_file(tower)])  # type: ignore[misc]
@@ -48,9 +48,9 @@ def _fetch(part: str, source: str, get: Callable[[], str]) -> str:
     return ""
 
 
-def _language_model(recipe: Recipe, source: str) -> str:
+def language_model(recipe: Recipe, source: str, cached: bool = False) -> str:
     """Fetches it, and sees whether it is this recipe's: a file of another model is found here, not on a GPU."""
-    folder = Path(source) if Path(source).is_dir() else hub_folder(source)
+    folder = Path(source) if Path(source).is_dir() else hub_folder(source, cached)
     files, rows = open_published(folder), recipe.config.llm.vocab_size
     embedding = next((files[name] for name in files if "embedding" in name), None)
     if embedding is None or embedding.shape[0] != rows:

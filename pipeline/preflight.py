@@ -1,14 +1,23 @@
 """What would go wrong later is found now, and all of it at once, before the model is built.
 
-Every rank checks what it can see, hears what the others found, and all go on or all stop.
+Every rank checks what it can see, hears what the others found, and all go on or all stop. Nothing is downloaded, and
+what could take long has a limit.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
+import random
 import shutil
+import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,19 +25,26 @@ import torch.distributed as dist
 
 from model.errors import UserError
 from model.kernels import kernel_report
+from model.vision import tower_file
 from pipeline.agreement import together
 from pipeline.cost import CHECKPOINT_BYTES, STATE_BYTES, count_parameters
-from pipeline.data import check_fit
+from pipeline.data import check_fit, loading_bytes
 from pipeline.engine import compose_config
+from pipeline.prefetch import language_model
 from pipeline.pretrained import llm_source, tower_source
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
+from pipeline.watchdog import EXIT_LOST
 from preprocess.shards import INDEX, Manifest, file_sha256
 
 GIB = 1 << 30
 ROOM_FOR = 2  # checkpoints, beside those that retention keeps: one being written, one to spare
-HASHED_BYTES = 2 * GIB  # of shards; more would take longer than a preflight may
+HASHING_S = 15.0  # for a sample of the shards
+CHUNK_BYTES = 8 << 20
 PROBE_BYTES = 64 << 20
+LIMIT_S = 120.0  # for the whole: checks are quick, so something hangs
+SHARED_MEMORY = Path("/dev/shm")  # where loading processes put their micro-batches
+NAMED = 3  # bad shards, in a line that counts them all
 
 
 def preflight(recipe: Recipe, ranks: Ranks) -> list[str]:
@@ -36,12 +52,32 @@ def preflight(recipe: Recipe, ranks: Ranks) -> list[str]:
 
     Raises: UserError on all ranks, with all problems.
     """
-    checks: list[Callable[[Recipe, Ranks], str]] = [check_ranks, check_kernels, check_memory, check_weights]
+    checks: list[Callable[[Recipe, Ranks], str]] = [check_ranks, check_kernels, check_memory]
     if ranks.local_rank == 0:
-        checks.append(check_shards)
+        checks += [check_towers, check_shared_memory, check_shards, check_heldout]
     if ranks.is_main:
-        checks += [check_batch, check_disk]
-    return list(filter(None, together(ranks, *(functools.partial(check, recipe, ranks) for check in checks))))
+        checks += [check_language_model, check_batch, check_disk]
+    with within(LIMIT_S, "the preflight", ranks):
+        return list(filter(None, together(ranks, *(functools.partial(check, recipe, ranks) for check in checks))))
+
+
+@contextmanager
+def within(limit_s: float, what: str, ranks: Ranks) -> Iterator[None]:
+    """End this process, to be tried again, if `what` hangs: a collective that a rank never enters waits for hours."""
+
+    def give_up() -> None:
+        where = f"rank {ranks.rank} of {ranks.world_size} on {socket.gethostname()}"
+        print(f"error: {where}: {what} takes longer than {limit_s:g} s", file=sys.stderr, flush=True)
+        print("look for a rank that did not start, and at the network between the nodes", file=sys.stderr, flush=True)
+        os._exit(EXIT_LOST)
+
+    timer = threading.Timer(limit_s, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def check_ranks(recipe: Recipe, ranks: Ranks) -> str:
@@ -85,43 +121,98 @@ def check_memory(recipe: Recipe, ranks: Ranks) -> str:
     return f"states {needed / GIB:.1f} GiB of {free / GIB:.1f} GiB free"
 
 
+def check_shared_memory(recipe: Recipe, ranks: Ranks) -> str:
+    """Containers have little of it by default, and loading processes die when it is full."""
+    needed = loading_bytes(recipe) * local_ranks(ranks)
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else needed
+    if free < needed:
+        raise UserError(
+            f"{socket.gethostname()}: {SHARED_MEMORY} has {free / GIB:.2f} GiB free, loading needs {needed / GIB:.2f}; "
+            "give the container more (docker --shm-size), or lower data.workers"
+        )
+    return ""
+
+
+def local_ranks(ranks: Ranks) -> int:
+    """Ranks on this machine, as the launcher tells."""
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or "1"
+    return min(int(told), ranks.world_size)
+
+
 def check_batch(recipe: Recipe, ranks: Ranks) -> str:
     compose_config(recipe, ranks.world_size)
     return ""
 
 
 def check_shards(recipe: Recipe, ranks: Ranks) -> str:
+    return look_at_shards(recipe)
+
+
+def check_heldout(recipe: Recipe, ranks: Ranks) -> str:
+    if recipe.evaluate.shards is None:
+        return ""
+    heldout = replace(recipe, data=replace(recipe.data, shards=recipe.evaluate.shards))
+    try:
+        return f"held out: {look_at_shards(heldout)}"
+    except UserError as error:
+        raise UserError(str(error).replace("data.shards", "evaluate.shards", 1)) from None
+
+
+def look_at_shards(recipe: Recipe) -> str:
     """They fit the model, every file has its size, and as many as there is time for have their hash."""
-    manifest = Manifest.load(recipe.data.shards)
+    folder = recipe.data.shards
+    manifest = Manifest.load(folder)
     check_fit(manifest, recipe)
-    index = Path(recipe.data.shards) / INDEX
+    repair = f"find all damage with `python -m preprocess.shardset verify {folder}` and build the shards again"
+    index = Path(folder) / INDEX
     if not index.exists() or file_sha256(index) != manifest.index["sha256"]:
-        raise UserError(f"{index}: is not the manifest's index; {_repair(recipe)}")
-    hashed = 0
-    for shard in manifest.shards:
-        path = Path(recipe.data.shards) / shard.name
-        size = path.stat().st_size if path.exists() else None
-        if size != shard.bytes:
-            raise UserError(f"{path}: has {size} bytes, the manifest says {shard.bytes}; {_repair(recipe)}")
-        if hashed + shard.bytes <= HASHED_BYTES or not hashed:
-            hashed += shard.bytes
-            if file_sha256(path) != shard.sha256:
-                raise UserError(f"{path}: its content is not what the manifest says; {_repair(recipe)}")
+        raise UserError(f"{index}: is not the manifest's index; {repair}")
+    wrong = [
+        f"{path} has {size} bytes, the manifest says {shard.bytes}"
+        for shard in manifest.shards
+        if (size := _size(path := Path(folder) / shard.name)) != shard.bytes
+    ]
+    if wrong:
+        more = f", and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        raise UserError(f"{', '.join(wrong[:NAMED])}{more}; {repair}")
+    hashed, until = 0, time.monotonic() + HASHING_S
+    for shard in random.sample(manifest.shards, len(manifest.shards)):  # others on each node, and at each start
+        path = Path(folder) / shard.name
+        if (found := hash_until(path, until)) is None:
+            break
+        if found != shard.sha256:
+            raise UserError(f"{path}: its content is not what the manifest says; {repair}")
+        hashed += shard.bytes
     share = hashed / max(1, sum(shard.bytes for shard in manifest.shards))
     return f"{len(manifest.shards)} shards of {manifest.counts['samples']} samples, {share:.0%} of them hashed"
 
 
-def _repair(recipe: Recipe) -> str:
-    return (
-        f"find all damage with `python -m preprocess.shardset verify {recipe.data.shards}` and build the shards again"
-    )
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.exists() else None
 
 
-def check_weights(recipe: Recipe, ranks: Ranks) -> str:
-    """Folders that are named must be there; what comes from the hub is looked for when it is read."""
-    for key, source in (("weights.llm", llm_source(recipe)), ("weights.towers", tower_source(recipe))):
-        if source and source.startswith(("/", ".")) and not Path(source).is_dir():
-            raise UserError(f"{key}: {source}: no such folder; give a folder or a hub id, or `random`")
+def hash_until(path: Path, until: float) -> str | None:
+    """A file's SHA-256; None if the time is over before it is read, however slow the disk is."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while time.monotonic() < until:
+            if not (chunk := file.read(CHUNK_BYTES)):
+                return digest.hexdigest()
+            digest.update(chunk)
+    return None
+
+
+def check_language_model(recipe: Recipe, ranks: Ranks) -> str:
+    """In its folder or in the hub's cache; only the main rank reads it."""
+    source = llm_source(recipe)
+    return f"language model {source}: {language_model(recipe, source, cached=True)}" if source else ""
+
+
+def check_towers(recipe: Recipe, ranks: Ranks) -> str:
+    """In their folder or in the hub's cache, on every node."""
+    if source := tower_source(recipe):
+        for tower in recipe.config.vision.towers:
+            tower_file(tower, source, cached=True)
     return ""
 
 

@@ -35,7 +35,7 @@ from pipeline.engine import build_engine, check_partition, init_distributed, lea
 from pipeline.heldout import HeldOut
 from pipeline.metrics import Metrics, append_event
 from pipeline.pauses import GarbageCollection, TowersClock
-from pipeline.preflight import preflight
+from pipeline.preflight import preflight, within
 from pipeline.pretrained import empty_model, initial_model, make_towers, refuse_other_towers
 from pipeline.probe import Probe
 from pipeline.ranks import Ranks, find_ranks
@@ -49,6 +49,7 @@ from pipeline.watchdog import EXIT_LOST, Watchdog, bound_collectives
 
 BEGAN = time.time()
 MAX_NONFINITE = 3  # steps in a row without a finite loss and gradient, after which the run has failed
+MEETING_S = 600.0  # from the first rank that is there to the last one
 MAIN_SPEAKS_S = 10.0  # for the main rank to leave its word, before another one does
 
 
@@ -191,7 +192,8 @@ def main() -> None:
         recipe = load_recipe(args.recipe, args.overrides)
         ranks = find_ranks(recipe.engine.device)
         bound_collectives(recipe)
-        init_distributed(ranks)
+        with within(MEETING_S, "the meeting of the ranks", ranks):
+            init_distributed(ranks)
         for line in preflight(recipe, ranks):
             say(ranks, line)
         [run] = together(ranks, lambda: Run(recipe, ranks))

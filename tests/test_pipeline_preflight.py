@@ -1,0 +1,134 @@
+"""What a start checks: each problem is one line, all of them are told at once, and nothing takes long."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.errors import UserError
+from pipeline import preflight
+from pipeline.ranks import Ranks
+from pipeline.recipe import Recipe, load_recipe
+from tests.conftest import finish, run_python, torchrun
+
+ALONE = Ranks(0, 0, 1, torch.device("cpu"))
+
+# Two ranks that are two nodes: each looks for what must be on every node in a working directory of its own.
+TWO_NODES = """
+import os, sys
+from dataclasses import replace
+from model.errors import UserError
+from pipeline.engine import init_distributed
+from pipeline.preflight import preflight
+from pipeline.ranks import find_ranks
+from pipeline.recipe import load_recipe
+
+recipe = load_recipe(sys.argv[2], sys.argv[3:])
+ranks = replace(find_ranks("cpu"), local_rank=0)
+init_distributed(ranks)
+os.chdir(f"{sys.argv[1]}/node{ranks.rank}")
+try:
+    preflight(recipe, ranks)
+except UserError as error:
+    print(f"<rank {ranks.rank}>{error}</>", flush=True)
+"""
+
+
+@pytest.fixture
+def copy(shards: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shards, tmp_path / "shards"))
+
+
+def recipe(recipe_file: Path, shards: Path, *overrides: str) -> Recipe:
+    return load_recipe(recipe_file, [f"data.shards={shards}", "run.dir=none", *overrides])
+
+
+def test_all_problems_of_all_nodes_are_told_at_once_on_every_rank(recipe_file, copy, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(TWO_NODES)
+    for node in ("node0", "node1"):
+        (tmp_path / node / "no_towers").mkdir(parents=True)
+    (tmp_path / "node0/no_towers/dinov2.safetensors").touch()
+    (copy / "shard-00001.tar").unlink()
+    wrong = ["optim.micro_batch=3", "evaluate.shards=/no/held-out", "weights.llm=/no/llm", "weights.towers=no_towers"]
+    words = [recipe_file, f"data.shards={copy}", f"run.dir={tmp_path}/run", *wrong]
+    told = finish(torchrun(2, [program, tmp_path, *words]))
+    for rank in (0, 1):
+        lines = told.split(f"<rank {rank}>")[1].split("</>")[0].splitlines()
+        assert lines[0] == f"{len(lines) - 1} problems:"
+        for said in ("micro_batch 3", "shard-00001.tar has None bytes", "/no/held-out", "/no/llm", "tower siglip"):
+            assert len([line for line in lines if said in line]) == 1, lines
+
+
+def test_shards_of_wrong_size_are_one_line_with_the_first_and_their_number(recipe_file, copy, monkeypatch):
+    monkeypatch.setattr(preflight, "NAMED", 1)
+    for shard in copy.glob("*.tar"):
+        shard.write_bytes(b"short")
+    with pytest.raises(UserError, match=r"shard-00000\.tar has 5 bytes, the manifest says \d+, and 2 more; find all"):
+        preflight.check_shards(recipe(recipe_file, copy), ALONE)
+
+
+def test_hashing_stops_when_its_time_is_over_and_says_how_far_it_came(recipe_file, copy, monkeypatch):
+    assert "100% of them hashed" in preflight.check_shards(recipe(recipe_file, copy), ALONE)
+    shard = copy / "shard-00002.tar"
+    shard.write_bytes(bytes([1]) + shard.read_bytes()[1:])
+    monkeypatch.setattr(preflight, "HASHING_S", 0.0)
+    assert "0% of them hashed" in preflight.check_shards(recipe(recipe_file, copy), ALONE)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"shard-00002\.tar: its content is not"):
+        preflight.check_shards(recipe(recipe_file, copy), ALONE)
+
+
+def test_held_out_shards_are_looked_at_too_and_named_by_their_key(recipe_file, shards, copy):
+    both = recipe(recipe_file, shards, f"evaluate.shards={copy}")
+    assert preflight.check_heldout(both, ALONE).startswith("held out: 3 shards of 35 samples")
+    other = recipe(recipe_file, shards, f"evaluate.shards={copy}", "model=tiny_v1")
+    with pytest.raises(UserError, match=r"^evaluate\.shards: .*prompt template"):
+        preflight.check_heldout(other, ALONE)
+
+
+def test_weights_of_the_hub_are_looked_for_in_its_cache_and_never_downloaded(
+    recipe_file, shards, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    hub = recipe(recipe_file, shards, "weights.llm=someone/mamba", "weights.towers=timm")
+    for check in (preflight.check_language_model, preflight.check_towers):
+        with pytest.raises(UserError, match=r"python -m pipeline\.prefetch"):
+            check(hub, ALONE)
+    cached = tmp_path / "models--someone--mamba"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs/main").write_text("0" * 40)
+    folder = cached / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True)
+    rows = hub.config.llm.vocab_size
+    torch.save({"backbone.embedding.weight": torch.zeros(rows, 2)}, folder / "pytorch_model.bin")
+    assert preflight.check_language_model(hub, ALONE).startswith("language model someone/mamba: ")
+
+
+def test_too_little_shared_memory_for_loading_is_told_with_the_remedy(recipe_file, shards):
+    with pytest.raises(UserError, match=r"/dev/shm has .* GiB free, loading needs .*--shm-size"):
+        preflight.check_shared_memory(recipe(recipe_file, shards, "data.workers=9999999"), ALONE)
+
+
+def test_too_small_a_disk_is_told_with_what_is_needed(recipe_file, shards, tmp_path):
+    short = recipe(recipe_file, shards, f"run.dir={tmp_path}/run", "checkpoint.keep_last=999999999")
+    with pytest.raises(UserError, match=r"needed for 1000000001 checkpoints .* lower checkpoint\.keep_last"):
+        preflight.check_disk(short, ALONE)
+
+
+HANGING = """
+import threading, torch
+from pipeline.preflight import within
+from pipeline.ranks import Ranks
+with within(0.1, "the preflight", Ranks(3, 3, 8, torch.device("cpu"))):
+    threading.Event().wait()
+"""
+
+
+def test_a_preflight_that_hangs_ends_with_a_line_and_is_to_be_tried_again():
+    done = run_python("-c", HANGING)
+    assert done.returncode == 4
+    assert done.stderr.startswith("error: rank 3 of 8 on ")
+    assert "the preflight takes longer than 0.1 s" in done.stderr
