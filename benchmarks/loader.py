@@ -37,6 +37,7 @@ from tests.golden_tokenizer import gpt_neox
 NEEDED_SAMPLES_PER_S = 80  # by eight A100s at half of their peak
 FULL_EPOCH = 1_230_000
 WORKERS, MICRO_BATCH, GLOBAL_BATCH = 2, 16, 128
+SHARDS = 8
 
 
 def build_set(scratch: Path, pictures: int) -> Path:
@@ -45,7 +46,7 @@ def build_set(scratch: Path, pictures: int) -> Path:
     (root / "tokenizer").mkdir()
     (root / "tokenizer/tokenizer.json").write_bytes(gpt_neox().data)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        assert build_shards.main(command(root, out, workers=0, rows_per_shard=300)) == 0
+        assert build_shards.main(command(root, out, workers=0, rows_per_shard=3 * pictures // SHARDS)) == 0
     return out
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import padding
+from benchmarks import loader, padding
 from benchmarks.full_size import generate
 from benchmarks.padding import PATCHES, llava_like, waste
 from benchmarks.preprocess import measure, table
@@ -65,3 +65,12 @@ def test_wider_windows_of_the_plan_waste_less_and_all_of_them_less_than_the_othe
     assert found == sorted(found, reverse=True)
     assert found[0] > 0.5
     assert found[-1] < 0.05
+
+
+def test_the_loader_benchmark_times_both_ways_of_loading_the_same_set(tmp_path: Path) -> None:
+    shards = loader.build_set(tmp_path, pictures=64)
+    ours, stock = loader.ours(shards, epochs=2), loader.stock(shards, epochs=2)
+    for found in (ours, stock):
+        assert set(found) == {"samples_per_s", "first_batch_s"}
+        assert min(found.values()) > 0
+    assert "| ours |" in loader.table({"samples": 192, "ours": ours, "webdataset": stock})
