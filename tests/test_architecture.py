@@ -23,7 +23,7 @@ DOORS = {
     "webdataset": {"preprocess/shards.py"},
     "simplejpeg": {"preprocess/images.py"},
     "fsspec": {"preprocess/places.py"},
-    "deepspeed": {"pipeline/engine.py", "pipeline/checkpoint.py"},
+    "deepspeed": {"pipeline/engine.py"},
     "wandb": {"pipeline/wandb_run.py"},
     "matplotlib": {"pipeline/demo_report.py", "pipeline/status_figure.py"},
 }
