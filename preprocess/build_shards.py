@@ -56,8 +56,8 @@ EXAMPLES = """examples:
   ray job submit --working-dir . -- python preprocess/build_shards.py MIX.toml --model emma_v2 --root /… --out /…
 
 Uses the Ray cluster that RAY_ADDRESS names, as it does in a Ray job; otherwise starts its own on this machine. --root
-and --out must be the same place on every node. A picture that is replaced under the same name is not noticed: delete
-the shards, or build into a new folder.
+and --out must be the same place on every node. The next run notices a picture that has come, or a bad one that was
+mended; that a good one was replaced, only with --compare-pictures, which asks for the size of every picture.
 
 exit codes: 0 done, 2 a mistake of the user's (one line says which), 3 too many rejects, else a crash
 """
@@ -106,6 +106,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--workers", type=int, help="tasks at a time (default: one per CPU; 0: in this process, without Ray)"
     )
     parser.add_argument(
+        "--compare-pictures",
+        action="store_true",
+        help="also build the shards again that have a picture of another size",
+    )
+    parser.add_argument(
         "--check", "--dry-run", action="store_true", help="look at the data, say what would be built, write nothing"
     )
     return parser.parse_args(arguments)
@@ -132,7 +137,7 @@ def run(build: Build) -> Manifest:
         sweep(build.out)
         work = _write_worklist(build)
         tasks = plan(build, work)
-        missing = [task for task in tasks if not is_built(task)]
+        missing = [task for task in tasks if not is_built(task, build.compare_pictures)]
         facts = _facts(build, work, tasks)
         manifest = None if missing else standing_manifest(build.out, facts.spec_sha256)
         state = "is up to date" if manifest else "is built"

@@ -12,19 +12,21 @@ from pathlib import Path
 from model.errors import UserError
 from preprocess.pictures import PictureStore
 from preprocess.shards import INDEX, PROGRESS, REJECTS, TOKENIZER, WORK, Manifest, file_sha256
-from preprocess.task import ShardTask
+from preprocess.task import ShardTask, same_pictures
 
 DIALOGUES = "dialogues.jsonl"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ACCESS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
-def is_built(task: ShardTask) -> bool:
-    """Its sidecar, written after its tar, says so; and no picture that it missed has come since."""
+def is_built(task: ShardTask, compare_pictures: bool = False) -> bool:
+    """Its sidecar, written after its tar, says so; no picture that it missed has come since, and none has changed."""
     try:
         sidecar = json.loads(task.sidecar.read_bytes())
         size = task.tar.stat().st_size if sidecar["samples"] else 0
         if sidecar["spec_sha256"] != task.spec_sha256 or size != sidecar["bytes"]:
+            return False
+        if compare_pictures and not same_pictures(task, sidecar):
             return False
         store = PictureStore(task.root, task.archives)
         return all(store.stamp(picture) == stamp for picture, stamp in sidecar["rejected_pictures"].items())

@@ -56,6 +56,12 @@ class PictureStore:
                 return size_of(file)
         return None
 
+    def size(self, path: str) -> int | None:
+        """Of the picture alone, also where it is the member of an archive; None if it is not there."""
+        if archive := self.archive_of(str(PurePosixPath(path).parent)):
+            return archive.size(path)
+        return self.stamp(path)
+
     def has_folder(self, folder: str) -> bool:
         return _exists((self.root / folder).is_dir) or self.archive_of(folder) is not None
 
@@ -117,11 +123,18 @@ class _Archive:
             raise UserError(f"picture archive {path} is damaged ({error}); fetch it again") from None
 
     def read(self, path: str) -> bytes:
-        inside = PurePosixPath(path).relative_to(self.folder)
-        for name in (str(inside), str(self.folder.name / inside), f"./{inside}"):
-            if name in self._packed.names:
-                return self._member(name)
+        if name := self._name(path):
+            return self._member(name)
         raise Rejected("picture_missing", f"no such member of {self.path.name}")
+
+    def size(self, path: str) -> int | None:
+        name = self._name(path)
+        return self._packed.size(name) if name else None
+
+    def _name(self, path: str) -> str | None:
+        inside = PurePosixPath(path).relative_to(self.folder)
+        spellings = (str(inside), str(self.folder.name / inside), f"./{inside}")
+        return next((name for name in spellings if name in self._packed.names), None)
 
     def _member(self, name: str) -> bytes:
         try:
@@ -138,6 +151,9 @@ class _Zip:
     def read(self, name: str) -> bytes:
         return self._zip.read(name)
 
+    def size(self, name: str) -> int:
+        return self._zip.getinfo(name).file_size
+
 
 class _Tar:
     def __init__(self, file: IO[bytes]) -> None:
@@ -150,6 +166,9 @@ class _Tar:
         size, offset = self.names[name]
         self._file.seek(offset)
         return self._file.read(size)
+
+    def size(self, name: str) -> int:
+        return self.names[name][0]
 
 
 @functools.lru_cache(maxsize=64)

@@ -27,6 +27,7 @@ class Build:
     samples_per_shard: int
     workers: int | None
     max_reject_ratio: float
+    compare_pictures: bool
 
     @property
     def settings(self) -> Settings:
@@ -63,6 +64,7 @@ def check(parsed: argparse.Namespace) -> Build:
         parsed.samples_per_shard,
         parsed.workers,
         parsed.max_reject_ratio,
+        parsed.compare_pictures,
     )
 
 

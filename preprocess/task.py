@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,11 +87,25 @@ def build_shard(task: ShardTask) -> Done:
         "made_with": images.made_with(),
         "rejects": [rejected.to_json() for rejected in maker.rejects],
         "rejected_pictures": maker.rejected_pictures,
+        "pictures_sha256": sizes_sha256(maker.sizes),
     }
     publish(task.sidecar, canonical_json(sidecar))
     task.crumb.unlink(missing_ok=True)
     rejects = Counter(rejected.source for rejected in maker.rejects)
     return Done(task.name, task.range.count, written.samples, dict(rejects))
+
+
+def same_pictures(task: ShardTask, sidecar: dict[str, Any]) -> bool:
+    """Whether every picture in the shard is as large as when it was built. Asks the file system for each."""
+    store = PictureStore(task.root, task.archives)
+    rejected = {(entry["source"], entry["row"]) for entry in sidecar["rejects"]}
+    dialogues = _read_range(task.dialogues, task.range)
+    pictures = {one["picture"] for one in dialogues if (one["source"], one["row"]) not in rejected} - {None}
+    return sizes_sha256({picture: store.size(picture) for picture in pictures}) == sidecar["pictures_sha256"]
+
+
+def sizes_sha256(sizes: Mapping[str, int | None]) -> str:
+    return hashlib.sha256(canonical_json(sizes)).hexdigest()
 
 
 def _read_range(path: Path, part: Range) -> Iterator[dict[str, Any]]:
@@ -132,6 +147,7 @@ class _SampleMaker:
         self.settings, self.store, self.tokenizer = settings, store, tokenizer
         self.rejects: list[Reject] = []
         self.rejected_pictures: dict[str, int | None] = {}
+        self.sizes: dict[str, int] = {}
         self.picture = functools.lru_cache(RECENT_PICTURES)(self._picture)  # rows that share a picture stand together
 
     def samples(self, dialogues: Iterator[dict[str, Any]], first: int) -> Iterator[Sample]:
@@ -164,7 +180,10 @@ class _SampleMaker:
 
     def _picture(self, path: str) -> tuple[bytes, str]:
         try:
-            return images.stored_picture(self.store.read(path), self.settings.image_px, self.settings.encoding)
+            data = self.store.read(path)
+            stored = images.stored_picture(data, self.settings.image_px, self.settings.encoding)
+            self.sizes[path] = len(data)
+            return stored
         except Rejected as error:
             self.rejected_pictures[path] = self.store.stamp(path)
             raise Rejected(error.reason, f"{path}: {error.detail}" if error.detail else path) from None

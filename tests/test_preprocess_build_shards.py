@@ -166,6 +166,21 @@ def test_a_picture_that_comes_later_is_taken_in(root: Path, expected: Path, tmp_
     assert Manifest.load(tmp_path / "out").counts["rejects"] == 0
 
 
+def test_a_picture_that_was_replaced_is_noticed_when_pictures_are_compared(
+    root: Path, expected: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "root"
+    shutil.copytree(root, other)
+    shutil.copytree(expected, tmp_path / "out")
+    assert build_shards.main([*command(other, tmp_path / "out", workers=0), "--compare-pictures"]) == 0
+    assert contents(tmp_path / "out") == contents(expected), "the same pictures in another place"
+    shutil.copy(root / "photographs/camera.jpg", other / "photographs/text.jpg")
+    assert build_shards.main(command(other, tmp_path / "out", workers=0)) == 0
+    assert contents(tmp_path / "out") == contents(expected)
+    assert build_shards.main([*command(other, tmp_path / "out", workers=0), "--compare-pictures"]) == 0
+    assert Manifest.load(tmp_path / "out").counts["pictures"] == len(PHOTOGRAPHS) - 1
+
+
 def test_rows_that_are_added_rebuild_only_the_end(root: Path, expected: Path, tmp_path: Path) -> None:
     longer = tmp_path / "root"
     shutil.copytree(root, longer)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from preprocess import build_shards
 from preprocess.prompts import Tokenizer
 from preprocess.records import Sample, decode_pixels, from_fields
 from preprocess.rejects import REASONS
@@ -15,7 +16,7 @@ from preprocess.shards import Manifest, read_fields
 from preprocess.shardset import main as shardset
 from tests.dirt import ALL, Dirt, write_dirt
 from tests.golden_tokenizer import gpt_neox
-from tests.shard_builds import build_in_process, write_mix
+from tests.shard_builds import arguments, build_in_process, write_mix
 
 JPEG_LEVELS = 14  # how far a flat colour may drift
 
@@ -100,6 +101,12 @@ def test_the_special_text_of_a_message_never_ends_an_answer(built: Built) -> Non
 
 def test_a_set_built_of_dirt_is_sound(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
     assert shardset(["verify", str(built.out)]) == 0, capsys.readouterr().out
+
+
+def test_dirt_that_stays_the_same_is_not_built_again(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
+    words = arguments(built.out.parent / "root", built.out, gpt_neox(), max_reject_ratio=1.0, workers=0)
+    assert build_shards.main([*words, "--compare-pictures"]) == 0
+    assert "is up to date" in capsys.readouterr().out
 
 
 def test_every_reason_is_met_or_cannot_be_made_here() -> None:

@@ -48,6 +48,7 @@ def test_a_picture_is_read_from_an_archive_in_place_of_its_folder(tmp_path: Path
     assert store.read("coco/train2017/1.jpg") == b"picture"
     with pytest.raises(Rejected, match="picture_missing: no such member of"):
         store.read("coco/train2017/2.jpg")
+    assert (store.size("coco/train2017/1.jpg"), store.size("coco/train2017/2.jpg")) == (len(b"picture"), None)
     assert store.stamp("coco/train2017/2.jpg") == (tmp_path / archive).stat().st_size
 
 
