@@ -1,19 +1,107 @@
-"""wandb for real, offline."""
+"""What a run tells: held-out losses and documented keys, and wandb for real, offline."""
 
-from tests.conftest import run_python
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from wandb.proto.wandb_internal_pb2 import Record
+
+from tests.conftest import REPOSITORY, finish, run_python, torchrun
+
+STEPS = 6
+CONSOLE_LINE = 200  # characters
 
 
-def test_wandb_keeps_one_run_over_a_resume_without_a_network(recipe_file, shards, tmp_path):
-    run = tmp_path / "run"
-    words = ["-m", "pipeline.train", recipe_file, f"data.shards={shards}", f"run.dir={run}", "log.wandb=offline"]
-    (run / "control").mkdir(parents=True)
-    (run / "control/stop").touch()
-    names = []
-    for environment in ("1", ""):
-        done = run_python(*words, "steps=2", SLURM_JOB_ID=environment) if environment else run_python(*words, "steps=2")
-        assert done.returncode == 0, done.stderr
-        names.append((run / "wandb_id").read_text())
-    assert names[0] == names[1]
-    offline = list(run.glob("wandb/offline-run-*"))
-    assert offline
-    assert all(folder.name.endswith(names[0]) for folder in offline)
+def words(recipe_file, shards, run, *overrides):
+    return ["-m", "pipeline.train", recipe_file, f"data.shards={shards}", f"run.dir={run}", *overrides]
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def evaluated(recipe_file, shards, tmp_path_factory):
+    """A run of two ranks that looks at held-out shards, and what it said."""
+    run = tmp_path_factory.mktemp("evaluated") / "run"
+    heldout = [f"evaluate.shards={shards}", "evaluate.every_steps=4", "evaluate.samples=999"]
+    return run, finish(torchrun(2, words(recipe_file, shards, run, f"steps={STEPS}", *heldout)))
+
+
+def test_held_out_losses_are_over_all_samples(evaluated):
+    told = [line for line in lines(evaluated[0]) if line.get("event") == "heldout"]
+    assert [line["step"] for line in told] == [4, STEPS]
+    assert [line["heldout/samples"] for line in told] == [35, 35]
+    assert told[1]["heldout/loss/text"] < told[0]["heldout/loss/text"] < 7
+    assert told[1]["heldout/loss/text/squares"] == pytest.approx(told[1]["heldout/loss/text"])
+
+
+def documented(heading):
+    """Keys of the first column of the table under a heading of docs/metrics.md."""
+    text = (REPOSITORY / "docs/metrics.md").read_text()
+    section = text.split(f"## {heading}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    return {key for row in rows for key in re.findall(r"`([^`]+)`", row)}
+
+
+def test_every_key_is_documented_and_every_documented_key_is_written(evaluated):
+    written = [line for line in lines(evaluated[0]) if "event" not in line]
+    keys = [{key.replace("squares", "<source>") for key in line} for line in written]
+    assert all(each == keys[0] for each in keys)
+    assert keys[0] == documented("Keys of a step's line")
+    events = {line["event"] for line in lines(evaluated[0]) if "event" in line}
+    assert {"start", "save", "heldout", "done"} <= events <= documented("Events")
+
+
+def test_the_console_has_one_readable_line_for_each_interval(evaluated):
+    told = [line for line in evaluated[1].splitlines() if line.startswith("step ")]
+    assert len(told) == STEPS
+    assert all(len(line) < CONSOLE_LINE for line in told)
+
+
+def test_wandb_has_every_step_though_its_helper_died_and_the_run_was_resumed(recipe_file, shards, tmp_path):
+    run, steps = tmp_path / "run", 16
+    command = words(recipe_file, shards, run, "log.wandb=offline", f"steps={steps}")
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    until = time.monotonic() + 180
+    while not (run / "metrics.jsonl").exists() or len(lines(run)) < 4:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    family = [*psutil.Process(process.pid).children(recursive=True), process]
+    assert any("wandb-core" in member.name() for member in family[:-1])
+    for member in family:  # as a preemption does
+        member.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 0
+    assert json.loads((run / "outcome.json").read_text())["outcome"] == "stopped"
+    identity = (run / "wandb_id").read_text()
+
+    done = run_python(*command)
+    assert done.returncode == 0, done.stderr
+    assert "going on without it" not in done.stdout
+    files = list(run.glob(f"wandb/offline-run-*-{identity}/*.wandb"))
+    assert len(list(run.glob("wandb/offline-run-*"))) == len(files)
+    assert {step for file in files for step in logged_steps(file.read_bytes())} == set(range(1, steps + 1))
+
+
+def logged_steps(data):
+    """Steps of a wandb file: records in LevelDB's log format, blocks of 32 KiB after a header of 7 bytes."""
+    at, record = 7, b""
+    while at + 7 <= len(data):
+        if (room := 32768 - at % 32768) < 7:
+            at += room
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        record += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            items = Record.FromString(record).history.item
+            yield from (int(item.value_json) for item in items if "_step" in (item.key, *item.nested_key))
+            record = b""

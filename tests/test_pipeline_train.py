@@ -97,8 +97,10 @@ def test_killed_in_the_middle_the_same_command_ends_with_the_same_bits(recipe_fi
     cut_off.mkdir(exist_ok=True)
     (cut_off / "rank-00000.00.master").write_bytes(b"half")
 
-    output = finish(torchrun(2, command(recipe_file, shards, run)))
+    heldout = [f"evaluate.shards={shards}", "evaluate.every_steps=5"]  # it changes no bit either
+    output = finish(torchrun(2, command(recipe_file, shards, run, *heldout)))
     assert "its save was cut off" in output
+    assert "heldout at step" in output
     assert "resuming from" in output
     assert not list((run / "checkpoints").glob(".partial*"))
     assert_same_end(run, undisturbed)
