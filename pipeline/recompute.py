@@ -11,6 +11,7 @@ import torch.distributed as dist
 from model.errors import UserError
 from model.vision import Towers
 from pipeline.data import MicroBatch
+from pipeline.elastic import zero_buffers
 from pipeline.engine import clear_gradients
 from pipeline.recipe import Recipe
 from pipeline.step import row_losses
@@ -31,8 +32,10 @@ def keep_what_fits(engine: Any, towers: Towers, recipe: Recipe, heaviest: MicroB
 
     def peak_gib(kept: int) -> float:
         llm.keep_layers = kept
-        held = measure(engine.device, lambda: _pass(engine, towers, recipe, heaviest)) / GIB
-        return _largest(held, engine.device)
+        held = measure(engine.device, lambda: _pass(engine, towers, recipe, heaviest))
+        return _largest((held + moments) / GIB, engine.device)
+
+    moments = moments_to_come(engine)
 
     num_layers = recipe.config.llm.num_layers
     least, sample = peak_gib(0), min(SAMPLE_LAYERS, num_layers)
@@ -73,6 +76,14 @@ def measure(device: torch.device, run: Callable[[], None]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         run()
     return sum(held.values())
+
+
+def moments_to_come(engine: Any) -> int:
+    """Bytes of Adam's moments on this GPU, which its first update will make; 0 where there is no GPU."""
+    if engine.device.type != "cuda":
+        return 0
+    adam = engine.optimizer.optimizer
+    return sum(2 * buffer.master.nbytes for buffer in zero_buffers(engine) if not adam.state.get(buffer.master))
 
 
 def _pass(engine: Any, towers: Towers, recipe: Recipe, batch: MicroBatch) -> None:
