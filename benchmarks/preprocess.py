@@ -2,6 +2,7 @@
 
     python -m benchmarks.preprocess --json preprocess.json
     python -m benchmarks.preprocess --pictures 300 --rows-per-picture 3    # as in the mix, where rows share pictures
+    python -m benchmarks.preprocess --img2dataset other_venv/bin/python    # an environment that has img2dataset
 
 The same rows about the same photographs by each. Samples per CPU second where one process does it all, so that a busy
 machine does not matter much; samples per second where several do, from the first shard of each worker to the last.
@@ -158,6 +159,29 @@ def ray_data_only(root: Path, out: Path, workers: int) -> None:
     print(len(rows) / took)
 
 
+IMG2DATASET = """
+import io, pathlib, sys, time
+from img2dataset.resizer import Resizer
+resizer = Resizer(int(sys.argv[2]), "center_crop", False, downscale_interpolation="cubic", encode_quality=95)
+pictures = [path.read_bytes() for path in sorted(pathlib.Path(sys.argv[1]).iterdir())]
+best = float("inf")
+for _ in range(3):
+    started = time.process_time()
+    failed = [error for *_, error in map(resizer, map(io.BytesIO, pictures)) if error]
+    best = min(best, time.process_time() - started)
+    assert not failed, failed
+print(len(pictures) / best)
+"""
+
+
+def img2dataset(python: Path, root: Path) -> float:
+    """Pictures per CPU second of img2dataset's resizer alone. It cannot squash: it crops."""
+    words = [str(python), "-c", IMG2DATASET, str(root / "pictures"), str(PX)]
+    environment = os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return float(done.stdout.split()[-1])
+
+
 # -- The limit -------------------------------------------------------------------------------------------------------
 
 
@@ -201,7 +225,12 @@ def levels_off(root: Path, most: int = 200) -> dict[int, float]:
 
 
 def measure(
-    scratch: Path, pictures: int, rows_per_picture: int, workers: list[int], rounds: int = ROUNDS
+    scratch: Path,
+    pictures: int,
+    rows_per_picture: int,
+    workers: list[int],
+    rounds: int = ROUNDS,
+    img2dataset_python: Path | None = None,
 ) -> dict[str, Any]:
     root = scratch / "root"
     rows = write_rows(root, pictures, rows_per_picture)
@@ -226,7 +255,9 @@ def measure(
         "levels_off": levels_off(root),
         "samples_per_s_on_ray": {n: ours_on_ray(root, scratch / f"ray-{n}", n, shard) for n in workers},
     }
-    if importlib.util.find_spec(RAY_DATA_NEEDS):
+    if img2dataset_python:
+        results["pictures_per_cpu_s_of_img2dataset"] = img2dataset(img2dataset_python, root)
+    if workers and importlib.util.find_spec(RAY_DATA_NEEDS):
         rates = {n: ray_data(root, scratch / f"ray-data-{n}", n) for n in workers}
         results["samples_per_s_of_ray_data"] = rates
     return results
@@ -244,8 +275,10 @@ def table(results: Mapping[str, Any]) -> str:
     ]
     for n, rate in results.get("samples_per_s_of_ray_data", {}).items():
         lines.append(f"| Ray Data `write_webdataset`, {n} worker{'s'[: n > 1]} (each) | {rate / int(n):.0f} |")
-    if "samples_per_s_of_ray_data" not in results:
+    if ray and "samples_per_s_of_ray_data" not in results:
         lines.append(f"| Ray Data `write_webdataset` | not measured: {RAY_DATA_NEEDS} is not installed |")
+    if rate := results.get("pictures_per_cpu_s_of_img2dataset"):
+        lines.append(f"| img2dataset's resizer alone, cropping | {rate:.0f} pictures |")
     lines.append(f"| limit: the sum of the parts | {rates['limit']:.0f} |")
     spent = ", ".join(f"{name} {value:.2f}" for name, value in results["ms_per_sample"].items())
     off = ", ".join(f"{share:.2g} by {levels}" for levels, share in results["levels_off"].items())
@@ -261,7 +294,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--rows-per-picture", type=int, nargs="+", default=[1, 3])
-    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="with Ray")
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="with Ray; none: without")
+    parser.add_argument("--img2dataset", type=Path, metavar="PYTHON", help="of an environment that has img2dataset")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--ray-data-only", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -272,7 +306,8 @@ def main() -> None:
     results = []
     for sharing in args.rows_per_picture:
         with tempfile.TemporaryDirectory() as scratch:
-            results.append(measure(Path(scratch), args.pictures, sharing, args.workers))
+            found = measure(Path(scratch), args.pictures, sharing, args.workers, img2dataset_python=args.img2dataset)
+            results.append(found)
         print(table(results[-1]), end="\n\n", flush=True)
         if args.json:
             args.json.write_text(json.dumps(results, indent=2))
