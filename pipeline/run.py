@@ -63,5 +63,6 @@ def _claim(path: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            file.close()
             raise UserError(f"run.dir: {path.parent}: another process trains here; stop it, or give another") from None
     return file

@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,7 +30,7 @@ from model.vision import Towers
 from pipeline.agreement import together
 from pipeline.checkpoint import Checkpoints, Identity, Saved
 from pipeline.control import Control
-from pipeline.data import TrainData, loader_died
+from pipeline.data import GlobalBatch, TrainData, loader_died
 from pipeline.engine import build_engine, check_partition, init_distributed, learning_rate
 from pipeline.heldout import HeldOut
 from pipeline.metrics import Metrics, append_event
@@ -96,10 +96,12 @@ class Loop:
     checkpoints: Checkpoints
     metrics: Metrics
     watchdog: Watchdog
+    spikes: Spikes = field(default_factory=Spikes)
+    nonfinite: int = 0  # steps in a row without a finite loss or gradient
 
     def go_on(self, step: int) -> int:
         """From `step` on; returns the steps done when it ended."""
-        clock, spikes, nonfinite = TowersClock(self.towers, self.engine.device), Spikes(), 0
+        clock = TowersClock(self.towers, self.engine.device)
         with GarbageCollection() as garbage:
             for batch in self.data.from_step(step):
                 lr = learning_rate(self.run.recipe, step, self.data.total_steps)
@@ -107,32 +109,38 @@ class Loop:
                 spent = Seconds(batch.wait_s, clock.take(), garbage.take())
                 report = optimizer_step(self.engine, self.towers, self.run.recipe, batch, lr, requests, spent)
                 step += 1
-                for shard, key, seconds in batch.slow:
-                    facts = {"rank": self.run.ranks.rank, "shard": shard, "key": key, "seconds": round(seconds, 1)}
-                    append_event(self.run.folder, "slow_read", step, **facts)
                 self.watchdog.step_done(step)
                 self.metrics.log(step, batch, report, lr)
-                for spike in spikes.look(report, batch.images > 0):
-                    self.metrics.event("spike", step, **spike.facts(), samples=batch.ids.tolist())
                 if self.checkpoints.under_way and not report.writing:
                     self._save(self.checkpoints.commit)
-                nonfinite = 0 if report.finite else nonfinite + 1
-                if nonfinite:
-                    self.metrics.event("nonfinite", step, samples=batch.ids.tolist())
-                if nonfinite == MAX_NONFINITE:
-                    self._save(self.checkpoints.finish)
-                    raise DivergedError(f"no finite loss or gradient in steps {step - nonfinite + 1} to {step}")
-                # Not a step that updated nothing: what led here is better kept than overwritten.
-                if not nonfinite or step == self.data.total_steps:
-                    self._evaluate_and_save(step, report)
+                self._look_for_trouble(step, batch, report)
+                # Not after a step that updated nothing: what led here is better kept than overwritten.
+                if report.finite or step == self.data.total_steps:
+                    self._save_and_evaluate(step, report)
                     clock.take()
-                if report.stop and not nonfinite:
+                if report.stop and report.finite:
                     self.run.control.done("stop")
                     break
                 garbage.after(step)
         return step
 
-    def _evaluate_and_save(self, step: int, report: StepReport) -> None:
+    def _look_for_trouble(self, step: int, batch: GlobalBatch, report: StepReport) -> None:
+        """Mark what stands out in a step. Raises: DivergedError on all ranks after too many steps without an update."""
+        for shard, key, seconds in batch.slow:
+            facts = {"rank": self.run.ranks.rank, "shard": shard, "key": key, "seconds": round(seconds, 1)}
+            append_event(self.run.folder, "slow_read", step, **facts)
+        for spike in self.spikes.look(report, batch.images > 0):
+            self.metrics.event("spike", step, **spike.facts(), samples=batch.ids.tolist())
+        if report.finite:
+            self.nonfinite = 0
+            return
+        self.nonfinite += 1
+        self.metrics.event("nonfinite", step, samples=batch.ids.tolist())
+        if self.nonfinite == MAX_NONFINITE:
+            self._save(self.checkpoints.finish)
+            raise DivergedError(f"no finite loss or gradient in steps {step - MAX_NONFINITE + 1} to {step}")
+
+    def _save_and_evaluate(self, step: int, report: StepReport) -> None:
         last = step == self.data.total_steps
         if self.checkpoints.due(step) or report.stop or report.save or last:
             self._save(lambda: self.checkpoints.save(step))

@@ -3,13 +3,19 @@
 import fcntl
 import json
 import shutil
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from model.errors import UserError
 from pipeline.checkpoint import find_damage, folder_name, full_state, list_steps
+from pipeline.ranks import Ranks
+from pipeline.recipe import load_recipe
+from pipeline.run import Run
 from tests.conftest import finish, kill_all, run_python, torchrun
 
 STEPS = 12  # two epochs
@@ -173,6 +179,27 @@ def test_a_second_training_in_a_folder_where_one_is_going_on_is_refused(recipe_f
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another process trains here" in one_line(run_python(*command(recipe_file, shards, run)), code=2)
     assert not (run / "metrics.jsonl").exists()
+
+
+def test_of_two_starts_in_the_same_instant_one_is_refused(recipe_file, tmp_path):
+    """In an empty folder, and in one where somebody was before."""
+    recipe = load_recipe(recipe_file, [f"run.dir={tmp_path / 'run'}"], planning=True)
+    together = threading.Barrier(2)
+
+    def start() -> Run | UserError:
+        together.wait()
+        try:
+            return Run(recipe, Ranks(0, 0, 1, torch.device("cpu")))
+        except UserError as error:
+            return error
+
+    for _ in range(20):
+        with ThreadPoolExecutor() as pool:
+            two = [each.result() for each in [pool.submit(start), pool.submit(start)]]
+        [run] = [each for each in two if isinstance(each, Run)]
+        run.lock.close()
+        [error] = [each for each in two if isinstance(each, UserError)]
+        assert "another process trains here" in str(error)
 
 
 def test_what_only_the_main_rank_meets_ends_all_ranks_without_a_traceback(recipe_file, shards, tmp_path):

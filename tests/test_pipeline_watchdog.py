@@ -8,13 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from pipeline.demo_processes import free_ports
 from pipeline.history import read_history
+from pipeline.ranks import Ranks
+from pipeline.recipe import load_recipe
+from pipeline.run import Run
 from pipeline.status import state_of as state_of_run
 from pipeline.watchdog import EXIT_LOST, FIRST_STEPS, Watchdog, state_of
 from tests.conftest import REPOSITORY, finish, torchrun
@@ -92,10 +95,13 @@ def test_a_rank_that_dies_ends_the_others_even_without_a_launcher(recipe_file, s
 
 
 @pytest.fixture
-def watchdog(tmp_path):
-    options = SimpleNamespace(slow_factor=10.0, least_s=20.0, first_s=500.0)
-    run = SimpleNamespace(recipe=SimpleNamespace(watchdog=options), folder=tmp_path, begun_at=0)
-    yield Watchdog(run, SimpleNamespace(rank=0, world_size=1))
+def watchdog(recipe_file, tmp_path):
+    limits = ["watchdog.slow_factor=10", "watchdog.least_s=20", "watchdog.first_s=500"]
+    recipe = load_recipe(recipe_file, [*limits, f"run.dir={tmp_path}"], planning=True)
+    ranks = Ranks(1, 1, 2, torch.device("cpu"))
+    run = Run(recipe, ranks)
+    run.begun_at = 0
+    yield Watchdog(run, ranks)
     faulthandler.cancel_dump_traceback_later()
 
 
