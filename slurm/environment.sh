@@ -16,7 +16,9 @@ if [[ ${1-} == -h || ${1-} == --help ]]; then # the words and the name of the sc
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
-set +u # activation scripts of conda and modules read variables that are not set
+words=("$@")
+set -- # an activation script would take our words for its own
+set +u # and those of conda and modules read variables that are not set
 if [[ -f ${EMMA_ENV-} ]]; then
   # shellcheck disable=SC1090
   source "$EMMA_ENV"
@@ -27,6 +29,7 @@ elif [[ -f .venv/bin/activate ]]; then
   source .venv/bin/activate
 fi
 set -u
+set -- "${words[@]}"
 
 read -ra container <<<"${EMMA_CONTAINER-}"
 python=("${container[@]}" python)

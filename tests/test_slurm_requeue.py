@@ -48,6 +48,9 @@ def leave(outcome, code, reason=""):
         stop.unlink(missing_ok=True)
     sys.exit(code)
 
+if end == "environment":
+    told_by_slurm = " ".join(f"{name}={os.environ[name]}" for name in told["names"].split(","))
+    (run / f"environment-{rank:02}").write_text(told_by_slurm + "\\n")
 if rank == 0:
     (run / "outcome.json").unlink(missing_ok=True)
 (run / f"running-{rank}").touch()
@@ -294,6 +297,20 @@ def test_what_trying_again_would_not_mend_is_not_tried_again(training):
     training.assert_end(job, "FAILED", restarts=0)
     assert training.slurm.job(job)["ExitCode"] == "3:0"
     training.assert_end(training.submit("end=refused"), "FAILED", restarts=0)
+
+
+@side_by_side
+def test_every_rank_of_one_and_of_two_nodes_is_told_who_it_is(training):
+    names = ("PROCID", "LOCALID", "NODEID", "NTASKS")
+    names = [*(f"SLURM_{name}" for name in names), "MASTER_ADDR", "SRUN_CPUS_PER_TASK", "OMP_NUM_THREADS"]
+    words = ["end=environment", "restarts=0", f"names={','.join(names)}", "--ntasks-per-node=8", "--cpus-per-task=8"]
+    for nodes in (1, 2):
+        training.run = training.run.with_name(f"run-{nodes}")
+        where = (f"--nodes={nodes}", f"--nodelist={','.join(STORMY[5 : 5 + nodes])}", "--gpus-per-node=8")
+        job = training.submit(*words, *where, OMP_NUM_THREADS="")
+        training.assert_end(job, "COMPLETED", restarts=0)
+        found = "".join(path.read_text() for path in sorted(training.run.glob("environment-*")))
+        assert found == (GOLDEN / f"slurm_environment_{nodes}x8.txt").read_text()
 
 
 @side_by_side

@@ -4,6 +4,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.slurm_cluster import REPOSITORY, wait_until
@@ -79,10 +80,11 @@ def test_without_a_job_a_dry_run_goes_by_the_directives(slurm):
 def submit(slurm, recipe_file, shards, tmp_path):
     """Submit real training, two tasks on the CPU, into tmp_path/run."""
 
-    def submit(*overrides: str, partition: str = "normal") -> str:
-        size = ("--gpus-per-node=0", "--ntasks-per-node=2", "--cpus-per-task=1", f"--partition={partition}")
+    def submit(*words: str) -> str:
+        options, overrides = ([w for w in words if w.startswith("--") == dashed] for dashed in (True, False))
+        size = ("--gpus-per-node=0", "--ntasks-per-node=2", "--cpus-per-task=1")
         recipe = (recipe_file, f"data.shards={shards}", f"run.dir={tmp_path}/run", f"steps={STEPS}")
-        return slurm.submit(*size, SCRIPT, *recipe, *overrides)
+        return slurm.submit(*size, *options, SCRIPT, *recipe, *overrides)
 
     return submit
 
@@ -96,22 +98,55 @@ def steps_of(run: Path) -> list[int]:
     return [line["step"] for line in lines(run) if "event" not in line]
 
 
-@pytest.mark.parametrize("cause", ["warning", "preemption"])
-def test_an_interrupted_training_is_requeued_and_trains_every_step_once(slurm, submit, tmp_path, cause):
-    run = tmp_path / "run"
-    job = submit("data.workers=1", partition="graceful")  # a preemption's signal reaches the loading processes too
-    wait_until(lambda: steps_of(run), "the first step")
-    if cause == "warning":
-        slurm.signal(job, "USR1")
-    else:
-        slurm.preempt()
+def assert_done(slurm, job, run, restarts):
     assert slurm.wait_for(job) == "COMPLETED", slurm.log(job)
-    assert slurm.job(job)["Restarts"] == "1"
+    assert slurm.job(job)["Restarts"] == str(restarts)
     outcome = json.loads((run / "outcome.json").read_text())
     assert (outcome["outcome"], outcome["step"]) == ("done", STEPS)
+
+
+def test_a_preempted_training_is_requeued_and_trains_every_step_once(slurm, submit, tmp_path):
+    run = tmp_path / "run"
+    job = submit("data.workers=1", "--partition=graceful")  # the signal reaches the loading processes too
+    wait_until(lambda: steps_of(run), "the first step")
+    slurm.preempt()
+    assert_done(slurm, job, run, restarts=1)
     assert steps_of(run) == list(range(1, STEPS + 1))
     events = [line["event"] for line in lines(run) if line.get("event") in ("start", "stopped", "resume", "done")]
     assert events == ["start", "stopped", "resume", "done"]
+
+
+def test_two_nodes_survive_a_killed_loading_process(slurm, submit, tmp_path):
+    run = tmp_path / "run"
+    job = submit("data.workers=1", "checkpoint.every_steps=1", "--nodes=2", "--ntasks-per-node=1")
+    wait_until((run / "checkpoints/latest").exists, "a checkpoint")
+    children = [child for rank in ranks_of(run) for child in rank.children()]
+    loading = next(child for child in children if "--multiprocessing-fork" in told_to(child))
+    loading.kill()
+    assert_done(slurm, job, run, restarts=1)
+    assert f"DataLoader worker (pid {loading.pid}) is killed by signal" in slurm.log(job)
+    assert "Traceback" not in slurm.log(job)
+    assert sorted(set(steps_of(run))) == list(range(1, STEPS + 1))
+
+
+def ranks_of(run: Path) -> list[psutil.Process]:
+    return [p for p in psutil.process_iter() if "pipeline.train" in (told := told_to(p)) and f"run.dir={run}" in told]
+
+
+def told_to(process: psutil.Process) -> list[str]:
+    """Its command line; none if it has ended."""
+    try:
+        return " ".join(process.cmdline()).split()
+    except psutil.Error:
+        return []
+
+
+def test_what_the_preflight_finds_ends_the_job_with_all_problems_and_no_requeue(slurm, submit):
+    job = submit("optim.micro_batch=3", "weights.llm=/no/where")
+    assert slurm.wait_for(job) == "FAILED"
+    assert slurm.job(job)["Restarts"] == "0"
+    assert "2 problems" in slurm.log(job)
+    assert "Traceback" not in slurm.log(job)
 
 
 def test_a_mistake_in_the_recipe_ends_the_job_with_one_line_and_no_requeue(slurm, submit, tmp_path):

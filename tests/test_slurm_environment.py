@@ -1,0 +1,54 @@
+"""How the scripts enter a Python environment, and that shellcheck has nothing to say about them."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+SCRIPTS = sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "slurm").glob("*.sh"))
+SAYS_WHO_IT_IS = '#!/bin/sh\necho "$0 $*" >&2\nexit 3\n'
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """With three pythons that only say where they are: in .venv, in a conda environment, in a container."""
+    shutil.copytree(REPOSITORY / "slurm", tmp_path / "slurm")
+    for name in (".venv/bin", "conda/bin", "container"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "python").write_text(SAYS_WHO_IT_IS)
+        (tmp_path / name / "python").chmod(0o755)
+        (tmp_path / name / "activate").write_text(f'[ "$UNSET$*" ] || PATH={tmp_path / name}:$PATH\n')
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("variables", "entered"),
+    [
+        ({}, ".venv/bin"),
+        ({"EMMA_ENV": "conda/bin/activate"}, "conda/bin"),
+        ({"EMMA_ENV": "module() { :; }; module load cuda; . conda/bin/activate; set -- words"}, "conda/bin"),
+        ({"EMMA_CONTAINER": "env PATH=container:/usr/bin:/bin"}, "container"),
+    ],
+    ids=["default", "a file", "a line of shell", "a container"],
+)
+def test_one_variable_chooses_the_environment_and_one_the_container(checkout, variables, entered):
+    command = ["bash", "slurm/train_emma.sh", "recipe.toml"]
+    environment = {"PATH": os.environ["PATH"], **variables}
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    assert done.returncode == 3
+    assert done.stderr.strip().endswith(f"{entered}/python -m pipeline.recipe recipe.toml --get run.dir")
+
+
+def test_without_a_recipe_it_says_so(checkout):
+    done = subprocess.run(["bash", "slurm/train_emma.sh"], cwd=checkout, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: no recipe given; --help has examples\n")
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_has_nothing_to_say():
+    done = subprocess.run(["shellcheck", *SCRIPTS], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
