@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
 from model.errors import UserError
 from preprocess.rejects import REASONS, Rejected
@@ -66,13 +66,14 @@ def sniff(data: bytes) -> Kind:
 def decode_rgb(data: bytes) -> Pixels:
     """[h, w, 3]. Raises: Rejected."""
     kind = sniff(data)
+    if kind == "jpg" and (pixels := _plain_jpeg(data)) is not None:
+        return pixels
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of oddities in files that it reads well
             with Image.open(io.BytesIO(data), formats=[_PIL_FORMATS[kind]]) as picture:
                 _guard_size(picture)
-                pixels = _plain_jpeg(picture, data)
-                return _by_pillow(picture) if pixels is None else pixels
+                return _by_pillow(picture)
     except (Rejected, MemoryError):
         raise
     except Exception as error:  # what decoders raise for broken bytes has no common class
@@ -81,12 +82,14 @@ def decode_rgb(data: bytes) -> Pixels:
         raise Rejected(reason, f"{kind}: {said}") from None
 
 
-def _plain_jpeg(picture: Image.Image, data: bytes) -> Pixels | None:
+def _plain_jpeg(data: bytes) -> Pixels | None:
     """None for all that is odd in the least: Pillow takes it, and says what is wrong with it."""
-    upright = picture.format == "JPEG" and picture.getexif().get(ExifTags.Base.Orientation, 1) == 1
-    if simplejpeg is None or picture.mode != "RGB" or not upright:
+    if simplejpeg is None or b"Exif\0" in data:  # it may ask for a turn
         return None
     try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours not in ("YCbCr", "RGB") or height * width > MAX_PIXELS:
+            return None
         return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True)
     except ValueError:
         return None

@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import io
 import json
 import os
-import tarfile
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,6 +22,7 @@ import pyarrow.parquet as pq
 
 from model.errors import UserError
 from preprocess.records import META, TOKENS, Sample, to_fields
+from preprocess.tars import add_member, end_tar
 
 FORMAT = 2
 MANIFEST, INDEX, REJECTS, PROGRESS = "manifest.json", "index.parquet", "rejects.jsonl", "progress.json"
@@ -134,18 +133,13 @@ class WrittenShard:
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> WrittenShard:
-    """Publishes a tar whose bytes depend on nothing but the samples. Without samples there is no file.
-
-    Plain tarfile, so that a worker need not import torch, which webdataset does; the stock package reads it.
-    """
+    """Publishes a tar whose bytes depend on nothing but the samples. Without samples there is no file."""
     columns: dict[str, list[Any]] = {name: [] for name in [*INDEX_SCHEMA.names[1:], "picture_digest"]}
-    with (
-        published(path) as file,
-        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,  # type: ignore[call-overload]
-    ):
+    with published(path) as file:
         for sample in samples:
-            for name, value in _index_row(sample, _add_sample(tar, sample)).items():
+            for name, value in _index_row(sample, _add_sample(file, sample)).items():
                 columns[name].append(value)
+        end_tar(file)
     count = len(columns["key"])
     if not count:
         path.unlink()
@@ -153,17 +147,11 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> WrittenShard:
     return WrittenShard(file.sha256, file.size, count, columns)
 
 
-def _add_sample(tar: tarfile.TarFile, sample: Sample) -> dict[str, tuple[int, int]]:
+def _add_sample(file: HashingFile, sample: Sample) -> dict[str, tuple[int, int]]:
     """Payload offset and size of each field."""
     assert "." not in sample.key, f"key {sample.key!r}: readers cut keys at the first dot"
-    places = {}
-    for name, data in to_fields(sample).items():
-        member = tarfile.TarInfo(f"{sample.key}.{name}")
-        member.size, member.mode = len(data), 0o444
-        member.uname = member.gname = "emma"
-        places[name] = (tar.offset + tarfile.BLOCKSIZE, len(data))
-        tar.addfile(member, io.BytesIO(data))
-    return places
+    fields = to_fields(sample).items()
+    return {name: (add_member(file, f"{sample.key}.{name}", data), len(data)) for name, data in fields}
 
 
 def _index_row(sample: Sample, places: dict[str, tuple[int, int]]) -> dict[str, Any]:

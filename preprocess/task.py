@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def build_shard(task: ShardTask) -> Done:
         written = write_shard(task.tar, maker.samples(dialogues, task.range.first))
     sidecar = {
         "spec_sha256": task.spec_sha256,
-        **asdict(written),
+        **vars(written),
         "made_with": images.made_with(),
         "rejects": [rejected.to_json() for rejected in maker.rejects],
         "rejected_pictures": maker.rejected_pictures,

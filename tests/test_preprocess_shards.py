@@ -1,7 +1,9 @@
 """Shards are what the stock webdataset package reads, field for field, and files are whole or absent."""
 
 import hashlib
+import io
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +87,17 @@ def test_the_bytes_depend_on_the_samples_alone(tmp_path: Path, monkeypatch: pyte
     assert data == (tmp_path / "two.tar").read_bytes()
     assert one == two
     assert (one.sha256, one.bytes) == (hashlib.sha256(data).hexdigest(), len(data))
+
+
+def test_a_tar_is_what_tarfile_would_write(tmp_path: Path) -> None:
+    write_shard(tmp_path / "ours.tar", samples())
+    with tarfile.open(tmp_path / "theirs.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in samples():
+            for name, data in to_fields(sample).items():
+                member = tarfile.TarInfo(f"{sample.key}.{name}")
+                member.size, member.mode, member.uname, member.gname = len(data), 0o444, "emma", "emma"
+                tar.addfile(member, io.BytesIO(data))
+    assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
 
 
 def test_pixels_are_kept_as_the_encoding_promises() -> None:
