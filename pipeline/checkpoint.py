@@ -279,7 +279,9 @@ class Checkpoints:
         manifest, now = read_manifest(folder), self._shape()
         if all(manifest[key] == value for key, value in now.items()):
             return []
-        before, after = (f"{at['world_size']} ranks, ZeRO-{at['zero_stage']}" for at in (manifest, now))
+        before, after = (
+            f"{at['world_size']} rank{'s' * (at['world_size'] > 1)}, ZeRO-{at['zero_stage']}" for at in (manifest, now)
+        )
         return [f"it was saved by {before}; its pieces were dealt out anew to {after}"]
 
     def _refuse(self, folder: Path) -> None:

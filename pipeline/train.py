@@ -28,7 +28,7 @@ from model.emma import Emma
 from model.errors import UserError
 from model.vision import Towers
 from pipeline.agreement import together
-from pipeline.checkpoint import Checkpoints, Identity, Saved
+from pipeline.checkpoint import Checkpoints, Identity, Saved, list_steps
 from pipeline.control import Control
 from pipeline.data import GlobalBatch, TrainData, loader_died
 from pipeline.engine import build_engine, check_partition, init_distributed, learning_rate
@@ -36,7 +36,7 @@ from pipeline.heldout import HeldOut
 from pipeline.metrics import Metrics, append_event
 from pipeline.pauses import GarbageCollection, TowersClock
 from pipeline.preflight import preflight, within
-from pipeline.pretrained import empty_model, initial_model, make_towers, refuse_other_towers
+from pipeline.pretrained import RANDOM, empty_model, initial_model, make_towers, refuse_other_towers
 from pipeline.probe import Probe
 from pipeline.ranks import Ranks, find_ranks
 from pipeline.recipe import Recipe, load_recipe
@@ -169,13 +169,19 @@ def fit_memory(engine: Any, towers: Towers, recipe: Recipe, data: TrainData) -> 
 
 
 def build_model(run: Run, ranks: Ranks) -> tuple[Emma, Towers, dict[str, Any]]:
-    """The model that trains, the frozen towers, and what was loaded. Only the main rank reads the language model."""
+    """The model that trains, the frozen towers, and what was loaded.
+
+    Only the main rank reads the language model, and only if there is no checkpoint: all trained weights are in that,
+    and a run that has one never starts without.
+    """
     recipe = run.recipe
-    if ranks.is_main:
+    if ranks.is_main and not list_steps(run.folder / "checkpoints"):
         emma, towers, loaded = initial_model(recipe)
-        refuse_other_towers(run.weights_file, towers)
     else:
-        emma, towers, loaded = empty_model(recipe.config), make_towers(recipe), {}
+        emma, towers = empty_model(recipe.config), make_towers(recipe)
+        loaded = {"llm": "from a checkpoint", "towers": towers.loaded or RANDOM}
+    if ranks.is_main:
+        refuse_other_towers(run.weights_file, towers)
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     return emma, towers.to(ranks.device, dtype), loaded
 

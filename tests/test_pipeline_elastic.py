@@ -60,7 +60,7 @@ def test_masters_moments_groups_and_update_counts_survive_any_change_of_ranks_an
     assert_equal_states(third["states"][8], second["states"][8])
     assert set(third["states"][8]["updates"]) == {8.0}
     assert [group["weight_decay"] for group in third["states"][8]["groups"]] == [0.1, 0.0]
-    assert "saved by 2 ranks, ZeRO-3; its pieces were dealt out anew to 1 ranks, ZeRO-2" in second["notes"][-1]
+    assert "saved by 2 ranks, ZeRO-3; its pieces were dealt out anew to 1 rank, ZeRO-2" in second["notes"][-1]
 
 
 def test_the_losses_after_it_are_those_of_the_undisturbed_run(lives, undisturbed):
