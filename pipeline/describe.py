@@ -19,9 +19,9 @@ from typing import Any
 from model.errors import UserError
 from pipeline.cost import CHECKPOINT_BYTES, STATE_BYTES, count_parameters, flops_per_sample
 from pipeline.recipe import Recipe, load_recipe
+from pipeline.throughput import PEAK_FLOPS
 from preprocess.shards import Manifest
 
-A100_FLOPS = 312e12  # bf16, dense, from the data sheet
 PAPER_ROWS, PAPER_TEXT_ONLY = 1_230_800, 40_688
 TYPICAL_TEXT, TYPICAL_SUPERVISED = 295, 150  # where no shards say better
 GIB = 1 << 30
@@ -48,7 +48,7 @@ def describe(recipe: Recipe, ranks: int, mfu: float) -> dict[str, Any]:
         "zero3_states_gib_per_rank": state / ranks / GIB,
         "towers_gib_per_rank": 2 * parameters.vision / GIB,
         "checkpoint_gib": CHECKPOINT_BYTES * parameters.trainable / GIB,
-        "hours": data["steps"] * step_flops / (ranks * A100_FLOPS * mfu) / 3600,
+        "hours": data["steps"] * step_flops / (ranks * PEAK_FLOPS["A100"] * mfu) / 3600,
         "ranks": ranks,
         "mfu": mfu,
     }

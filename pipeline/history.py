@@ -118,7 +118,9 @@ def tell(lines: list[dict[str, Any]]) -> History:
                 here = line["step"]
             case event:
                 _note(history, event, line)
-        history.last_event = _ending(line)
+        # What a start says after it failed or lost a rank comes of that.
+        if line.get("event") in ("start", "resume") or not history.last_event:
+            history.last_event = _ending(line)
         history.last_time = line["time"]
     history.ledger.total = history.last_time - (lines[0].get("began") or lines[0]["time"])
     return history

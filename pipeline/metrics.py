@@ -13,7 +13,6 @@ from typing import Any, TextIO
 
 import torch
 
-from model.errors import first_line
 from pipeline.data import GlobalBatch, TrainData
 from pipeline.history import SLOW_RANK, hours
 from pipeline.ranks import Ranks
@@ -34,7 +33,6 @@ class Metrics:
         self.recipe, self.ranks, self.data = recipe, ranks, data
         self.folder = Path(recipe.run.dir)
         self.wandb: WandbRun | None = None
-        self.step = 0
 
     def __enter__(self) -> Metrics:
         if self.ranks.is_main:
@@ -46,8 +44,6 @@ class Metrics:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.ranks.is_main:
-            if isinstance(error, Exception):
-                self.event("failed", self.step, reason=f"{type(error).__name__}: {first_line(error)}")
             self.file.close()
             if self.wandb is not None:
                 self.wandb.finish(exit_code=0 if error is None else 1)
@@ -86,14 +82,13 @@ class Metrics:
         facts = {**sizes, "began": began, "resume_s": round(resume_s, 3), "notes": notes}
         self._write({"event": "resume" if step else "start", "step": step, "time": now, **facts})
         print(f"{'resumed' if step else 'started'} at step {step} of {self.data.total_steps}", flush=True)
-        self.step, self.first_step, self.paused_s = step, step, 0.0
+        self.first_step, self.paused_s = step, 0.0
         self.window.restart()
 
     def log(self, step: int, batch: GlobalBatch, report: StepReport, lr: float) -> None:
         """Note one step; every `log.every_steps` write a line. `step` counts the steps done, this one included."""
         if not self.ranks.is_main:
             return
-        self.step = step
         self.window.add(batch, report)
         if step % self.recipe.log.every_steps and step != self.data.total_steps:
             return
@@ -150,8 +145,8 @@ def _told(facts: dict[str, Any]) -> str:
     return "".join(f"  {key.rpartition('heldout/')[2]} {word}" for key, word in words.items() if len(word) <= LONG)
 
 
-def append_event(folder: Path, name: str, step: int, **facts: Any) -> None:
-    """Mark an event in a run folder's JSONL from outside of the main rank's loop, as its watchdog does."""
+def append_event(folder: Path, name: str, step: int | None, **facts: Any) -> None:
+    """Mark an event in a run folder's JSONL from outside of the main rank's loop; any rank may."""
     with _open_for_lines(folder / "metrics.jsonl") as file:
         file.write(_json_line({"event": name, "step": step, "time": time.time(), **facts}))
 

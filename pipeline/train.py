@@ -12,10 +12,12 @@ training failed in a way that trying again would not mend; 4 a rank was lost or 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from model.emma import Emma
-from model.errors import UserError
+from model.errors import UserError, first_line
 from model.vision import Towers
 from pipeline.agreement import together
 from pipeline.checkpoint import Checkpoints, Identity, Saved, list_steps
@@ -219,10 +221,10 @@ def main() -> None:
         fail(error, recipe, run, code=3)
     except LostDataError as error:
         fail(error, recipe, run, code=EXIT_LOST)
-    except RuntimeError as error:
-        if not (lost := loader_died(error, ranks)):
-            raise
-        fail(lost, recipe, run, code=EXIT_LOST)
+    except Exception as error:
+        if isinstance(error, RuntimeError) and (lost := loader_died(error, ranks)):
+            fail(lost, recipe, run, code=EXIT_LOST)
+        crash(error, run)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -230,6 +232,15 @@ def main() -> None:
 def say(ranks: Ranks, line: str) -> None:
     if ranks.is_main:
         print(line, flush=True)
+
+
+def crash(error: Exception, run: Run | None) -> NoReturn:
+    """What nobody foresaw: a traceback, and out at once, so that the other ranks hear of it."""
+    traceback.print_exception(error)
+    if run is not None and run.begun_at is not None:
+        with contextlib.suppress(OSError):
+            append_event(run.folder, "failed", None, reason=f"{type(error).__name__}: {first_line(error)}")
+    os._exit(1)
 
 
 def fail(error: Exception, recipe: Recipe | None, run: Run | None, code: int) -> NoReturn:
@@ -240,8 +251,11 @@ def fail(error: Exception, recipe: Recipe | None, run: Run | None, code: int) ->
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(MAIN_SPEAKS_S)
     print(f"error: {error}", file=sys.stderr, flush=True)
+    outcome = "lost" if code == EXIT_LOST else "failed"
     if run is not None:
-        run.end("lost" if code == EXIT_LOST else "failed", None, str(error))
+        run.end(outcome, None, str(error))
+        if run.begun_at is not None:
+            append_event(run.folder, outcome, None, reason=str(error))
     if code != EXIT_LOST and recipe is not None and (run is None or run.begun_at is None):
         Control(Path(recipe.run.dir)).refuse(str(error))
     # Other ranks may wait in a collective for this one: leave without the goodbyes that would wait for them.

@@ -36,6 +36,7 @@ LINES = [
     event("stopped", 5, 185),
     event("resume", 5, 207, began=200, total_steps=6, resume_s=3),
     event("lost", 5, 208, reason="rank 1 has ended"),
+    event("failed", None, 208, reason="RuntimeError: connection closed"),
     event("resume", 5, 210, began=208, total_steps=6),
     step_line(6, 215, 5),
     event("spike", 6, 215, key="loss/total", value=3.0, usual=1.0, z=9.5, samples=[1]),
