@@ -27,6 +27,7 @@ from model.errors import UserError
 from model.kernels import kernel_report
 from model.vision import tower_file
 from pipeline.agreement import together
+from pipeline.checkpoint import list_steps
 from pipeline.cost import CHECKPOINT_BYTES, STATE_BYTES, count_parameters
 from pipeline.data import check_fit, loading_bytes
 from pipeline.engine import compose_config
@@ -203,9 +204,11 @@ def hash_until(path: Path, until: float) -> str | None:
 
 
 def check_language_model(recipe: Recipe, ranks: Ranks) -> str:
-    """In its folder or in the hub's cache; only the main rank reads it."""
+    """In its folder or in the hub's cache; only the main rank reads it, and only if there is no checkpoint."""
     source = llm_source(recipe)
-    return f"language model {source}: {language_model(recipe, source, cached=True)}" if source else ""
+    if source is None or list_steps(Path(recipe.run.dir) / "checkpoints"):
+        return ""
+    return f"language model {source}: {language_model(recipe, source, cached=True)}"
 
 
 def check_towers(recipe: Recipe, ranks: Ranks) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from model.errors import UserError
 from pipeline import preflight
+from pipeline.checkpoint import MANIFEST
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe, load_recipe
 from tests.conftest import finish, run_python, torchrun
@@ -105,6 +106,13 @@ def test_weights_of_the_hub_are_looked_for_in_its_cache_and_never_downloaded(
     rows = hub.config.llm.vocab_size
     torch.save({"backbone.embedding.weight": torch.zeros(rows, 2)}, folder / "pytorch_model.bin")
     assert preflight.check_language_model(hub, ALONE).startswith("language model someone/mamba: ")
+
+
+def test_a_run_with_a_checkpoint_needs_no_pretrained_language_model(recipe_file, shards, tmp_path):
+    (tmp_path / "checkpoints/step-00000004").mkdir(parents=True)
+    (tmp_path / "checkpoints/step-00000004" / MANIFEST).touch()
+    resuming = recipe(recipe_file, shards, "weights.llm=/no/llm", f"run.dir={tmp_path}")
+    assert preflight.check_language_model(resuming, ALONE) == ""
 
 
 def test_too_little_shared_memory_for_loading_is_told_with_the_remedy(recipe_file, shards):

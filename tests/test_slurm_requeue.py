@@ -54,7 +54,8 @@ if end == "environment":
 if rank == 0:
     (run / "outcome.json").unlink(missing_ok=True)
 (run / f"running-{rank}").touch()
-while int(os.environ.get("SLURM_RESTART_COUNT", 0)) < int(told.get("restarts", 99)):
+until = time.monotonic() + 300  # should the cluster be gone
+while time.monotonic() < until and int(os.environ.get("SLURM_RESTART_COUNT", 0)) < int(told.get("restarts", 99)):
     time.sleep(0.1)
     step += "stuck" not in told
     if "stuck" not in told and end in ("killed", "lost"):
