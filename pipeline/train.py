@@ -68,12 +68,12 @@ def train(run: Run, ranks: Ranks) -> int:
         [(emma, towers, weights)] = together(ranks, lambda: build_model(run, ranks))
         engine = build_engine(emma, recipe, ranks)
         check_partition(engine)
-        fitted = fit_memory(engine, towers, recipe, data)
         probe = Probe(engine, towers, recipe, ranks, data)
         checkpoints = Checkpoints(recipe, ranks, _identity(recipe, data), engine, probe)
         begun = time.monotonic()
         step, report = checkpoints.resume()
         resume_s = time.monotonic() - begun
+        fitted = fit_memory(engine, towers, recipe, data)
         run.begin(step, weights)
         with Metrics(recipe, ranks, data) as metrics:
             metrics.started(step, BEGAN, resume_s, [*fitted, *report])
@@ -164,7 +164,10 @@ class Loop:
 
 
 def fit_memory(engine: Any, towers: Towers, recipe: Recipe, data: TrainData) -> list[str]:
-    """Recompute as little as the recipe's memory budget allows, if it has one; what was decided."""
+    """Recompute as little as the recipe's memory budget allows, if it has one; what was decided.
+
+    Not before the weights are there: measuring with what happens to be in memory could leave a NaN behind.
+    """
     if recipe.engine.memory_gib is None:
         return []
     return [keep_what_fits(engine, towers, recipe, data.heaviest(), recipe.engine.memory_gib)]
