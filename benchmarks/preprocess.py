@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ PX = CONFIG.vision.image_px
 RAY_DATA_NEEDS = "pandas"
 ROUNDS = 3
 PARTS = ("read", "decode", "resize", "encode", "tokenise", "hash", "write")
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 Rows = list[dict[str, Any]]
 
@@ -76,6 +78,19 @@ def ours_on_ray(root: Path, out: Path, workers: int, rows_per_shard: int) -> flo
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     ended = sorted(path.stat().st_mtime for path in out.glob("shard-*.json"))
     return (len(ended) - workers) * rows_per_shard / (ended[-1] - ended[workers - 1])
+
+
+def ours_in_processes(root: Path, out: Path, processes: int, rows_per_shard: int) -> float:
+    """Samples per second of so many builds at once, from the first shard of each to the last: without Ray."""
+    folders = [out / str(number) for number in range(processes)]
+    words = [sys.executable, "-m", "preprocess.build_shards"]
+    started = [
+        subprocess.Popen([*words, *command(root, folder, 0, rows_per_shard)], stdout=subprocess.DEVNULL, env=ONE_THREAD)
+        for folder in folders
+    ]
+    assert not any(process.wait() for process in started)
+    ended = [sorted(path.stat().st_mtime for path in folder.glob("shard-*.json")) for folder in folders]
+    return sum((len(times) - 1) * rows_per_shard / (times[-1] - times[0]) for times in ended)
 
 
 # -- The others ------------------------------------------------------------------------------------------------------
@@ -177,7 +192,7 @@ print(len(pictures) / best)
 def img2dataset(python: Path, root: Path) -> float:
     """Pictures per CPU second of img2dataset's resizer alone. It cannot squash: it crops."""
     words = [str(python), "-c", IMG2DATASET, str(root / "pictures"), str(PX)]
-    environment = os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1", "OMP_NUM_THREADS": "1"}
+    environment = ONE_THREAD | {"NO_ALBUMENTATIONS_UPDATE": "1"}
     done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return float(done.stdout.split()[-1])
 
@@ -230,6 +245,7 @@ def measure(
     rows_per_picture: int,
     workers: list[int],
     rounds: int = ROUNDS,
+    processes: Sequence[int] = (),
     img2dataset_python: Path | None = None,
 ) -> dict[str, Any]:
     root = scratch / "root"
@@ -253,6 +269,9 @@ def measure(
         "times_script": cpu["script"] / cpu["ours"],
         "of_limit": limit / cpu["ours"],
         "levels_off": levels_off(root),
+        "samples_per_s_in_processes": {
+            n: ours_in_processes(root, scratch / f"processes-{n}", n, shard) for n in processes
+        },
         "samples_per_s_on_ray": {n: ours_on_ray(root, scratch / f"ray-{n}", n, shard) for n in workers},
     }
     if img2dataset_python:
@@ -270,6 +289,10 @@ def table(results: Mapping[str, Any]) -> str:
         "| | samples/s/core |",
         "|---|---|",
         f"| ours, in one process | {rates['ours']:.0f} |",
+        *(
+            f"| ours, {n} process{'es'[: 2 * (n > 1)]} at once (each) | {rate / int(n):.0f} |"
+            for n, rate in results["samples_per_s_in_processes"].items()
+        ),
         *(f"| ours, Ray, {n} worker{'s'[: n > 1]} (each) | {rate / int(n):.0f} |" for n, rate in ray.items()),
         f"| script: PIL, transformers, webdataset.ShardWriter | {rates['script']:.0f} |",
     ]
@@ -295,6 +318,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--rows-per-picture", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="with Ray; none: without")
+    parser.add_argument("--processes", type=int, nargs="*", default=[], help="so many builds at once, without Ray")
     parser.add_argument("--img2dataset", type=Path, metavar="PYTHON", help="of an environment that has img2dataset")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--ray-data-only", nargs=3, help=argparse.SUPPRESS)

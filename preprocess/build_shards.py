@@ -8,22 +8,16 @@ rejects.jsonl. The same command, run again, builds only what is missing or diffe
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
-import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import ray
-from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
-from ray.util.metrics import Gauge
-
-from model.errors import UserError, first_line
+from model.errors import UserError
 from preprocess.finalise import Facts, finalise
 from preprocess.folder import (
     DIALOGUES,
@@ -41,13 +35,12 @@ from preprocess.progress import LOG_EVERY_S, Progress
 from preprocess.request import Build, check
 from preprocess.shards import MANIFEST, REJECTS, TOKENIZER, WORK, Manifest, canonical_json, publish, published
 from preprocess.survey import Survey
-from preprocess.task import Done, ShardTask, build_shard, last_crumb
+from preprocess.task import ShardTask, build_shard
 from preprocess.worklist import Worklist, make_worklist, refuse_hopeless_work, row_count_notes
 
 BUILDER = 2  # raise it when the same input must give other bytes: every shard is then built again
 PAPER_MIX = Path("preprocess/mixes/emma_1m2.toml")
 SAMPLES_PER_SHARD = 4096
-RETRIES = 3  # of a shard whose process died, or could not read or write
 EXIT_USER_ERROR, EXIT_TOO_MANY_REJECTS, EXIT_INTERRUPTED = 2, 3, 130
 
 EXAMPLES = """examples:
@@ -156,7 +149,7 @@ def _build_set(build: Build, tasks: Sequence[ShardTask], missing: Sequence[Shard
     publish(build.out / TOKENIZER, build.tokenizer.data)
     total, to_do = (sum(task.range.count for task in some) for some in (tasks, missing))
     progress = Progress(build.out, total, reused=total - to_do)
-    build_here(missing, progress) if build.workers == 0 else build_on_ray(missing, build.workers, progress)
+    _build_missing(missing, build.workers, progress)
 
     def check_rejects(rejects: Counter[str]) -> None:
         _print_rejects(build.out / REJECTS)
@@ -200,6 +193,15 @@ def _facts(build: Build, work: Worklist, tasks: Sequence[ShardTask]) -> Facts:
     return Facts(build.config.name, build.settings, build.tokenizer, work.rows, work.rejects, spec_sha256)
 
 
+def _build_missing(tasks: Sequence[ShardTask], workers: int | None, progress: Progress) -> None:
+    if workers == 0:
+        build_here(tasks, progress)
+    elif tasks:
+        from preprocess.on_ray import build_on_ray  # here: a build in this process does without Ray
+
+        build_on_ray(tasks, workers, progress)
+
+
 def build_here(tasks: Sequence[ShardTask], progress: Progress) -> None:
     progress.tick()
     for task in tasks:
@@ -207,66 +209,6 @@ def build_here(tasks: Sequence[ShardTask], progress: Progress) -> None:
         progress.add(finished.dialogues, finished.rejects)
         progress.tick()
     progress.tick("finalising", last=True)
-
-
-def build_on_ray(tasks: Sequence[ShardTask], workers: int | None, progress: Progress) -> None:
-    """At most two tasks per CPU are in flight. Ray retries what failed to read or write, and what died."""
-    if not tasks:
-        return
-    with _cluster(workers):
-        most = workers or 2 * int(ray.cluster_resources().get("CPU", 1))
-        remote = ray.remote(build_shard).options(max_retries=RETRIES, retry_exceptions=[OSError])
-        gauges = {name: Gauge(f"emma_{name}", f"build_shards: {name}") for name in progress.numbers()}
-        waiting = list(reversed(tasks))
-        flying: dict[ray.ObjectRef, ShardTask] = {}
-        progress.tick()
-        while waiting or flying:
-            while waiting and len(flying) < most:
-                task = waiting.pop()
-                flying[remote.remote(task)] = task
-            for landed in ray.wait(list(flying), timeout=1.0)[0]:
-                finished = _result(landed, flying.pop(landed))
-                progress.add(finished.dialogues, finished.rejects)
-            progress.tick()
-            for name, value in progress.numbers().items():
-                gauges[name].set(value)
-        progress.tick("finalising", last=True)
-
-
-def _result(landed: ray.ObjectRef, task: ShardTask) -> Done:
-    try:
-        return ray.get(landed)
-    except (WorkerCrashedError, OutOfMemoryError) as error:
-        raise UserError(
-            f"{task.name}: its process died {RETRIES + 1} times, the last time at {last_crumb(task)} "
-            f"({first_line(error)}); if a picture is to blame, remove it; what is finished is kept"
-        ) from None
-
-
-@contextlib.contextmanager
-def _cluster(workers: int | None) -> Iterator[None]:
-    """The cluster that we are in, or one of our own that ends with us."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    if address.startswith("http"):
-        raise UserError(
-            f"RAY_ADDRESS {address} is a job server: use `ray job submit`, or unset it to run on this machine"
-        )
-    try:
-        if address:
-            ray.init(logging_level="warning")
-        else:
-            ray.init(address="local", num_cpus=workers, include_dashboard=False, logging_level="warning")
-        yield
-    except ConnectionError as error:
-        raise UserError(f"no Ray cluster answers at RAY_ADDRESS {address}: {error}") from None
-    except RayTaskError:
-        raise
-    except RayError as error:
-        raise UserError(
-            f"Ray gave up ({first_line(error)}); what is finished is kept: run the same command again"
-        ) from None
-    finally:
-        ray.shutdown()
 
 
 # -- What is said ----------------------------------------------------------------------------------------------------

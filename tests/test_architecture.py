@@ -19,7 +19,7 @@ DOORS = {
     "causal_conv1d": {"model/kernels.py"},
     "timm": {"model/vision.py"},
     "transformers": {"model/transformers_layout.py"},
-    "ray": {"preprocess/build_shards.py"},
+    "ray": {"preprocess/on_ray.py"},
     "webdataset": {"preprocess/shards.py"},
     "simplejpeg": {"preprocess/images.py"},
     "fsspec": {"preprocess/places.py"},

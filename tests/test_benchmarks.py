@@ -17,7 +17,7 @@ from preprocess.shards import Manifest, read_fields
 
 
 def test_the_builder_and_the_everyday_script_do_the_same_work(tmp_path: Path) -> None:
-    results = measure(tmp_path, pictures=4, rows_per_picture=2, workers=[], rounds=1)
+    results = measure(tmp_path, pictures=4, rows_per_picture=2, workers=[], rounds=1, processes=[2])
     assert results["rows"] == 8
     assert results["levels_off"][0] > 0.99
     assert max(results["levels_off"]) <= 2
@@ -25,6 +25,7 @@ def test_the_builder_and_the_everyday_script_do_the_same_work(tmp_path: Path) ->
     theirs = [fields["jpg"] for _, fields in read_fields(tmp_path / "script-0/00000.tar")]
     assert len(theirs) == 8
     assert "| ours, in one process |" in table(results)
+    assert "| ours, 2 processes at once (each) |" in table(results)
 
 
 def test_the_full_size_mix_is_laid_out_as_the_papers_mix_expects(tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""The tasks of a build on Ray: on the cluster that we are in, or on one of our own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+
+import ray
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
+from ray.util.metrics import Gauge
+
+from model.errors import UserError, first_line
+from preprocess.progress import Progress
+from preprocess.task import Done, ShardTask, build_shard, last_crumb
+
+RETRIES = 3  # of a shard whose process died, or could not read or write
+
+
+def build_on_ray(tasks: Sequence[ShardTask], workers: int | None, progress: Progress) -> None:
+    """At most two tasks per CPU are in flight. Ray retries what failed to read or write, and what died."""
+    with _cluster(workers):
+        most = workers or 2 * int(ray.cluster_resources().get("CPU", 1))
+        remote = ray.remote(build_shard).options(max_retries=RETRIES, retry_exceptions=[OSError])
+        gauges = {name: Gauge(f"emma_{name}", f"build_shards: {name}") for name in progress.numbers()}
+        waiting = list(reversed(tasks))
+        flying: dict[ray.ObjectRef, ShardTask] = {}
+        progress.tick()
+        while waiting or flying:
+            while waiting and len(flying) < most:
+                task = waiting.pop()
+                flying[remote.remote(task)] = task
+            for landed in ray.wait(list(flying), timeout=1.0)[0]:
+                finished = _result(landed, flying.pop(landed))
+                progress.add(finished.dialogues, finished.rejects)
+            progress.tick()
+            for name, value in progress.numbers().items():
+                gauges[name].set(value)
+        progress.tick("finalising", last=True)
+
+
+def _result(landed: ray.ObjectRef, task: ShardTask) -> Done:
+    try:
+        return ray.get(landed)
+    except (WorkerCrashedError, OutOfMemoryError) as error:
+        raise UserError(
+            f"{task.name}: its process died {RETRIES + 1} times, the last time at {last_crumb(task)} "
+            f"({first_line(error)}); if a picture is to blame, remove it; what is finished is kept"
+        ) from None
+
+
+@contextlib.contextmanager
+def _cluster(workers: int | None) -> Iterator[None]:
+    """The cluster that we are in, or one of our own that ends with us."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith("http"):
+        raise UserError(
+            f"RAY_ADDRESS {address} is a job server: use `ray job submit`, or unset it to run on this machine"
+        )
+    try:
+        if address:
+            ray.init(logging_level="warning")
+        else:
+            ray.init(address="local", num_cpus=workers, include_dashboard=False, logging_level="warning")
+        yield
+    except ConnectionError as error:
+        raise UserError(f"no Ray cluster answers at RAY_ADDRESS {address}: {error}") from None
+    except RayTaskError:
+        raise
+    except RayError as error:
+        raise UserError(
+            f"Ray gave up ({first_line(error)}); what is finished is kept: run the same command again"
+        ) from None
+    finally:
+        ray.shutdown()
