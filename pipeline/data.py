@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import re
 import signal
 import socket
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,8 @@ from preprocess.shards import Manifest
 IGNORED = -100  # the target of a position that is not supervised
 PAD_ID = 1
 PREFETCHED = 4  # micro-batches that each loading process keeps ready
-LOADER_DIED = "DataLoader worker"  # so begins the message of torch's RuntimeError
+HANGS_UP_S = 5.0  # at most, from a lost connection to the end of the process that it led to
+LOADER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) ([^.]+)")  # torch's RuntimeError
 
 
 @dataclass(frozen=True)
@@ -152,10 +155,19 @@ class TrainData:
             for step in range(first, self.total_steps):
                 asked = time.monotonic()
                 with patience.during(what):
-                    micro_batches = [_unless_lost(next(loader)) for _ in range(dataset.per_step)]
+                    micro_batches = [_unless_lost(self._next(loader)) for _ in range(dataset.per_step)]
                 yield self._describe(step, micro_batches, time.monotonic() - asked)
         finally:
             del loader  # ends its processes, also when an error goes on its way up
+
+    def _next(self, loader: Any) -> Any:
+        """Raises: LostDataError if a loading process ends while it hands its tensors over."""
+        try:
+            return next(loader)
+        except (OSError, EOFError) as error:
+            processes = {process.sentinel: process.pid for process in loader._workers}
+            ended = ", ".join(str(processes[sentinel]) for sentinel in wait(list(processes), timeout=HANGS_UP_S))
+            raise lost_loader(self.ranks, ended, f"ended ({error})") from error
 
     def _loader(self, dataset: MicroBatches, first: int) -> DataLoader:
         workers = self.recipe.data.workers
@@ -219,12 +231,13 @@ def _waiting(rank: int, loader: weakref.ref[Any]) -> str:
 
 def loader_died(error: RuntimeError, ranks: Ranks) -> LostDataError | None:
     """What torch raises, wherever the training is, when a loading process ends; None for any other error."""
-    text = str(error)
-    if not text.startswith(LOADER_DIED):
-        return None
-    return LostDataError(
-        f"rank {ranks.rank} on {socket.gethostname()}: {text.split('. ')[0]}; if memory ran out, lower data.workers"
-    )
+    told = LOADER_DIED.match(str(error))
+    return lost_loader(ranks, *told.groups()) if told else None
+
+
+def lost_loader(ranks: Ranks, pid: str, how: str) -> LostDataError:
+    where = f"rank {ranks.rank} on {socket.gethostname()}"
+    return LostDataError(f"{where}: loading process {pid} {how}; if memory ran out, lower data.workers")
 
 
 def loading_bytes(recipe: Recipe) -> int:

@@ -19,8 +19,9 @@ def say(line: str) -> None:
 class Patience:
     """A thread that looks at what this process is waiting for, and says so once it has taken `limit_s`."""
 
-    def __init__(self, say: Callable[[str], None] = say, limit_s: float = SLOW_S):
-        self.say, self.limit_s = say, limit_s
+    def __init__(self, tell: Callable[[str], None] | None = None, limit_s: float | None = None):
+        self.tell = say if tell is None else tell
+        self.limit_s = SLOW_S if limit_s is None else limit_s
         self.waiting: tuple[Callable[[], str], float] | None = None
         self.thread: threading.Thread | None = None
 
@@ -39,7 +40,7 @@ class Patience:
             seconds = time.monotonic() - begun
             if seconds > self.limit_s:
                 slow.append(seconds)
-                self.say(f"{what()} took {seconds:.0f} s")
+                self.tell(f"{what()} took {seconds:.0f} s")
 
     def _watch(self) -> None:
         told = None
@@ -48,4 +49,4 @@ class Patience:
             waiting = self.waiting
             if waiting and waiting is not told and time.monotonic() - waiting[1] > self.limit_s:
                 told = waiting
-                self.say(f"{waiting[0]()} takes longer than {self.limit_s:g} s; still waiting")
+                self.tell(f"{waiting[0]()} takes longer than {self.limit_s:g} s; still waiting")

@@ -248,6 +248,7 @@ def crash(error: Exception, run: Run | None) -> NoReturn:
 
 def fail(error: Exception, recipe: Recipe | None, run: Run | None, code: int) -> NoReturn:
     """One line on the console, a word that says whether to try again, and an exit code. Never a traceback."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in here if a loading process ended
     is_main = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
     if not (is_main or isinstance(error, (DamagedShardError, LostDataError))):
         # The main rank met it too and speaks; the launcher ends us all as soon as one ends, so let that one be first.

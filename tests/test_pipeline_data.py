@@ -1,12 +1,12 @@
 """What the loader hands to the model is what the shards hold: every sample once an epoch, everything in place."""
 
 import os
+import re
 import shutil
 import socket
 from collections import Counter
 
 import numpy as np
-import psutil
 import pytest
 import torch
 import webdataset
@@ -17,6 +17,7 @@ from pipeline.ranks import Ranks
 from pipeline.recipe import load_recipe
 from pipeline.shard_reader import DamagedShardError, ShardReader
 from preprocess.images import stored_pixels
+from tests.conftest import run_python
 
 
 def train_data(recipe_file, shards, world_size=1, rank=0, *overrides):
@@ -149,13 +150,44 @@ def test_a_loading_process_hands_the_error_over(recipe_file, shards, tmp_path):
         list(train_data(recipe_file, damaged, 1, 0, "data.workers=1").from_step(0))
 
 
-def test_a_loading_process_that_is_killed_ends_the_epoch_and_is_named(recipe_file, shards):
-    data = train_data(recipe_file, shards, 1, 0, "data.workers=1")
-    with pytest.raises(RuntimeError) as error:
-        for _ in data.from_step(0):
-            [loading] = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
-            loading.kill()
-            loading.wait()
-    told = str(loader_died(error.value, data.ranks))
-    assert f"rank 0 on {socket.gethostname()}: DataLoader worker (pid {loading.pid}) is killed by signal" in told
-    assert loader_died(RuntimeError("any other"), data.ranks) is None
+# Stops the loading process, kills it once that was told, and tells how the epoch ended; then it waits for more to come.
+ACCIDENTS = """
+import psutil, signal, sys, time, torch
+from pipeline import patience
+from pipeline.data import TrainData, loader_died
+from pipeline.ranks import Ranks
+from pipeline.recipe import load_recipe
+
+def tell(line):
+    if "(stopped)" in line:
+        print(line)
+        loading.kill()
+
+patience.SLOW_S, patience.say = 0.5, tell
+data = TrainData(load_recipe(sys.argv[1], sys.argv[2:]), Ranks(0, 0, 1, torch.device("cpu")))
+batches = data.from_step(0)
+next(batches)
+[loading] = [child for child in psutil.Process().children() if "--multiprocessing-fork" in child.cmdline()]
+loading.suspend()
+print(loading.pid)
+try:
+    list(batches)
+except RuntimeError as error:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    print(loader_died(error, data.ranks) or error)
+"""
+
+
+def test_a_loading_process_that_hangs_and_one_that_is_killed_are_named(recipe_file, shards):
+    overrides = (f"data.shards={shards}", "run.dir=none", "data.workers=1")
+    done = run_python("-c", ACCIDENTS, recipe_file, *overrides)
+    assert done.returncode == 0, done.stderr
+    pid, hangs, killed = done.stdout.splitlines()
+    where = f"rank 0 on {socket.gethostname()}"
+    assert hangs.startswith(f"{where}: waiting for data from loading process {pid} (stopped) takes longer than")
+    # What torch raises depends on what the loop was doing.
+    assert re.match(rf"{where}: loading process {pid} (ended|exited|is killed by signal)", killed)
+
+
+def test_another_error_is_not_a_loading_process_that_died():
+    assert loader_died(RuntimeError("any other"), Ranks(0, 0, 1, torch.device("cpu"))) is None

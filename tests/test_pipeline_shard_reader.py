@@ -46,14 +46,18 @@ def test_a_shard_whose_content_changes_under_our_feet_stops_the_reader(copy, cha
     assert f"preprocess.shardset verify {copy}" in str(error.value)
 
 
-@pytest.mark.parametrize("change", [Path.touch, lambda shard: shutil.copy(shard, shard.with_name("n")).replace(shard)])
+def replace_by_a_copy(shard: Path) -> None:
+    Path(shutil.copy(shard, shard.with_name("new"))).replace(shard)
+
+
+@pytest.mark.parametrize("change", [Path.touch, replace_by_a_copy])
 def test_the_same_bytes_under_another_time_or_inode_are_the_same_shard(copy, change):
     reader, shard = ShardReader(copy), copy / "shard-00000.tar"
     before, _ = reader.read(ROW)
     change(shard)
     after, _ = reader.read(ROW)
     assert after.id == before.id
-    assert reader.stamps[0][1] == shard.stat().st_mtime_ns
+    assert reader.stamps[0] == ShardReader(copy).stamps[0]
 
 
 def test_a_shard_that_vanishes_is_named_with_the_remedy(copy):
@@ -90,7 +94,7 @@ def test_a_read_that_takes_long_is_named_while_it_lasts_and_afterwards(copy):
 
 def test_a_slow_read_is_kept_with_its_shard_and_its_key(copy):
     reader = ShardReader(copy)
-    reader.patience = Patience(limit_s=0.0, say=lambda line: None)
+    reader.patience = Patience(lambda line: None, limit_s=0.0)
     reader.read(ROW)
     [(shard, key, seconds)] = reader.slow
     assert (shard, key) == (str(copy / "shard-00000.tar"), "000000003")

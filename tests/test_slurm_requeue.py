@@ -302,8 +302,8 @@ def test_what_trying_again_would_not_mend_is_not_tried_again(training):
 
 @side_by_side
 def test_every_rank_of_one_and_of_two_nodes_is_told_who_it_is(training):
-    names = ("PROCID", "LOCALID", "NODEID", "NTASKS")
-    names = [*(f"SLURM_{name}" for name in names), "MASTER_ADDR", "SRUN_CPUS_PER_TASK", "OMP_NUM_THREADS"]
+    of_slurm = ("PROCID", "LOCALID", "NODEID", "NTASKS")
+    names = [*(f"SLURM_{name}" for name in of_slurm), "MASTER_ADDR", "SRUN_CPUS_PER_TASK", "OMP_NUM_THREADS"]
     words = ["end=environment", "restarts=0", f"names={','.join(names)}", "--ntasks-per-node=8", "--cpus-per-task=8"]
     for nodes in (1, 2):
         training.run = training.run.with_name(f"run-{nodes}")
