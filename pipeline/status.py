@@ -47,11 +47,11 @@ def _lately(history: History) -> list[str]:
     if not last:
         return []
     facts = [f"{last['speed/samples_per_s']:.1f} samples/s", f"{last['speed/tokens_per_s']:.0f} tok/s"]
-    if last["speed/mfu"] is not None:
+    if last.get("speed/mfu") is not None:  # a run of an earlier version has less to tell
         facts.append(f"MFU {last['speed/mfu']:.1%}")
     facts += [f"padding {last['data/padding_ratio']:.1%}", f"step {last['time/step_s']:.2f} s"]
     facts.append(f"{last['time/data_wait_s']:.3f} s of it waiting for data")
-    if (last["ranks/slowest_ratio"] or 1.0) >= SLOW_RANK:
+    if (last.get("ranks/slowest_ratio") or 1.0) >= SLOW_RANK:
         facts.append(f"rank {last['ranks/slowest']} takes {last['ranks/slowest_ratio']:.2f} times as long as others")
     return ["lately " + ", ".join(facts)]
 

@@ -13,6 +13,8 @@ from pipeline.recipe import load_recipe
 from pipeline.spikes import LEAST, RECENT, WINDOW, Spikes
 from pipeline.step import StepReport, row_losses
 
+FIRST = RECENT + LEAST  # the first step that may be a spike
+
 
 def report(total, grad_norm=1.0):
     return StepReport(total, None, total, grad_norm, False, False, False, np.zeros(1), [])
@@ -45,9 +47,16 @@ def test_a_spike_is_told_with_its_value_and_what_is_usual():
 
 
 def test_one_spike_does_not_hide_the_next():
-    losses = [1.0] * WINDOW
-    losses[60::10] = [4.0] * len(losses[60::10])
-    assert list(found(losses)) == list(range(60, WINDOW, 10))
+    losses = [1.0] * 3 * WINDOW
+    losses[FIRST::40] = [4.0] * len(losses[FIRST::40])
+    assert list(found(losses)) == list(range(FIRST, 3 * WINDOW, 40))
+
+
+def test_a_kind_of_batch_that_is_rare_but_returns_is_no_spike():
+    losses = [1.0] * 3 * WINDOW
+    losses[5::12] = [2.0] * len(losses[5::12])
+    assert found(losses) == {}
+    assert found([*losses, 30.0]) == {len(losses): ["loss/total"]}
 
 
 def test_a_new_level_is_soon_usual():
@@ -57,15 +66,15 @@ def test_a_new_level_is_soon_usual():
 
 
 def test_neither_the_first_steps_nor_a_quiet_window_make_a_spike_of_little():
-    assert found([5.0] + [1.0] * (LEAST - 1) + [1.2] * 3) == {}
-    assert found([1.0] * (LEAST - 1) + [9.0]) == {}
-    assert found([1.0] * LEAST + [9.0]) == {LEAST: ["loss/total"]}
+    assert found([5.0] + [1.0] * FIRST + [1.2] * 3) == {}
+    assert found([1.0] * (FIRST - 1) + [9.0]) == {}
+    assert found([1.0] * FIRST + [9.0]) == {FIRST: ["loss/total"]}
 
 
 def test_a_gradient_that_explodes_is_told_and_one_that_is_not_finite_is_another_story():
-    norms = [1.0] * LEAST
-    assert found([1.0] * (LEAST + 1), [*norms, 30.0]) == {LEAST: ["optim/grad_norm"]}
-    assert found([1.0] * (LEAST + 1), [*norms, math.inf]) == {}
+    norms = [1.0] * FIRST
+    assert found([1.0] * (FIRST + 1), [*norms, 30.0]) == {FIRST: ["optim/grad_norm"]}
+    assert found([1.0] * (FIRST + 1), [*norms, math.inf]) == {}
 
 
 def test_steps_with_pictures_and_steps_without_are_not_compared():
@@ -91,7 +100,7 @@ def test_a_poisoned_batch_in_a_real_training_stands_out(recipe_file, shards, tmp
         return {spike.key for spike in spikes.look(report(loss.item(), norm.item()), False)}
 
     [part] = batch.micro_batches
-    assert not any(step() for _ in range(2 * LEAST))
+    assert not any(step() for _ in range(FIRST + 8))
     noise = torch.randint(2, 200, part.targets.shape, generator=torch.Generator().manual_seed(0))
     part.targets[:] = torch.where(part.targets >= 0, noise, part.targets)
     assert "loss/total" in step()
