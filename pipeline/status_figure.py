@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 from typing import Any
 
 from model.errors import UserError
 from pipeline.history import History, hours
 
 LABELLED = 8  # restarts, the last ones; more would stand on each other
-SMOOTHED = 50  # points of the curve at most that a smoothed one averages
+SMOOTHED = 50  # points of the curve at most that a point of the smoothed one is made of
 COLOURS = {
     "training": "#2f7d4f",
     "waiting_for_data": "#e0a030",
@@ -80,9 +80,9 @@ def _points(losses: dict[int, tuple[float, float | None]], place: int) -> tuple[
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """A running mean around each point, over a twentieth of all points."""
+    """A running median around each point, over a twentieth of all points: rare kinds of batches do not move it."""
     reach = min(SMOOTHED, len(values) // 20) // 2
-    return [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+    return [median(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
 
 
 def _mark_restarts(panels: list[Any], history: History) -> None:
