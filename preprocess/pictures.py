@@ -35,7 +35,7 @@ class PictureStore:
 
     def read(self, path: str) -> bytes:
         """Raises: Rejected if the picture is not there or may not be read; OSError if reading failed."""
-        if archive := self.archive_of(str(PurePosixPath(path).parent)):
+        if archive := self.archive_of(path.rpartition("/")[0] or "."):
             return archive.read(path)
         for spelling in _spellings(path):
             try:
@@ -50,7 +50,7 @@ class PictureStore:
 
     def stamp(self, path: str) -> int | None:
         """The size of the picture, or of the archive that should hold it: changes when it comes or is mended."""
-        archive = self.archive_of(str(PurePosixPath(path).parent))
+        archive = self.archive_of(path.rpartition("/")[0] or ".")
         for file in [archive.path] if archive else [self.root / spelling for spelling in _spellings(path)]:
             with contextlib.suppress(OSError, ValueError):
                 return size_of(file)
@@ -58,7 +58,7 @@ class PictureStore:
 
     def size(self, path: str) -> int | None:
         """Of the picture alone, also where it is the member of an archive; None if it is not there."""
-        if archive := self.archive_of(str(PurePosixPath(path).parent)):
+        if archive := self.archive_of(path.rpartition("/")[0] or "."):
             return archive.size(path)
         return self.stamp(path)
 

@@ -89,6 +89,13 @@ def test_the_bytes_depend_on_the_samples_alone(tmp_path: Path, monkeypatch: pyte
     assert (one.sha256, one.bytes) == (hashlib.sha256(data).hexdigest(), len(data))
 
 
+def test_tokens_are_kept_as_numpy_keeps_them() -> None:
+    for sample in samples():
+        buffer = io.BytesIO()
+        np.save(buffer, sample.tokens)
+        assert to_fields(sample)["tokens.npy"] == buffer.getvalue()
+
+
 def test_a_tar_is_what_tarfile_would_write(tmp_path: Path) -> None:
     write_shard(tmp_path / "ours.tar", samples())
     with tarfile.open(tmp_path / "theirs.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
