@@ -172,6 +172,8 @@ case $outcome in
   stopped)
     echo "stopped at step $step_now"
     if [[ $warned ]]; then
+      ((step_now > step_then)) ||
+        fail "$run: not one step from the start to the signal; give the job more --time than --signal takes"
       go_on 'warned of the time limit' "$step_then" "$step_now"
     elif preempted; then
       go_on 'preempted' "$step_then" "$step_now"

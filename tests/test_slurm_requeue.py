@@ -183,6 +183,14 @@ def test_a_warning_that_comes_before_training_begins_ends_the_job_with_one_line(
 
 
 @side_by_side
+def test_a_warning_before_the_first_step_is_done_ends_the_job_with_one_line(training):
+    job = training.submit_and_wait_until_running("stuck=yes")
+    training.slurm.signal(job, "USR1")
+    log = training.assert_end(job, "FAILED", restarts=0)
+    assert "not one step from the start to the signal; give the job more --time" in log
+
+
+@side_by_side
 def test_scancel_signal_requeues_a_job_but_no_more_often_than_allowed(training):
     job = training.submit(MAX_REQUEUES="1")
     for _ in range(2):
@@ -235,12 +243,15 @@ def test_a_preempted_job_without_grace_time_is_requeued_by_slurm(training):
 
 
 @side_by_side
-def test_a_preempted_job_with_grace_time_ends_in_time_and_so_requeues_itself(training):
-    job = training.submit_and_wait_until_running("restarts=1", "--partition=graceful", node=STORMY[1])
+def test_a_preempted_job_with_grace_time_ends_in_time_and_so_requeues_itself_but_not_after_a_stop_by_hand(training):
+    job = training.submit_and_wait_until_running("--partition=graceful", node=STORMY[1])
     training.slurm.preempt(STORMY[1])
-    training.assert_end(job, "COMPLETED", restarts=1)
-    assert training.outcome == "done"
+    wait_until(lambda: not list(training.run.glob("running-*")), "the end of the first start")
+    training.wait_until_running()
     assert training.reasons == ["submitted", "preempted"]
+    (training.run / "control/stop").touch()
+    training.assert_end(job, "COMPLETED", restarts=1)
+    assert training.outcome == "stopped"
 
 
 @side_by_side
