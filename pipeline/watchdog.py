@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
 from types import TracebackType
 from typing import NoReturn
@@ -59,11 +60,10 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         everyone: list[tuple[str, int, float]] = [("", 0, 0.0)] * self.ranks.world_size
-        dist.all_gather_object(everyone, (socket.gethostname(), os.getpid(), time.time()))
+        dist.all_gather_object(everyone, (_where(), os.getpid(), time.time()))
         began = time.strftime("%Y%m%d-%H%M%S", time.gmtime(everyone[0][2]))
         self.folder = self.run.folder / "stacks" / began
-        here = [(rank, pid) for rank, (host, pid, _) in enumerate(everyone) if host == socket.gethostname()]
-        # In a container of its own a process is not to be seen.
+        here = [(rank, pid) for rank, (host, pid, _) in enumerate(everyone) if host == _where()]
         self.peers = {rank: pid for rank, pid in here if rank != self.ranks.rank and state_of(pid)}
         self._expect("the start", self.options.first_s)
         faulthandler.enable()  # and a crash in compiled code tells where it was
@@ -160,3 +160,11 @@ class Watchdog:
         self.run.end("lost", self.step, reason)
         append_event(self.run.folder, "lost", self.step, reason=reason, stacks=str(self.folder))
         return EXIT_LOST
+
+
+def _where() -> str:
+    """The machine, and the container on it: where a process's number means the same process."""
+    try:
+        return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return socket.gethostname()
