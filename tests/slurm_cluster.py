@@ -132,6 +132,15 @@ class SlurmCluster:
         """The state in which the job ended. A requeued job has not ended."""
         return wait_until(lambda: self._end_of(job), f"job {job} to end", timeout_s)
 
+    def wait_during(self, job: str, condition: Callable[[], object], what: str) -> None:
+        """Until the condition holds; fails with the job's log if the job ends before."""
+
+        def look() -> bool:
+            assert self._end_of(job) is None, self.log(job)
+            return bool(condition())
+
+        wait_until(look, what)
+
     def log(self, job: str) -> str:
         return Path(self.job(job)["StdOut"]).read_text()
 

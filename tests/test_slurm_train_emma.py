@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.slurm_cluster import REPOSITORY, wait_until
+from tests.slurm_cluster import REPOSITORY
 
 SCRIPT = "slurm/train_emma.sh"
 STEPS = 8
@@ -108,7 +108,7 @@ def assert_done(slurm, job, run, restarts):
 def test_a_preempted_training_is_requeued_and_trains_every_step_once(slurm, submit, tmp_path):
     run = tmp_path / "run"
     job = submit("data.workers=1", "--partition=graceful")  # the signal reaches the loading processes too
-    wait_until(lambda: steps_of(run), "the first step")
+    slurm.wait_during(job, lambda: steps_of(run), "the first step")
     slurm.preempt()
     assert_done(slurm, job, run, restarts=1)
     assert steps_of(run) == list(range(1, STEPS + 1))
@@ -119,7 +119,7 @@ def test_a_preempted_training_is_requeued_and_trains_every_step_once(slurm, subm
 def test_two_nodes_survive_a_killed_loading_process(slurm, submit, tmp_path):
     run = tmp_path / "run"
     job = submit("data.workers=1", "checkpoint.every_steps=2", "--nodes=2", "--ntasks-per-node=1")
-    wait_until((run / "checkpoints/latest").exists, "a checkpoint")
+    slurm.wait_during(job, (run / "checkpoints/latest").exists, "a checkpoint")
     children = [child for rank in ranks_of(run) for child in rank.children()]
     loading = next(child for child in children if "--multiprocessing-fork" in told_to(child))
     loading.kill()
