@@ -44,8 +44,8 @@ def test_two_gpus_under_zero_3_learn_what_one_without_deepspeed_does(base, tmp_p
     program = ["tests/rank_program.py", out, *base, f"steps={STEPS}", "optim.micro_batch=2", f"run.dir={tmp_path}/run"]
     finish(torchrun(2, program))
     found = torch.load(out, weights_only=False, map_location="cpu")
-    for step, (report, oracle) in enumerate(zip(found["reports"], expected, strict=True)):
-        assert report["total"] == pytest.approx(oracle.loss, rel=2e-3), step
+    losses = [report["total"] for report in found["reports"]]
+    assert losses == pytest.approx([step.loss for step in expected], rel=2e-3)
     first, oracle = found["gradients"][0], expected[0].gradients
     whole = torch.cat([gradient.flatten() for gradient in oracle.values()]).norm()
     for name, gradient in oracle.items():
