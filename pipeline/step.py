@@ -43,7 +43,7 @@ class Requests:
 
 @dataclass(frozen=True)
 class Seconds:
-    """What one rank spent: waiting for this step's data, and since its last word on towers and garbage."""
+    """What one rank spent: waiting for this step's data, then on the step before: towers and garbage."""
 
     data_wait: float = 0.0
     towers: float = 0.0

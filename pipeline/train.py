@@ -103,13 +103,14 @@ class Loop:
 
     def go_on(self, step: int) -> int:
         """From `step` on; returns the steps done when it ended."""
-        clock = TowersClock(self.towers, self.engine.device)
+        clock, towers_s = TowersClock(self.towers, self.engine.device), 0.0
         with GarbageCollection() as garbage:
             for batch in self.data.from_step(step):
                 lr = learning_rate(self.run.recipe, step, self.data.total_steps)
                 requests = Requests(*self.run.control.requests(), self.checkpoints.writing)
-                spent = Seconds(batch.wait_s, clock.take(), garbage.take())
+                spent = Seconds(batch.wait_s, towers_s, garbage.take())
                 report = optimizer_step(self.engine, self.towers, self.run.recipe, batch, lr, requests, spent)
+                towers_s = clock.take()  # now that the device has done the step; the next reduction tells of it
                 step += 1
                 self.watchdog.step_done(step)
                 self.metrics.log(step, batch, report, lr)
@@ -119,7 +120,7 @@ class Loop:
                 # Not after a step that updated nothing: what led here is better kept than overwritten.
                 if report.finite or step == self.data.total_steps:
                     self._save_and_evaluate(step, report)
-                    clock.take()
+                    clock.take()  # an evaluation's, or a probe's, are no step's
                 if report.stop and report.finite:
                     self.run.control.done("stop")
                     break

@@ -59,6 +59,15 @@ def test_every_key_is_documented_and_every_documented_key_is_written(evaluated):
     assert {"start", "save", "heldout", "done"} <= events <= documented("Events")
 
 
+def test_the_ranks_towers_are_compared_after_every_step_with_pictures(evaluated):
+    told = {line["step"]: line for line in lines(evaluated[0]) if "event" not in line}
+    had_pictures = [told[step]["loss/align"] is not None for step in range(1, STEPS)]
+    assert any(had_pictures)
+    for step, pictures in zip(range(2, STEPS + 1), had_pictures, strict=True):
+        ratio = told[step]["ranks/slowest_ratio"]
+        assert ratio >= 1 if pictures else ratio is None, f"step {step}"
+
+
 def test_the_console_has_one_readable_line_for_each_interval(evaluated):
     told = [line for line in evaluated[1].splitlines() if line.startswith("step ")]
     assert len(told) == STEPS
