@@ -32,6 +32,7 @@ class PictureStore:
 
     def __init__(self, root: Place, archives: Mapping[str, str]) -> None:
         self.root, self.archives = root, dict(archives)
+        self._archive_of: dict[str, _Archive | None] = {}
 
     def read(self, path: str) -> bytes:
         """Raises: Rejected if the picture is not there or may not be read; OSError if reading failed."""
@@ -65,9 +66,13 @@ class PictureStore:
     def has_folder(self, folder: str) -> bool:
         return _exists((self.root / folder).is_dir) or self.archive_of(folder) is not None
 
-    @functools.lru_cache(maxsize=4096)  # noqa: B019  stores live as long as their process
     def archive_of(self, folder: str) -> _Archive | None:
         """The archive that stands for the folder or for one above it, unless the folder is there."""
+        if folder not in self._archive_of:
+            self._archive_of[folder] = self._find_archive(folder)
+        return self._archive_of[folder]
+
+    def _find_archive(self, folder: str) -> _Archive | None:
         if _exists((self.root / folder).is_dir):
             return None
         for ancestor in [folder, *map(str, PurePosixPath(folder).parents)]:

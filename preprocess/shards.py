@@ -173,7 +173,7 @@ def _index_row(sample: Sample, places: dict[str, tuple[int, int]]) -> dict[str, 
     }
 
 
-@functools.lru_cache(maxsize=64)  # rows that share a picture come with the same bytes
+@functools.lru_cache(maxsize=8)  # few, for originals may be large: rows that share a picture come with the same bytes
 def _picture_digest(image: bytes) -> str:
     return hashlib.sha256(image).hexdigest()[:16]
 

@@ -17,12 +17,12 @@ import numpy as np
 from preprocess import images, prompts
 from preprocess.pictures import PictureStore
 from preprocess.places import Place
+from preprocess.recent import RecentPictures
 from preprocess.records import Sample
 from preprocess.rejects import Reject, Rejected
 from preprocess.shards import canonical_json, publish, write_shard
 from preprocess.worklist import Range, reject
 
-RECENT_PICTURES = 256
 CRUMB_BYTES = 512
 
 
@@ -148,7 +148,7 @@ class _SampleMaker:
         self.rejects: list[Reject] = []
         self.rejected_pictures: dict[str, int | None] = {}
         self.sizes: dict[str, int] = {}
-        self.picture = functools.lru_cache(RECENT_PICTURES)(self._picture)  # rows that share a picture stand together
+        self.recent = RecentPictures()
 
     def samples(self, dialogues: Iterator[dict[str, Any]], first: int) -> Iterator[Sample]:
         for number, dialogue in enumerate(dialogues, first):
@@ -165,7 +165,7 @@ class _SampleMaker:
         if not encoded.spans:
             raise Rejected("no_supervised_token", f"no answer begins within {settings.max_text_tokens} tokens")
         picture = dialogue["picture"]
-        image, image_format = self.picture(picture) if picture is not None else (None, None)
+        image, image_format = self._picture(picture) if picture is not None else (None, None)
         return Sample(
             key=key,
             tokens=np.asarray(encoded.tokens, dtype=np.uint16),
@@ -179,11 +179,20 @@ class _SampleMaker:
         )
 
     def _picture(self, path: str) -> tuple[bytes, str]:
-        try:
-            data = self.store.read(path)
-            stored = images.stored_picture(data, self.settings.image_px, self.settings.encoding)
-            self.sizes[path] = len(data)
+        if stored := self.recent.get(path):
             return stored
+        try:
+            stored = self._make(path)
         except Rejected as error:
             self.rejected_pictures[path] = self.store.stamp(path)
-            raise Rejected(error.reason, f"{path}: {error.detail}" if error.detail else path) from None
+            detail = f"{path}: {error.detail}" if error.detail else path
+            self.recent.keep_rejected(path, error.reason, detail)
+            raise Rejected(error.reason, detail) from None
+        self.recent.keep(path, stored)
+        return stored
+
+    def _make(self, path: str) -> tuple[bytes, str]:
+        data = self.store.read(path)
+        stored = images.stored_picture(data, self.settings.image_px, self.settings.encoding)
+        self.sizes[path] = len(data)
+        return stored

@@ -1,0 +1,108 @@
+"""A worker's memory: what a shard leaves behind, and what pictures that rows share may take."""
+
+import dataclasses
+import gc
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from preprocess import images, recent, task
+from preprocess.build_shards import parse, plan
+from preprocess.pictures import PictureStore
+from preprocess.recent import ENTRY_BYTES, RecentPictures
+from preprocess.rejects import Rejected
+from preprocess.request import check
+from preprocess.shards import TOKENIZER, WORK, publish
+from preprocess.task import ShardTask, build_shard
+from preprocess.worklist import make_worklist
+from tests.golden_tokenizer import gpt_neox
+from tests.shard_builds import arguments, dialogue_row, write_mix
+
+BOUND = 8 << 20
+
+
+def one_task(root: Path, rows: list[dict[str, Any]]) -> ShardTask:
+    """The only shard of these rows, whose pictures are kept as they are."""
+    (root / "rows.json").write_text(json.dumps(rows))
+    head = '[images]\nencoding = "original"'
+    write_mix(root, [{"name": "a", "format": "llava", "annotations": "rows.json"}], head)
+    build = check(parse(arguments(root, root / "out", gpt_neox())))
+    (build.out / WORK).mkdir(parents=True)
+    publish(build.out / TOKENIZER, build.tokenizer.data)
+    with (build.out / WORK / "dialogues.jsonl").open("wb") as file:
+        work = make_worklist(build.mix, build.root, build.samples_per_shard, file.write, lambda rows: None)
+    return plan(build, work)[0]
+
+
+def test_a_finished_shard_leaves_nothing_in_memory(tmp_path: Path) -> None:
+    """Nothing that only a full collection would find, which may not come for hours."""
+    Image.new("RGB", (64, 48)).save(tmp_path / "good.bmp")
+    (tmp_path / "bad.bmp").write_bytes(b"BM")
+    rows = [dialogue_row(1) | {"image": name} for name in ("good.bmp", "bad.bmp", "good.bmp", "bad.bmp", "none.bmp")]
+    shard = one_task(tmp_path, rows)
+    gc.collect()
+    gc.disable()
+    try:
+        done = build_shard(shard)
+        left = [one for one in gc.get_objects() if isinstance(one, task._SampleMaker | PictureStore | RecentPictures)]
+    finally:
+        gc.enable()
+    assert (done.samples, done.rejects) == (2, {"a": 3})
+    assert left == []
+
+
+def test_large_originals_are_not_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recent, "RECENT_BYTES", BOUND)
+    noise = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), np.uint8)
+    for number in range(40):
+        Image.fromarray(noise + np.uint8(number)).save(tmp_path / f"{number}.bmp")
+    shard = one_task(tmp_path, [dialogue_row(1) | {"image": f"{number}.bmp"} for number in range(40)])
+    build_shard(dataclasses.replace(shard, name="warm"))  # tokenizer and templates are loaded
+    tracemalloc.start()
+    try:
+        build_shard(shard)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 3_000_000 < peak < 6 * BOUND  # of 120 MB: the bound, the digests' few, and what one picture takes on its way
+
+
+def test_a_picture_that_rows_share_is_decoded_once_be_it_good_or_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (64, 48)).save(tmp_path / "good.bmp")
+    (tmp_path / "bad.bmp").write_bytes(b"BM")
+    met = []
+    decode = images.decode_rgb
+
+    def counted(data: bytes) -> np.ndarray:
+        met.append(len(data))
+        return decode(data)
+
+    monkeypatch.setattr(images, "decode_rgb", counted)
+    rows = [dialogue_row(1) | {"image": name} for name in ("good.bmp", "bad.bmp") * 3]
+    shard = one_task(tmp_path, rows)
+    assert build_shard(shard).rejects == {"a": 3}
+    assert len(met) == 2
+    details = {entry["detail"] for entry in json.loads(shard.sidecar.read_bytes())["rejects"]}
+    assert len(details) == 1
+
+
+def test_the_pictures_that_were_met_longest_ago_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recent, "RECENT_BYTES", 3 * (ENTRY_BYTES + 10))
+    pictures = RecentPictures()
+    for name in ("a", "b", "c"):
+        pictures.keep(name, (name.encode() * 10, "jpg"))
+    assert pictures.get("a") == (b"a" * 10, "jpg")
+    pictures.keep_rejected("d", "picture_empty", "d")
+    assert pictures.get("b") is None
+    with pytest.raises(Rejected, match="picture_empty: d"):
+        pictures.get("d")
+    pictures.keep("large", (bytes(recent.RECENT_BYTES), "jpg"))
+    assert pictures.get("large")
+    assert [pictures.get(name) for name in "acd"] == [None] * 3
