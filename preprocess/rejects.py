@@ -43,7 +43,7 @@ class Rejected(Exception):  # noqa: N818  it is no error of the program
 
 @dataclass(frozen=True)
 class Reject:
-    """One line of rejects.jsonl. `row` counts from 0 within the source's annotation file."""
+    """One line of rejects.jsonl. `row` counts from 0 over the source's rows as its weight thins or repeats them."""
 
     source: str
     row: int

@@ -1,7 +1,7 @@
-"""A picture becomes a square as Pillow's antialiased bicubic filter makes it, in a fifth of Pillow's time.
+"""A picture becomes a square as Pillow's antialiased bicubic filter makes it, in less time.
 
-torch filters in integers, too, with coarser weights: of a photograph's values two in a thousand are off by one level,
-two in a million by two. Its bytes are the same with any instruction set.
+torch filters in integers, too, with coarser weights: a few values are off by a level, which docs/performance.md counts.
+Its bytes are the same with any instruction set.
 """
 
 from __future__ import annotations
