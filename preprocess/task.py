@@ -20,7 +20,7 @@ from preprocess.places import Place
 from preprocess.recent import RecentPictures
 from preprocess.records import Sample
 from preprocess.rejects import Reject, Rejected
-from preprocess.shards import canonical_json, publish, write_shard
+from preprocess.shards import canonical_json, publish, sync_folder, write_shard
 from preprocess.worklist import Range, reject
 
 CRUMB_BYTES = 512
@@ -75,9 +75,12 @@ class Done:
 
 
 def build_shard(task: ShardTask) -> Done:
-    """Publishes the shard, then its sidecar. Raises: OSError if reading or writing failed; bad rows never raise."""
+    """Publishes the shard, then its sidecar; never is an old one beside a new shard. Raises: OSError if reading or writing failed; bad rows never raise."""
     store = PictureStore(task.root, task.archives)
     maker = _SampleMaker(task.settings, store, _tokenizer(str(task.tokenizer), task.settings.tokenizer_sha256))
+    if task.sidecar.exists():
+        task.sidecar.unlink()
+        sync_folder(task.sidecar.parent)
     with task.crumb.open("wb", buffering=0) as crumb:
         dialogues = _leaving_crumbs(_read_range(task.dialogues, task.range), crumb.fileno())
         written = write_shard(task.tar, maker.samples(dialogues, task.range.first))

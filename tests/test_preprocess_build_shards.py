@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from skimage import data as photographs
 
-from preprocess import build_shards
+from preprocess import build_shards, task
 from preprocess.folder import only_builder_of
 from preprocess.images import made_with
 from preprocess.shards import Manifest, load_index
@@ -179,6 +179,29 @@ def test_a_picture_that_was_replaced_is_noticed_when_pictures_are_compared(
     assert contents(tmp_path / "out") == contents(expected)
     assert build_shards.main([*command(other, tmp_path / "out", workers=0), "--compare-pictures"]) == 0
     assert Manifest.load(tmp_path / "out").counts["pictures"] == len(PHOTOGRAPHS) - 1
+
+
+def test_a_shard_that_was_replaced_before_its_sidecar_is_built_again(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrays have one size, whatever is on them, so that alone does not tell the new tar from the old one."""
+
+    def interrupt(path: Path, data: bytes) -> None:
+        raise KeyboardInterrupt
+
+    other, out = tmp_path / "root", tmp_path / "out"
+    shutil.copytree(root, other)
+    source = {"name": "p", "format": "llava", "annotations": "rows.json", "images": "photographs", "limit": 6}
+    write_mix(other, [source], '[images]\nencoding = "raw"')
+    words = [*command(other, out, workers=0), "--compare-pictures"]
+    assert build_shards.main(words) == 0
+    shutil.copy(root / "photographs/camera.jpg", other / "photographs/text.jpg")
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(task, "publish", interrupt)
+        assert build_shards.main(words) == build_shards.EXIT_INTERRUPTED
+    shutil.copy(root / "photographs/text.jpg", other / "photographs/text.jpg")
+    assert build_shards.main(words) == 0
+    assert list(verify(out)) == []
 
 
 def test_rows_that_are_added_rebuild_only_the_end(root: Path, expected: Path, tmp_path: Path) -> None:
