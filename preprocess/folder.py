@@ -20,7 +20,7 @@ _NO_ACCESS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIS
 
 
 def is_built(task: ShardTask, compare_pictures: bool = False) -> bool:
-    """Its sidecar, written after its tar, says so; no picture that it missed has come since, and none has changed."""
+    """Its sidecar, written after its tar, says so; no picture that it missed has come or been mended since."""
     try:
         sidecar = json.loads(task.sidecar.read_bytes())
         size = task.tar.stat().st_size if sidecar["samples"] else 0

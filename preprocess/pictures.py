@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
 import tarfile
 import unicodedata
 import zipfile
@@ -49,19 +50,21 @@ class PictureStore:
                 raise Rejected("picture_path_invalid") from None
         raise Rejected("picture_missing")
 
-    def stamp(self, path: str) -> int | None:
-        """The size of the picture, or of the archive that should hold it: changes when it comes or is mended."""
-        archive = self.archive_of(path.rpartition("/")[0] or ".")
-        for file in [archive.path] if archive else [self.root / spelling for spelling in _spellings(path)]:
-            with contextlib.suppress(OSError, ValueError):
-                return size_of(file)
-        return None
+    def stamp(self, path: str) -> str:
+        """The digest of the picture, or why it cannot be read: changes when it comes or is mended, at whatever size."""
+        try:
+            return digest(self.read(path))
+        except Rejected as error:
+            return error.reason
 
     def size(self, path: str) -> int | None:
         """Of the picture alone, also where it is the member of an archive; None if it is not there."""
         if archive := self.archive_of(path.rpartition("/")[0] or "."):
             return archive.size(path)
-        return self.stamp(path)
+        for spelling in _spellings(path):
+            with contextlib.suppress(OSError, ValueError):
+                return size_of(self.root / spelling)
+        return None
 
     def has_folder(self, folder: str) -> bool:
         return _exists((self.root / folder).is_dir) or self.archive_of(folder) is not None
@@ -90,6 +93,10 @@ class PictureStore:
         ):
             raise Rejected("picture_path_escapes", f"a link to {file.readlink()}")
         return file.read_bytes()
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _exists(of_kind: Callable[[], bool]) -> bool:

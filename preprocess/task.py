@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from preprocess import images, prompts
-from preprocess.pictures import PictureStore
+from preprocess.pictures import PictureStore, digest
 from preprocess.places import Place
 from preprocess.recent import RecentPictures
 from preprocess.records import Sample
@@ -149,7 +149,7 @@ class _SampleMaker:
     def __init__(self, settings: Settings, store: PictureStore, tokenizer: prompts.Tokenizer) -> None:
         self.settings, self.store, self.tokenizer = settings, store, tokenizer
         self.rejects: list[Reject] = []
-        self.rejected_pictures: dict[str, int | None] = {}
+        self.rejected_pictures: dict[str, str] = {}  # stamps of what was read, not of what may have come since
         self.sizes: dict[str, int] = {}
         self.recent = RecentPictures()
 
@@ -184,18 +184,15 @@ class _SampleMaker:
     def _picture(self, path: str) -> tuple[bytes, str]:
         if stored := self.recent.get(path):
             return stored
+        data = None
         try:
-            stored = self._make(path)
+            data = self.store.read(path)
+            stored = images.stored_picture(data, self.settings.image_px, self.settings.encoding)
         except Rejected as error:
-            self.rejected_pictures[path] = self.store.stamp(path)
+            self.rejected_pictures[path] = error.reason if data is None else digest(data)
             detail = f"{path}: {error.detail}" if error.detail else path
             self.recent.keep_rejected(path, error.reason, detail)
             raise Rejected(error.reason, detail) from None
-        self.recent.keep(path, stored)
-        return stored
-
-    def _make(self, path: str) -> tuple[bytes, str]:
-        data = self.store.read(path)
-        stored = images.stored_picture(data, self.settings.image_px, self.settings.encoding)
         self.sizes[path] = len(data)
+        self.recent.keep(path, stored)
         return stored

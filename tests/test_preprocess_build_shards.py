@@ -166,6 +166,18 @@ def test_a_picture_that_comes_later_is_taken_in(root: Path, expected: Path, tmp_
     assert Manifest.load(tmp_path / "out").counts["rejects"] == 0
 
 
+def test_a_picture_that_is_mended_at_its_size_is_taken_in(root: Path, tmp_path: Path) -> None:
+    other, out = tmp_path / "root", tmp_path / "out"
+    shutil.copytree(root, other)
+    picture = other / "photographs/text.jpg"
+    picture.write_bytes(bytes(picture.stat().st_size))  # as a copy that was broken off leaves it on many file systems
+    build_in_process(other, out, gpt_neox(), samples_per_shard=SAMPLES_PER_SHARD, max_reject_ratio=1)
+    assert Manifest.load(out).rejects_by_reason["picture_unknown_format"] > 1
+    shutil.copy2(root / "photographs/text.jpg", picture)
+    assert build_shards.main(command(other, out, workers=0)) == 0
+    assert Manifest.load(out).rejects_by_reason == {"picture_missing": 1}
+
+
 def test_a_picture_that_was_replaced_is_noticed_when_pictures_are_compared(
     root: Path, expected: Path, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError
-from preprocess.pictures import PictureStore
+from preprocess.pictures import PictureStore, digest
 from preprocess.rejects import Rejected
 
 
@@ -49,7 +49,8 @@ def test_a_picture_is_read_from_an_archive_in_place_of_its_folder(tmp_path: Path
     with pytest.raises(Rejected, match="picture_missing: no such member of"):
         store.read("coco/train2017/2.jpg")
     assert (store.size("coco/train2017/1.jpg"), store.size("coco/train2017/2.jpg")) == (len(b"picture"), None)
-    assert store.stamp("coco/train2017/2.jpg") == (tmp_path / archive).stat().st_size
+    stamps = [store.stamp(f"coco/train2017/{number}.jpg") for number in (1, 2)]
+    assert stamps == [digest(b"picture"), "picture_missing"]
 
 
 def test_a_folder_is_preferred_to_every_archive(tmp_path: Path) -> None:
@@ -114,8 +115,15 @@ def test_what_the_disk_says_is_told_from_what_the_data_is(
         PictureStore(tmp_path, {}).read("1.jpg")
 
 
-def test_a_stamp_changes_when_the_picture_comes(tmp_path: Path) -> None:
-    store = PictureStore(tmp_path, {})
-    assert store.stamp("1.jpg") is None
-    (tmp_path / "1.jpg").write_bytes(b"four")
-    assert store.stamp("1.jpg") == 4
+def test_a_stamp_changes_when_the_picture_comes_or_is_mended(tmp_path: Path) -> None:
+    store = PictureStore(tmp_path / "root", {})
+    (tmp_path / "root").mkdir()
+    stamps = [store.stamp("1.jpg")]
+    for data in (b"", b"four", b"five"):
+        (tmp_path / "root/1.jpg").write_bytes(data)
+        stamps.append(store.stamp("1.jpg"))
+    (tmp_path / "root/1.jpg").unlink()
+    (tmp_path / "root/1.jpg").symlink_to(tmp_path / "outside.jpg")
+    (tmp_path / "outside.jpg").write_bytes(b"five")
+    stamps.append(store.stamp("1.jpg"))
+    assert len(set(stamps)) == len(stamps)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from model.errors import UserError
 from preprocess import build_shards
-from preprocess.pictures import PictureStore
+from preprocess.pictures import PictureStore, digest
 from preprocess.places import RemotePath, place
 from preprocess.rejects import Rejected
 from tests.golden_tokenizer import gpt_neox
@@ -80,8 +80,10 @@ def test_a_picture_that_is_not_behind_its_url_is_missing(bucket: str, tmp_path: 
     store = PictureStore(place(bucket), {})
     assert store.has_folder("pictures")
     assert not store.has_folder("photographs")
-    assert store.stamp("pictures/0.png") == (tmp_path / "root/pictures/0.png").stat().st_size
-    assert store.stamp("pictures/7.png") is None
+    assert store.size("pictures/0.png") == (tmp_path / "root/pictures/0.png").stat().st_size
+    assert store.size("pictures/7.png") is None
+    assert store.stamp("pictures/0.png") == digest((tmp_path / "root/pictures/0.png").read_bytes())
+    assert store.stamp("pictures/7.png") == "picture_missing"
     with pytest.raises(Rejected, match="picture_missing"):
         store.read("pictures/7.png")
 
