@@ -4,7 +4,7 @@ colours         greyscale is repeated; palette, CMYK and others are converted; e
 transparency    is laid on white, as a page would show it
 16 bits         are divided by 257; wider or floating-point pixels are refused
 animations      give their first frame
-orientation     that EXIF asks for is applied
+orientation     that EXIF, or XMP in its place, asks for is applied
 size            every picture is squashed, bicubic and antialiased; the aspect ratio is not kept
 
 Plain JPEGs are decoded by simplejpeg where it is installed: the same pixels as Pillow's, in less time.
@@ -41,6 +41,7 @@ Kind = Literal["jpg", "png", "gif", "webp", "bmp", "tiff"]
 _PIL_FORMATS = {"jpg": "JPEG", "png": "PNG", "gif": "GIF", "webp": "WEBP", "bmp": "BMP", "tiff": "TIFF"}
 _TRUNCATED = ("truncated", "premature end", "not enough image data", "unexpected end")
 _ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>")  # of an object in memory: no two runs have the same
+_TURNS = (b"Exif\0", b"tiff:Orientation")  # what may ask for one, the latter in an XMP packet
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -84,7 +85,7 @@ def decode_rgb(data: bytes) -> Pixels:
 
 def _plain_jpeg(data: bytes) -> Pixels | None:
     """None for all that is odd in the least: Pillow takes it, and says what is wrong with it."""
-    if simplejpeg is None or b"Exif\0" in data:  # it may ask for a turn
+    if simplejpeg is None or any(sign in data for sign in _TURNS):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -123,7 +124,10 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     values = np.asarray(picture)
     if values.min() < 0 or values.max() > 0xFFFF:
         raise Rejected("picture_unsupported_pixels", f"values from {values.min()} to {values.max()}")
-    return Image.fromarray((values.astype(np.uint16) // 257).astype(np.uint8))
+    levels = (values.astype(np.uint16) // 257).astype(np.uint8)
+    if isinstance(transparent := picture.info.get("transparency"), int):
+        levels[values == transparent] = 255
+    return Image.fromarray(levels)
 
 
 def _on_white(picture: Image.Image) -> Image.Image:

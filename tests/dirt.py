@@ -89,6 +89,19 @@ def _exif_rotated() -> bytes:
     return encoded(two_halves().transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, exif=exif)
 
 
+def _xmp_rotated() -> bytes:
+    """The same, asked for by an XMP packet alone."""
+    packet = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    return encoded(two_halves().transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, xmp=packet)
+
+
+def _sixteen_bits_with_transparency() -> bytes:
+    """Black to the left, which is declared transparent."""
+    values = np.full((48, 64), 120 * 257, np.uint16)
+    values[:, :32] = 0
+    return encoded(Image.fromarray(values), "PNG", transparency=0)
+
+
 def _see_through() -> Image.Image:
     picture = two_halves().convert("RGBA")
     picture.paste((0, 0, 0, 0), (0, 0, 32, 48))
@@ -130,11 +143,13 @@ PICTURES: dict[str, Callable[[], bytes]] = {
     "cmyk.jpg": lambda: encoded(two_halves().convert("CMYK"), "JPEG", quality=95),
     "palette.png": _palette_with_transparency,
     "sixteen_bits.png": lambda: encoded(Image.fromarray(np.full((48, 64), 120 * 257, np.uint16)), "PNG"),
+    "sixteen_bits_transparent.png": _sixteen_bits_with_transparency,
     "rgba.png": lambda: encoded(_see_through(), "PNG"),
     "grey.jpg": lambda: encoded(Image.new("L", (64, 48), 120), "JPEG", quality=95),
     "grey_alpha.png": lambda: encoded(Image.new("LA", (64, 48), (0, 0)), "PNG"),
     "one_bit.png": lambda: encoded(Image.new("1", (64, 48), 1), "PNG"),
     "exif.jpg": _exif_rotated,
+    "xmp.jpg": _xmp_rotated,
     "icc.jpg": lambda: encoded(two_halves(), "JPEG", quality=95, icc_profile=SRGB),
     "a.dotted.name.v2.jpg": lambda: encoded(two_halves(), "JPEG", quality=95),
     unicodedata.normalize("NFD", "café ☕ 猫.jpg"): lambda: encoded(two_halves(), "JPEG", quality=95),
@@ -158,11 +173,17 @@ PICTURE_DIRT = [
     Dirt("CMYK", about("cmyk.jpg"), colours=HALVES),
     Dirt("palette", about("palette.png"), colours={(0.2, 0.5): WHITE, (0.8, 0.5): BLUE}),
     Dirt("16 bits", about("sixteen_bits.png"), colours={(0.5, 0.5): GREY}),
+    Dirt(
+        "16 bits with a transparent value",
+        about("sixteen_bits_transparent.png"),
+        colours={(0.2, 0.5): WHITE, (0.8, 0.5): GREY},
+    ),
     Dirt("RGBA", about("rgba.png"), colours={(0.2, 0.5): WHITE, (0.8, 0.5): BLUE}),
     Dirt("greyscale", about("grey.jpg"), colours={(0.5, 0.5): GREY}),
     Dirt("greyscale with alpha", about("grey_alpha.png"), colours={(0.5, 0.5): WHITE}),
     Dirt("black and white", about("one_bit.png"), colours={(0.5, 0.5): WHITE}),
     Dirt("EXIF rotation", about("exif.jpg"), colours=HALVES),
+    Dirt("XMP rotation", about("xmp.jpg"), colours=HALVES),
     Dirt("ICC profile", about("icc.jpg"), colours=HALVES),
     Dirt("path with ..", about("../outside.jpg"), "picture_path_escapes"),
     Dirt("absolute path", about("/etc/hostname.jpg"), "picture_path_escapes"),
