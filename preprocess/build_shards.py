@@ -104,7 +104,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="also build the shards again that have a picture of another size",
     )
     parser.add_argument(
-        "--check", "--dry-run", action="store_true", help="look at the data, say what would be built, write nothing"
+        "--check",
+        "--dry-run",
+        action="store_true",
+        help="read every row and a few pictures of each source, say what would be built, write nothing",
     )
     return parser.parse_args(arguments)
 
@@ -113,7 +116,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def look(build: Build) -> None:
-    """Reads every row and a few pictures. Raises: UserError for what would stop a build."""
+    """Reads every row and a few pictures of each source. Raises: UserError for what would stop a build."""
     survey, store = Survey(), PictureStore(build.root, build.mix.archives)
     work = make_worklist(build.mix, build.root, build.samples_per_shard, survey.write, _row_teller())
     for line in [*survey.report(build.mix, work, store), *row_count_notes(build.mix, work.rows)]:

@@ -50,6 +50,8 @@ def check(parsed: argparse.Namespace) -> Build:
     _check_range("--samples-per-shard", parsed.samples_per_shard, 1, 1_000_000)
     if parsed.workers is not None:
         _check_range("--workers", parsed.workers, 0, 1_000_000)
+    if parsed.check and parsed.compare_pictures:
+        raise UserError("--check does not compare pictures: leave out --check, or --compare-pictures")
     _refuse_lost_paths(parsed)
     mix = load_mix(parsed.mix)
     root = parsed.root.absolute()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 
 from preprocess import images
 from preprocess.mix import Mix
@@ -12,19 +12,35 @@ from preprocess.pictures import PictureStore
 from preprocess.rejects import Rejected
 from preprocess.worklist import Worklist
 
-MOST_PICTURES, MOST_FOLDERS = 200, 12
+LEAST_PICTURES, MOST_FOLDERS = 50, 12  # of each source; less than twice as many pictures are looked at
+
+
+class _Spread:
+    """Every n-th of what it is given, with n doubled whenever that gets too many."""
+
+    def __init__(self) -> None:
+        self.taken: list[str] = []
+        self._met, self._step = 0, 1
+
+    def offer(self, picture: str) -> None:
+        if self._met % self._step == 0:
+            self.taken.append(picture)
+        self._met += 1
+        if len(self.taken) == 2 * LEAST_PICTURES:
+            self.taken, self._step = self.taken[::2], 2 * self._step
 
 
 class Survey:
-    """Takes the worklist as a file would, and remembers one picture of each batch of dialogues."""
+    """Takes the worklist as a file would, and remembers pictures from all over each source."""
 
     def __init__(self) -> None:
-        self.pictures: list[str] = []
+        self.pictures: dict[str, _Spread] = defaultdict(_Spread)
 
     def write(self, batch: bytes) -> None:
-        dialogue = json.loads(batch[: batch.index(b"\n")])
-        if dialogue["picture"] is not None:
-            self.pictures.append(dialogue["picture"])
+        for line in batch.splitlines():
+            dialogue = json.loads(line)
+            if dialogue["picture"] is not None:
+                self.pictures[dialogue["source"]].offer(dialogue["picture"])
 
     def report(self, mix: Mix, work: Worklist, store: PictureStore) -> Iterator[str]:
         """Lines for people; nothing is raised for what is missing."""
@@ -37,17 +53,16 @@ class Survey:
                 yield f"    {folder}: pictures of {rows} rows{place}"
             if len(work.folders[name]) > MOST_FOLDERS:
                 yield f"    and {len(work.folders[name]) - MOST_FOLDERS} more folders"
-        yield from self._looked_at(store)
+            yield from _looked_at(self.pictures[name].taken, store)
 
-    def _looked_at(self, store: PictureStore) -> Iterator[str]:
-        step = -(-len(self.pictures) // MOST_PICTURES) or 1
-        chosen = self.pictures[::step]
-        reasons: dict[str, list[str]] = {}
-        for picture in chosen:
-            try:
-                images.decode_rgb(store.read(picture))
-            except Rejected as error:  # noqa: PERF203
-                reasons.setdefault(error.reason, []).append(picture)
-        yield f"{len(chosen)} pictures looked at, {sum(map(len, reasons.values()))} of them bad"
-        for reason, bad in reasons.items():
-            yield f"    {reason}: {len(bad)}, for one {bad[0]}"
+
+def _looked_at(pictures: Sequence[str], store: PictureStore) -> Iterator[str]:
+    reasons: dict[str, list[str]] = {}
+    for picture in pictures:
+        try:
+            images.decode_rgb(store.read(picture))
+        except Rejected as error:  # noqa: PERF203
+            reasons.setdefault(error.reason, []).append(picture)
+    yield f"    {len(pictures)} pictures looked at, {sum(map(len, reasons.values()))} of them bad"
+    for reason, bad in reasons.items():
+        yield f"        {reason}: {len(bad)}, for one {bad[0]}"

@@ -75,7 +75,10 @@ class Done:
 
 
 def build_shard(task: ShardTask) -> Done:
-    """Publishes the shard, then its sidecar; never is an old one beside a new shard. Raises: OSError if reading or writing failed; bad rows never raise."""
+    """Publishes the shard, then its sidecar; an old one is never beside it.
+
+    Raises: OSError if reading or writing failed; bad rows never raise.
+    """
     store = PictureStore(task.root, task.archives)
     maker = _SampleMaker(task.settings, store, _tokenizer(str(task.tokenizer), task.settings.tokenizer_sha256))
     if task.sidecar.exists():

@@ -273,7 +273,7 @@ def test_a_check_writes_nothing(root: Path, tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.splitlines() == [
         "photographs: 240 rows, 0 rejected before their pictures are looked at",
         "    photographs: pictures of 216 rows",
-        "12 pictures looked at, 0 of them bad",
+        "    54 pictures looked at, 0 of them bad",
         f"12 shards of 240 dialogues, 12 of them to be built in {tmp_path / 'out'}",
     ]
 
@@ -293,12 +293,26 @@ def test_a_check_lists_what_is_missing_and_what_is_bad(tmp_path: Path, capsys: p
         "a: 3 rows, 0 rejected before their pictures are looked at",
         "    here: pictures of 2 rows",
         "    coco/train2017: pictures of 1 rows – MISSING",
-        "3 pictures looked at, 3 of them bad",
-        "    picture_unknown_format: 2, for one here/1.jpg",
-        "    picture_missing: 1, for one coco/train2017/1.jpg",
+        "    3 pictures looked at, 3 of them bad",
+        "        picture_unknown_format: 2, for one here/1.jpg",
+        "        picture_missing: 1, for one coco/train2017/1.jpg",
         "note: source 'a' has 3 rows, the mix expects 4",
     ]
     assert "picture folders are missing" in said.err
+
+
+def test_a_check_looks_at_pictures_from_all_over_each_source(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p").mkdir()
+    shutil.copy(root / "photographs/text.jpg", tmp_path / "p/0.jpg")
+    rows = [{key: value for key, value in dialogue_row(0).items() if key != "image"}]
+    rows += [dialogue_row(0) | {"image": f"p/{number}.jpg"} for number in range(500)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    write_mix(tmp_path, [{"name": name, "format": "llava", "annotations": "rows.json"} for name in ("a", "b")])
+    assert build_shards.main([*arguments(tmp_path, tmp_path / "out", gpt_neox()), "--check"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("    63 pictures looked at, 62 of them bad\n        picture_missing: 62, for one p/8.jpg\n") == 2
 
 
 MISTAKES = {
@@ -306,6 +320,7 @@ MISTAKES = {
     "no tokenizer": (["--tokenizer", "/nowhere"], "there is no tokenizer /nowhere"),
     "unknown preset": (["--model", "emma_v3"], "no model preset 'emma_v3'; did you mean 'emma_v2'?"),
     "large vocabulary": (["--model", "tiny_v2"], "has ids up to 50276, preset tiny_v2 embeds 1024"),
+    "check and compare": (["--check", "--compare-pictures"], "--check does not compare pictures: leave out"),
     "impossible ratio": (["--max-reject-ratio", "7"], "--max-reject-ratio is 7.0, expected a number from 0 to 1"),
     "out is read-only": (["--out", "/sys/shards"], "/sys/shards cannot be used: "),
     "out is a file": (["--out", __file__], f"{__file__}/.work cannot be used: Not a directory"),
