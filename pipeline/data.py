@@ -123,6 +123,7 @@ class TrainData:
     def __init__(self, recipe: Recipe, ranks: Ranks):
         self.recipe, self.ranks = recipe, ranks
         self.reader = ShardReader(recipe.data.shards)
+        self.patience = Patience()
         check_fit(self.reader.manifest, recipe)
         index = self.reader.index
         self.text_tokens = index.column("num_text_tokens").to_numpy()
@@ -150,11 +151,11 @@ class TrainData:
         """Global batches `first`, `first + 1`, … to the end of the run."""
         dataset = MicroBatches(self.reader, self.plan, self.ranks, self.recipe.optim.micro_batch)
         loader = iter(self._loader(dataset, first))
-        patience, what = Patience(), functools.partial(_waiting, self.ranks.rank, weakref.ref(loader))
+        what = functools.partial(_waiting, self.ranks.rank, weakref.ref(loader))
         try:
             for step in range(first, self.total_steps):
                 asked = time.monotonic()
-                with patience.during(what):
+                with self.patience.during(what):
                     micro_batches = [_unless_lost(self._next(loader)) for _ in range(dataset.per_step)]
                 yield self._describe(step, micro_batches, time.monotonic() - asked)
         finally:

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 from collections import Counter
 
 import numpy as np
@@ -69,6 +70,15 @@ def test_an_epoch_begun_in_the_middle_goes_on_where_it_would_have(recipe_file, s
     late = next(iter(data.from_step(3)))
     assert torch.equal(late.micro_batches[1].tokens, whole[3].micro_batches[1].tokens)
     assert (late.ids == whole[3].ids).all()
+
+
+def test_reading_again_and_again_leaves_no_threads_behind(recipe_file, shards):
+    data = train_data(recipe_file, shards)
+    next(data.from_step(0))
+    before = threading.active_count()
+    for first in range(3):
+        next(data.from_step(first))
+    assert threading.active_count() == before
 
 
 def test_targets_are_the_supervised_tokens_in_place_and_padding_is_on_the_right(recipe_file, shards):
