@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from model.errors import UserError
 from pipeline.ranks import Ranks
+from pipeline.shard_reader import LostDataError
 
 T = TypeVar("T")
 
@@ -35,14 +36,17 @@ def together(ranks: Ranks, *actions: Callable[[], T]) -> list[T]:
 
 
 def on_main(ranks: Ranks, decide: Callable[[], T]) -> T:
-    """What `decide` returns, or the UserError that it raises, on the main rank; on all. Every rank must call it."""
-    outcome: list[T | UserError | None] = [None]
+    """What `decide` returns on the main rank, or the UserError or LostDataError that it raises there; on all.
+
+    Every rank must call it.
+    """
+    outcome: list[T | UserError | LostDataError | None] = [None]
     if ranks.is_main:
         try:
             outcome = [decide()]
-        except UserError as error:
+        except (UserError, LostDataError) as error:
             outcome = [error]
     dist.broadcast_object_list(outcome)
-    if isinstance(outcome[0], UserError):
+    if isinstance(outcome[0], (UserError, LostDataError)):
         raise outcome[0]
     return outcome[0]  # type: ignore[return-value]

@@ -6,14 +6,17 @@ is replaced after that. Whatever stands there was complete once, and verifying t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,17 +27,18 @@ import torch.distributed as dist
 
 from model.errors import UserError
 from pipeline.agreement import on_main
+from pipeline.checkpoint_folder import DOUBTED, PARTIAL, PRUNED, REFUSED, find_leftovers, first_damage, set_aside
 from pipeline.elastic import LAYOUT, Layout, parameter_shapes, tied_names
-from pipeline.files import write_json
+from pipeline.files import lost_if_it_fails, write_json
 from pipeline.probe import Probe
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
-from pipeline.snapshot import THREADS, Snapshot
+from pipeline.shard_reader import LostDataError
+from pipeline.snapshot import Snapshot
 from preprocess.shards import canonical_json, file_sha256, publish, sync_folder
 
 MANIFEST = "manifest.json"
-PARTIAL = ".partial-"
-REFUSED = ".refused-"
+FOR_PEOPLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # to try the save again would not help
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class Checkpoints:
         """Begin to save the state after `step` optimizer steps; a checkpoint that is there by this call, if one is."""
         before = self.finish()
         begun = time.monotonic()
+        on_main(self.ranks, lambda: self._check_room(step))
         updates = self.snapshot.take()
         probe = self.probe.measure() if self.probe else {}
         share = self.writer.submit(self._write, self._partial(step))
@@ -114,7 +119,8 @@ class Checkpoints:
     def commit(self) -> Saved:
         """Publish what all ranks wrote; wait for those that are still writing.
 
-        Raises: UserError on all ranks if one could not write. The checkpoints before it are untouched.
+        Raises: UserError on all ranks if one could not write and people must see to that, LostDataError if it may be
+        tried again. The checkpoints before it are untouched.
         """
         assert self.saving is not None
         saving, self.saving = self.saving, None
@@ -122,7 +128,7 @@ class Checkpoints:
         try:
             shares = self._gather(saving)
             on_main(self.ranks, lambda: self._publish(saving, shares))
-        except UserError:
+        except (UserError, LostDataError):
             if self.ranks.is_main:
                 shutil.rmtree(self._partial(saving.step), ignore_errors=True)
             raise
@@ -132,22 +138,29 @@ class Checkpoints:
     def _partial(self, step: int) -> Path:
         return self.folder / f"{PARTIAL}{folder_name(step)}"
 
+    def _check_room(self, step: int) -> None:
+        """For the files of all ranks, before any of them takes some of it."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            needed, free = self.snapshot.bytes * self.ranks.world_size, shutil.disk_usage(self.folder).free
+            if free < needed:
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {free} bytes free, {needed} needed")
+        except OSError as error:
+            raise _unsaved(self.folder, step, error) from None
+
     def _write(self, partial: Path) -> dict[str, Any]:
-        """In the background: this rank's files, once there is room for those of all ranks."""
+        """In the background: this rank's files."""
         partial.mkdir(parents=True, exist_ok=True)
-        needed, free = self.snapshot.bytes * self.ranks.world_size, shutil.disk_usage(partial).free
-        if self.ranks.is_main and free < needed:
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {free} bytes free, {needed} needed")
         files = self.snapshot.write(partial, self.ranks.rank)
         return {"files": files, "pieces": self.snapshot.pieces(self.ranks.rank)}
 
     def _gather(self, saving: Saving) -> list[dict[str, Any]]:
-        """What every rank wrote. Raises: UserError on all ranks, with what the first of those that failed met."""
+        """What every rank wrote. Raises: `_unsaved` on all ranks, with what the first of those that failed met."""
         error = saving.share.exception()  # waits
         shares: list[Any] = [None] * self.ranks.world_size
-        dist.all_gather_object(shares, saving.share.result() if error is None else str(error))
-        for failed in (share for share in shares if isinstance(share, str)):
-            raise _unsaved(self.folder, saving.step, failed)
+        dist.all_gather_object(shares, _unsaved(self.folder, saving.step, error) if error else saving.share.result())
+        for failed in (share for share in shares if isinstance(share, Exception)):
+            raise failed
         return shares
 
     def _publish(self, saving: Saving, shares: list[dict[str, Any]]) -> None:
@@ -158,7 +171,7 @@ class Checkpoints:
             Layout(parameter_shapes(self.engine), tied_names(self.engine), pieces).save(partial)
             files[LAYOUT] = {"bytes": (partial / LAYOUT).stat().st_size, "sha256": file_sha256(partial / LAYOUT)}
             self._write_manifest(partial, saving, files)
-            shutil.rmtree(self.folder / name, ignore_errors=True)  # one whose deletion was cut off
+            shutil.rmtree(self.folder / name, ignore_errors=True)  # one without a manifest
             partial.rename(self.folder / name)
             sync_folder(self.folder)
             publish(self.folder / "latest", f"{name}\n".encode())
@@ -166,7 +179,7 @@ class Checkpoints:
                 shutil.rmtree(refused)
             self._prune(saving.step)
         except OSError as error:
-            raise _unsaved(self.folder, saving.step, str(error)) from None
+            raise _unsaved(self.folder, saving.step, error) from None
 
     def _write_manifest(self, partial: Path, saving: Saving, files: dict[str, dict[str, Any]]) -> None:
         manifest = {
@@ -191,15 +204,15 @@ class Checkpoints:
         return {"world_size": self.ranks.world_size, "zero_stage": self.engine.zero_optimization_stage()}
 
     def _prune(self, newest: int) -> None:
-        """Only complete checkpoints count as kept. The manifest goes first: half a deletion is no checkpoint."""
+        """Only complete checkpoints count as kept. A deletion that is cut off leaves what the next start removes."""
         steps = [step for step in list_steps(self.folder) if step <= newest]
         keep = set(steps[-self.options.keep_last :])
         if self.options.keep_every:
             keep |= {step for step in steps if step % self.options.keep_every == 0}
         for step in set(steps) - keep:
             folder = self.folder / folder_name(step)
-            (folder / MANIFEST).unlink()
-            shutil.rmtree(folder)
+            pruned = folder.rename(folder.with_name(f"{PRUNED}{folder.name}"))
+            shutil.rmtree(pruned)
 
     # -- Resuming ------------------------------------------------------------------------------------------------------
 
@@ -207,16 +220,26 @@ class Checkpoints:
         """Load the newest checkpoint that verifies: (steps done, lines to report).
 
         Raises: UserError on all ranks if there are checkpoints but none is good, or if the newest good one belongs to
-        another training.
+        another training; LostDataError on all ranks if the file system fails, or the probe agrees with none of them.
         """
-        report = on_main(self.ranks, self._sweep)
-        while (step := on_main(self.ranks, lambda: max(list_steps(self.folder), default=None))) is not None:
+        report, doubted = on_main(self.ranks, self._sweep), list[Path]()
+        for step in on_main(self.ranks, lambda: list_steps(self.folder)[::-1]):
             folder = self.folder / folder_name(step)
-            flaw = self.take_up(folder)
-            if flaw is None:
+            if flaw := self.take_up(folder):
+                on_main(self.ranks, functools.partial(set_aside, folder, REFUSED))
+                report.append(f"refused {folder}: {flaw}")
+            elif doubt := self.doubt(folder):
+                doubted.append(folder)
+                report.append(f"refused {folder}: {doubt}")
+            else:
+                for away in on_main(self.ranks, lambda: [set_aside(each, DOUBTED) for each in doubted]):
+                    report.append(
+                        f"{away} is sound and stays; to try it elsewhere, rename it back, and move later ones away"
+                    )
                 return step, [*report, f"resuming from {folder}", *self._converted(folder)]
-            on_main(self.ranks, functools.partial(self._refuse, folder))
-            report.append(f"refused {folder}: {flaw}")
+        if doubted:
+            told = f"their files are sound, so {socket.gethostname()} may compute wrongly, and they were left in place"
+            raise LostDataError("; ".join([*report, told]))
         on_main(self.ranks, lambda: self._check_empty(report))
         return 0, report
 
@@ -225,10 +248,11 @@ class Checkpoints:
         return on_main(self.ranks, lambda: self._inspect(folder)) or self.verify(folder) or self.load(folder)
 
     def _sweep(self) -> list[str]:
-        leftovers = list(self.folder.glob(f"{PARTIAL}*"))
-        for leftover in leftovers:
-            shutil.rmtree(leftover)
-        return [f"removed {leftover.name}: its save was cut off" for leftover in leftovers]
+        with lost_if_it_fails(f"{self.folder}"):
+            leftovers = find_leftovers(self.folder)
+            for leftover in leftovers:
+                shutil.rmtree(leftover)
+        return [f"removed {path.name}: its {cut} was cut off" for path, cut in leftovers.items()]
 
     def _inspect(self, folder: Path) -> str | None:
         """What is wrong with the manifest. Raises: UserError if it is another training's."""
@@ -252,43 +276,54 @@ class Checkpoints:
 
     def verify(self, folder: Path) -> str | None:
         """Every rank hashes what the rank of its number wrote, which is what it reads next."""
-        names = read_manifest(folder)["files"]
-        mine = [name for name in names if _writer(name) % self.ranks.world_size == self.ranks.rank]
-        return self._everywhere(find_damage(folder, mine))
+        files = self._manifest(folder)["files"]
+        mine = {name: files[name] for name in files if _writer(name) % self.ranks.world_size == self.ranks.rank}
+        return self._everywhere(lambda: first_damage(folder, mine))
 
     def load(self, folder: Path) -> str | None:
-        """Every rank reads its pieces, wherever they are; then the probe must give what it gave at the save."""
-        manifest = read_manifest(folder)
-        try:
-            self.snapshot.read(folder, Layout.load(folder))
-            flaw = None
-        except (OSError, UserError) as error:
-            flaw = str(error)
-        if flaw := self._everywhere(flaw):
-            return flaw
-        self.snapshot.restore(manifest["updates"])
-        return self.probe.compare(manifest["probe"]) if self.probe else None
+        """Every rank reads its pieces, wherever they are."""
 
-    def _everywhere(self, flaw: str | None) -> str | None:
-        """The flaws that any rank has found."""
-        flaws: list[str | None] = [None] * self.ranks.world_size
-        dist.all_gather_object(flaws, flaw)
-        return "; ".join(dict.fromkeys(filter(None, flaws))) or None
+        def read() -> None:
+            with lost_if_it_fails(f"{folder}"):
+                self.snapshot.read(folder, Layout.load(folder))
+
+        updates = self._manifest(folder)["updates"]
+        if flaw := self._everywhere(read):
+            return flaw
+        self.snapshot.restore(updates)
+        return None
+
+    def doubt(self, folder: Path) -> str | None:
+        """What the probe has against the state that was loaded: it must give what it gave at the save."""
+        return self.probe.compare(self._manifest(folder)["probe"]) if self.probe else None
+
+    def _manifest(self, folder: Path) -> dict[str, Any]:
+        """Read once for all ranks, which then read the same."""
+        return on_main(self.ranks, lambda: read_manifest(folder))
+
+    def _everywhere(self, look: Callable[[], str | None]) -> str | None:
+        """The flaws that any rank finds. Raises: LostDataError on all ranks if one could not look."""
+        mine: str | LostDataError | None
+        try:
+            mine = look()
+        except (UserError, FileNotFoundError) as error:
+            mine = str(error)
+        except LostDataError as error:
+            mine = error
+        found: list[Any] = [None] * self.ranks.world_size
+        dist.all_gather_object(found, mine)
+        for lost in (each for each in found if isinstance(each, LostDataError)):
+            raise lost
+        return "; ".join(dict.fromkeys(filter(None, found))) or None
 
     def _converted(self, folder: Path) -> list[str]:
-        manifest, now = read_manifest(folder), self._shape()
+        manifest, now = self._manifest(folder), self._shape()
         if all(manifest[key] == value for key, value in now.items()):
             return []
         before, after = (
             f"{at['world_size']} rank{'s' * (at['world_size'] > 1)}, ZeRO-{at['zero_stage']}" for at in (manifest, now)
         )
         return [f"it was saved by {before}; its pieces were dealt out anew to {after}"]
-
-    def _refuse(self, folder: Path) -> None:
-        """Take a damaged checkpoint out of the way of its successor, and out of what retention counts."""
-        away = folder.with_name(f"{REFUSED}{folder.name}")
-        shutil.rmtree(away, ignore_errors=True)
-        folder.rename(away)
 
     def _check_empty(self, report: list[str]) -> None:
         if self.folder.exists() and any(self.folder.iterdir()):
@@ -301,17 +336,24 @@ def folder_name(step: int) -> str:
 
 
 def list_steps(folder: Path) -> list[int]:
-    """Steps of the published checkpoints, ascending; published means that the manifest is there."""
-    return sorted(int(path.parent.name.removeprefix("step-")) for path in folder.glob(f"step-*/{MANIFEST}"))
+    """Steps of the published checkpoints, ascending; published means that the manifest is there.
+
+    Raises: LostDataError if the file system fails.
+    """
+    with contextlib.suppress(FileNotFoundError), lost_if_it_fails(f"{folder}"):
+        found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name)]
+        return sorted(int(path.name.removeprefix("step-")) for path in found if (path / MANIFEST).exists())
+    return []
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises: UserError if it is not there, or not as it was written."""
+    """Raises: UserError if it is not there, or not as it was written; LostDataError if the file system fails."""
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        with lost_if_it_fails(f"{folder}"):
+            manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         if manifest.pop("seal") != seal(manifest):
             raise ValueError("its seal does not fit")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: no readable {MANIFEST}: {error!r}") from None
     return manifest
 
@@ -321,28 +363,12 @@ def seal(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(manifest)).hexdigest()
 
 
-def find_damage(folder: Path, names: Iterable[str] | None = None) -> str | None:
-    """What is wrong with a checkpoint's files, or with those named; None if all are as they were written down."""
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or why one could not look; None if all files are as they were written down."""
     try:
-        files = read_manifest(folder)["files"]
-    except UserError as error:
+        return first_damage(folder, read_manifest(folder)["files"])
+    except (UserError, LostDataError) as error:
         return str(error)
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda name: _damage(folder / name, files[name]), files if names is None else names)
-        return next(filter(None, found), None)
-
-
-def _damage(path: Path, facts: dict[str, Any]) -> str | None:
-    try:
-        if path.stat().st_size != facts["bytes"]:
-            return f"{path.name} has {path.stat().st_size} bytes, expected {facts['bytes']}"
-        if file_sha256(path) != facts["sha256"]:
-            return f"{path.name} has changed: its sha256 is not the one that was written down"
-    except FileNotFoundError:
-        return f"{path.name} is missing"
-    except OSError as error:
-        return f"{path.name} cannot be read: {error}"
-    return None
 
 
 def _writer(name: str) -> int:
@@ -355,11 +381,11 @@ def full_state(folder: Path) -> dict[str, torch.Tensor]:
     return Layout.load(folder).whole(folder, "master")
 
 
-def _unsaved(folder: Path, step: int, error: str) -> UserError:
-    return UserError(
-        f"{folder}: the checkpoint of step {step} could not be written ({error}); those before it are as they were; "
-        f"make room there and run the same command again"
-    )
+def _unsaved(folder: Path, step: int, error: BaseException) -> UserError | LostDataError:
+    told = f"{folder}: the checkpoint of step {step} could not be written ({error}); those before it are as they were"
+    if getattr(error, "errno", None) in FOR_PEOPLE:
+        return UserError(f"{told}; make room there, or give the right to write, and run the same command again")
+    return LostDataError(told)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:

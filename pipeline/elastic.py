@@ -172,7 +172,7 @@ def bytes_of(flat: torch.Tensor) -> memoryview:
 
 
 def fill(flat: torch.Tensor, folder: Path, kind: str, reads: Sequence[Read]) -> None:
-    """Read into a flat fp32 tensor on the CPU."""
+    """Read into a flat fp32 tensor on the CPU. Raises: OSError; UserError if a file is too short."""
     memory = bytes_of(flat)
     handles: dict[str, int] = {}
     try:
@@ -192,5 +192,5 @@ def _read_exactly(handle: int, memory: memoryview, offset: int) -> None:
     while done < len(memory):
         count = os.preadv(handle, [memory[done:]], offset + done)
         if not count:
-            raise OSError(f"the file ends {len(memory) - done} bytes too early")
+            raise UserError(f"the file ends {len(memory) - done} bytes too early")
         done += count

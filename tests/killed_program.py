@@ -1,10 +1,12 @@
 """Run by the tests: one training after the other in the same run folder, each killed in another stage of a save.
 
 killed_program.py STAGE,STAGE,… RECIPE [key=value …]: after the last stage the training is left alone until its end.
+A stage may also be one in which the file system fails: that life must end by itself, to be tried again.
 Each is a process of its own, forked from this one, which has imported everything and started nothing. Under torchrun
 there is one life, of the one stage that is named: the first rank that comes there dies.
 """
 
+import errno
 import os
 import shutil
 import signal
@@ -12,10 +14,13 @@ import sys
 from pathlib import Path
 
 import pipeline.checkpoint
+import pipeline.checkpoint_folder
+import pipeline.elastic
 import pipeline.snapshot
 from pipeline import train
 from pipeline.checkpoint import Checkpoints
 from pipeline.engine import init_distributed  # noqa: F401  (imported before the fork)
+from pipeline.watchdog import EXIT_LOST
 
 FATAL_SAVE = 2  # the save of a life that does not survive
 
@@ -49,10 +54,37 @@ class Stages:
 
     @staticmethod
     def pruning():
-        before(shutil, "rmtree", lambda path, **_: not (path / "manifest.json").exists() and any(path.glob("rank-*")))
+        before(shutil, "rmtree", lambda path, **_: path.name.startswith(".pruned-"))
+
+
+class Failures:
+    """Each method has the file system fail, in one call after the other."""
+
+    @staticmethod
+    def hashing_fails():
+        fail(pipeline.checkpoint_folder, "file_sha256", errno.ESTALE, saves_before=0)
+
+    @staticmethod
+    def loading_fails():
+        fail(pipeline.elastic, "_read_exactly", errno.EIO, saves_before=0)
+
+    @staticmethod
+    def writing_fails():
+        fail(pipeline.snapshot, "sync", errno.ETIMEDOUT, saves_before=FATAL_SAVE)
 
 
 saves = 0
+
+
+def fail(owner, name, number, saves_before):
+    called = getattr(owner, name)
+
+    def failing(*arguments):
+        if saves == saves_before:
+            raise OSError(number, os.strerror(number))
+        return called(*arguments)
+
+    setattr(owner, name, failing)
 
 
 def before(owner, name, is_it):
@@ -93,16 +125,16 @@ def train_until(stage, words):
     sys.argv = ["pipeline.train", *words]
     count_saves()
     if stage:
-        getattr(Stages, stage)()
+        getattr(Failures if hasattr(Failures, stage) else Stages, stage)()
     train.main()
 
 
 def live_and_die(stages, words):
     for stage in stages:
-        status = live(stage, words)
-        assert os.WIFSIGNALED(status), f"{stage}: not killed, but ended with {status}"
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        print(f"killed: {stage}", flush=True)
+        expected = EXIT_LOST if hasattr(Failures, stage) else -signal.SIGKILL
+        code = os.waitstatus_to_exitcode(live(stage, words))
+        assert code == expected, f"{stage}: ended with {code}"
+        print(f"survived: {stage}", flush=True)
     assert live(None, words) == 0
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 
@@ -15,7 +16,10 @@ from pipeline.checkpoint import MANIFEST, find_damage, folder_name, full_state, 
 from tests.conftest import finish, run_python, torchrun
 
 STEPS = 12
-STAGES = ["half_written", "manifest_written", "before_latest", "pruning"]  # tests.soak_training has them all
+STAGES = [  # tests.soak_training has all that kill
+    *("half_written", "manifest_written", "before_latest"),
+    *("hashing_fails", "loading_fails", "pruning", "writing_fails"),
+]
 
 
 def words(recipe_file, shards, run, *overrides):
@@ -37,22 +41,28 @@ def steps_logged(run):
     return [line["step"] for line in lines if "event" not in line]
 
 
-def test_killed_at_every_stage_of_saving_one_life_after_the_other_it_ends_with_the_same_bits(
+def test_killed_at_every_stage_or_failed_by_its_disk_one_life_after_the_other_it_ends_with_the_same_bits(
     recipe_file, shards, straight, tmp_path
 ):
     run = tmp_path / "run"
     done = run_python("-m", "tests.killed_program", ",".join(STAGES), *words(recipe_file, shards, run), timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [line for line in done.stdout.splitlines() if line.startswith("killed")] == [f"killed: {s}" for s in STAGES]
-    assert done.stdout.count("resuming from") == len(STAGES)
+    lives = [line for line in done.stdout.splitlines() if line.startswith("survived")]
+    assert lives == [f"survived: {stage}" for stage in STAGES]
+    resumed = [int(step) for step in re.findall(r"resuming from .*/step-(\d+)", done.stdout)]
+    assert resumed == [1, 2, 4, 6, 7]
     assert done.stdout.count("its save was cut off") == 2  # after the rename the new one counts
-    assert "refused" not in done.stdout
+    assert done.stdout.count("its deletion was cut off") == 1
+    failed = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert ["Stale file handle" in failed[0], "Input/output error" in failed[1]] == [True, True]
+    assert "step 8 could not be written ([Errno 110] Connection timed out)" in failed[2]
     ours, theirs = (full_state(folder / "checkpoints" / folder_name(STEPS)) for folder in (run, straight))
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     assert list_steps(run / "checkpoints") == [STEPS - 2, STEPS - 1, STEPS]
     assert set(steps_logged(run)) == set(range(1, STEPS + 1))
-    assert not [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
+    kept = [folder_name(step) for step in (STEPS - 2, STEPS - 1, STEPS)]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", *kept]
 
 
 def test_a_state_that_computes_something_else_is_refused_and_the_one_before_is_loaded_over_it(
@@ -67,8 +77,15 @@ def test_a_state_that_computes_something_else_is_refused_and_the_one_before_is_l
     elsewhere = probe["where"] | {"machine": "another"}
     rewrite_probe(newest, lambda text: {"text": math.nextafter(text, 0)})
     rewrite_probe(middle, lambda text: {"text": text * (1 + 5e-5), "where": elsewhere})
-    rewrite_probe(oldest, lambda text: {"text": text * (1 + 5e-6), "where": elsewhere})
+    rewrite_probe(oldest, lambda text: {"text": text * (1 + 5e-5), "where": elsewhere})
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
 
+    nowhere = run_python("-m", "pipeline.train", *words(recipe_file, shards, run))
+    assert nowhere.returncode == 4, nowhere.stderr
+    assert "their files are sound" in nowhere.stderr
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
+
+    rewrite_probe(oldest, lambda text: {"text": text / (1 + 5e-5) * (1 + 5e-6)})
     done = run_python("-m", "pipeline.train", *words(recipe_file, shards, run))
     assert done.returncode == 0, done.stderr
     assert f"refused {newest}: the text loss of the probe is {probe['text']!r}" in done.stdout
@@ -76,6 +93,7 @@ def test_a_state_that_computes_something_else_is_refused_and_the_one_before_is_l
     assert "(allowed: 1e-05 of it)" in done.stdout
     assert f"resuming from {oldest}" in done.stdout
     assert read_manifest(newest)["probe"] == probe
+    assert read_manifest(newest.with_name(f".doubted-{newest.name}"))["probe"] != probe, "the next saves deleted it"
     ours, theirs = (full_state(folder / "checkpoints" / folder_name(STEPS)) for folder in (run, straight))
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
