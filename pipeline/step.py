@@ -129,6 +129,8 @@ def optimizer_step(
         text, align = row_losses(engine, towers, recipe, micro_batch.to(engine.device))
         sums.add(text, align, numbers)
         loss = text.sum() / totals.text + recipe.align_weight * align.sum() / totals.images
+        # DeepSpeed looks at gradients alone, which can be finite where the loss is not; it must not update then either.
+        loss = loss * (1 + 0 * loss.detach())
         # DeepSpeed averages over ranks and micro-batches; ours is a sum over them.
         engine.backward(loss * len(batch.micro_batches) * torch.distributed.get_world_size())
         engine.step()

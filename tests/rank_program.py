@@ -1,12 +1,14 @@
 """Run by the tests on several ranks: a few training steps whose whole gradients, or states, are kept.
 
-rank_program.py OUT RECIPE [key=value …] [until=N] [keep=states] [disk=slow] [fill=FILE]
+rank_program.py OUT RECIPE [key=value …] [until=N] [keep=states] [disk=slow] [fill=FILE] [spoil=N]
 
 OUT becomes {"gradients": [{name: tensor} per step], "reports": […], "first": step}; with keep=states also "states":
 {step: what DeepSpeed says of every parameter}, right after resuming and at each save. `until` ends it early; on a slow
 disk writing takes longer than some steps; `fill` grows after the first save, until there is no room for another.
+`spoil`: a step (0-based) in which the main rank's losses are infinite, its gradients finite.
 """
 
+import math
 import os
 import shutil
 import sys
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
 
-from pipeline import snapshot
+from pipeline import snapshot, step
 from pipeline.checkpoint import Checkpoints
 from pipeline.data import TrainData
 from pipeline.engine import build_engine, init_distributed, learning_rate
@@ -25,10 +27,10 @@ from pipeline.probe import Probe
 from pipeline.ranks import find_ranks
 from pipeline.recipe import load_recipe
 from pipeline.run import Run
-from pipeline.step import optimizer_step
 from pipeline.train import _identity, build_model
 
-OURS = {"until": str(2**31), "keep": "gradients", "disk": "fast", "fill": ""}
+row_losses = step.row_losses
+OURS = {"until": str(2**31), "keep": "gradients", "disk": "fast", "fill": "", "spoil": "-1"}
 
 
 def main() -> None:
@@ -50,7 +52,8 @@ def main() -> None:
     reports = []
     for batch in data.from_step(first):
         lr = learning_rate(recipe, batch.step, data.total_steps)
-        report = optimizer_step(engine, towers, recipe, batch, lr)
+        spoil_the_loss(batch.step == int(ours["spoil"]) and ranks.is_main)
+        report = step.optimizer_step(engine, towers, recipe, batch, lr)
         reports.append(vars(report) | {"writing_here": checkpoints.writing, "learning_rates": learning_rates(engine)})
         if checkpoints.due(batch.step + 1):
             checkpoints.save(batch.step + 1)
@@ -109,6 +112,14 @@ def slow_down_the_disk():
         return write(path, tensor)
 
     snapshot._write = slow
+
+
+def spoil_the_loss(now: bool):
+    def spoilt(engine, towers, recipe, batch):
+        text, align = row_losses(engine, towers, recipe, batch)
+        return text + torch.where(batch.real, math.inf, 0.0), align
+
+    step.row_losses = spoilt if now else row_losses
 
 
 def fill_the_disk(file: Path, but_for: int):

@@ -1,13 +1,18 @@
 """The update is that of one torch batch, however the batch is split, and whichever modality came before."""
 
+import math
+
 import pytest
 import torch
 
+from pipeline.checkpoint import folder_name
+from pipeline.elastic import Layout
 from pipeline.recipe import load_recipe
 from tests.conftest import finish, torchrun
 from tests.plain_torch import train_plainly
 
 STEPS = 6  # of one epoch: pictures and text alone, and an incomplete last batch of both
+CONFIGS = {3: "ds_configs/zero3_small.json", 2: "ds_configs/zero2.json"}
 ALIGNMENT_ONLY = ("alignment.", "projector.")
 
 
@@ -32,6 +37,19 @@ def run_ranks(tmp_path, ranks, base, *overrides):
     return torch.load(out, weights_only=False)
 
 
+@pytest.mark.parametrize(("ranks", "stage"), [(2, 3), (1, 2)])
+def test_an_infinite_loss_with_finite_gradients_on_one_rank_updates_nothing_on_any(tmp_path, base, ranks, stage):
+    spoilt = ["spoil=1", "until=3", "checkpoint.every_steps=1", f"engine.ds_config={CONFIGS[stage]}"]
+    told = run_ranks(tmp_path, ranks, base, *spoilt)
+    assert [math.isfinite(report["text"]) for report in told["reports"]] == [True, False, True]
+    folders = [tmp_path / "run/checkpoints" / folder_name(step) for step in (1, 2, 3)]
+    for kind in ("master", "exp_avg", "exp_avg_sq"):
+        first, second, third = (Layout.load(folder).whole(folder, kind) for folder in folders)
+        assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+        assert not all(torch.equal(tensor, third[name]) for name, tensor in first.items())
+        assert all(tensor.isfinite().all() for tensor in third.values())
+
+
 def assert_same_gradients(found, expected, modalities, first=0):
     """Tensor by tensor: to fp32 rounding in the first step, and later to what Adam makes of that rounding."""
     steps = range(first, len(expected))
@@ -53,8 +71,7 @@ def test_gradients_are_those_of_one_torch_batch_however_it_is_split(
     tmp_path, base, reference, ranks, micro_batch, stage
 ):
     gradients, modalities = reference
-    configs = {3: "ds_configs/zero3_small.json", 2: "ds_configs/zero2.json"}
-    split = [f"optim.micro_batch={micro_batch}", f"engine.ds_config={configs[stage]}", "engine.segment_layers=2"]
+    split = [f"optim.micro_batch={micro_batch}", f"engine.ds_config={CONFIGS[stage]}", "engine.segment_layers=2"]
     found = run_ranks(tmp_path, ranks, base, *split)
     assert_same_gradients(found["gradients"], gradients, modalities)
 
