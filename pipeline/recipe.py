@@ -53,7 +53,7 @@ RANGES = (
     ("evaluate.samples", 1, math.inf),
     ("watchdog.slow_factor", 0, math.inf),
     ("watchdog.least_s", 0, math.inf),
-    ("watchdog.first_s", 0, math.inf),
+    ("watchdog.first_s", 1, math.inf),
 )
 
 

@@ -36,8 +36,8 @@ FIRST_STEPS = 8  # whose compilation and warming up may take long
 REMEMBERED = 50  # steps, for their median time
 POLL_S = 1.0
 GRACE_S = 5.0  # from a rank's stacks to its end, so that the others can write theirs
-STUCK_S = 60.0  # after which an interpreter in which not even our thread runs writes its stacks to the log
-SUSPENDED_S = 5.0  # that a thread was held up for: the whole job was, as by `scontrol suspend`
+STUCK_S = 60.0  # after which a rank that could not end itself writes its stacks to the log, and then ends all the same
+SUSPENDED_S = 5.0  # a thread that was held up for longer was so with the whole job, as by `scontrol suspend`
 
 
 def bound_collectives(recipe: Recipe) -> None:
@@ -56,6 +56,7 @@ class Watchdog:
     def __init__(self, run: Run, ranks: Ranks):
         self.run, self.ranks, self.options = run, ranks, run.recipe.watchdog
         self.step, self.seconds = 0, deque[float](maxlen=REMEMBERED)
+        self.lived = 0.0  # seconds, without those for which the job was suspended
         self.ended = threading.Event()
 
     def __enter__(self) -> Watchdog:
@@ -67,6 +68,7 @@ class Watchdog:
         self.peers = {rank: pid for rank, pid in here if rank != self.ranks.rank and state_of(pid)}
         self._expect("the start", self.options.first_s)
         faulthandler.enable()  # and a crash in compiled code tells where it was
+        threading.Thread(target=self._keep_time, name="watchdog's clock", daemon=True).start()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
@@ -95,6 +97,14 @@ class Watchdog:
         yield
         self._expect(f"step {self.step + 1}", self.allowance())
 
+    @contextmanager
+    def before_the_end(self) -> Iterator[None]:
+        """Around the steps: what comes after them, as wandb's last words, may take longer too."""
+        try:
+            yield
+        finally:
+            self._expect("the end", self.options.first_s)
+
     def allowance(self) -> float:
         """Seconds that the next step may take."""
         if len(self.seconds) < FIRST_STEPS:
@@ -104,22 +114,30 @@ class Watchdog:
     def _expect(self, what: str, allowance: float) -> None:
         self.since = time.monotonic()
         if self.options.slow_factor:
-            self.due = (what, allowance, self.since + allowance)
+            self.due = (what, allowance, self.lived + allowance)
             faulthandler.dump_traceback_later(allowance + STUCK_S)
         else:
             self.due = (what, allowance, math.inf)
 
-    def _watch(self) -> None:
+    def _keep_time(self) -> None:
+        """Count the seconds, and end this rank if `_watch` cannot: the run folder's file system may never answer it.
+
+        So this thread touches no file. faulthandler, which writes the stacks before, would not know of a suspension.
+        """
         asked = time.monotonic()
         while not self.ended.wait(POLL_S):
+            now = time.monotonic()
+            self.lived += min(now - asked, SUSPENDED_S)
+            asked = now
+            if self.lived > self.due[2] + 2 * STUCK_S:
+                os._exit(EXIT_LOST)
+
+    def _watch(self) -> None:
+        while not self.ended.wait(POLL_S):
             what, allowance, until = self.due
-            late, asked = time.monotonic() - asked - POLL_S, time.monotonic()
-            if late > SUSPENDED_S:
-                self.due = (what, allowance, until + late)
-                continue
             if lost := self._lost_rank():
                 self._end(lost)
-            if time.monotonic() > until:
+            if self.lived > until:
                 self._end(f"{what} takes longer than {allowance:.0f} s{self._usual()}{self._telling()}")
             if self.folder.exists():
                 self._end("another rank ends the run")

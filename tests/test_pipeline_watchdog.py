@@ -19,10 +19,11 @@ from pipeline.ranks import Ranks
 from pipeline.recipe import load_recipe
 from pipeline.run import Run
 from pipeline.status import state_of as state_of_run
-from pipeline.watchdog import EXIT_LOST, FIRST_STEPS, Watchdog, state_of
+from pipeline.watchdog import EXIT_LOST, FIRST_STEPS, STUCK_S, SUSPENDED_S, Watchdog, state_of
 from tests.conftest import REPOSITORY, finish, torchrun
 
-ENDLESS = ["steps=100000", "checkpoint.every_steps=100000", "watchdog.least_s=6", "watchdog.slow_factor=5"]
+ENDLESS = ["steps=100000", "checkpoint.every_steps=100000"]
+IMPATIENT = ["watchdog.least_s=6", "watchdog.slow_factor=5"]
 
 
 def words(recipe_file, shards, run):
@@ -46,7 +47,7 @@ def told(run: Path) -> tuple[dict, dict]:
 
 def test_a_rank_that_hangs_ends_the_run_with_the_others_stacks(recipe_file, shards, tmp_path):
     run = tmp_path / "run"
-    process = torchrun(2, ["--shutdown-timeout=1", *words(recipe_file, shards, run)])
+    process = torchrun(2, ["--shutdown-timeout=1", *words(recipe_file, shards, run), *IMPATIENT])
     wait_for_steps(run, FIRST_STEPS + 1)
     ranks = sorted(psutil.Process(process.pid).children(), key=lambda rank: int(rank.environ()["RANK"]))
     ranks[0].send_signal(signal.SIGSTOP)
@@ -120,6 +121,44 @@ def test_a_save_or_an_evaluation_may_take_long_and_the_next_step_not(watchdog):
     with watchdog.during("the save"):
         assert watchdog.due[:2] == ("the save", 500)
     assert watchdog.due[:2] == ("step 1", 20)
+
+
+def test_what_comes_after_the_steps_may_take_long_also_after_an_error(watchdog):
+    watchdog.seconds.extend([1.0] * FIRST_STEPS)
+    with pytest.raises(ZeroDivisionError), watchdog.before_the_end():
+        raise ZeroDivisionError
+    assert watchdog.due[:2] == ("the end", 500)
+
+
+class Waits:
+    """An event that is set after some waits, during each of which the clock goes on as told."""
+
+    def __init__(self, monkeypatch, *seconds):
+        self.now, self.seconds = 0.0, list(seconds)
+        monkeypatch.setattr("pipeline.watchdog.time.monotonic", lambda: self.now)
+
+    def wait(self, timeout):
+        if self.seconds:
+            self.now += self.seconds.pop(0)
+            return False
+        return True
+
+
+def test_the_time_of_a_suspension_does_not_count(watchdog, monkeypatch):
+    watchdog._expect("step 1", 20)
+    watchdog.ended = Waits(monkeypatch, 1, 1, 3600, 1)
+    watchdog._keep_time()
+    assert watchdog.lived == 3 + SUSPENDED_S
+
+
+def test_a_rank_whose_watchdog_hangs_itself_ends_all_the_same(watchdog, monkeypatch):
+    watchdog._expect("step 1", 20)
+    watchdog.ended = Waits(monkeypatch, *[1] * 1000)
+    monkeypatch.setattr("pipeline.watchdog.os._exit", sys.exit)
+    with pytest.raises(SystemExit) as end:
+        watchdog._keep_time()
+    assert end.value.code == EXIT_LOST
+    assert watchdog.lived == 20 + 2 * STUCK_S + 1
 
 
 def test_a_mistake_that_a_rank_has_told_of_is_not_overwritten(watchdog, tmp_path):
