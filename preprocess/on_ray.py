@@ -4,49 +4,70 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    LocalRayletDiedError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.util.metrics import Gauge
 
 from model.errors import UserError, first_line
 from preprocess.progress import Progress
-from preprocess.task import Done, ShardTask, build_shard, last_crumb
+from preprocess.task import ShardTask, build_shard, last_crumb
 
 RETRIES = 3  # of a shard whose process died, or could not read or write
+_DEATHS = (WorkerCrashedError, OutOfMemoryError, NodeDiedError, LocalRayletDiedError)
 
 
 def build_on_ray(tasks: Sequence[ShardTask], workers: int | None, progress: Progress) -> None:
-    """At most two tasks per CPU are in flight. Ray retries what failed to read or write, and what died."""
+    """At most two tasks per CPU are in flight. What failed to read or write, and what died, is tried again."""
     with _cluster(workers):
         most = workers or 2 * int(ray.cluster_resources().get("CPU", 1))
-        remote = ray.remote(build_shard).options(max_retries=RETRIES, retry_exceptions=[OSError])
+        remote = ray.remote(build_shard).options(max_retries=0)  # it would not count who is killed for memory
         gauges = {name: Gauge(f"emma_{name}", f"build_shards: {name}") for name in progress.numbers()}
         waiting = list(reversed(tasks))
         flying: dict[ray.ObjectRef, ShardTask] = {}
+        failures = Counter[str]()
         progress.tick()
         while waiting or flying:
             while waiting and len(flying) < most:
                 task = waiting.pop()
                 flying[remote.remote(task)] = task
             for landed in ray.wait(list(flying), timeout=1.0)[0]:
-                finished = _result(landed, flying.pop(landed))
-                progress.add(finished.dialogues, finished.rejects)
+                task = flying.pop(landed)
+                try:
+                    finished = ray.get(landed)
+                except (*_DEATHS, OSError) as error:
+                    failures[task.name] += 1
+                    if failures[task.name] > RETRIES:
+                        raise _explained(error, task) from None
+                    last = isinstance(error, OutOfMemoryError)  # by then others may need less
+                    waiting.insert(0 if last else len(waiting), task)
+                else:
+                    progress.add(finished.dialogues, finished.rejects)
             progress.tick()
             for name, value in progress.numbers().items():
                 gauges[name].set(value)
         progress.tick("finalising", last=True)
 
 
-def _result(landed: ray.ObjectRef, task: ShardTask) -> Done:
-    try:
-        return ray.get(landed)
-    except (WorkerCrashedError, OutOfMemoryError) as error:
-        raise UserError(
-            f"{task.name}: its process died {RETRIES + 1} times, the last time at {last_crumb(task)} "
-            f"({first_line(error)}); if a picture is to blame, remove it; what is finished is kept"
-        ) from None
+def _explained(error: Exception, task: ShardTask) -> Exception:
+    if isinstance(error, OSError):
+        return error
+    advice = "if a picture is to blame, remove it"
+    if isinstance(error, OutOfMemoryError):
+        advice = "the machine's memory is full: give fewer --workers"
+    return UserError(
+        f"{task.name}: its process died {RETRIES + 1} times, the last time at {last_crumb(task)} "
+        f"({first_line(error)}); {advice}; what is finished is kept"
+    )
 
 
 @contextlib.contextmanager
