@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -20,7 +20,8 @@ import psutil
 from pipeline.demo_processes import free_ports
 
 REPOSITORY = Path(__file__).parents[1]
-START_S, STOP_S = 60, 15
+NODE_CPUS = 2
+START_S, STOP_S, PATIENCE_S = 60, 15, 120
 QUICK_TO_NOTICE = {"RAY_health_check_period_ms": "500", "RAY_metrics_report_interval_ms": "500"}
 
 
@@ -43,7 +44,7 @@ class RayHead:
         self.process = self._start({**ports, "dashboard-agent-listen-port": agent, "temp-dir": scratch}, "--head")
 
     def _start(self, options: dict[str, object], *words: str) -> subprocess.Popen[str]:
-        options = {"num-cpus": 2, "object-store-memory": 100_000_000, **options}
+        options = {"num-cpus": NODE_CPUS, "object-store-memory": 100_000_000, **options}
         return subprocess.Popen(
             ["ray", "start", "--block", "--log-color=false", "--disable-usage-stats"]
             + [f"--{name}={value}" for name, value in options.items()]
@@ -57,10 +58,14 @@ class RayHead:
         )
 
     def add_node(self) -> subprocess.Popen[str]:
-        """A second machine of the cluster, as far as Ray can tell."""
+        """A second machine of the cluster, as far as Ray can tell. Waits until Ray counts its CPUs."""
         agent, metrics = free_ports(2)
         options = {"address": f"127.0.0.1:{self.port}", "dashboard-agent-listen-port": agent}
         self.nodes.append(self._start({**options, "metrics-export-port": metrics}))
+        count = f"ray.cluster_resources().get('CPU', 0) < {NODE_CPUS * (1 + len(self.nodes))}"
+        program = f"import ray, time; ray.init('127.0.0.1:{self.port}', logging_level='error')\n"
+        counted = self.run(sys.executable, "-c", f"{program}while {count}: time.sleep(0.1)", timeout=START_S)
+        assert counted.returncode == 0, counted.stderr
         return self.nodes[-1]
 
     def lose_node(self, node: subprocess.Popen[str]) -> None:
@@ -82,9 +87,12 @@ class RayHead:
         return self.run("ray", "job", *words)
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """The newest of each kind that a monitor would be given."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=30) as page:
-            lines = [line for line in page.read().decode().splitlines() if line.startswith(prefix)]
+        """The newest of each kind that a monitor would be given; none while the agent is not there yet."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=30) as page:
+                lines = [line for line in page.read().decode().splitlines() if line.startswith(prefix)]
+        except OSError:
+            return {}
         return {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
 
     def statuses(self) -> list[str]:
@@ -93,14 +101,14 @@ class RayHead:
         program += "print(*(job.status for job in Client().list_jobs()))"
         return self.run(sys.executable, "-c", program).stdout.split()
 
-    def run(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(word) for word in words],
             cwd=REPOSITORY,
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=timeout,
             check=False,
         )
 
@@ -131,6 +139,18 @@ class RayHead:
     def kill(self) -> None:
         """The whole head, at once."""
         _kill(self.process, _below(self.process))
+
+
+def wait_until(done: Callable[[], object], driver: subprocess.Popen[str] | None = None) -> None:
+    """Fails if the driver, which is to be alive until then, ends before, and when patience does."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not done():
+        assert driver is None or driver.poll() is None, f"the build ended too early: {driver.communicate()[0]}"
+        if time.monotonic() > deadline:
+            if driver:
+                driver.kill()
+            raise TimeoutError(f"waited {PATIENCE_S} s in vain")
+        time.sleep(0.05)
 
 
 def workers_below(started: subprocess.Popen[str], name: str) -> list[int]:

@@ -19,7 +19,6 @@ import random
 import signal
 import subprocess
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from skimage import data as photographs
 from preprocess.build_shards import EXIT_USER_ERROR
 from tests.conftest import run_python
 from tests.golden_tokenizer import gpt_neox
-from tests.ray_head import RayHead, ray_head
+from tests.ray_head import RayHead, ray_head, wait_until
 from tests.shard_builds import arguments, build_in_process, write_mix
 
 NAMES = ("astronaut", "camera", "chelsea", "coffee", "rocket", "text")
@@ -84,8 +83,7 @@ def one_life(head: RayHead, command: list[str], victim: str, after_s: float) -> 
         kill(victim, head, driver)
     said, _ = driver.communicate(timeout=300)
     assert driver.returncode == (-signal.SIGKILL if in_time and victim not in SURVIVED else 0), said
-    while head.workers("build_shard"):
-        time.sleep(0.1)
+    wait_until(lambda: not head.workers("build_shard"))
     return driver.returncode == 0, in_time
 
 

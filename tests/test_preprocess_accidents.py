@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from PIL import Image
 from skimage import data as photographs
 
 from preprocess import build_shards
+from tests.conftest import run_python
 from tests.golden_tokenizer import gpt_neox
-from tests.ray_head import RayHead, ray_head, workers_below
+from tests.ray_head import RayHead, ray_head, wait_until, workers_below
 from tests.shard_builds import arguments, build_in_process, contents, dialogue_row, write_mix
 
 SCRIPT = "preprocess/build_shards.py"
@@ -73,9 +73,7 @@ def held_up(root: Path) -> Iterator[None]:
 
 
 def wait_for_shards(driver: subprocess.Popen[str], out: Path, count: int) -> None:
-    while len(list(out.glob("shard-*.json"))) < count:
-        assert driver.poll() is None, f"the build ended too early: {driver.communicate()[0]}"
-        time.sleep(0.02)
+    wait_until(lambda: len(list(out.glob("shard-*.json"))) >= count, driver)
 
 
 def finish(driver: subprocess.Popen[str]) -> str:
@@ -89,9 +87,13 @@ def test_a_killed_worker_is_replaced_and_monitors_are_told_how_far_the_build_is(
 ) -> None:
     with held_up(root):
         driver = head.driver(SCRIPT, *command(root, tmp_path / "out"))
-        while (told := head.metrics("ray_emma_")).get("ray_emma_dialogues_done") != ALL_BUT_ONE * SAMPLES_PER_SHARD:
-            assert driver.poll() is None, f"the build ended too early: {driver.communicate()[0]}"
-            time.sleep(0.1)
+        told: dict[str, float] = {}
+
+        def told_of_all_but_one() -> bool:
+            told.update(head.metrics("ray_emma_"))
+            return told.get("ray_emma_dialogues_done") == ALL_BUT_ONE * SAMPLES_PER_SHARD
+
+        wait_until(told_of_all_but_one, driver)
         for pid in head.workers("build_shard"):
             os.kill(pid, signal.SIGKILL)
     finish(driver)
@@ -104,10 +106,9 @@ def test_a_picture_that_makes_every_process_crash_is_named(head: RayHead, root: 
     crumb = tmp_path / "out/.work/shard-00029.crumb.tmp"
     with held_up(root):
         driver = head.driver(SCRIPT, *command(root, tmp_path / "out"))
+        wait_for_shards(driver, tmp_path / "out", ALL_BUT_ONE)  # so that nobody else is killed
         for death in range(4):
-            while not crumb.exists() or "590.jpg" not in crumb.read_text():
-                assert driver.poll() is None, f"the build ended too early: {driver.communicate()[0]}"
-                time.sleep(0.02)
+            wait_until(lambda: crumb.exists() and "590.jpg" in crumb.read_text(), driver)
             if death < 3:
                 crumb.unlink()
             for pid in head.workers("build_shard"):
@@ -120,13 +121,24 @@ def test_a_picture_that_makes_every_process_crash_is_named(head: RayHead, root: 
     assert said.splitlines()[-1].startswith(complaint)
 
 
+def test_processes_that_are_killed_for_memory_are_not_started_for_ever(tmp_path: Path) -> None:
+    """Ray is told that hardly any memory is left, and a pipe for a picture holds the task up until it notices."""
+    root = tmp_path / "root"
+    write_mix(root, [{"name": "photographs", "format": "llava", "annotations": "rows.json"}])
+    (root / "rows.json").write_text(json.dumps([dialogue_row(0) | {"image": "0.jpg"}]))
+    os.mkfifo(root / "0.jpg")
+    full = {"RAY_memory_usage_threshold": "0.0001", "RAY_memory_monitor_refresh_ms": "100"}
+    done = run_python(SCRIPT, *command(root, tmp_path / "out", workers=1), timeout=120, RAY_ADDRESS="", **full)
+    assert done.returncode == build_shards.EXIT_USER_ERROR, done.stderr
+    assert "error: shard-00000: its process died 4 times, the last time at " in done.stderr.splitlines()[-1]
+    assert "the machine's memory is full: give fewer --workers" in done.stderr.splitlines()[-1]
+
+
 def test_a_machine_that_leaves_is_done_without(head: RayHead, root: Path, expected: Path, tmp_path: Path) -> None:
     node = head.add_node()
     with held_up(root):
         driver = head.driver(SCRIPT, *command(root, tmp_path / "out"))
-        while not workers_below(node, "build_shard"):
-            assert driver.poll() is None, f"the build ended too early: {driver.communicate()[0]}"
-            time.sleep(0.02)
+        wait_until(lambda: workers_below(node, "build_shard"), driver)
         head.lose_node(node)
         wait_for_shards(driver, tmp_path / "out", ALL_BUT_ONE)
     finish(driver)
@@ -140,8 +152,7 @@ def test_a_killed_build_goes_on_where_it_was(head: RayHead, root: Path, expected
         wait_for_shards(driver, out, ALL_BUT_ONE)
         driver.kill()
         driver.communicate()
-        while head.workers("build_shard"):
-            time.sleep(0.1)  # Ray ends the tasks of a dead driver
+        wait_until(lambda: not head.workers("build_shard"))  # Ray ends the tasks of a dead driver
     (out / "shard-00029.tar.feed.tmp").write_text("left by a killed worker")
     finished = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.json")}
     assert not (out / "manifest.json").exists()
@@ -156,8 +167,7 @@ def test_a_stopped_job_goes_on_where_it_was(head: RayHead, root: Path, expected:
     words = command(root, out, workers=1)
     with held_up(root):
         head.submit("submit", "--no-wait", "--submission-id", "stopped", "--", SCRIPT, *words)
-        while not list(out.glob("shard-*.json")):
-            time.sleep(0.02)
+        wait_until(lambda: list(out.glob("shard-*.json")))
         assert head.submit("stop", "stopped").returncode == 0
     assert head.statuses().count("STOPPED") == 1
     finished = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.json")}
