@@ -77,9 +77,15 @@ class History:
     total_steps: int = 0
     step_s: float = 0.0
     line_s: float = 0.0  # between the last two lines of steps
+    paused_s: float = 0.0  # saving and evaluating, since the last start
     last_line: dict[str, Any] = field(default_factory=dict)
     last_time: float = 0.0
     last_event: str = ""
+
+    @property
+    def left_s(self) -> float:
+        done = self.step - (self.starts[-1].step if self.starts else 0)
+        return seconds_left(self.total_steps - self.step, self.step_s, self.paused_s, done)
 
 
 def read_history(run: Path) -> History:
@@ -95,6 +101,12 @@ def read_history(run: Path) -> History:
         return tell(lines)
     except KeyError as error:
         raise UserError(f"{run}: metrics.jsonl is of another version: no key {error}") from None
+
+
+def has_event(run: Path, name: str, step: int) -> bool:
+    """Whether some start of a run told of it."""
+    lines = map(_parse, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return any(line.get("event") == name and line["step"] == step for line in lines if line is not None)
 
 
 def _parse(line: str) -> dict[str, Any] | None:
@@ -147,14 +159,19 @@ def _begin(history: History, line: dict[str, Any]) -> None:
     history.ledger.resuming += resuming
     history.ledger.starting += line["time"] - began - resuming
     history.total_steps, history.step = line["total_steps"], line["step"]
+    history.paused_s = 0.0
 
 
 def _note(history: History, event: str, line: dict[str, Any]) -> None:
     step = line["step"]
+    if event in ("save", *ENDS):
+        history.step = max(history.step, step)
     if event == "save":
         history.ledger.saving += line["seconds"]
+        history.paused_s += line["seconds"]
     elif event == "heldout":
         history.ledger.evaluating += line["seconds"]
+        history.paused_s += line["seconds"]
         history.heldout[step] = _number(line["heldout/loss/text"]), line["heldout/loss/align"]
         prefix = f"heldout/{TEXT_OF_SOURCE}"
         history.heldout_sources = {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
@@ -179,6 +196,11 @@ def _advance(history: History, line: dict[str, Any], here: int) -> None:
             history.sources.setdefault(name, {})[step] = line[key], line[f"{SAMPLES_OF_SOURCE}{name}"]
     history.step, history.step_s, history.line_s = step, line["time/step_s"], line["time/step_s"] * count
     history.last_line = line
+
+
+def seconds_left(steps: int, step_s: float, paused_s: float, done: int) -> float:
+    """Of `steps` at the present rate, with as much saving and evaluating as in the `done` ones of this start."""
+    return steps * (step_s + paused_s / max(1, done))
 
 
 def hours(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any, TextIO
 import torch
 
 from pipeline.data import GlobalBatch, TrainData
-from pipeline.history import SLOW_RANK, hours
+from pipeline.history import SLOW_RANK, hours, seconds_left
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
 from pipeline.step import StepReport
@@ -86,11 +87,12 @@ class Metrics:
         self.window.restart()
 
     def log(self, step: int, batch: GlobalBatch, report: StepReport, lr: float) -> None:
-        """Note one step; every `log.every_steps` write a line. `step` counts the steps done, this one included."""
+        """Note one step; every `log.every_steps`, and before a stop, write a line. `step` counts the steps done."""
         if not self.ranks.is_main:
             return
         self.window.add(batch, report)
-        if step % self.recipe.log.every_steps and step != self.data.total_steps:
+        waits = report.stop or report.save or not report.finite  # it may be the last word for long, or for ever
+        if step % self.recipe.log.every_steps and step != self.data.total_steps and not waits:
             return
         values = {
             "step": step,
@@ -110,7 +112,9 @@ class Metrics:
 
     def log_heldout(self, step: int, values: dict[str, Any]) -> None:
         """The losses of an evaluation; its event has them too."""
-        self._to_wandb(step, values)
+        if self.ranks.is_main:
+            # wandb takes no step twice: one that a start makes up for goes with that start's first step.
+            self._to_wandb(max(step, self.first_step + 1), values)
 
     def _line(self, values: dict[str, Any]) -> str:
         align = "   -  " if values["loss/align"] is None else f"{values['loss/align']:.4f}"
@@ -128,8 +132,7 @@ class Metrics:
         )
 
     def _seconds_left(self, step: int, step_s: float) -> float:
-        """At the present rate, with as much saving and evaluating as so far."""
-        return (self.data.total_steps - step) * (step_s + self.paused_s / max(1, step - self.first_step))
+        return seconds_left(self.data.total_steps - step, step_s, self.paused_s, step - self.first_step)
 
     def _write(self, values: dict[str, Any]) -> None:
         self.file.write(_json_line(values))
@@ -162,8 +165,8 @@ def _json_line(values: dict[str, Any]) -> str:
 
 def _open_for_lines(path: Path) -> TextIO:
     """To append lines, after one that a kill may have cut off."""
-    cut_off = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    file = path.open("a", encoding="utf-8", buffering=1)
-    if cut_off:
-        file.write("\n")
-    return file
+    with path.open("ab+") as file:
+        cut_off = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n"
+        if cut_off:
+            file.write(b"\n")
+    return path.open("a", encoding="utf-8", buffering=1)

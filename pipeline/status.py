@@ -34,8 +34,8 @@ def state_of(run: Path, history: History, now: float) -> str:
 
 
 def table(run: Path, history: History, now: float) -> str:
-    left = hours((history.total_steps - history.step) * history.step_s)
-    lines = [f"{run}: {state_of(run, history, now)}, step {history.step} of {history.total_steps}, {left} left"]
+    left = f"{hours(history.left_s)} left"
+    lines = [f"{run}: {state_of(run, history, now)}, step {history.step} of {history.total_steps}, {left}"]
     for part in (_lately, _wall_time, _starts, _sources, _warnings):
         lines += part(history)
     return "\n".join(lines)

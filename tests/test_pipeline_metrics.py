@@ -1,6 +1,8 @@
 """What a run tells: held-out losses and documented keys, and wandb for real, offline."""
 
+import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -8,10 +10,17 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import psutil
 import pytest
+import torch
 from wandb.proto.wandb_internal_pb2 import Record
 
+from pipeline.data import TrainData
+from pipeline.metrics import Metrics, append_event
+from pipeline.ranks import Ranks
+from pipeline.recipe import load_recipe
+from pipeline.step import Seconds, StepReport
 from tests.conftest import REPOSITORY, finish, run_python, torchrun
 
 STEPS = 6
@@ -66,6 +75,35 @@ def test_the_ranks_towers_are_compared_after_every_step_with_pictures(evaluated)
     for step, pictures in zip(range(2, STEPS + 1), had_pictures, strict=True):
         ratio = told[step]["ranks/slowest_ratio"]
         assert ratio >= 1 if pictures else ratio is None, f"step {step}"
+
+
+@pytest.mark.parametrize("why", ["stop", "save", "nonfinite"])
+def test_a_step_after_which_the_run_may_end_has_a_line_though_none_is_due(recipe_file, shards, tmp_path, why):
+    recipe = load_recipe(recipe_file, [f"data.shards={shards}", f"run.dir={tmp_path}", "log.every_steps=4"])
+    ranks = Ranks(0, 0, 1, torch.device("cpu"))
+    data = TrainData(recipe, ranks)
+    with Metrics(recipe, ranks, data) as metrics:
+        metrics.started(0, time.time(), 0.0, [])
+        batches = list(itertools.islice(data.from_step(0), 3))
+        for step, batch in enumerate(batches, 1):
+            asked = why if step == 3 else ""
+            loss = math.nan if asked == "nonfinite" else 1.0
+            told = StepReport(loss, None, loss, 1.0, asked == "stop", asked == "save", False, np.ones(1), [Seconds()])
+            metrics.log(step, batch, told, lr=1e-3)
+    [line] = [line for line in lines(tmp_path) if "event" not in line]
+    assert line["step"] == 3
+    assert line["data/samples/squares"] == sum(batch.samples for batch in batches)
+
+
+def test_a_line_that_was_cut_off_is_ended_before_the_next(tmp_path):
+    append_event(tmp_path, "first", 1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"cut off')
+    append_event(tmp_path, "second", 2)
+    append_event(tmp_path, "third", 3)
+    told = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert told[1] == '{"cut off'
+    assert [json.loads(line)["event"] for line in (told[0], *told[2:])] == ["first", "second", "third"]
 
 
 def test_the_console_has_one_readable_line_for_each_interval(evaluated):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from model.errors import UserError
-from pipeline.history import read_history, tell
+from pipeline.history import has_event, read_history, tell
 from pipeline.status import state_of, table
 from pipeline.status_figure import draw
 
@@ -63,6 +63,23 @@ def test_every_second_is_named_once():
     assert ledger.parts["other"] == pytest.approx(2)
     assert sum(ledger.parts.values()) == ledger.total
     assert ledger.goodput == pytest.approx(28 / 119)
+
+
+def test_a_stop_between_two_lines_and_a_save_count_as_steps_done():
+    assert tell([*LINES[:3], event("save", 3, 124, seconds=1)]).step == 3
+    assert tell([*LINES[:3], event("stopped", 3, 124)]).step == 3
+
+
+def test_the_time_left_is_at_the_rate_of_this_start_with_its_saves():
+    start = event("resume", 2, 130, began=125, total_steps=8)
+    save = event("save", 4, 143, seconds=3)
+    assert tell([*LINES[:3], start, step_line(4, 140, 5), save]).left_s == 4 * (5 + 3 / 2)
+
+
+def test_an_event_is_found_at_its_step(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, LINES)) + '\n{"cut off')
+    assert has_event(tmp_path, "heldout", 6)
+    assert not has_event(tmp_path, "heldout", 5)
 
 
 def test_restarts_tell_how_the_start_before_had_ended():
