@@ -29,12 +29,13 @@ import torch.distributed as dist
 from model.emma import Emma
 from model.errors import UserError, first_line
 from model.vision import Towers
-from pipeline.agreement import together
+from pipeline.agreement import on_main, together
 from pipeline.checkpoint import Checkpoints, Identity, Saved, list_steps
 from pipeline.control import Control
 from pipeline.data import GlobalBatch, TrainData, loader_died
 from pipeline.engine import build_engine, check_partition, init_distributed, learning_rate
 from pipeline.heldout import HeldOut
+from pipeline.history import has_event
 from pipeline.metrics import Metrics, append_event
 from pipeline.pauses import GarbageCollection, TowersClock
 from pipeline.preflight import preflight, within
@@ -75,7 +76,7 @@ def train(run: Run, ranks: Ranks) -> int:
         resume_s = time.monotonic() - begun
         fitted = fit_memory(engine, towers, recipe, data)
         run.begin(step, weights)
-        with Metrics(recipe, ranks, data) as metrics:
+        with Metrics(recipe, ranks, data) as metrics, watchdog.before_the_end():
             metrics.started(step, BEGAN, resume_s, [*fitted, *report])
             loop = Loop(run, engine, towers, data, heldout, checkpoints, metrics, watchdog)
             step = loop.go_on(step)
@@ -103,6 +104,8 @@ class Loop:
 
     def go_on(self, step: int) -> int:
         """From `step` on; returns the steps done when it ended."""
+        if self._owes_an_evaluation(step):
+            self._evaluate(step)
         clock, towers_s = TowersClock(self.towers, self.engine.device), 0.0
         with GarbageCollection() as garbage:
             for batch in self.data.from_step(step):
@@ -150,10 +153,24 @@ class Loop:
             if report.stop or report.save or last:
                 self._save(self.checkpoints.finish)
                 self.run.control.done("save")
-        if self.heldout and not report.stop and (last or self.heldout.due(step)):
-            with self.watchdog.during("the evaluation"), self.metrics.pause("heldout", step) as facts:
-                facts |= self.heldout.losses(self.engine, self.towers)
-            self.metrics.log_heldout(step, facts)
+        # A stop has no time to lose; the next start makes up for it.
+        if not report.stop and self._evaluation_due(step):
+            self._evaluate(step)
+
+    def _evaluation_due(self, step: int) -> bool:
+        return self.heldout is not None and (step == self.data.total_steps or self.heldout.due(step))
+
+    def _owes_an_evaluation(self, step: int) -> bool:
+        """Whether the start before saved here, and ended before it had evaluated."""
+        folder = self.run.folder
+        due = step > 0 and self._evaluation_due(step)
+        return due and on_main(self.run.ranks, lambda: not has_event(folder, "heldout", step))
+
+    def _evaluate(self, step: int) -> None:
+        assert self.heldout is not None
+        with self.watchdog.during("the evaluation"), self.metrics.pause("heldout", step) as facts:
+            facts |= self.heldout.losses(self.engine, self.towers)
+        self.metrics.log_heldout(step, facts)
 
     def _save(self, act: Callable[[], Saved | None]) -> None:
         """Do a part of saving, and tell of the checkpoint that is there by it."""

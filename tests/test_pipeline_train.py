@@ -148,7 +148,10 @@ def test_a_stop_request_is_agreed_on_saved_and_resumed_at_the_next_step(recipe_f
     assert stopped["step"] < STEPS
     assert list_steps(run / "checkpoints")[-1] == stopped["step"]
 
-    finish(torchrun(2, command(recipe_file, shards, run)))
+    heldout = [f"evaluate.shards={shards}", "evaluate.every_steps=1", "evaluate.samples=8"]
+    finish(torchrun(2, command(recipe_file, shards, run, *heldout)))
+    evaluated = [line["step"] for line in lines(run) if line.get("event") == "heldout"]
+    assert evaluated == list(range(stopped["step"], STEPS + 1)), "the stop's is made up for"
     assert len(losses(run)) == len([line for line in lines(run) if "event" not in line]), "a step was redone"
     assert_same_end(run, undisturbed)
 
