@@ -37,6 +37,7 @@ MISTAKES = [
     (["optim.micro_batch=0"], ["optim.micro_batch", "at least 1"]),
     (["optim.betas=[2.0, 0.9]"], ["optim.betas", "found 2.0", "at most 0.999999"]),
     (["steps=0"], ["steps", "at least 1"]),
+    (["watchdog.first_s=0"], ["watchdog.first_s", "at least 1"]),
     (["engine.device=tpu"], ["engine: device", "'tpu'", "'cpu'"]),
     (["model=tiny_v3"], ["no model preset 'tiny_v3'", "tiny_v2"]),
     (["optim=3"], ["optim", "expected a table"]),
