@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 import random
 import shutil
@@ -28,6 +29,7 @@ from model.kernels import kernel_report
 from model.vision import tower_file
 from pipeline.agreement import together
 from pipeline.checkpoint import list_steps
+from pipeline.checkpoint_folder import REFUSED, find_leftovers
 from pipeline.cost import CHECKPOINT_BYTES, STATE_BYTES, count_parameters
 from pipeline.data import check_fit, loading_bytes
 from pipeline.engine import compose_config
@@ -220,18 +222,42 @@ def check_towers(recipe: Recipe, ranks: Ranks) -> str:
 
 
 def check_disk(recipe: Recipe, ranks: Ranks) -> str:
-    """Room for what retention keeps and for the checkpoint that is being written."""
+    """Room for what retention keeps and for the checkpoint that is being written.
+
+    Refused checkpoints count as there, since the next save deletes them; what the start will remove counts as free.
+    """
+    folder = Path(recipe.run.dir) / "checkpoints"
     each = CHECKPOINT_BYTES * count_parameters(recipe.config).trainable
-    count = recipe.checkpoint.keep_last + ROOM_FOR
-    there = len(list(Path(recipe.run.dir).glob("checkpoints/step-*")))
+    kept = count_kept_for_ever(recipe)
+    count = recipe.checkpoint.keep_last + kept + ROOM_FOR
+    there = len([*folder.glob("step-*"), *folder.glob(f"{REFUSED}*")])
     needed = each * max(1, count - there)
     free = shutil.disk_usage(next(_existing(Path(recipe.run.dir).absolute()))).free
+    free += sum(file.stat().st_size for leftover in find_leftovers(folder) for file in leftover.iterdir())
     if free < needed:
+        keeping = f", {kept} of them kept for ever" if kept else ""
+        remedy = "lower checkpoint.keep_last" + " or raise checkpoint.keep_every" * bool(kept)
         raise UserError(
             f"run.dir: {recipe.run.dir}: {free / GIB:.1f} GiB free, {needed / GIB:.1f} needed for {count} checkpoints "
-            f"of {each / GIB:.1f}, {there} of which are there; make room or lower checkpoint.keep_last"
+            f"of {each / GIB:.1f}{keeping}, {there} of which are there; make room or {remedy}"
         )
-    return f"checkpoints of {each / GIB:.2f} GiB, {free / GIB:.0f} GiB free"
+    return f"{count} checkpoints of {each / GIB:.2f} GiB, {there} of them there; {free / GIB:.0f} GiB free"
+
+
+def count_kept_for_ever(recipe: Recipe) -> int:
+    """Checkpoints that `keep_every` keeps beside the newest ones, at the end of the run."""
+    options = recipe.checkpoint
+    if not options.keep_every:
+        return 0
+    last_pruned = _total_steps(recipe) - options.keep_last * options.every_steps
+    return max(0, last_pruned) // math.lcm(options.every_steps, options.keep_every)
+
+
+def _total_steps(recipe: Recipe) -> int:
+    """As the plan will have it: every global batch is of one modality."""
+    counts = Manifest.load(recipe.data.shards).counts
+    modalities = (counts["text_only"], counts["samples"] - counts["text_only"])
+    return recipe.steps or recipe.data.epochs * sum(-(-each // recipe.optim.global_batch) for each in modalities)
 
 
 def _existing(path: Path) -> Iterator[Path]:

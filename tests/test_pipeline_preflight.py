@@ -1,7 +1,9 @@
 """What a start checks: each problem is one line, all of them are told at once, and nothing takes long."""
 
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from model.errors import UserError
 from pipeline import preflight
 from pipeline.checkpoint import MANIFEST
+from pipeline.cost import CHECKPOINT_BYTES, count_parameters
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe, load_recipe
 from tests.conftest import finish, run_python, torchrun
@@ -124,6 +127,34 @@ def test_too_small_a_disk_is_told_with_what_is_needed(recipe_file, shards, tmp_p
     short = recipe(recipe_file, shards, f"run.dir={tmp_path}/run", "checkpoint.keep_last=999999999")
     with pytest.raises(UserError, match=r"needed for 1000000001 checkpoints .* lower checkpoint\.keep_last"):
         preflight.check_disk(short, ALONE)
+
+
+def test_what_a_kill_left_is_free_again_and_a_refused_checkpoint_makes_room_for_the_next(
+    recipe_file, shards, tmp_path, monkeypatch
+):
+    told = recipe(recipe_file, shards, f"run.dir={tmp_path}", "checkpoint.keep_last=1")
+    each = CHECKPOINT_BYTES * count_parameters(told.config).trainable
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * each))
+    with pytest.raises(UserError, match="needed for 3 checkpoints"):
+        preflight.check_disk(told, ALONE)
+    (tmp_path / "checkpoints/.refused-step-00000008").mkdir(parents=True)
+    assert "3 checkpoints" in preflight.check_disk(told, ALONE)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=each))
+    with pytest.raises(UserError, match="1 of which are there"):
+        preflight.check_disk(told, ALONE)
+    half = tmp_path / "checkpoints/.partial-step-00000009/rank-00000.00.master"
+    half.parent.mkdir()
+    half.touch()
+    os.truncate(half, each)
+    assert "3 checkpoints" in preflight.check_disk(told, ALONE)
+
+
+def test_checkpoints_that_are_kept_for_ever_are_counted_as_the_run_will_have_them(recipe_file, shards):
+    """12 steps; saved at 2, 4, …, 12; the newest three are kept, and of the others the one at 6."""
+    every = ["checkpoint.every_steps=2", "checkpoint.keep_every=3", "checkpoint.keep_last=3"]
+    assert preflight.count_kept_for_ever(recipe(recipe_file, shards, *every)) == 1
+    assert preflight.count_kept_for_ever(recipe(recipe_file, shards, "steps=60", *every)) == 9
+    assert preflight.count_kept_for_ever(recipe(recipe_file, shards, "steps=60", every[0])) == 0
 
 
 HANGING = """
