@@ -6,15 +6,17 @@ divided by the number of ranks.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterator
+import mmap
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.elastic import Buffer, Layout, Piece, bytes_of, fill, zero_buffers
+from pipeline.elastic import NUMBER_BYTES, Buffer, Layout, Piece, bytes_of, fill, zero_buffers
 from pipeline.files import sync
 from preprocess.shards import HashingFile
 
@@ -30,6 +32,7 @@ class Snapshot:
     def __init__(self, engine: Any):
         self.engine = engine
         self.buffers = zero_buffers(engine)
+        self.page_locks = True  # until it fails
 
     @functools.cached_property
     def memory(self) -> dict[tuple[int, str], torch.Tensor]:
@@ -37,10 +40,12 @@ class Snapshot:
         copies = {}
         for index, buffer in enumerate(self.buffers):
             for kind in KINDS:
-                copies[index, kind] = torch.zeros(buffer.master.numel())
-                if buffer.master.is_cuda:
-                    # torch's own page-locked memory would be rounded up to a power of two.
-                    torch.cuda.cudart().cudaHostRegister(copies[index, kind].data_ptr(), copies[index, kind].nbytes, 0)
+                copies[index, kind] = whole_pages(buffer.master.numel())
+                if buffer.master.is_cuda and self.page_locks:
+                    self.page_locks = page_lock(copies[index, kind], torch.cuda.cudart().cudaHostRegister)
+        if not self.page_locks:
+            with contextlib.suppress(RuntimeError):
+                torch.ones(1, device=self.engine.device)  # CUDA tells its next kernel of the error, whose it is not
         return copies
 
     @property
@@ -50,10 +55,13 @@ class Snapshot:
     def take(self) -> float:
         """Copy the state as it is now; the number of updates that Adam has counted."""
         for (index, kind), copy in self.memory.items():
-            copy.copy_(self._tensor(self.buffers[index], kind), non_blocking=True)
+            if (tensor := self._tensor(self.buffers[index], kind)) is None:
+                copy.zero_()
+            else:
+                copy.copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        [updates] = {float(self._adam(buffer)["step"]) for buffer in self.buffers}
+        [updates] = {float(self._adam(buffer).get("step", 0)) for buffer in self.buffers}
         return updates
 
     def write(self, folder: Path, rank: int) -> dict[str, dict[str, Any]]:
@@ -100,8 +108,9 @@ class Snapshot:
         state: dict[str, Any] = self.engine.optimizer.optimizer.state[buffer.master]
         return state
 
-    def _tensor(self, buffer: Buffer, kind: str) -> torch.Tensor:
-        return buffer.master.detach() if kind == "master" else self._adam(buffer)[kind]
+    def _tensor(self, buffer: Buffer, kind: str) -> torch.Tensor | None:
+        """Adam has no moments before its first update."""
+        return buffer.master.detach() if kind == "master" else self._adam(buffer).get(kind)
 
     def _new_adam(self, index: int, updates: float) -> dict[str, torch.Tensor]:
         """As AdamW makes it at its first step. Each buffer counts its updates in a tensor of its own."""
@@ -110,6 +119,20 @@ class Snapshot:
         device = buffer.master.device if group["fused"] or group["capturable"] else torch.device("cpu")
         moments = {kind: self.memory[index, kind].to(buffer.master.device, copy=True) for kind in KINDS[1:]}
         return {"step": torch.tensor(updates, dtype=torch.float32, device=device), **moments}
+
+
+def whole_pages(count: int) -> torch.Tensor:
+    """Zeros, fp32, in memory pages that nothing else shares: none can be locked twice."""
+    memory = mmap.mmap(-1, max(1, count) * NUMBER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.float32)[:count]
+
+
+def page_lock(copy: torch.Tensor, register: Callable[[int, int, int], Any]) -> bool:
+    """Whether the system allows it. torch's own page-locked memory would be rounded up to a power of two."""
+    if code := int(register(copy.data_ptr(), copy.nbytes, 0)):
+        why = f"CUDA error {code}; `ulimit -l` may be low"
+        print(f"host memory cannot be page-locked ({why}): saves hold the training up longer", flush=True)
+    return not code
 
 
 def _write(path: Path, tensor: torch.Tensor) -> dict[str, Any]:
