@@ -6,6 +6,8 @@ The batch is the plan's first. Its losses go into the checkpoint; after loading 
 from __future__ import annotations
 
 import platform
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,7 +60,7 @@ class Probe:
         return None
 
     def _where(self) -> dict[str, Any]:
-        """Where all of this is equal, on a CPU, so is every bit of the losses."""
+        """Where all of this is equal, on a CPU, so is every bit of the losses. Containers may share a name."""
         return {
             "world_size": self.ranks.world_size,
             "micro_batch": self.recipe.optim.micro_batch,
@@ -66,4 +68,12 @@ class Probe:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "machine": platform.node(),
+            "processor": _processor(),
         }
+
+
+def _processor() -> str:
+    """Its model, and which of its instructions torch uses."""
+    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"^model name\s*: (.*)$", told, re.MULTILINE)
+    return f"{model[1] if model else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
