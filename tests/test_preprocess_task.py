@@ -49,7 +49,7 @@ def test_a_finished_shard_leaves_nothing_in_memory(tmp_path: Path) -> None:
     gc.disable()
     try:
         done = build_shard(shard)
-        left = [one for one in gc.get_objects() if isinstance(one, task._SampleMaker | PictureStore | RecentPictures)]
+        left = [one for one in gc.get_objects() if type(one) in (task._SampleMaker, PictureStore, RecentPictures)]
     finally:
         gc.enable()
     assert (done.samples, done.rejects) == (2, {"a": 3})
