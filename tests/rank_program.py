@@ -3,8 +3,9 @@
 rank_program.py OUT RECIPE [key=value …] [until=N] [keep=states] [disk=slow] [fill=FILE] [spoil=N]
 
 OUT becomes {"gradients": [{name: tensor} per step], "reports": […], "first": step}; with keep=states also "states":
-{step: what DeepSpeed says of every parameter}, right after resuming and at each save. `until` ends it early; on a slow
-disk writing takes longer than some steps; `fill` grows after the first save, until there is no room for another.
+{step: what DeepSpeed says of every parameter}, right after resuming and at each save; "untrained": the updates that a
+snapshot before the first step has counted. `until` ends it early; on a slow
+disk nothing is written before that; `fill` leaves room for one checkpoint, of which the main rank writes its part last.
 `spoil`: a step (0-based) in which the main rank's losses are infinite, its gradients finite.
 """
 
@@ -12,6 +13,7 @@ import math
 import os
 import shutil
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from pipeline.run import Run
 from pipeline.train import _identity, build_model
 
 row_losses = step.row_losses
+HELD_S = 60.0  # at most
+SLACK_BYTES = 1 << 20  # less than a rank's share
 OURS = {"until": str(2**31), "keep": "gradients", "disk": "fast", "fill": "", "spoil": "-1"}
 
 
@@ -45,8 +49,12 @@ def main() -> None:
     probe = Probe(engine, towers, recipe, ranks, data)
     checkpoints = Checkpoints(recipe, ranks, _identity(recipe, data), engine, probe)
     first, notes = checkpoints.resume()
-    if ours["disk"] == "slow":
-        slow_down_the_disk()
+    disk = hold_up_the_disk() if ours["disk"] == "slow" else None
+    untrained = None if first else checkpoints.snapshot.take()
+    room = checkpoints.snapshot.bytes * ranks.world_size
+    if ours["fill"] and ranks.is_main:
+        fill_the_disk(Path(ours["fill"]), but_for=room + SLACK_BYTES)
+        write_after_the_others(checkpoints, room)
     states = {first: full_state_of(engine)} if ours["keep"] == "states" and first else {}
     gradients = keep_gradients(engine) if ours["keep"] == "gradients" else []
     reports = []
@@ -59,14 +67,14 @@ def main() -> None:
             checkpoints.save(batch.step + 1)
             if ours["keep"] == "states":
                 states[batch.step + 1] = full_state_of(engine)
-            if ours["fill"]:
-                checkpoints.finish()
-                fill_the_disk(Path(ours["fill"]), but_for=checkpoints.snapshot.bytes)
         if batch.step + 1 == int(ours["until"]):
             break
+    if disk:
+        disk.set()
     checkpoints.finish()
     if ranks.is_main:
         kept = {"gradients": gradients, "reports": reports, "first": first, "states": states, "notes": notes}
+        kept["untrained"] = untrained
         torch.save(kept, sys.argv[1])
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -104,14 +112,28 @@ def full_state_of(engine):
     return state
 
 
-def slow_down_the_disk():
-    write = snapshot._write
+def hold_up_the_disk() -> threading.Event:
+    """Nothing is written until the event is set."""
+    write, free = snapshot._write, threading.Event()
 
-    def slow(path: Path, tensor):
-        time.sleep(1.5)
+    def held(path: Path, tensor):
+        assert free.wait(timeout=HELD_S)
         return write(path, tensor)
 
-    snapshot._write = slow
+    snapshot._write = held
+    return free
+
+
+def write_after_the_others(checkpoints: Checkpoints, room: int):
+    """This rank writes when the others have taken some of the room for all."""
+    write, until = checkpoints._write, time.monotonic() + HELD_S
+
+    def late(partial: Path):
+        while shutil.disk_usage(checkpoints.folder).free >= room and time.monotonic() < until:
+            time.sleep(0.01)
+        return write(partial)
+
+    checkpoints._write = late
 
 
 def spoil_the_loss(now: bool):
@@ -123,9 +145,8 @@ def spoil_the_loss(now: bool):
 
 
 def fill_the_disk(file: Path, but_for: int):
-    with file.open("ab") as other:
-        if not other.tell():
-            os.posix_fallocate(other.fileno(), 0, shutil.disk_usage(file.parent).free - but_for)
+    with file.open("wb") as other:
+        os.posix_fallocate(other.fileno(), 0, shutil.disk_usage(file.parent).free - but_for)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,11 @@ def test_masters_moments_groups_and_update_counts_survive_any_change_of_ranks_an
     assert "saved by 2 ranks, ZeRO-3; its pieces were dealt out anew to 1 rank, ZeRO-2" in second["notes"][-1]
 
 
+def test_a_state_before_its_first_update_can_be_saved_too(lives):
+    _, (first, second, _) = lives
+    assert (first["untrained"], second["untrained"]) == (0.0, None)
+
+
 def test_the_losses_after_it_are_those_of_the_undisturbed_run(lives, undisturbed):
     _, (first, second, third) = lives
     reports = [*first["reports"][:4], *second["reports"], *third["reports"]]
