@@ -133,7 +133,7 @@ def write_after_the_others(checkpoints: Checkpoints, room: int):
             time.sleep(0.01)
         return write(partial)
 
-    checkpoints._write = late
+    setattr(checkpoints, "_write", late)  # noqa: B010 (the type checker minds the other way)
 
 
 def spoil_the_loss(now: bool):
