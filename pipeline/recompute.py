@@ -28,14 +28,12 @@ def keep_what_fits(engine: Any, towers: Towers, recipe: Recipe, heaviest: MicroB
     nothing behind. On a GPU the budget is for all that is allocated, elsewhere for what is held for backward.
     Raises: UserError on all ranks if it is too small even with every layer recomputed.
     """
-    llm = engine.module.llm
+    llm, moments = engine.module.llm, moments_to_come(engine)
 
     def peak_gib(kept: int) -> float:
         llm.keep_layers = kept
         held = measure(engine.device, lambda: _pass(engine, towers, recipe, heaviest))
         return _largest((held + moments) / GIB, engine.device)
-
-    moments = moments_to_come(engine)
 
     num_layers = recipe.config.llm.num_layers
     least, sample = peak_gib(0), min(SAMPLE_LAYERS, num_layers)
