@@ -245,7 +245,7 @@ class Checkpoints:
 
     def take_up(self, folder: Path) -> str | None:
         """Make a checkpoint the engine's state, or tell what is wrong with it; the same on all ranks."""
-        return on_main(self.ranks, lambda: self._inspect(folder)) or self.verify(folder) or self.load(folder)
+        return on_main(self.ranks, lambda: self._inspect(folder)) or self.load(folder)
 
     def _sweep(self) -> list[str]:
         with lost_if_it_fails(f"{self.folder}"):
@@ -255,7 +255,7 @@ class Checkpoints:
         return [f"removed {path.name}: its {cut} was cut off" for path, cut in leftovers.items()]
 
     def _inspect(self, folder: Path) -> str | None:
-        """What is wrong with the manifest. Raises: UserError if it is another training's."""
+        """What is wrong with the manifest or the map. Raises: UserError if they are another training's."""
         try:
             manifest = read_manifest(folder)
         except UserError as error:
@@ -272,26 +272,20 @@ class Checkpoints:
                     f"{folder}: {key} is {manifest[key]}, this run has {found}; resume with the same, "
                     f"or give another run.dir to start afresh"
                 )
-        return None
-
-    def verify(self, folder: Path) -> str | None:
-        """Every rank hashes what the rank of its number wrote, which is what it reads next."""
-        files = self._manifest(folder)["files"]
-        mine = {name: files[name] for name in files if _writer(name) % self.ranks.world_size == self.ranks.rank}
-        return self._everywhere(lambda: first_damage(folder, mine))
+        return first_damage(folder, {LAYOUT: manifest["files"][LAYOUT]})
 
     def load(self, folder: Path) -> str | None:
-        """Every rank reads its pieces, wherever they are."""
-
-        def read() -> None:
-            with lost_if_it_fails(f"{folder}"):
-                self.snapshot.read(folder, Layout.load(folder))
-
-        updates = self._manifest(folder)["updates"]
-        if flaw := self._everywhere(read):
-            return flaw
-        self.snapshot.restore(updates)
-        return None
+        """Every rank hashes what the rank of its number wrote, and reads its pieces: at once, if these are the same."""
+        manifest, layout = self._manifest(folder), on_main(self.ranks, lambda: Layout.load(folder))
+        files = manifest["files"]
+        whole = self.snapshot.whole_files(layout, files)
+        mine = {name for name in files if _writer(name) % self.ranks.world_size == self.ranks.rank}
+        ours = {name: files[name] for name in sorted(mine | whole.keys())}
+        flaw = self._everywhere(lambda: first_damage(folder, ours, into=whole))
+        flaw = flaw or self._everywhere(lambda: self.snapshot.read(folder, layout, but_for=whole))
+        if not flaw:
+            self.snapshot.restore(manifest["updates"])
+        return flaw
 
     def doubt(self, folder: Path) -> str | None:
         """What the probe has against the state that was loaded: it must give what it gave at the save."""

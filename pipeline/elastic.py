@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from model.errors import UserError
-from pipeline.files import write_json
+from pipeline.files import lost_if_it_fails, write_json
 
 LAYOUT = "layout.json"
 NUMBER_BYTES = 4  # master weights and moments are fp32 in every precision that a recipe can ask for
@@ -123,10 +123,15 @@ class Layout:
 
     @classmethod
     def load(cls, folder: Path) -> Layout:
-        """Of a checkpoint whose files were found to be as they were written."""
-        table = json.loads((folder / LAYOUT).read_text())
+        """Of a checkpoint whose map was found to be as it was written. Raises: LostDataError."""
+        with lost_if_it_fails(f"{folder}"):
+            table = json.loads((folder / LAYOUT).read_text())
         files = {file: [Piece(*values) for values in pieces] for file, pieces in table["files"].items()}
         return cls(table["shapes"], table["tied"], files)
+
+    def file_of(self, pieces: tuple[Piece, ...]) -> str | None:
+        """The file that holds these pieces as they lie, and no others; None if the ranks or the stage were others."""
+        return next((file for file, held in self.files.items() if tuple(held) == pieces), None)
 
     def reads(self, wanted: Sequence[Piece]) -> list[Read]:
         """What fills a buffer of these pieces; neighbours are read in one go.

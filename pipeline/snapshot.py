@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pipeline.elastic import NUMBER_BYTES, Buffer, Layout, Piece, bytes_of, fill, zero_buffers
-from pipeline.files import sync
+from pipeline.files import lost_if_it_fails, sync
 from preprocess.shards import HashingFile
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -78,13 +78,24 @@ class Snapshot:
         """The map of what `write` writes."""
         return {file: self.buffers[index].pieces for index, file in self._files(rank)}
 
-    def read(self, folder: Path, layout: Layout) -> None:
-        """Fill the copies from a checkpoint of any number of ranks. Raises: OSError; UserError if a part is missing."""
-        reads = [layout.reads(buffer.pieces) for buffer in self.buffers]
-        with ThreadPoolExecutor(THREADS) as pool:
-            tasks = [pool.submit(fill, copy, folder, kind, reads[index]) for (index, kind), copy in self.memory.items()]
-        for task in tasks:
-            task.result()
+    def whole_files(self, layout: Layout, files: Mapping[str, dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Those of a checkpoint's files that lie as this rank's buffers do -> the copies that they fill."""
+        named = {self._same(layout, index, kind): copy for (index, kind), copy in self.memory.items()}
+        return {name: copy for name, copy in named.items() if name in files and files[name]["bytes"] == copy.nbytes}
+
+    def read(self, folder: Path, layout: Layout, but_for: Collection[str]) -> None:
+        """Fill the copies from a checkpoint of any number of ranks, without those that these files have filled.
+
+        Raises: UserError if a part is missing; LostDataError if the file system fails.
+        """
+        with ThreadPoolExecutor(THREADS) as pool, lost_if_it_fails(f"{folder}"):
+            tasks = [
+                pool.submit(fill, copy, folder, kind, layout.reads(self.buffers[index].pieces))
+                for (index, kind), copy in self.memory.items()
+                if self._same(layout, index, kind) not in but_for
+            ]
+            for task in tasks:
+                task.result()
 
     def restore(self, updates: float) -> None:
         """Make the copies the engine's state. Every rank must call it: gathered weights are made anew."""
@@ -103,6 +114,9 @@ class Snapshot:
 
     def _files(self, rank: int) -> Iterator[tuple[int, str]]:
         return ((index, f"rank-{rank:05d}.{index:02d}") for index in range(len(self.buffers)))
+
+    def _same(self, layout: Layout, index: int, kind: str) -> str:
+        return f"{layout.file_of(self.buffers[index].pieces)}.{kind}"
 
     def _adam(self, buffer: Buffer) -> dict[str, Any]:
         state: dict[str, Any] = self.engine.optimizer.optimizer.state[buffer.master]

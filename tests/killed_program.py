@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pipeline.checkpoint
 import pipeline.checkpoint_folder
-import pipeline.elastic
 import pipeline.snapshot
 from pipeline import train
 from pipeline.checkpoint import Checkpoints
@@ -66,7 +65,7 @@ class Failures:
 
     @staticmethod
     def loading_fails():
-        fail(pipeline.elastic, "_read_exactly", errno.EIO, saves_before=0)
+        fail(pipeline.checkpoint_folder, "_read_hashed", errno.EIO, saves_before=0)
 
     @staticmethod
     def writing_fails():

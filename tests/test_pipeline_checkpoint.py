@@ -128,7 +128,7 @@ def test_the_benchmark_saves_and_loads_what_it_times(tmp_path):
     figures = tmp_path / "figures.json"
     program = ["-m", "benchmarks.checkpoint", tmp_path / "scratch", "pipeline/recipes/demo.toml", "--json", figures]
     done = run_python(*program)
-    assert "| load, on resuming |" in done.stdout, done.stderr
+    assert "| verify and load, on resuming |" in done.stdout, done.stderr
     assert json.loads(figures.read_text())["equal"]
     assert list((tmp_path / "scratch").iterdir()) == []
 
