@@ -38,7 +38,7 @@ from preprocess.survey import Survey
 from preprocess.task import ShardTask, build_shard
 from preprocess.worklist import Worklist, make_worklist, refuse_hopeless_work, row_count_notes
 
-BUILDER = 3  # raise it when the same input must give other bytes: every shard is then built again
+BUILDER = 4  # raise it when the same input must give other bytes: every shard is then built again
 PAPER_MIX = Path("preprocess/mixes/emma_1m2.toml")
 SAMPLES_PER_SHARD = 4096
 EXIT_USER_ERROR, EXIT_TOO_MANY_REJECTS, EXIT_INTERRUPTED = 2, 3, 130

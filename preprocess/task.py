@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections import Counter
@@ -24,6 +25,7 @@ from preprocess.shards import canonical_json, publish, sync_folder, write_shard
 from preprocess.worklist import Range, reject
 
 CRUMB_BYTES = 512
+TEXTS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ def build_shard(task: ShardTask) -> Done:
         task.sidecar.unlink()
         sync_folder(task.sidecar.parent)
     with task.crumb.open("wb", buffering=0) as crumb:
-        dialogues = _leaving_crumbs(_read_range(task.dialogues, task.range), crumb.fileno())
-        written = write_shard(task.tar, maker.samples(dialogues, task.range.first))
+        rows = _read_range(task.dialogues, task.range)
+        written = write_shard(task.tar, maker.samples(rows, task.range.first, crumb.fileno()))
     sidecar = {
         "spec_sha256": task.spec_sha256,
         **vars(written),
@@ -95,7 +97,7 @@ def build_shard(task: ShardTask) -> Done:
         "rejected_pictures": maker.rejected_pictures,
         "pictures_sha256": sizes_sha256(maker.sizes),
     }
-    publish(task.sidecar, canonical_json(sidecar))
+    publish(task.sidecar, canonical_json(sidecar, indent=None))
     task.crumb.unlink(missing_ok=True)
     rejects = Counter(rejected.source for rejected in maker.rejects)
     return Done(task.name, task.range.count, written.samples, dict(rejects))
@@ -125,11 +127,9 @@ def _read_range(path: Path, part: Range) -> Iterator[dict[str, Any]]:
     return (json.loads(line) for line in data.splitlines())
 
 
-def _leaving_crumbs(dialogues: Iterator[dict[str, Any]], crumb: int) -> Iterator[dict[str, Any]]:
-    for dialogue in dialogues:
-        place = f"row {dialogue['row']} of {dialogue['source']}, picture {dialogue['picture']}"
-        os.pwrite(crumb, place.encode()[:CRUMB_BYTES].ljust(CRUMB_BYTES), 0)
-        yield dialogue
+def _leave_crumb(crumb: int, dialogue: dict[str, Any]) -> None:
+    place = f"row {dialogue['row']} of {dialogue['source']}, picture {dialogue['picture']}"
+    os.pwrite(crumb, place.encode()[:CRUMB_BYTES].ljust(CRUMB_BYTES), 0)
 
 
 def last_crumb(task: ShardTask) -> str:
@@ -156,20 +156,30 @@ class _SampleMaker:
         self.sizes: dict[str, int] = {}
         self.recent = RecentPictures()
 
-    def samples(self, dialogues: Iterator[dict[str, Any]], first: int) -> Iterator[Sample]:
-        for number, dialogue in enumerate(dialogues, first):
+    def samples(self, dialogues: Iterator[dict[str, Any]], first: int, crumb: int) -> Iterator[Sample]:
+        for number, (dialogue, encoded) in enumerate(self._encoded(dialogues, crumb), first):
+            _leave_crumb(crumb, dialogue)
             try:
-                yield self._sample(f"{number:09d}", dialogue)
-            except Rejected as error:  # noqa: PERF203
+                yield self._sample(f"{number:09d}", dialogue, encoded)
+            except Rejected as error:
                 self.rejects.append(reject(dialogue["source"], dialogue["row"], dialogue["id"], error))
 
-    def _sample(self, key: str, dialogue: dict[str, Any]) -> Sample:
-        settings = self.settings
-        encoded = prompts.encode_dialogue(
-            dialogue["conversations"], settings.template, self.tokenizer, settings.max_text_tokens
-        )
+    def _encoded(
+        self, dialogues: Iterator[dict[str, Any]], crumb: int
+    ) -> Iterator[tuple[dict[str, Any], prompts.Encoded]]:
+        """Several texts, then their pictures: each of these drives the tokenizer out of the processor's cache."""
+        while block := list(itertools.islice(dialogues, TEXTS_AT_ONCE)):
+            yield from zip(block, [self._encode(dialogue, crumb) for dialogue in block], strict=True)
+
+    def _encode(self, dialogue: dict[str, Any], crumb: int) -> prompts.Encoded:
+        _leave_crumb(crumb, dialogue)
+        template, most = self.settings.template, self.settings.max_text_tokens
+        return prompts.encode_dialogue(dialogue["conversations"], template, self.tokenizer, most)
+
+    def _sample(self, key: str, dialogue: dict[str, Any], encoded: prompts.Encoded) -> Sample:
         if not encoded.spans:
-            raise Rejected("no_supervised_token", f"no answer begins within {settings.max_text_tokens} tokens")
+            most = self.settings.max_text_tokens
+            raise Rejected("no_supervised_token", f"no answer begins within {most} tokens")
         picture = dialogue["picture"]
         image, image_format = self._picture(picture) if picture is not None else (None, None)
         return Sample(
