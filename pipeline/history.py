@@ -147,7 +147,7 @@ def _ending(line: dict[str, Any]) -> str:
 
 
 def _begin(history: History, line: dict[str, Any]) -> None:
-    began, resuming = line["began"], line.get("resume_s", 0.0)
+    began, resuming = line["began"], line.get("start_s", {}).get("checkpoint", 0.0)
     if history.starts:
         gap = max(0.0, began - history.last_time)
         if history.last_event:

@@ -18,6 +18,7 @@ from pipeline.data import GlobalBatch, TrainData
 from pipeline.history import SLOW_RANK, hours, seconds_left
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
+from pipeline.start_up import StartUp
 from pipeline.step import StepReport
 from pipeline.throughput import peak_of_ranks
 from pipeline.wandb_run import WandbRun
@@ -72,17 +73,16 @@ class Metrics:
             self.window.pause(name, time.monotonic() - begun)
             self.paused_s += time.monotonic() - begun
 
-    def started(self, step: int, began: float, resume_s: float, notes: list[str]) -> None:
-        """Mark the start of the loop, by a process that began at `began`; it continues if steps are done already."""
+    def started(self, step: int, start: StartUp, notes: list[str]) -> None:
+        """Mark the start of the loop; it continues if steps are done already."""
         if not self.ranks.is_main:
             return
+        sizes = {"world_size": self.ranks.world_size, "total_steps": self.data.total_steps}
+        facts = {**sizes, "began": start.began, "start_s": start.seconds, "notes": notes}
+        self._write({"event": "resume" if step else "start", "step": step, "time": time.time(), **facts})
         for note in notes:
             print(note, flush=True)
-        now = time.time()
-        sizes = {"world_size": self.ranks.world_size, "total_steps": self.data.total_steps}
-        facts = {**sizes, "began": began, "resume_s": round(resume_s, 3), "notes": notes}
-        self._write({"event": "resume" if step else "start", "step": step, "time": now, **facts})
-        print(f"{'resumed' if step else 'started'} at step {step} of {self.data.total_steps}", flush=True)
+        print(f"{'resumed' if step else 'started'} at step {step} of {self.data.total_steps}, {start}", flush=True)
         self.first_step, self.paused_s = step, 0.0
         self.window.restart()
 

@@ -47,10 +47,10 @@ from pipeline.recompute import keep_what_fits
 from pipeline.run import Run
 from pipeline.shard_reader import DamagedShardError, LostDataError
 from pipeline.spikes import Spikes
+from pipeline.start_up import StartUp
 from pipeline.step import Requests, Seconds, StepReport, optimizer_step
 from pipeline.watchdog import EXIT_LOST, Watchdog, bound_collectives
 
-BEGAN = time.time()
 MAX_NONFINITE = 3  # steps in a row without a finite loss and gradient, after which the run has failed
 MEETING_S = 600.0  # from the first rank that is there to the last one
 MAIN_SPEAKS_S = 10.0  # for the main rank to leave its word, before another one does
@@ -60,24 +60,27 @@ class DivergedError(RuntimeError):
     """No finite loss or gradient for several steps; the same command would fail again at the same place."""
 
 
-def train(run: Run, ranks: Ranks) -> int:
+def train(run: Run, ranks: Ranks, start: StartUp) -> int:
     """Run the recipe to its end or to a stop request; the steps done. Every rank calls it."""
     recipe = run.recipe
     with Watchdog(run, ranks) as watchdog:
         [data] = together(ranks, lambda: TrainData(recipe, ranks))
         [heldout] = together(ranks, lambda: HeldOut(recipe, ranks) if recipe.evaluate.shards else None)
+        start.done("data")
         [(emma, towers, weights)] = together(ranks, lambda: build_model(run, ranks))
+        start.done("model")
         engine = build_engine(emma, recipe, ranks)
         check_partition(engine)
+        start.done("engine")
         probe = Probe(engine, towers, recipe, ranks, data)
         checkpoints = Checkpoints(recipe, ranks, _identity(recipe, data), engine, probe)
-        begun = time.monotonic()
         step, report = checkpoints.resume()
-        resume_s = time.monotonic() - begun
+        start.done("checkpoint")
         fitted = fit_memory(engine, towers, recipe, data)
+        start.done("memory")
         run.begin(step, weights)
         with Metrics(recipe, ranks, data) as metrics, watchdog.before_the_end():
-            metrics.started(step, BEGAN, resume_s, [*fitted, *report])
+            metrics.started(step, start, [*fitted, *report])
             loop = Loop(run, engine, towers, data, heldout, checkpoints, metrics, watchdog)
             step = loop.go_on(step)
             outcome = "done" if step == data.total_steps else "stopped"
@@ -225,17 +228,21 @@ def main() -> None:
     args = parser.parse_args()
     recipe: Recipe | None = None
     run: Run | None = None
+    start = StartUp()
+    start.done("imports")
     try:
         recipe = load_recipe(args.recipe, args.overrides)
         ranks = find_ranks(recipe.engine.device)
         bound_collectives(recipe)
         with within(MEETING_S, "the meeting of the ranks", ranks):
             init_distributed(ranks)
+        start.done("meeting")
         for line in preflight(recipe, ranks):
             say(ranks, line)
         [run] = together(ranks, lambda: Run(recipe, ranks))
         run.control.stop_on_sigterm()
-        train(run, ranks)
+        start.done("preflight")
+        train(run, ranks, start)
     except UserError as error:
         fail(error, recipe, run, code=2)
     except DivergedError as error:

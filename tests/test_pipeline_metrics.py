@@ -20,6 +20,7 @@ from pipeline.data import TrainData
 from pipeline.metrics import Metrics, append_event
 from pipeline.ranks import Ranks
 from pipeline.recipe import load_recipe
+from pipeline.start_up import StartUp
 from pipeline.step import Seconds, StepReport
 from tests.conftest import REPOSITORY, finish, run_python, torchrun
 
@@ -83,7 +84,7 @@ def test_a_step_after_which_the_run_may_end_has_a_line_though_none_is_due(recipe
     ranks = Ranks(0, 0, 1, torch.device("cpu"))
     data = TrainData(recipe, ranks)
     with Metrics(recipe, ranks, data) as metrics:
-        metrics.started(0, time.time(), 0.0, [])
+        metrics.started(0, StartUp(), [])
         batches = list(itertools.islice(data.from_step(0), 3))
         for step, batch in enumerate(batches, 1):
             asked = why if step == 3 else ""

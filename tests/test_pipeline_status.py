@@ -34,7 +34,7 @@ LINES = [
     step_line(5, 180, 5, align=None),
     event("save", 5, 184, seconds=4),
     event("stopped", 5, 185),
-    event("resume", 5, 207, began=200, total_steps=6, resume_s=3),
+    event("resume", 5, 207, began=200, total_steps=6, start_s={"imports": 1, "checkpoint": 3}),
     event("lost", 5, 208, reason="rank 1 has ended"),
     event("failed", None, 208, reason="RuntimeError: connection closed"),
     event("resume", 5, 210, began=208, total_steps=6),

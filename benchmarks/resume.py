@@ -1,0 +1,226 @@
+"""A training at full size that is killed twice: how long a start, a resume and the end after a lost rank take.
+
+    python -m benchmarks.resume /scratch pipeline/recipes/emma_v2.toml --ranks 2 --json resume.json
+    python -m benchmarks.resume /tmp/scratch pipeline/recipes/demo.toml --ranks 2          # on a CPU
+
+Weights are random, the data is a few photographs over and over. The first life saves and is killed as a whole, with
+SIGKILL, a few steps later; the second resumes, and one of its ranks is killed; the third resumes and stops by itself.
+Before each resume the system is asked to forget the files that it has read. docs/performance.md keeps the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.photographs import dialogue, write_rows
+from pipeline.recipe import load_recipe
+from preprocess import build_shards
+from preprocess.demo_mix import train_tokenizer
+
+PICTURES = 32
+SAVE_AT, GO_ON = 4, 3  # steps until the checkpoint, and after it
+RANDOM_WEIGHTS = ("weights.llm=random", "weights.towers=random")
+PATIENCE_S = 600.0
+
+Line = dict[str, Any]
+
+
+def build_set(folder: Path, model: str) -> Path:
+    """Shards about photographs."""
+    root = folder / "root"
+    write_rows(root, PICTURES, rows_per_picture=1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        train_tokenizer((turn["value"] for i in range(200) for turn in dialogue(i)), root / "tokenizer")
+    words = [root / "mix.toml", "--model", model, "--root", root, "--out", folder / "shards", "--workers", 0]
+    code = build_shards.main([str(word) for word in [*words, "--tokenizer", root / "tokenizer"]])
+    assert code == 0, f"the shards were not built: exit code {code}"
+    return folder / "shards"
+
+
+class Life:
+    """One start of the training, from its launch on; it ends with the block."""
+
+    def __init__(self, command: list[str], run: Path, ranks: int):
+        self.run, self.seen = run, len(lines(run))
+        self.launched, self.log = time.time(), (run.parent / "log.txt").open("a")
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
+        words = [sys.executable, *launcher, "--rdzv-endpoint=localhost:0", "-m", "pipeline.train", *command]
+        self.process = subprocess.Popen(words, stdout=self.log, stderr=subprocess.STDOUT)
+
+    def __enter__(self) -> Life:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self.log.close()
+
+    @property
+    def ranks(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(self.process.pid).children()
+        return []
+
+    def kill(self) -> None:
+        """All of it, at once."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            launcher = psutil.Process(self.process.pid)
+            for member in [*launcher.children(recursive=True), launcher]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+        self.process.wait()
+
+    def until(self, is_it: Callable[[Line], bool]) -> Line:
+        """The first such line of this life."""
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            ended = self.process.poll() is not None
+            if found := next(filter(is_it, lines(self.run)[self.seen :]), None):
+                return found
+            assert not ended, f"the training ended by itself: see {self.log.name}"
+            time.sleep(0.02)
+        raise AssertionError(f"nothing came in {PATIENCE_S:g} s: see {self.log.name}")
+
+    def until_step(self, step: int) -> Line:
+        return self.until(lambda line: "event" not in line and line["step"] == step)
+
+    def start_up(self) -> dict[str, Any]:
+        """Seconds from the launch to the loop and to the end of the first step, and what the time went into."""
+        begun = self.until(lambda line: line.get("event") in ("start", "resume"))
+        first = self.until_step(begun["step"] + 1)
+        launch, loop = begun["began"] - self.launched, begun["time"] - self.launched
+        parts = {"launch": launch, **begun["start_s"], "first step": first["time"] - begun["time"]}
+        return {"step": begun["step"], "loop_s": loop, "first_step_s": first["time"] - self.launched, "parts": parts}
+
+
+def lines(run: Path) -> list[Line]:
+    """A last line that is being written is not told yet."""
+    with contextlib.suppress(FileNotFoundError):
+        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().split("\n")[:-1]]
+    return []
+
+
+def forget_files() -> bool:
+    """Ask the system to drop what it keeps of files; whether it may be asked."""
+    os.sync()
+    with contextlib.suppress(OSError):
+        Path("/proc/sys/vm/drop_caches").write_text("3\n")
+        return True
+    return False
+
+
+def losses(run: Path, steps: range) -> list[dict[int, float]]:
+    """Of these steps, each time that they were done."""
+    told: list[dict[int, float]] = [{}]
+    for line in lines(run):
+        if line.get("event") == "resume":
+            told.append({})
+        elif "event" not in line and line["step"] in steps:
+            told[-1][line["step"]] = line["loss/text"]
+    return told
+
+
+def checkpoint_gb(run: Path) -> float:
+    return sum(file.stat().st_size for file in (run / "checkpoints").glob("step-*/*")) / 1e9
+
+
+def measure(folder: Path, recipe: str, ranks: int, overrides: list[str], shards: Path | None) -> dict[str, Any]:
+    run = folder / "run"
+    plan = load_recipe(recipe, overrides, planning=True)
+    shards = shards or build_set(folder, plan.model)
+    words = [recipe, *RANDOM_WEIGHTS, f"data.shards={shards}", f"run.dir={run}", "log.every_steps=1", "log.wandb=off"]
+    command = [*words, "steps=1000", f"checkpoint.every_steps={SAVE_AT}", "checkpoint.keep_last=1", *overrides]
+    results: dict[str, Any] = {"model": plan.model, "ranks": ranks}
+    with Life(command, run, ranks) as life:
+        results["start"] = life.start_up()
+        saved = life.until(lambda line: line.get("event") == "save")
+        life.until_step(saved["step"] + 1)
+        results["save"] = {"gb": checkpoint_gb(run), "stall_s": saved["seconds"], "whole_s": saved["whole_s"]}
+    command.append("checkpoint.every_steps=1000")
+    results["cold"] = forget_files()
+    with Life(command, run, ranks) as life:
+        results["resume"] = life.start_up()
+        last = life.until_step(results["resume"]["step"] + GO_ON)
+        results["losses"] = losses(run, range(results["resume"]["step"] + 1, last["step"] + 1))
+        results["lost_rank"] = lose_a_rank(life) if ranks > 1 else None
+    forget_files()
+    with Life(command, run, ranks) as life:
+        results["again"] = life.start_up()
+        (run / "control/stop").touch()
+        results["stop_code"] = life.process.wait(timeout=PATIENCE_S)
+    return results
+
+
+def lose_a_rank(life: Life) -> dict[str, Any]:
+    """Kill the last rank; how long the others live on, and what the run says of it."""
+    ranks = life.ranks
+    begun = time.monotonic()
+    max(ranks, key=lambda process: int(process.environ()["RANK"])).kill()
+    psutil.wait_procs(ranks, timeout=PATIENCE_S)
+    took = time.monotonic() - begun
+    life.process.wait(timeout=PATIENCE_S)
+    return {"others_ended_s": took, "outcome": json.loads((life.run / "outcome.json").read_text())}
+
+
+def table(results: dict[str, Any]) -> str:
+    """In seconds, from the launch on."""
+    starts = [("first start", results["start"]), ("resume", results["resume"]), ("second resume", results["again"])]
+    phases = list(results["start"]["parts"])
+    lines = [f"{results['model']}, {results['ranks']} ranks; files {'cold' if results['cold'] else 'as they were'}"]
+    lines += [f"| s | {' | '.join(phases)} | to the first step's end |", "|---" * (len(phases) + 2) + "|"]
+    for name, start in starts:
+        parts = " | ".join(f"{start['parts'][phase]:.1f}" for phase in phases)
+        lines.append(f"| {name} | {parts} | **{start['first_step_s']:.1f}** |")
+    save = results["save"]
+    lines.append(
+        f"save: {save['gb']:.1f} GB in {save['whole_s']:.1f} s, training stood still for {save['stall_s']:.1f}"
+    )
+    for told in results["losses"]:
+        lines.append("text loss: " + ", ".join(f"step {step} {loss:.4f}" for step, loss in told.items()))
+    if lost := results["lost_rank"]:
+        outcome = lost["outcome"]
+        said = f"{outcome['outcome']} ({outcome['reason']})"
+        lines.append(f"a rank killed: the others ended after {lost['others_ended_s']:.1f} s, outcome {said}")
+    lines.append(f"stopped by hand: exit code {results['stop_code']}")
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="resume-benchmark-", dir=parent))
+    yield folder
+    shutil.rmtree(folder)  # not after an error: the log tells more
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="on the disk to be measured")
+    parser.add_argument("recipe", nargs="?", default="pipeline/recipes/emma_v2.toml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--shards", type=Path, help="a set for the recipe's model, instead of one that is built")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    args = parser.parse_intermixed_args()
+    with scratch(args.folder) as folder:
+        results = measure(folder, args.recipe, args.ranks, args.overrides, args.shards)
+    print(table(results))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
