@@ -141,8 +141,9 @@ def measure(folder: Path, recipe: str, ranks: int, overrides: list[str], shards:
     run = folder / "run"
     plan = load_recipe(recipe, overrides, planning=True)
     shards = shards or build_set(folder, plan.model)
-    words = [recipe, *RANDOM_WEIGHTS, f"data.shards={shards}", f"run.dir={run}", "log.every_steps=1", "log.wandb=off"]
-    command = [*words, "steps=1000", f"checkpoint.every_steps={SAVE_AT}", "checkpoint.keep_last=1", *overrides]
+    words = [recipe, *RANDOM_WEIGHTS, f"data.shards={shards}", f"data.tokenizer={shards}", f"run.dir={run}"]
+    words += ["log.every_steps=1", "log.wandb=off", "steps=1000"]
+    command = [*words, f"checkpoint.every_steps={SAVE_AT}", "checkpoint.keep_last=1", *overrides]
     results: dict[str, Any] = {"model": plan.model, "ranks": ranks}
     with Life(command, run, ranks) as life:
         results["start"] = life.start_up()

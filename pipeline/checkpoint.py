@@ -6,17 +6,13 @@ is replaced after that. Whatever stands there was complete once, and verifying t
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
-import hashlib
-import json
 import os
-import re
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,17 +23,31 @@ import torch.distributed as dist
 
 from model.errors import UserError
 from pipeline.agreement import on_main
-from pipeline.checkpoint_folder import DOUBTED, PARTIAL, PRUNED, REFUSED, find_leftovers, first_damage, set_aside
+from pipeline.checkpoint_folder import (
+    DOUBTED,
+    MANIFEST,
+    PARTIAL,
+    REFUSED,
+    find_leftovers,
+    find_steps,
+    first_damage,
+    folder_name,
+    is_whole,
+    list_steps,
+    read_manifest,
+    seal,
+    set_aside,
+)
 from pipeline.elastic import LAYOUT, Layout, parameter_shapes, tied_names
 from pipeline.files import lost_if_it_fails, write_json
 from pipeline.probe import Probe
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
+from pipeline.retention import delete, kept, prune
 from pipeline.shard_reader import LostDataError
 from pipeline.snapshot import Snapshot
-from preprocess.shards import canonical_json, file_sha256, publish, sync_folder
+from preprocess.shards import file_sha256, publish, sync_folder
 
-MANIFEST = "manifest.json"
 FOR_PEOPLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # to try the save again would not help
 
 
@@ -86,6 +96,7 @@ class Checkpoints:
         self.snapshot = Snapshot(engine)
         self.writer = ThreadPoolExecutor(1)
         self.saving: Saving | None = None
+        self.good = set[int]()  # steps whose checkpoints this start has written or verified
 
     def due(self, step: int) -> bool:
         return step % self.options.every_steps == 0
@@ -138,13 +149,17 @@ class Checkpoints:
     def _partial(self, step: int) -> Path:
         return self.folder / f"{PARTIAL}{folder_name(step)}"
 
+    @property
+    def _bytes(self) -> int:
+        """Of one checkpoint."""
+        return self.snapshot.bytes * self.ranks.world_size
+
     def _check_room(self, step: int) -> None:
         """For the files of all ranks, before any of them takes some of it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            needed, free = self.snapshot.bytes * self.ranks.world_size, shutil.disk_usage(self.folder).free
-            if free < needed:
-                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {free} bytes free, {needed} needed")
+            if (free := shutil.disk_usage(self.folder).free) < self._bytes:
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {free} bytes free, {self._bytes} needed")
         except OSError as error:
             raise _unsaved(self.folder, step, error) from None
 
@@ -175,11 +190,11 @@ class Checkpoints:
             partial.rename(self.folder / name)
             sync_folder(self.folder)
             publish(self.folder / "latest", f"{name}\n".encode())
-            for refused in self.folder.glob(f"{REFUSED}*"):  # kept as evidence until there is a good one again
-                shutil.rmtree(refused)
-            self._prune(saving.step)
         except OSError as error:
             raise _unsaved(self.folder, saving.step, error) from None
+        self.good.add(saving.step)
+        for line in self._clean_up():
+            print(line, flush=True)
 
     def _write_manifest(self, partial: Path, saving: Saving, files: dict[str, dict[str, Any]]) -> None:
         manifest = {
@@ -203,16 +218,13 @@ class Checkpoints:
         """What shapes the files, and may differ when they are loaded."""
         return {"world_size": self.ranks.world_size, "zero_stage": self.engine.zero_optimization_stage()}
 
-    def _prune(self, newest: int) -> None:
-        """Only complete checkpoints count as kept. A deletion that is cut off leaves what the next start removes."""
-        steps = [step for step in list_steps(self.folder) if step <= newest]
-        keep = set(steps[-self.options.keep_last :])
-        if self.options.keep_every:
-            keep |= {step for step in steps if step % self.options.keep_every == 0}
-        for step in set(steps) - keep:
-            folder = self.folder / folder_name(step)
-            pruned = folder.rename(folder.with_name(f"{PRUNED}{folder.name}"))
-            shutil.rmtree(pruned)
+    def _clean_up(self) -> Iterator[str]:
+        """Delete what retention does not keep, and the refused ones, evidence until there is a good one again."""
+        with lost_if_it_fails(f"{self.folder}"):
+            steps, room = list_steps(self.folder), shutil.disk_usage(self.folder).free >= self._bytes
+        keep = kept(steps, self.good, self.options.keep_last, self.options.keep_every, room)
+        yield from prune(self.folder / folder_name(step) for step in steps if step not in keep)
+        yield from delete(self.folder.glob(f"{REFUSED}*"))
 
     # -- Resuming ------------------------------------------------------------------------------------------------------
 
@@ -236,6 +248,7 @@ class Checkpoints:
                     report.append(
                         f"{away} is sound and stays; to try it elsewhere, rename it back, and move later ones away"
                     )
+                self.good.add(step)
                 return step, [*report, f"resuming from {folder}", *self._converted(folder)]
         if doubted:
             told = f"their files are sound, so {socket.gethostname()} may compute wrongly, and they were left in place"
@@ -248,11 +261,15 @@ class Checkpoints:
         return on_main(self.ranks, lambda: self._inspect(folder)) or self.load(folder)
 
     def _sweep(self) -> list[str]:
+        """Remove what kills have left, and set aside what has lost its manifest."""
         with lost_if_it_fails(f"{self.folder}"):
             leftovers = find_leftovers(self.folder)
-            for leftover in leftovers:
-                shutil.rmtree(leftover)
-        return [f"removed {path.name}: its {cut} was cut off" for path, cut in leftovers.items()]
+            bare = [path for path in find_steps(self.folder) if not is_whole(path)]
+        stay = list(delete(leftovers))
+        gone = [f"removed {path.name}: its {cut} was cut off" for path, cut in leftovers.items() if not path.exists()]
+        for path in bare:
+            set_aside(path, REFUSED)
+        return [*gone, *stay, *(f"refused {path}: it has no {MANIFEST}" for path in bare)]
 
     def _inspect(self, folder: Path) -> str | None:
         """What is wrong with the manifest or the map. Raises: UserError if they are another training's."""
@@ -323,46 +340,6 @@ class Checkpoints:
         if self.folder.exists() and any(self.folder.iterdir()):
             what = "; ".join([*report, f"{self.folder} holds no good checkpoint, and is not empty"])
             raise UserError(f"{what}; to start afresh, move it away")
-
-
-def folder_name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def list_steps(folder: Path) -> list[int]:
-    """Steps of the published checkpoints, ascending; published means that the manifest is there.
-
-    Raises: LostDataError if the file system fails.
-    """
-    with contextlib.suppress(FileNotFoundError), lost_if_it_fails(f"{folder}"):
-        found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name)]
-        return sorted(int(path.name.removeprefix("step-")) for path in found if (path / MANIFEST).exists())
-    return []
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises: UserError if it is not there, or not as it was written; LostDataError if the file system fails."""
-    try:
-        with lost_if_it_fails(f"{folder}"):
-            manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        if manifest.pop("seal") != seal(manifest):
-            raise ValueError("its seal does not fit")
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}: no readable {MANIFEST}: {error!r}") from None
-    return manifest
-
-
-def seal(manifest: dict[str, Any]) -> str:
-    """Kept in the manifest: whatever bit of it flips, the two no longer fit."""
-    return hashlib.sha256(canonical_json(manifest)).hexdigest()
-
-
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or why one could not look; None if all files are as they were written down."""
-    try:
-        return first_damage(folder, read_manifest(folder)["files"])
-    except (UserError, LostDataError) as error:
-        return str(error)
 
 
 def _writer(name: str) -> int:

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
+import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,15 +17,44 @@ from typing import Any
 
 import torch
 
+from model.errors import UserError
 from pipeline.elastic import bytes_of
 from pipeline.files import lost_if_it_fails
+from pipeline.shard_reader import LostDataError
 from pipeline.snapshot import BLOCK_BYTES, THREADS
-from preprocess.shards import file_sha256
+from preprocess.shards import canonical_json, file_sha256
 
+MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
 PRUNED = ".pruned-"
 REFUSED = ".refused-"  # something of it is damaged
 DOUBTED = ".doubted-"  # nothing of it is, and yet the probe disagrees
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def list_steps(folder: Path) -> list[int]:
+    """Steps of the published checkpoints, ascending; published means that the manifest is there.
+
+    Raises: LostDataError if the file system fails.
+    """
+    with contextlib.suppress(FileNotFoundError), lost_if_it_fails(f"{folder}"):
+        return sorted(int(path.name.removeprefix("step-")) for path in find_steps(folder) if is_whole(path))
+    return []
+
+
+def find_steps(folder: Path) -> list[Path]:
+    """Checkpoints by their names. Raises: OSError other than that there is no folder."""
+    with contextlib.suppress(FileNotFoundError):
+        return [path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name)]
+    return []
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint was published and has its manifest still. Raises: OSError."""
+    return (folder / MANIFEST).exists()
 
 
 def find_leftovers(folder: Path) -> dict[Path, str]:
@@ -37,6 +69,31 @@ def set_aside(folder: Path, word: str) -> Path:
         shutil.rmtree(away, ignore_errors=True)
         folder.rename(away)
     return away
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises: UserError if it is not there, or not as it was written; LostDataError if the file system fails."""
+    try:
+        with lost_if_it_fails(f"{folder}"):
+            manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        if manifest.pop("seal") != seal(manifest):
+            raise ValueError("its seal does not fit")
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: no readable {MANIFEST}: {error!r}") from None
+    return manifest
+
+
+def seal(manifest: dict[str, Any]) -> str:
+    """Kept in the manifest: whatever bit of it flips, the two no longer fit."""
+    return hashlib.sha256(canonical_json(manifest)).hexdigest()
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or why one could not look; None if all files are as they were written down."""
+    try:
+        return first_damage(folder, read_manifest(folder)["files"])
+    except (UserError, LostDataError) as error:
+        return str(error)
 
 
 def first_damage(

@@ -35,6 +35,7 @@ PAD_ID = 1
 PREFETCHED = 4  # micro-batches that each loading process keeps ready
 HANGS_UP_S = 5.0  # at most, from a lost connection to the end of the process that it led to
 LOADER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) ([^.]+)")  # torch's RuntimeError
+PINNING_DIED = "Pin memory thread exited unexpectedly"
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,8 @@ def _waiting(rank: int, loader: weakref.ref[Any]) -> str:
 
 def loader_died(error: RuntimeError, ranks: Ranks) -> LostDataError | None:
     """What torch raises, wherever the training is, when a loading process ends; None for any other error."""
+    if PINNING_DIED in str(error):  # torch's thread met it first
+        return LostDataError(f"rank {ranks.rank} on {socket.gethostname()}: a loading process or its thread ended")
     told = LOADER_DIED.match(str(error))
     return lost_loader(ranks, *told.groups()) if told else None
 

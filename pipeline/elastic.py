@@ -48,13 +48,9 @@ class Buffer:
 
 
 def zero_buffers(engine: Any) -> list[Buffer]:
-    """All buffers of this rank, in the order of ZeRO's groups. Raises: UserError without ZeRO."""
-    stage = engine.zero_optimization_stage()
-    if stage == 3:
-        return list(_buffers_of_stage_3(engine.optimizer, engine.param_names))
-    if stage in (1, 2):
-        return list(_buffers_of_stage_2(engine.optimizer, engine.param_names))
-    raise UserError(f"engine.ds_config: zero_optimization.stage is {stage}, expected 1, 2 or 3")
+    """All buffers of this rank, in the order of ZeRO's groups."""
+    buffers = _buffers_of_stage_3 if engine.zero_optimization_stage() == 3 else _buffers_of_stage_2
+    return list(buffers(engine.optimizer, engine.param_names))
 
 
 def _buffers_of_stage_3(zero: Any, names: Mapping[Any, str]) -> Iterator[Buffer]:

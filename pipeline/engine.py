@@ -28,6 +28,7 @@ OWNED_BY_RECIPE = (
     "data_types",
     "steps_per_print",
 )
+ZERO_STAGES = (1, 2, 3)
 PRECISION: dict[str, dict[str, Any]] = {
     "fp32": {},
     # Summing micro-batches in bf16 would make the update depend on how the global batch was split.
@@ -80,20 +81,7 @@ def build_engine(emma: Emma, recipe: Recipe, ranks: Ranks) -> Any:
 def compose_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     """DeepSpeed's JSON with the recipe's numbers put in. Raises: UserError if both want to say the same thing."""
     path = _config_path(recipe.engine.ds_config)
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"engine.ds_config: {path}: not a readable DeepSpeed JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"engine.ds_config: {path}: found a {type(config).__name__}, expected an object")
-    if "offload_optimizer" in config.get("zero_optimization", {}):
-        # Its gradients live elsewhere, where `clear_gradients` does not reach; and the states fit on the GPUs.
-        raise UserError(f"{path}: offload_optimizer is not supported; take it out (python -m pipeline.describe RECIPE)")
-    for key in OWNED_BY_RECIPE:
-        if key in config:
-            raise UserError(
-                f"{path}: sets {key!r}, which the recipe owns ([optim] and [engine]); take it out of the JSON"
-            )
+    config = _read_config(path)
     per_pass = recipe.optim.micro_batch * world_size
     if recipe.optim.global_batch % per_pass:
         raise UserError(
@@ -109,6 +97,39 @@ def compose_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         "steps_per_print": 2**62,
         "zero_allow_untested_optimizer": True,
     }
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Raises: UserError for what DeepSpeed would refuse, ignore, or do otherwise than the recipe says."""
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"engine.ds_config: {path}: not a readable DeepSpeed JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"engine.ds_config: {path}: found a {type(config).__name__}, expected an object")
+    for key in OWNED_BY_RECIPE:
+        if key in config:
+            raise UserError(
+                f"{path}: sets {key!r}, which the recipe owns ([optim] and [engine]); take it out of the JSON"
+            )
+    _check_zero(path, config.get("zero_optimization"))
+    return config
+
+
+def _check_zero(path: Path, zero: Any) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    if not isinstance(zero, dict) or zero.get("stage") not in ZERO_STAGES:
+        found = zero.get("stage") if isinstance(zero, dict) else zero
+        raise UserError(f"engine.ds_config: {path}: zero_optimization.stage is {found!r}, expected 1, 2 or 3")
+    if "offload_optimizer" in zero:
+        # Its gradients live elsewhere, where `clear_gradients` does not reach; and the states fit on the GPUs.
+        raise UserError(f"{path}: offload_optimizer is not supported; take it out (python -m pipeline.describe RECIPE)")
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValueError as error:  # pydantic's
+        told = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in getattr(error, "errors", list)()]
+        raise UserError(f"engine.ds_config: {path}: zero_optimization: {'; '.join(told) or error}") from None
 
 
 def _config_path(name: str) -> Path:

@@ -26,7 +26,8 @@ from model.errors import UserError
 from model.transformers_layout import save_language_model
 from model.vision import Towers
 from model.weights import load_model, save_model
-from pipeline.checkpoint import find_damage, folder_name, full_state, list_steps, read_manifest
+from pipeline.checkpoint import full_state
+from pipeline.checkpoint_folder import find_damage, folder_name, list_steps, read_manifest
 from pipeline.pretrained import initial_model, make_towers, refuse_other_towers
 from pipeline.recipe import Recipe, recipe_of_run
 from pipeline.recipe import load_recipe as read_recipe

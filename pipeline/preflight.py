@@ -28,8 +28,7 @@ from model.errors import UserError
 from model.kernels import kernel_report
 from model.vision import tower_file
 from pipeline.agreement import together
-from pipeline.checkpoint import list_steps
-from pipeline.checkpoint_folder import REFUSED, find_leftovers
+from pipeline.checkpoint_folder import REFUSED, find_leftovers, list_steps
 from pipeline.cost import CHECKPOINT_BYTES, STATE_BYTES, count_parameters
 from pipeline.data import check_fit, loading_bytes
 from pipeline.engine import compose_config

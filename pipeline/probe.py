@@ -5,6 +5,7 @@ The batch is the plan's first. Its losses go into the checkpoint; after loading 
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 from pathlib import Path
@@ -52,7 +53,7 @@ class Probe:
         exact = self.ranks.device.type == "cpu" and saved["where"] == now["where"]
         tolerance = 0.0 if exact else TOLERANCE[self.recipe.engine.precision]
         for loss in ("text", "align"):
-            if not abs(now[loss] - saved[loss]) <= tolerance * abs(saved[loss]):
+            if not _same(now[loss], saved[loss], tolerance):
                 return (
                     f"the {loss} loss of the probe is {now[loss]!r}, it was {saved[loss]!r} when it was saved "
                     f"(allowed: {tolerance:.0e} of it)"
@@ -70,6 +71,11 @@ class Probe:
             "machine": platform.node(),
             "processor": _processor(),
         }
+
+
+def _same(now: float, saved: float, tolerance: float) -> bool:
+    """A state that had diverged when it was saved is that state still."""
+    return math.isclose(now, saved, rel_tol=tolerance) or (math.isnan(now) and math.isnan(saved))
 
 
 def _processor() -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import mmap
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,21 +32,23 @@ class Snapshot:
     def __init__(self, engine: Any):
         self.engine = engine
         self.buffers = zero_buffers(engine)
-        self.page_locks = True  # until it fails
 
     @functools.cached_property
     def memory(self) -> dict[tuple[int, str], torch.Tensor]:
         """Host copies by buffer and kind. On a GPU machine they are page-locked, which a fast copy needs."""
-        copies = {}
-        for index, buffer in enumerate(self.buffers):
-            for kind in KINDS:
-                copies[index, kind] = whole_pages(buffer.master.numel())
-                if buffer.master.is_cuda and self.page_locks:
-                    self.page_locks = page_lock(copies[index, kind], torch.cuda.cudart().cudaHostRegister)
-        if not self.page_locks:
+        sizes = [buffer.master.numel() for buffer in self.buffers]
+        copies = {(index, kind): whole_pages(size) for index, size in enumerate(sizes) for kind in KINDS}
+        if self.engine.device.type == "cuda":
+            self._page_lock(list(copies.values()))
+        return copies
+
+    def _page_lock(self, copies: Sequence[torch.Tensor]) -> None:
+        """Several threads touch the pages first: CUDA would ask for one after the other, seven times as long."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(torch.Tensor.zero_, copies))
+        if not all(page_lock(copy, torch.cuda.cudart().cudaHostRegister) for copy in copies):
             with contextlib.suppress(RuntimeError):
                 torch.ones(1, device=self.engine.device)  # CUDA tells its next kernel of the error, whose it is not
-        return copies
 
     @property
     def bytes(self) -> int:
@@ -138,6 +140,8 @@ class Snapshot:
 def whole_pages(count: int) -> torch.Tensor:
     """Zeros, fp32, in memory pages that nothing else shares: none can be locked twice."""
     memory = mmap.mmap(-1, max(1, count) * NUMBER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.float32)[:count]
 
 

@@ -30,7 +30,8 @@ from model.emma import Emma
 from model.errors import UserError, first_line
 from model.vision import Towers
 from pipeline.agreement import on_main, together
-from pipeline.checkpoint import Checkpoints, Identity, Saved, list_steps
+from pipeline.checkpoint import Checkpoints, Identity, Saved
+from pipeline.checkpoint_folder import list_steps
 from pipeline.control import Control
 from pipeline.data import GlobalBatch, TrainData, loader_died
 from pipeline.engine import build_engine, check_partition, init_distributed, learning_rate
@@ -43,7 +44,7 @@ from pipeline.pretrained import RANDOM, empty_model, initial_model, make_towers,
 from pipeline.probe import Probe
 from pipeline.ranks import Ranks, find_ranks
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.recompute import keep_what_fits
+from pipeline.recompute import keep_what_fits, memory_explained
 from pipeline.run import Run
 from pipeline.shard_reader import DamagedShardError, LostDataError
 from pipeline.spikes import Spikes
@@ -76,7 +77,8 @@ def train(run: Run, ranks: Ranks, start: StartUp) -> int:
         checkpoints = Checkpoints(recipe, ranks, _identity(recipe, data), engine, probe)
         step, report = checkpoints.resume()
         start.done("checkpoint")
-        fitted = fit_memory(engine, towers, recipe, data)
+        with memory_explained(recipe, ranks, worked_before=False):
+            fitted = fit_memory(engine, towers, recipe, data)
         start.done("memory")
         run.begin(step, weights)
         with Metrics(recipe, ranks, data) as metrics, watchdog.before_the_end():
@@ -109,13 +111,14 @@ class Loop:
         """From `step` on; returns the steps done when it ended."""
         if self._owes_an_evaluation(step):
             self._evaluate(step)
-        clock, towers_s = TowersClock(self.towers, self.engine.device), 0.0
+        begun, clock, towers_s = step, TowersClock(self.towers, self.engine.device), 0.0
         with GarbageCollection() as garbage:
             for batch in self.data.from_step(step):
                 lr = learning_rate(self.run.recipe, step, self.data.total_steps)
                 requests = Requests(*self.run.control.requests(), self.checkpoints.writing)
                 spent = Seconds(batch.wait_s, towers_s, garbage.take())
-                report = optimizer_step(self.engine, self.towers, self.run.recipe, batch, lr, requests, spent)
+                with memory_explained(self.run.recipe, self.run.ranks, worked_before=step > begun):
+                    report = optimizer_step(self.engine, self.towers, self.run.recipe, batch, lr, requests, spent)
                 towers_s = clock.take()  # now that the device has done the step; the next reduction tells of it
                 step += 1
                 self.watchdog.step_done(step)

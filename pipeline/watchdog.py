@@ -7,6 +7,7 @@ others read off the folder that it made.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import math
 import os
@@ -139,8 +140,14 @@ class Watchdog:
                 self._end(lost)
             if self.lived > until:
                 self._end(f"{what} takes longer than {allowance:.0f} s{self._usual()}{self._telling()}")
-            if self.folder.exists():
+            if self._others_end():
                 self._end("another rank ends the run")
+
+    def _others_end(self) -> bool:
+        """A file system that fails tells nothing of them."""
+        with contextlib.suppress(OSError):
+            return self.folder.exists()
+        return False
 
     def _usual(self) -> str:
         return f" (usually {median(self.seconds):.1f})" if self.seconds else ""
@@ -156,14 +163,22 @@ class Watchdog:
 
     def _end(self, reason: str) -> NoReturn:
         """Write the stacks; the first to come also tells why; wait for the others, and leave."""
+        try:
+            self._write_stacks(reason)
+            code = self._tell(reason)
+        except OSError as error:
+            print(f"error: {reason}; the run folder does not take the stacks ({error})", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(all_threads=True)
+            code = EXIT_LOST
+        time.sleep(GRACE_S)
+        os._exit(code)
+
+    def _write_stacks(self, reason: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"rank-{self.ranks.rank}.txt").open("w") as file:
             print(f"rank {self.ranks.rank}, {socket.gethostname()}, after step {self.step}: {reason}\n", file=file)
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-        code = self._tell(reason)
-        time.sleep(GRACE_S)
-        os._exit(code)
 
     def _tell(self, reason: str) -> int:
         """Once for all ranks. The exit code: not to be tried again if a rank has told of a mistake before it ended."""

@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from pipeline.checkpoint import folder_name, list_steps
+from pipeline.checkpoint_folder import folder_name, list_steps
 from pipeline.elastic import Layout
 from pipeline.snapshot import KINDS
 from tests.conftest import TINY_RECIPE, build_shards, finish, kill_all, torchrun, write_raw_data
@@ -32,6 +32,7 @@ from tests.killed_program import Stages
 STEPS = 24  # four epochs
 STAGES = [name for name in vars(Stages) if not name.startswith("_")]
 DAMAGES = ("a flipped bit", "a truncated file", "a deleted file", "no `latest`")
+KILLED = "exitcode  : -9"  # in the launcher's report
 LIFE_S = 300.0  # after which a training that has not ended hangs
 
 
@@ -88,7 +89,8 @@ def one_life(command: list[str | Path], run: Path, rng: random.Random) -> tuple[
     if way not in STAGES:
         kill_sometime(process, run, way == "all killed", rng)
     if process.returncode is None:
-        process.communicate(timeout=LIFE_S)
+        said, _ = process.communicate(timeout=LIFE_S)
+        assert process.returncode == 0 or KILLED in said, f"{way}: ended by itself, and not well:\n{said}"
     return way, process.returncode == 0
 
 

@@ -1,6 +1,7 @@
 """Saves that are cut off, disks that are full, probes that disagree: what is there then, and what a start does."""
 
 import contextlib
+import hashlib
 import json
 import math
 import random
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 from model.errors import UserError
-from pipeline.checkpoint import MANIFEST, find_damage, folder_name, full_state, list_steps, read_manifest, seal
+from pipeline.checkpoint import full_state
+from pipeline.checkpoint_folder import MANIFEST, find_damage, first_damage, folder_name, list_steps, read_manifest, seal
+from pipeline.probe import _same
 from tests.conftest import finish, run_python, torchrun
 
 STEPS = 12
@@ -159,3 +162,51 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_the_checkpoints_before_are_as
         assert list_steps(run / "checkpoints") == [4]
         assert find_damage(run / "checkpoints" / folder_name(4)) is None
         assert not list((run / "checkpoints").glob(".partial*"))
+
+
+def test_a_checkpoint_that_lost_its_manifest_is_refused_aloud_and_goes_with_the_next_save(
+    recipe_file, shards, straight, tmp_path
+):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    newest = run / "checkpoints" / folder_name(STEPS)
+    (newest / MANIFEST).unlink()
+    done = run_python("-m", "pipeline.train", *words(recipe_file, shards, run))
+    assert done.returncode == 0, done.stderr
+    assert f"refused {newest}: it has no {MANIFEST}" in done.stdout
+    assert f"resuming from {run / 'checkpoints' / folder_name(STEPS - 1)}" in done.stdout
+    assert list((run / "checkpoints").glob(".refused-*")) == []
+    assert find_damage(newest) is None
+
+
+def test_files_are_read_into_memory_while_they_are_hashed_and_damage_is_found_all_the_same(tmp_path):
+    numbers = torch.arange(100_000, dtype=torch.float32)
+    data = numbers.numpy().tobytes()
+    facts = {"a": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
+    (tmp_path / "a").write_bytes(data)
+    memory = torch.zeros_like(numbers)
+    assert first_damage(tmp_path, facts, into={"a": memory}) is None
+    assert torch.equal(memory, numbers)
+    flipped = bytearray(data)
+    flipped[12_345] ^= 1
+    for damaged, said in ((flipped, "has changed"), (data[:-4], "expected 400000"), (None, "is missing")):
+        (tmp_path / "a").unlink() if damaged is None else (tmp_path / "a").write_bytes(damaged)
+        assert said in str(first_damage(tmp_path, facts, into={"a": memory}))
+
+
+@pytest.mark.parametrize(
+    ("now", "saved", "same"),
+    [
+        (1.0, 1.0, True),
+        (1.0, 1.0 + 1e-6, True),
+        (1.0, 1.1, False),
+        (math.inf, math.inf, True),  # diverged when it was saved: it is that state still
+        (math.nan, math.nan, True),
+        (1.0, math.inf, False),
+        (math.inf, 1.0, False),
+        (math.nan, 1.0, False),
+        (math.inf, -math.inf, False),
+    ],
+)
+def test_the_probe_asks_for_the_loss_that_was_saved_finite_or_not(now, saved, same):
+    assert _same(now, saved, tolerance=1e-5) is same

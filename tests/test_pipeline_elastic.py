@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model.errors import UserError
-from pipeline.checkpoint import folder_name, read_manifest
+from pipeline.checkpoint_folder import folder_name, read_manifest
 from pipeline.elastic import Layout, Piece, fill
 from tests.conftest import finish, torchrun
 

@@ -41,6 +41,24 @@ def test_an_offloaded_optimizer_is_refused_since_its_gradients_could_be_stale(re
         compose_config(recipe(recipe_file, f"engine.ds_config={path}"), world_size=1)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"zero_optimization": {"stage": 3, "overlap_com": True}}, "zero_optimization: overlap_com: Extra inputs"),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": -1}}, "reduce_bucket_size: Input should be greater"),
+        ({"zero_optimization": {"stage": 0}}, "stage is 0, expected 1, 2 or 3"),
+        ({"zero_optimization": True}, "stage is True, expected 1, 2 or 3"),
+        ({"zero_optimisation": {"stage": 3}}, "stage is None, expected 1, 2 or 3"),
+        ([], "found a list, expected an object"),
+    ],
+)
+def test_a_json_that_deepspeed_would_not_take_is_refused_before_anything_is_built(recipe_file, tmp_path, content, said):
+    path = tmp_path / "wrong.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=said):
+        compose_config(recipe(recipe_file, f"engine.ds_config={path}"), world_size=1)
+
+
 def test_a_global_batch_that_does_not_divide_is_refused(recipe_file):
     with pytest.raises(UserError, match=r"global_batch 8 is not a multiple of 3 ranks × optim\.micro_batch 4"):
         compose_config(recipe(recipe_file), world_size=3)

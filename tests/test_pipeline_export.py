@@ -9,7 +9,8 @@ import torch
 from model.config import preset
 from model.emma import Emma
 from model.errors import UserError
-from pipeline.checkpoint import folder_name, full_state
+from pipeline.checkpoint import full_state
+from pipeline.checkpoint_folder import folder_name
 from pipeline.export import check_state, export_run
 from pipeline.generate import answer, load
 from preprocess.prompts import encode_dialogue, encode_prompt, load_tokenizer

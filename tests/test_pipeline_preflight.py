@@ -10,7 +10,7 @@ import torch
 
 from model.errors import UserError
 from pipeline import preflight
-from pipeline.checkpoint import MANIFEST
+from pipeline.checkpoint_folder import MANIFEST
 from pipeline.cost import CHECKPOINT_BYTES, count_parameters
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe, load_recipe

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pipeline.checkpoint import folder_name
+from pipeline.checkpoint_folder import folder_name
 from pipeline.elastic import Layout
 from pipeline.recipe import load_recipe
 from tests.conftest import finish, torchrun

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from model.errors import UserError
-from pipeline.checkpoint import find_damage, folder_name, full_state, list_steps
+from pipeline.checkpoint import full_state
+from pipeline.checkpoint_folder import find_damage, folder_name, list_steps
 from pipeline.ranks import Ranks
 from pipeline.recipe import load_recipe
 from pipeline.run import Run

@@ -1,5 +1,6 @@
 """A rank that hangs or dies ends the run within seconds, with stacks and a word that says to try again."""
 
+import errno
 import faulthandler
 import json
 import os
@@ -167,6 +168,30 @@ def test_a_mistake_that_a_rank_has_told_of_is_not_overwritten(watchdog, tmp_path
     (tmp_path / "outcome.json").write_text('{"outcome": "failed"}')
     assert watchdog._tell("rank 1 has ended") == 1
     assert (tmp_path / "outcome.json").read_text() == '{"outcome": "failed"}'
+
+
+def test_a_rank_ends_in_time_though_the_run_folder_takes_no_stacks(watchdog, tmp_path, monkeypatch, capfd):
+    """A full disk, say: there a file stands where the folder would."""
+    watchdog.folder = tmp_path / "file" / "stacks"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("pipeline.watchdog.GRACE_S", 0.0)
+    monkeypatch.setattr("pipeline.watchdog.os._exit", sys.exit)
+    with pytest.raises(SystemExit) as end:
+        watchdog._end("rank 0 has ended")
+    assert end.value.code == EXIT_LOST
+    said = capfd.readouterr().err
+    assert "error: rank 0 has ended; the run folder does not take the stacks" in said
+    assert "_end" in said, "no stacks in the log"
+
+
+def test_a_file_system_that_fails_does_not_end_the_watching(watchdog, tmp_path, monkeypatch):
+    watchdog.folder = tmp_path
+    monkeypatch.setattr(Path, "exists", stale)
+    assert not watchdog._others_end()
+
+
+def stale(path):
+    raise OSError(errno.ESTALE, "Stale file handle")
 
 
 def test_a_process_is_seen_to_be_there_or_not():
