@@ -37,7 +37,7 @@ TEMPLATES = {
 }
 BETWEEN_TURNS = "\n"
 EMPTY_ANSWER = " "
-CHARACTERS_PER_TOKEN = 16  # more than any prose has
+CHARACTERS_PER_TOKEN, LEAST_SPARE_TOKENS = 16, 256
 
 
 class Tokenizer:
@@ -64,14 +64,15 @@ class Tokenizer:
     def encode(self, text: str, enough: int | None = None) -> list[int]:
         """All ids, or only the first ones of a long text: `enough` of them, and some more, the last of them inexact.
 
-        Tokenising takes a hundred times a text's memory. Between those that are asked for and the cut lie as many ids
-        again, so it does not show; a text that has fewer, since its tokens are long, is cut further on.
+        Tokenising takes a hundred times a text's memory. Spare ids, as many again, lie between those that are asked for
+        and the cut, so it does not show; a text that has fewer, since its tokens are long, is cut further on.
         """
         if enough is not None:
-            reach = CHARACTERS_PER_TOKEN * enough
+            wanted = enough + max(enough, LEAST_SPARE_TOKENS)
+            reach = CHARACTERS_PER_TOKEN * wanted
             while reach < len(text):
                 ids = self._ids(text[:reach])
-                if len(ids) >= 2 * enough:
+                if len(ids) >= wanted:
                     return ids
                 reach *= 4
         return self._ids(text)

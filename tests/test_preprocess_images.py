@@ -123,9 +123,9 @@ def _largest(name: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["largest.png", "progressive.jpg", "largest.webp"])
 def test_the_largest_pictures_leave_a_worker_below_its_memory(tmp_path: Path, name: str) -> None:
-    """A worker may have 1 GiB; Ray, the tokenizer and what is remembered of other pictures need some of it."""
+    """A worker, which has loaded torch, may have 1 GiB: Ray, the tokenizer and recent pictures need some of it."""
     program = (
-        "import sys, pathlib; from preprocess.images import stored_picture; "
+        "import sys, pathlib, torch, preprocess.task; from preprocess.images import stored_picture; "
         "stored_picture(pathlib.Path(sys.argv[1]).read_bytes(), 384, 'jpeg'); "
         "print(pathlib.Path('/proc/self/status').read_text())"
     )
