@@ -183,13 +183,23 @@ class _Archive:
 class _Zip:
     def __init__(self, file: IO[bytes]) -> None:
         self._zip = zipfile.ZipFile(file)
-        self.names = set(self._zip.namelist())
+        self.names = {_zip_name(member): member for member in self._zip.infolist()}
 
     def read(self, name: str) -> bytes:
-        return self._zip.read(name)
+        return self._zip.read(self.names[name])
 
     def size(self, name: str) -> int:
-        return self._zip.getinfo(name).file_size
+        return self.names[name].file_size
+
+
+def _zip_name(member: zipfile.ZipInfo) -> str:
+    """As UTF-8 where it can be read so: Macs write it without the flag that says so, and zipfile takes it for DOS's."""
+    if member.flag_bits & 0x800 or member.filename.isascii():
+        return member.filename
+    try:
+        return member.filename.encode("cp437").decode()
+    except UnicodeError:
+        return member.filename
 
 
 class _Tar:

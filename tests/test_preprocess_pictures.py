@@ -151,6 +151,16 @@ def test_accents_are_found_however_either_side_spells_them(
     assert store.size(picture) == len(b"picture")
 
 
+@pytest.mark.parametrize("coding", ["utf-8", "cp437"])
+def test_names_in_a_zip_that_does_not_say_how_they_are_coded_are_found(tmp_path: Path, coding: str) -> None:
+    """zipfile always says it: the name is put in afterwards."""
+    picture = unicodedata.normalize("NFD" if coding == "utf-8" else "NFC", "é.jpg")
+    name = picture.encode(coding)
+    write_zip(tmp_path / "p.zip", {"_" * len(name): b"picture"})
+    (tmp_path / "p.zip").write_bytes((tmp_path / "p.zip").read_bytes().replace(b"_" * len(name), name))
+    assert PictureStore(tmp_path, {}).read("p/é.jpg") == b"picture"
+
+
 def write_linked_tar(path: Path, links: dict[str, tuple[bytes, str]]) -> None:
     """A file a/1.jpg, and links of either type beside it."""
     with tarfile.open(path, "w") as archive:
