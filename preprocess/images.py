@@ -32,7 +32,8 @@ try:
 except ImportError:
     simplejpeg = None
 
-MAX_PIXELS = 64_000_000  # at four bytes each, still small beside a worker's memory
+MAX_PIXELS, MAX_WEBP_PIXELS = 32_000_000, 24_000_000  # a worker stays below 1 GiB; WebP takes more per pixel
+STRIP_PIXELS = 1 << 20
 JPEG_QUALITY = 95
 
 Image.MAX_IMAGE_PIXELS = None  # the limit above is checked instead, before any pixel is decoded
@@ -73,7 +74,7 @@ def decode_rgb(data: bytes) -> Pixels:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of oddities in files that it reads well
             with Image.open(io.BytesIO(data), formats=[_PIL_FORMATS[kind]]) as picture:
-                _guard_size(picture)
+                _guard_size(picture, MAX_WEBP_PIXELS if kind == "webp" else MAX_PIXELS)
                 return _by_pillow(picture)
     except (Rejected, MemoryError):
         raise
@@ -92,20 +93,29 @@ def _plain_jpeg(data: bytes) -> Pixels | None:
         if colours not in ("YCbCr", "RGB") or height * width > MAX_PIXELS:
             return None
         return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True)
-    except ValueError:
+    except MemoryError:
+        raise
+    except Exception:  # a KeyError for samplings that it has no name for, and who knows what else
         return None
 
 
 def _by_pillow(picture: Image.Image) -> Pixels:
+    """Strip by strip: conversions of a whole picture would hold it several times over."""
     picture.load()
     ImageOps.exif_transpose(picture, in_place=True)
-    return np.array(_to_rgb(picture))
-
-
-def _guard_size(picture: Image.Image) -> None:
     width, height = picture.size
-    if width * height > MAX_PIXELS:
-        raise Rejected("picture_too_large", f"{width}×{height} pixels, at most {MAX_PIXELS} are decoded")
+    pixels = np.empty((height, width, 3), np.uint8)
+    rows = max(1, STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        strip = picture.crop((0, top, width, min(top + rows, height)))
+        pixels[top : top + rows] = np.asarray(_to_rgb(strip))
+    return pixels
+
+
+def _guard_size(picture: Image.Image, most: int) -> None:
+    width, height = picture.size
+    if width * height > most:
+        raise Rejected("picture_too_large", f"{width}×{height} pixels, at most {most} are decoded")
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

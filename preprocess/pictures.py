@@ -12,6 +12,8 @@ import contextlib
 import errno
 import functools
 import hashlib
+import os
+import posixpath
 import tarfile
 import unicodedata
 import zipfile
@@ -21,8 +23,11 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from model.errors import UserError
-from preprocess.places import Place, size_of
+from preprocess.places import Place, RemotePath, size_of
 from preprocess.rejects import Rejected
+
+MAX_FILE_BYTES = 100_000_000
+MAX_LINKS = 8
 
 _NOT_A_FILE_NAME = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
@@ -36,7 +41,7 @@ class PictureStore:
         self._archive_of: dict[str, _Archive | None] = {}
 
     def read(self, path: str) -> bytes:
-        """Raises: Rejected if the picture is not there or may not be read; OSError if reading failed."""
+        """Raises: Rejected if the picture is not there, too large or may not be read; OSError if reading failed."""
         if archive := self.archive_of(path.rpartition("/")[0] or "."):
             return archive.read(path)
         for spelling in _spellings(path):
@@ -67,7 +72,7 @@ class PictureStore:
         return None
 
     def has_folder(self, folder: str) -> bool:
-        return _exists((self.root / folder).is_dir) or self.archive_of(folder) is not None
+        return self._is_folder(folder) or self.archive_of(folder) is not None
 
     def archive_of(self, folder: str) -> _Archive | None:
         """The archive that stands for the folder or for one above it, unless the folder is there."""
@@ -76,23 +81,40 @@ class PictureStore:
         return self._archive_of[folder]
 
     def _find_archive(self, folder: str) -> _Archive | None:
-        if _exists((self.root / folder).is_dir):
+        if self._is_folder(folder):
             return None
         for ancestor in [folder, *map(str, PurePosixPath(folder).parents)]:
-            for name in (self.archives.get(ancestor), f"{ancestor}.zip", f"{ancestor}.tar"):
-                if name and _exists((self.root / name).is_file):
-                    return _open_archive(self.root / name, ancestor)
+            for spelling in _spellings(ancestor):
+                for name in (self.archives.get(spelling), f"{spelling}.zip", f"{spelling}.tar"):
+                    if name and _exists((self.root / name).is_file):
+                        return _open_archive(self.root / name, ancestor)
         return None
+
+    def _is_folder(self, folder: str) -> bool:
+        return any(_exists((self.root / spelling).is_dir) for spelling in _spellings(folder))
 
     def _read_file(self, path: str) -> bytes:
         file = self.root / path
-        if (
-            isinstance(file, Path)
-            and file.is_symlink()
-            and not file.resolve().is_relative_to(Path(str(self.root)).resolve())
-        ):
+        if isinstance(file, RemotePath):
+            data = file.read_bytes(MAX_FILE_BYTES + 1)
+            if len(data) > MAX_FILE_BYTES:
+                _guard_size(max(file.size(), len(data)))
+            return data
+        if file.is_symlink() and not _real(file).is_relative_to(_real(self.root)):
             raise Rejected("picture_path_escapes", f"a link to {file.readlink()}")
-        return file.read_bytes()
+        with file.open("rb") as opened:
+            _guard_size(os.fstat(opened.fileno()).st_size)
+            return opened.read()
+
+
+def _real(path: Place) -> Path:
+    """Where links lead. `Path.resolve` differs: it raises for a link to itself, depending on the version of Python."""
+    return Path(os.path.realpath(str(path)))
+
+
+def _guard_size(size: int) -> None:
+    if size > MAX_FILE_BYTES:
+        raise Rejected("picture_too_large", f"{size} bytes, at most {MAX_FILE_BYTES} are read")
 
 
 def digest(data: bytes) -> str:
@@ -135,9 +157,11 @@ class _Archive:
             raise UserError(f"picture archive {path} is damaged ({error}); fetch it again") from None
 
     def read(self, path: str) -> bytes:
-        if name := self._name(path):
-            return self._member(name)
-        raise Rejected("picture_missing", f"no such member of {self.path.name}")
+        name = self._name(path)
+        if name is None:
+            raise Rejected("picture_missing", f"no such member of {self.path.name}")
+        _guard_size(self._packed.size(name))
+        return self._member(name)
 
     def size(self, path: str) -> int | None:
         name = self._name(path)
@@ -145,8 +169,9 @@ class _Archive:
 
     def _name(self, path: str) -> str | None:
         inside = PurePosixPath(path).relative_to(self.folder)
-        spellings = (str(inside), str(self.folder.name / inside), f"./{inside}")
-        return next((name for name in spellings if name in self._packed.names), None)
+        places = (str(inside), str(self.folder.name / inside), f"./{inside}")
+        names = (spelling for place in places for spelling in _spellings(place))
+        return next((name for name in names if name in self._packed.names), None)
 
     def _member(self, name: str) -> bytes:
         try:
@@ -158,21 +183,43 @@ class _Archive:
 class _Zip:
     def __init__(self, file: IO[bytes]) -> None:
         self._zip = zipfile.ZipFile(file)
-        self.names = set(self._zip.namelist())
+        self.names = {_zip_name(member): member for member in self._zip.infolist()}
 
     def read(self, name: str) -> bytes:
-        return self._zip.read(name)
+        return self._zip.read(self.names[name])
 
     def size(self, name: str) -> int:
-        return self._zip.getinfo(name).file_size
+        return self.names[name].file_size
+
+
+def _zip_name(member: zipfile.ZipInfo) -> str:
+    """As UTF-8 where it can be read so: Macs write it without the flag that says so, and zipfile takes it for DOS's."""
+    if member.flag_bits & 0x800 or member.filename.isascii():
+        return member.filename
+    try:
+        return member.filename.encode("cp437").decode()
+    except UnicodeError:
+        return member.filename
 
 
 class _Tar:
+    """Names are kept as paths from the archive's top; links within it lead to what they name."""
+
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         file.seek(0)
+        self.names: dict[str, tuple[int, int]] = {}
+        links = {}
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            self.names = {member.name: (member.size, member.offset_data) for member in tar if member.isfile()}
+            for member in tar:
+                name = posixpath.normpath(member.name)
+                if member.isfile():
+                    self.names[name] = member.size, member.offset_data
+                elif member.islnk():
+                    links[name] = posixpath.normpath(member.linkname)
+                elif member.issym():
+                    links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+        self.names |= {link: self.names[name] for link, name in _followed(links).items() if name in self.names}
 
     def read(self, name: str) -> bytes:
         size, offset = self.names[name]
@@ -181,6 +228,14 @@ class _Tar:
 
     def size(self, name: str) -> int:
         return self.names[name][0]
+
+
+def _followed(links: Mapping[str, str]) -> dict[str, str]:
+    """Each link's last name; one that goes in a circle ends somewhere on it."""
+    ends = dict(links)
+    for _ in range(MAX_LINKS):
+        ends = {link: links.get(name, name) for link, name in ends.items()}
+    return ends
 
 
 @functools.lru_cache(maxsize=64)

@@ -37,6 +37,7 @@ TEMPLATES = {
 }
 BETWEEN_TURNS = "\n"
 EMPTY_ANSWER = " "
+CHARACTERS_PER_TOKEN, LEAST_SPARE_TOKENS = 16, 256
 
 
 class Tokenizer:
@@ -60,7 +61,23 @@ class Tokenizer:
             raise UserError(f"tokenizer {name} has none of {', '.join(END_OF_TEXT)}: an answer could not end")
         self.eos_id = found[0]
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, enough: int | None = None) -> list[int]:
+        """All ids, or only the first ones of a long text: `enough` of them, and some more, the last of them inexact.
+
+        Tokenising takes a hundred times a text's memory. Spare ids, as many again, lie between those that are asked for
+        and the cut, so it does not show; a text that has fewer, since its tokens are long, is cut further on.
+        """
+        if enough is not None:
+            wanted = enough + max(enough, LEAST_SPARE_TOKENS)
+            reach = CHARACTERS_PER_TOKEN * wanted
+            while reach < len(text):
+                ids = self._ids(text[:reach])
+                if len(ids) >= wanted:
+                    return ids
+                reach *= 4
+        return self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
         # "Fast" leaves out the offsets of the tokens, which nobody asks for.
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
@@ -110,10 +127,12 @@ def encode_dialogue(
     """
     tokens: list[int] = []
     spans: list[tuple[int, int]] = []
-    for speaker, turn in _encoded_turns(conversations, template, tokenizer):
+    for speaker, turn in _encoded_turns(conversations, template, tokenizer, max_text_tokens):
         if speaker == "gpt":
             spans.append((len(tokens), len(tokens) + len(turn)))
         tokens += turn
+        if max_text_tokens is not None and len(tokens) > max_text_tokens:
+            break
     if max_text_tokens is None or len(tokens) <= max_text_tokens:
         return Encoded(tokens, spans)
     spans = [(start, min(end, max_text_tokens)) for start, end in spans if start < max_text_tokens]
@@ -126,19 +145,21 @@ def encode_prompt(conversations: Conversation, template: str, tokenizer: Tokeniz
     return encode_dialogue(conversations, template, tokenizer).tokens
 
 
-def _encoded_turns(conversations: Conversation, template: str, tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
+def _encoded_turns(
+    conversations: Conversation, template: str, tokenizer: Tokenizer, enough: int | None
+) -> Iterator[tuple[str, list[int]]]:
     for number, turn in enumerate(conversations):
         text = turn["value"].replace(IMAGE_TOKEN, "").strip()
         if turn["from"] == "gpt":
-            yield "gpt", [*tokenizer.encode(text or EMPTY_ANSWER), tokenizer.eos_id]
+            yield "gpt", [*tokenizer.encode(text or EMPTY_ANSWER, enough), tokenizer.eos_id]
         else:
-            yield "human", _question(text, number, TEMPLATES[template], tokenizer)
+            yield "human", _question(text, number, TEMPLATES[template], tokenizer, enough)
 
 
-def _question(text: str, number: int, template: _Template, tokenizer: Tokenizer) -> list[int]:
+def _question(text: str, number: int, template: _Template, tokenizer: Tokenizer, enough: int | None) -> list[int]:
     tokens: list[int] = []
     lead = BETWEEN_TURNS if number else ""
     for part in template.question:
-        tokens += [tokenizer.eos_id] if part is None else tokenizer.encode(lead + part.replace("{q}", text))
+        tokens += [tokenizer.eos_id] if part is None else tokenizer.encode(lead + part.replace("{q}", text), enough)
         lead = ""
     return tokens

@@ -24,7 +24,7 @@ REASONS = {
     "picture_unknown_format": "the bytes are none of the picture formats that are read",
     "picture_truncated": "the file ends before the picture does",
     "picture_corrupt": "the picture cannot be decoded",
-    "picture_too_large": "the picture has more pixels than are decoded (a decompression bomb)",
+    "picture_too_large": "the picture has more pixels, or its file more bytes, than are decoded",
     "picture_unsupported_pixels": "the pixels have no meaning as colours between black and white",
 }
 

@@ -124,6 +124,8 @@ def _read_range(path: Path, part: Range) -> Iterator[dict[str, Any]]:
         os.close(handle)
     if len(data) != part.size:
         raise OSError(f"{path}: read {len(data)} of {part.size} bytes at {part.offset}")
+    if hashlib.sha256(data).hexdigest() != part.sha256:
+        raise OSError(f"{path}: the {part.size} bytes at {part.offset} are not those that were written; a stale cache?")
     return (json.loads(line) for line in data.splitlines())
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms
 
+from preprocess.pictures import MAX_FILE_BYTES
+
 Colour = tuple[int, int, int]
 RED, BLUE, GREY, WHITE = (200, 40, 40), (40, 60, 200), (120, 120, 120), (255, 255, 255)
 
@@ -124,6 +126,20 @@ def _noise_jpeg() -> bytes:
     return encoded(Image.fromarray(noise), "JPEG", quality=95)
 
 
+def sampled_441() -> bytes:
+    """Grey, with a colour for each eight pixels by 32 that lie eight abreast: rare enough to have no name anywhere.
+
+    Nothing that is at hand writes such. In a grey picture every block is the same bits: no change of the mean, the end.
+    """
+    lines = bytearray(encoded(Image.new("RGB", (64, 64), (128, 128, 128)), "JPEG", subsampling=0))
+    frame = lines.index(b"\xff\xc0")
+    lines[frame + 11] = 0x14
+    scan = lines.index(b"\xff\xda")
+    begin = scan + 2 + int.from_bytes(lines[scan + 2 : scan + 4], "big")
+    four_of_grey_and_two_of_colour = int("001010" * 4 + "0000" * 2, 2).to_bytes(4, "big")
+    return bytes(lines[:begin]) + four_of_grey_and_two_of_colour * 16 + b"\xff\xd9"
+
+
 HALVES = {(0.2, 0.5): RED, (0.8, 0.5): BLUE}
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 PICTURES: dict[str, Callable[[], bytes]] = {
@@ -150,6 +166,7 @@ PICTURES: dict[str, Callable[[], bytes]] = {
     "one_bit.png": lambda: encoded(Image.new("1", (64, 48), 1), "PNG"),
     "exif.jpg": _exif_rotated,
     "xmp.jpg": _xmp_rotated,
+    "sampled_441.jpg": sampled_441,
     "icc.jpg": lambda: encoded(two_halves(), "JPEG", quality=95, icc_profile=SRGB),
     "a.dotted.name.v2.jpg": lambda: encoded(two_halves(), "JPEG", quality=95),
     unicodedata.normalize("NFD", "café ☕ 猫.jpg"): lambda: encoded(two_halves(), "JPEG", quality=95),
@@ -162,6 +179,7 @@ PICTURE_DIRT = [
     Dirt("truncated picture", about("truncated.jpg"), "picture_truncated"),
     Dirt("picture of zero size", about("zero_sized.png"), "picture_corrupt"),
     Dirt("decompression bomb", about("bomb.png"), "picture_too_large"),
+    Dirt("huge file", about("huge.jpg"), "picture_too_large"),
     Dirt("page of a web server", about("page.jpg"), "picture_unknown_format"),
     Dirt("corrupt picture", about("broken.png"), "picture_corrupt"),
     Dirt("floating-point pixels", about("float.tiff"), "picture_unsupported_pixels"),
@@ -184,12 +202,14 @@ PICTURE_DIRT = [
     Dirt("black and white", about("one_bit.png"), colours={(0.5, 0.5): WHITE}),
     Dirt("EXIF rotation", about("exif.jpg"), colours=HALVES),
     Dirt("XMP rotation", about("xmp.jpg"), colours=HALVES),
+    Dirt("colours sampled 4:4:1", about("sampled_441.jpg"), colours={(0.5, 0.5): GREY}),
     Dirt("ICC profile", about("icc.jpg"), colours=HALVES),
     Dirt("path with ..", about("../outside.jpg"), "picture_path_escapes"),
     Dirt("absolute path", about("/etc/hostname.jpg"), "picture_path_escapes"),
     Dirt("drive letter", about("C:\\photos\\1.jpg"), "picture_path_escapes"),
     Dirt("link out of the root", about("link_out.jpg"), "picture_path_escapes"),
     Dirt("link within the root", about("link_in.jpg"), colours=HALVES),
+    Dirt("link to itself", about("link_loop.jpg"), "picture_missing"),
     Dirt("path too long", about("x" * 300 + ".jpg"), "picture_path_invalid"),
     Dirt("folder too long", about("y" * 300 + "/1.jpg"), "picture_path_invalid"),
     Dirt("NUL in a path", about("a\0b.jpg"), "picture_path_invalid"),
@@ -209,6 +229,7 @@ LONG = "word " * 3000
 
 ROW_DIRT = [
     Dirt("broken JSON", '{"id": "broken JSON", "conversations": [}', "broken_json"),
+    Dirt("number of too many digits", f'{{"id": {"1" * 5000}}}', "broken_json"),
     Dirt("row that is no object", '["Q", "A"]', "not_an_object"),
     Dirt("missing key", {"id": "missing key"}, "missing_key"),
     Dirt("missing key in a turn", {"conversations": [{"from": "human"}]}, "missing_key"),
@@ -268,6 +289,9 @@ def write_dirt(root: Path) -> None:
     (root.parent / "outside.jpg").write_bytes(PICTURES["good.jpg"]())
     (pictures / "link_out.jpg").symlink_to(root.parent / "outside.jpg")
     (pictures / "link_in.jpg").symlink_to("good.jpg")
+    (pictures / "link_loop.jpg").symlink_to("link_loop.jpg")
+    with (pictures / "huge.jpg").open("wb") as sparse:
+        sparse.truncate(MAX_FILE_BYTES + 1)
     lines = [_line(dirt) for dirt in ALL] + [_line(Dirt("", talk(("human", "Q"), ("gpt", "A"), id="duplicate id")))]
     (root / "dirt.jsonl").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
 

@@ -4,6 +4,8 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,10 @@ from skimage import data as photographs
 
 from preprocess import images
 from preprocess.images import decode_rgb, sniff, stored_picture
+from preprocess.rejects import Rejected
 from preprocess.squash import squash
+from tests.conftest import run_python
+from tests.dirt import PICTURES, sampled_441
 
 PX = 384
 BICUBIC = Image.Resampling.BICUBIC
@@ -67,6 +72,67 @@ def test_a_jpeg_with_damage_that_pillow_passes_over_is_decoded_by_pillow(monkeyp
     assert np.array_equal(decode_rgb(bytes(data)), expected)
     monkeypatch.setattr(images, "_by_pillow", lambda picture: None)
     assert decode_rgb(bytes(data)) is None
+
+
+def test_whatever_the_quick_decoder_raises_pillow_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyError):
+        images.simplejpeg.decode_jpeg_header(sampled_441())
+    assert np.array_equal(decode_rgb(sampled_441()), as_pillow_decodes(sampled_441()))
+    data = jpeg(photograph(203, 155))
+    for error in (RuntimeError(), SystemError(), OverflowError()):
+        monkeypatch.setattr(images.simplejpeg, "decode_jpeg", _raiser(error))
+        assert np.array_equal(decode_rgb(data), as_pillow_decodes(data))
+    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", _raiser(MemoryError()))
+    with pytest.raises(MemoryError):
+        decode_rgb(data)
+
+
+def _raiser(error: Exception) -> Callable[..., Any]:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_strips_of_a_picture_are_the_picture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 pixels wide, 48 high: strips of seven rows, and one of six."""
+    monkeypatch.setattr(images, "simplejpeg", None)
+    try:
+        whole = decode_rgb(PICTURES[name]())
+    except Rejected:
+        return
+    monkeypatch.setattr(images, "STRIP_PIXELS", 450)
+    assert np.array_equal(decode_rgb(PICTURES[name]()), whole)
+
+
+def _largest(name: str, folder: Path) -> Path:
+    """A flat picture with as many pixels as are decoded, which EXIF asks to turn."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    modes: dict[str, tuple[str, dict[str, Any]]] = {
+        "largest.png": ("RGBA", {"compress_level": 1}),
+        "progressive.jpg": ("CMYK", {"progressive": True, "subsampling": 0}),
+        "largest.webp": ("RGBA", {"quality": 1, "method": 0}),
+    }
+    mode, options = modes[name]
+    most = images.MAX_WEBP_PIXELS if name.endswith("webp") else images.MAX_PIXELS
+    Image.new(mode, (8000, most // 8000), (9, 9, 9, 9)).save(folder / name, exif=exif, **options)
+    return folder / name
+
+
+@pytest.mark.parametrize("name", ["largest.png", "progressive.jpg", "largest.webp"])
+def test_the_largest_pictures_leave_a_worker_below_its_memory(tmp_path: Path, name: str) -> None:
+    """A worker, which has loaded torch, may have 1 GiB: Ray, the tokenizer and recent pictures need some of it."""
+    program = (
+        "import sys, pathlib, torch, preprocess.task; from preprocess.images import stored_picture; "
+        "stored_picture(pathlib.Path(sys.argv[1]).read_bytes(), 384, 'jpeg'); "
+        "print(pathlib.Path('/proc/self/status').read_text())"
+    )
+    done = run_python("-c", program, _largest(name, tmp_path), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    peak = next(line for line in done.stdout.splitlines() if line.startswith("VmHWM"))
+    assert int(peak.split()[1]) < 950 << 10
 
 
 SHAPES = [

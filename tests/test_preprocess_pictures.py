@@ -3,12 +3,15 @@
 import errno
 import io
 import tarfile
+import unicodedata
 import zipfile
 from pathlib import Path
+from typing import IO, Literal
 
 import pytest
 
 from model.errors import UserError
+from preprocess import pictures
 from preprocess.pictures import PictureStore, digest
 from preprocess.rejects import Rejected
 
@@ -107,10 +110,10 @@ def test_what_the_disk_says_is_told_from_what_the_data_is(
 ) -> None:
     """Root may read everything, and disks rarely fail when asked to: the call that fails is replaced."""
 
-    def fail(path: Path) -> bytes:
+    def fail(path: Path, mode: str) -> IO[bytes]:
         raise OSError(number, "as the disk says")
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(Rejected if reason else OSError, match=reason or "as the disk says"):
         PictureStore(tmp_path, {}).read("1.jpg")
 
@@ -127,3 +130,95 @@ def test_a_stamp_changes_when_the_picture_comes_or_is_mended(tmp_path: Path) -> 
     (tmp_path / "outside.jpg").write_bytes(b"five")
     stamps.append(store.stamp("1.jpg"))
     assert len(set(stamps)) == len(stamps)
+
+
+@pytest.mark.parametrize("packed", ["zip", "tar", "folder"])
+@pytest.mark.parametrize("ours", ["NFC", "NFD"])
+def test_accents_are_found_however_either_side_spells_them(
+    tmp_path: Path, ours: Literal["NFC", "NFD"], packed: str
+) -> None:
+    theirs = unicodedata.normalize("NFD" if ours == "NFC" else "NFC", "Städte/é.jpg")
+    picture = unicodedata.normalize(ours, "Städte/é.jpg")
+    if packed == "folder":
+        (tmp_path / theirs).parent.mkdir()
+        (tmp_path / theirs).write_bytes(b"picture")
+    else:
+        write = write_zip if packed == "zip" else write_tar
+        write(tmp_path / f"{theirs.partition('/')[0]}.{packed}", {theirs: b"picture"})
+    store = PictureStore(tmp_path, {})
+    assert store.has_folder(picture.partition("/")[0])
+    assert store.read(picture) == b"picture"
+    assert store.size(picture) == len(b"picture")
+
+
+@pytest.mark.parametrize("coding", ["utf-8", "cp437"])
+def test_names_in_a_zip_that_does_not_say_how_they_are_coded_are_found(tmp_path: Path, coding: str) -> None:
+    """zipfile always says it: the name is put in afterwards."""
+    picture = unicodedata.normalize("NFD" if coding == "utf-8" else "NFC", "é.jpg")
+    name = picture.encode(coding)
+    write_zip(tmp_path / "p.zip", {"_" * len(name): b"picture"})
+    (tmp_path / "p.zip").write_bytes((tmp_path / "p.zip").read_bytes().replace(b"_" * len(name), name))
+    assert PictureStore(tmp_path, {}).read("p/é.jpg") == b"picture"
+
+
+def write_linked_tar(path: Path, links: dict[str, tuple[bytes, str]]) -> None:
+    """A file a/1.jpg, and links of either type beside it."""
+    with tarfile.open(path, "w") as archive:
+        file = tarfile.TarInfo("./a/1.jpg")
+        file.size = len(b"picture")
+        archive.addfile(file, io.BytesIO(b"picture"))
+        for name, (kind, target) in links.items():
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            archive.addfile(link)
+
+
+LINKS = {
+    "hard link": ("./a/2.jpg", (tarfile.LNKTYPE, "./a/1.jpg"), True),
+    "link": ("a/2.jpg", (tarfile.SYMTYPE, "1.jpg"), True),
+    "link from another folder": ("b/2.jpg", (tarfile.SYMTYPE, "../a/1.jpg"), True),
+    "link to a link": ("b/2.jpg", (tarfile.SYMTYPE, "../a/again.jpg"), True),
+    "link out of the archive": ("a/2.jpg", (tarfile.SYMTYPE, "../../a/1.jpg"), False),
+    "absolute link": ("a/2.jpg", (tarfile.SYMTYPE, "/a/1.jpg"), False),
+    "link to nothing": ("a/2.jpg", (tarfile.SYMTYPE, "none.jpg"), False),
+    "link to itself": ("a/2.jpg", (tarfile.SYMTYPE, "2.jpg"), False),
+}
+
+
+@pytest.mark.parametrize("kind", LINKS)
+def test_a_link_in_a_tar_leads_to_what_the_tar_holds(tmp_path: Path, kind: str) -> None:
+    name, link, found = LINKS[kind]
+    write_linked_tar(tmp_path / "p.tar", {"a/again.jpg": (tarfile.SYMTYPE, "1.jpg"), name: link})
+    store, picture = PictureStore(tmp_path, {}), "p/" + name.removeprefix("./")
+    if found:
+        assert (store.read(picture), store.size(picture)) == (b"picture", len(b"picture"))
+    else:
+        with pytest.raises(Rejected, match="picture_missing"):
+            store.read(picture)
+
+
+@pytest.mark.parametrize("packed", ["zip", "tar", "folder"])
+def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: str) -> None:
+    monkeypatch.setattr(pictures, "MAX_FILE_BYTES", 10)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/1.jpg").write_bytes(bytes(11))
+    (tmp_path / "folder/2.jpg").write_bytes(bytes(10))
+    write_zip(tmp_path / "zip.zip", {"1.jpg": bytes(11), "2.jpg": bytes(10)})
+    write_tar(tmp_path / "tar.tar", {"1.jpg": bytes(11), "2.jpg": bytes(10)})
+    store = PictureStore(tmp_path, {})
+    assert len(store.read(f"{packed}/2.jpg")) == 10
+    monkeypatch.setattr(pictures._Archive, "_member", None)
+    with pytest.raises(Rejected, match="picture_too_large: 11 bytes, at most 10 are read"):
+        store.read(f"{packed}/1.jpg")
+    assert store.stamp(f"{packed}/1.jpg") == "picture_too_large"
+
+
+def test_a_link_to_itself_is_a_picture_that_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "1.jpg").symlink_to("1.jpg")
+    (tmp_path / "2.jpg").symlink_to("3.jpg")
+    (tmp_path / "3.jpg").symlink_to("2.jpg")
+    store = PictureStore(tmp_path, {})
+    for name in ("1.jpg", "2.jpg"):
+        with pytest.raises(Rejected, match="picture_missing"):
+            store.read(name)
+        assert (store.stamp(name), store.size(name)) == ("picture_missing", None)

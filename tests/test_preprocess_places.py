@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from model.errors import UserError
-from preprocess import build_shards
+from preprocess import build_shards, pictures
 from preprocess.pictures import PictureStore, digest
 from preprocess.places import RemotePath, place
 from preprocess.rejects import Rejected
@@ -88,6 +88,37 @@ def test_a_picture_that_is_not_behind_its_url_is_missing(bucket: str, tmp_path: 
         store.read("pictures/7.png")
 
 
+def test_of_a_huge_file_behind_a_url_only_the_beginning_is_read(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "MAX_FILE_BYTES", 10)
+    for size in (10, 30):
+        (tmp_path / f"{size}.jpg").write_bytes(bytes(size))
+    upload(tmp_path, bucket)
+    store = PictureStore(place(bucket), {})
+    assert store.read("10.jpg") == bytes(10)
+    with pytest.raises(Rejected, match="picture_too_large: 30 bytes, at most 10"):
+        store.read("30.jpg")
+    assert RemotePath(f"{bucket}/30.jpg").read_bytes(11) == bytes(11)
+
+
+def test_an_empty_file_behind_a_url_is_empty_though_it_has_no_range(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As object stores answer."""
+
+    def no_range(path: str, start: int, end: int) -> bytes:
+        raise OSError(f"416: {path} has no bytes {start}-{end}")
+
+    for name, data in (("empty.jpg", b""), ("whole.jpg", b"picture")):
+        (tmp_path / name).write_bytes(data)
+    upload(tmp_path, bucket)
+    monkeypatch.setattr(fsspec.filesystem("memory"), "cat_file", no_range)
+    assert PictureStore(place(bucket), {}).read("empty.jpg") == b""
+    with pytest.raises(OSError, match="416"):
+        PictureStore(place(bucket), {}).read("whole.jpg")
+
+
 def test_a_url_that_nobody_can_read_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = raw_data(tmp_path / "root")
     words = [*arguments(root, tmp_path / "out", gpt_neox(), workers=0), "--root", "nowhere://bucket"]
@@ -96,4 +127,4 @@ def test_a_url_that_nobody_can_read_is_one_clear_line(tmp_path: Path, capsys: py
     assert said.startswith("error: nowhere://bucket cannot be read: Protocol not known: nowhere")
     assert said.count("\n") == 1
     with pytest.raises(UserError):
-        RemotePath("nowhere://bucket/1.jpg").read_bytes()
+        RemotePath("nowhere://bucket/1.jpg").read_bytes(1)

@@ -7,6 +7,7 @@ import pytest
 import tokenizers
 
 from model.errors import UserError
+from preprocess import prompts
 from preprocess.prompts import Tokenizer, encode_dialogue, encode_prompt, load_tokenizer
 from tests.conftest import run_python
 from tests.golden_tokenizer import gpt_neox
@@ -115,6 +116,66 @@ def test_the_limit_cuts_the_end_and_leaves_no_unanswered_question(limit: int, le
     assert cut.tokens == whole.tokens[:left]
     assert len(cut.spans) == spans
     assert all(start < end <= limit for start, end in cut.spans)
+
+
+def listen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every text that is tokenised from now on."""
+    met: list[str] = []
+    tokenise = Tokenizer._ids
+
+    def listening(tokenizer: Tokenizer, text: str) -> list[int]:
+        met.append(text)
+        return tokenise(tokenizer, text)
+
+    monkeypatch.setattr(Tokenizer, "_ids", listening)
+    return met
+
+
+LONG_TEXTS = {
+    "prose": "The quick brown fox, 12 times. ",
+    "a word without end": "a",
+    "two letters": "ab",
+    "words of one token": " characterization",
+    "spaces": " x" + " " * 700,
+    "the longest tokens": "=",
+    "accents that normalising takes in": "e\u0301",
+    "three bytes each": "猫",
+    "lines": "\n\n\t\n",
+    "special tokens": "<|endoftext|>",
+}
+
+
+@pytest.mark.parametrize("limit", [1, 20, 333])
+@pytest.mark.parametrize("kind", LONG_TEXTS)
+def test_a_long_text_is_cut_before_it_is_tokenised_and_nobody_can_tell(
+    monkeypatch: pytest.MonkeyPatch, kind: str, limit: int
+) -> None:
+    long = LONG_TEXTS[kind] * (60_000 // len(LONG_TEXTS[kind])) + "."
+    assert gpt_neox().encode(long, limit)[:limit] == gpt_neox().encode(long)[:limit]
+    dialogues = [turns("Q", long), turns("Q", "A", long, "B"), turns("Q", "A", "Q", long, long, "C")]
+    whole = [encode_dialogue(one, "zephyr", gpt_neox()) for one in dialogues]
+    met = listen(monkeypatch)
+    cut = [encode_dialogue(one, "zephyr", gpt_neox(), limit) for one in dialogues]
+    assert max(map(len, met)) < len(long)
+    monkeypatch.setattr(prompts, "CHARACTERS_PER_TOKEN", 1 << 20)
+    assert cut == [encode_dialogue(one, "zephyr", gpt_neox(), limit) for one in dialogues]
+    for left, all_ids in zip(cut, whole, strict=True):
+        assert left.tokens == all_ids.tokens[: len(left.tokens)]
+
+
+def test_a_text_of_which_a_tokenizer_drops_almost_all_is_read_on(tmp_path: Path) -> None:
+    """No length of what it reads says how many ids that gives."""
+    settings = json.loads(gpt_neox().data)
+    settings["normalizer"] = {"type": "Replace", "pattern": {"Regex": "~+"}, "content": ""}
+    tokenizer = Tokenizer(json.dumps(settings).encode(), "dropping")
+    text = "~" * 100_000 + "one two three four five six"
+    assert tokenizer.encode(text, 3)[:3] == gpt_neox().encode("one two three")
+
+
+def test_turns_after_the_limit_are_not_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    met = listen(monkeypatch)
+    encode_dialogue(turns("Q", "one two three", *["and"] * 10), "base", gpt_neox(), 8)
+    assert met == ["In: Q\nOut: ", "one two three"]
 
 
 def test_the_tokenizer_says_who_it_is() -> None:

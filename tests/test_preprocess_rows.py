@@ -1,7 +1,9 @@
 """Annotation files are streamed, whatever they are packed in, and damage is named by place."""
 
 import gzip
+import io
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,16 @@ BROKEN = {
     "cut short before a comma": ('[{"id": "a"}\n', "line 2 column 1: expected ',' or ']' after a row, the file ends"),
     "no comma": ('[{"id": "a"}\n {"id": "b"}]', "line 2 column 2: expected ',' or ']' after a row, found '{'"),
     "a bare word": ('[\n{"id": a},' + " " * 100 + "1]", "line 2 column 8: broken JSON (Expecting value)"),
+    "a number without end": (
+        '[{"id": 1},\n {"id": ' + "1" * 5000 + "}]",
+        "line 2 column 2: broken JSON (a number of too many",
+    ),
+    "two arrays": ("[1,\n2]\n[3]", "line 3 column 1: expected the end of the file after the array's ']', found '['"),
+    "two arrays of rows, a line each": (
+        '[{"id": 1}]\n\n[{"id": 2}]\n',
+        "line 3 column 1: expected the end of the file",
+    ),
+    "an empty array and more": ("[] {}", "line 1 column 4: expected the end of the file"),
     "nested without end": ("[" * 100_000, "nested too deeply"),
 }
 
@@ -103,6 +115,122 @@ def test_a_broken_line_costs_only_itself(tmp_path: Path) -> None:
     assert all(isinstance(row, Rejected) for row in found[1:])
 
 
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_an_array_that_is_the_first_of_the_lines_is_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(rows, "CHUNK_BYTES", chunk)
+    for first, then in [("[]", "{}"), ('["Q", "A"]', '{"id": 1}'), ('["Q"]', '["A"]'), ('[{"id": 1}]', '{"id": 2}')]:
+        path = write(tmp_path / "rows.jsonl", f" {first} \n\n {then}\n{{}}")
+        assert list(read_rows(path)) == [json.loads(first), json.loads(then), {}]
+
+
+def test_an_array_on_one_line_is_not_held_to_find_that_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(rows, "FIRST_LINE_CHARACTERS", 1000)
+    path = write(tmp_path / "rows.json", json.dumps([{"id": i} for i in range(10_000)]) + "\n")
+    stream = read_rows(path)
+    assert next(stream) == {"id": 0}
+    assert len(stream.gi_yieldfrom.gi_frame.f_locals["text"].window) < 3000  # type: ignore[attr-defined]
+    assert len(list(stream)) == 9999
+
+
+def test_a_number_of_too_many_digits_costs_only_its_line(tmp_path: Path) -> None:
+    found = list(read_rows(write(tmp_path / "rows.jsonl", f'{{"id": {"1" * 5000}}}\n{{"id": 2}}')))
+    assert str(found[0]) == "broken_json: line 1: a number of too many digits"
+    assert found[1:] == [{"id": 2}]
+
+
+OBJECT = '{"annotations": [' + ", ".join(['{"id": 1}'] * 500) + "]}"
+NOT_ROWS = {
+    "one object": (
+        OBJECT,
+        "line 1 column 1: the file is one object, for it has more than 1000 characters; expected a JSON",
+    ),
+    "an endless line": ('{"id": 1}\n' + OBJECT, "line 2 column 1: the line is no row, for it has more than 1000"),
+    "an endless row of an array": (f"[{OBJECT}]", "line 1 column 2: a row of over 1000 characters"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_ROWS)
+def test_what_is_too_long_for_a_row_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(rows, "FIRST_LINE_CHARACTERS", 100)
+    monkeypatch.setattr(rows, "LONGEST_ROW_CHARACTERS", 1000)
+    text, complaint = NOT_ROWS[kind]
+    with pytest.raises(UserError) as raised:
+        list(read_rows(write(tmp_path / "rows.json", text)))
+    assert complaint in str(raised.value)
+
+
+@pytest.mark.parametrize("shape", ["{}\n", "[{}]"])
+def test_a_long_row_is_read_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str) -> None:
+    """A window that grew by the same amount each time would be looked through a thousand times."""
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 100)
+    row = {"id": "x" * 100_000}
+    path = write(tmp_path / "rows.json", shape.replace("{}", json.dumps(row)))
+    more, steps = rows._Text.more, []
+
+    def counted(text: rows._Text) -> bool:
+        steps.append(len(text.window))
+        return more(text)
+
+    monkeypatch.setattr(rows._Text, "more", counted)
+    assert list(read_rows(path)) == [row]
+    assert sum(steps) < 10 * 100_000
+
+
+def strings(*values: bytes) -> pa.Array:
+    """Of any bytes; pyarrow checks none that a file brings."""
+    packed = pa.array(values, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(packed), packed.buffers())
+
+
+def test_bad_utf_8_in_parquet_is_repaired_wherever_it_stands(tmp_path: Path) -> None:
+    said = pa.StructArray.from_arrays(
+        [strings(b"human", b"gpt", b"human"), strings(b"Q\xff", b"\xc3\xbc", b"Q")], ["from", "value"]
+    )
+    table = pa.table(
+        {
+            "id": strings(b"a\xfe", b"b"),
+            "conversations": pa.ListArray.from_arrays([0, 2, 3], said),
+            "kind": strings(b"k\xff", b"k").dictionary_encode(),
+            "score": [0.5, None],
+        }
+    )
+    pq.write_table(table, tmp_path / "rows.parquet")
+    turns = [{"from": "human", "value": "Q\ufffd"}, {"from": "gpt", "value": "ü"}]
+    assert list(read_rows(tmp_path / "rows.parquet")) == [
+        {"id": "a\ufffd", "conversations": turns, "kind": "k\ufffd", "score": 0.5},
+        {"id": "b", "conversations": [{"from": "human", "value": "Q"}], "kind": "k", "score": None},
+    ]
+
+
+def test_zstd_that_begins_with_a_frame_to_skip_is_read(tmp_path: Path) -> None:
+    """As pzstd writes it."""
+    skipped = struct.pack("<II", 0x184D2A5C, 4) + b"size"
+    path = tmp_path / "rows.json.zst"
+    path.write_bytes(skipped + pa.compress(json.dumps(ROWS).encode(), codec="zstd", asbytes=True))
+    assert list(read_rows(path)) == ROWS
+
+
+@pytest.mark.parametrize("codec", ["gzip", "zstd"])
+def test_parquet_that_is_compressed_is_one_clear_line(tmp_path: Path, codec: str) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"id": ["a"]}), buffer)
+    with pa.CompressedOutputStream(pa.OSFile(str(tmp_path / "rows"), "wb"), codec) as stream:
+        stream.write(buffer.getvalue())
+    with pytest.raises(UserError, match="is Parquet, compressed once more; unpack it"):
+        list(read_rows(tmp_path / "rows"))
+
+
+def test_a_zip_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"rows\.json is zip; unpack it: expected a JSON array"):
+        list(read_rows(write(tmp_path / "rows.json", "PK\3\4...")))
+
+
 @pytest.mark.parametrize("name", ["rows.json.gz", "rows.json.zst", "rows.parquet"])
 def test_a_damaged_archive_is_one_clear_line(tmp_path: Path, name: str) -> None:
     path = packings(tmp_path).get({"rows.json.gz": "gzip", "rows.json.zst": "zstd"}.get(name, ""), tmp_path / name)
@@ -119,8 +247,38 @@ def test_reading_holds_a_window_not_the_file(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.json", "[" + ",".join([row] * 50_000) + "]")
     stream = read_rows(path)
     next(stream)
-    text = stream.gi_frame.f_locals["text"]  # type: ignore[attr-defined]
+    text = stream.gi_yieldfrom.gi_frame.f_locals["text"]  # type: ignore[attr-defined]
     longest = 0
     for _ in stream:
         longest = max(longest, len(text.window))
     assert longest < 3 * rows.CHUNK_BYTES
+
+
+class FailingFile(io.FileIO):
+    """Reads well once or twice; then its disk or network fails, with or without a number."""
+
+    def __init__(self, path: Path, error: Exception, reads: int) -> None:
+        super().__init__(path)
+        self.error, self.left = error, reads
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return super().read(size)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error"), OSError("reset by peer"), RuntimeError("HTTP 503")]
+)
+@pytest.mark.parametrize("packing", ["array", "lines", "gzip", "zstd", "parquet"])
+def test_a_file_that_cannot_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str, error: Exception
+) -> None:
+    pq.write_table(pa.table({"id": ["a"]}), tmp_path / "rows.parquet")
+    path = packings(tmp_path).get(packing, tmp_path / "rows.parquet")
+
+    monkeypatch.setattr(Path, "open", lambda path, mode: FailingFile(path, error, 1))
+    with pytest.raises(UserError) as raised:
+        list(read_rows(path))
+    assert str(raised.value) == f"{path} could not be read ({error}): its disk or the network failed; try again"

@@ -106,3 +106,15 @@ def test_the_pictures_that_were_met_longest_ago_are_forgotten_first(monkeypatch:
     pictures.keep("large", (bytes(recent.RECENT_BYTES), "jpg"))
     assert pictures.get("large")
     assert [pictures.get(name) for name in "acd"] == [None] * 3
+
+
+def test_a_list_that_a_cache_shows_as_it_was_is_not_built_from(tmp_path: Path) -> None:
+    """OSError: the task is tried again, by then the file system may know better."""
+    shard = one_task(tmp_path, [{"id": 1, "conversations": dialogue_row(9)["conversations"]}])
+    data = shard.dialogues.read_bytes()
+    shard.dialogues.write_bytes(data.replace(b"What", b"That"))
+    with pytest.raises(OSError, match="are not those that were written"):
+        build_shard(shard)
+    assert not shard.tar.exists()
+    shard.dialogues.write_bytes(data)
+    assert build_shard(shard).samples == 1
