@@ -81,7 +81,7 @@ def kill(victim: str, head: RayHead, driver: subprocess.Popen[str]) -> bool:
 def kill_workers(head: RayHead, driver: subprocess.Popen[str]) -> bool:
     """Waits for some to be at work: between two shards, and while Ray starts, there are none."""
     while driver.poll() is None:
-        if any([hit_living(pid) for pid in head.workers("build_shard")]):
+        if sum(map(hit_living, head.workers("build_shard"))):
             return True
         time.sleep(0.02)
     return False
