@@ -185,6 +185,7 @@ def _standing_or_built(build: Build, work: Worklist) -> tuple[Manifest, str]:
 def _refuse_early(build: Build, work: Worklist) -> None:
     """What is lost already is enough to fail: no picture need be read."""
     if lost_too_many(work.rejects, work.rows, build.max_reject_ratio):
+        withdraw_manifest(build.out)  # it names the rejects that are replaced now
         with (build.out / WORK / EARLY_REJECTS).open("rb") as lines, published(build.out / REJECTS) as file:
             shutil.copyfileobj(lines, file)
         _judge(build, work.rejects, work.rows)
