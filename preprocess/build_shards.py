@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
+import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,27 +21,39 @@ from model.errors import UserError
 from preprocess.finalise import Facts, finalise
 from preprocess.folder import (
     DIALOGUES,
+    EARLY_REJECTS,
     clear_scaffold,
     io_errors_explained,
-    is_built,
     only_builder_of,
+    refuse_foreign_files,
     remove_strangers,
+    standing,
     standing_manifest,
     sweep,
+    withdraw_manifest,
 )
 from preprocess.pictures import PictureStore
 from preprocess.places import place
 from preprocess.progress import LOG_EVERY_S, Progress
 from preprocess.request import Build, check
-from preprocess.shards import MANIFEST, REJECTS, TOKENIZER, WORK, Manifest, canonical_json, publish, published
+from preprocess.shards import REJECTS, TOKENIZER, WORK, Manifest, canonical_json, file_sha256, publish, published
+from preprocess.stop import Terminated, sigterm_raises
 from preprocess.survey import Survey
-from preprocess.task import ShardTask, build_shard
+from preprocess.task import Done, ShardTask, build_shard
+from preprocess.tolerance import (
+    RejectCounts,
+    TooManyRejectsError,
+    by_source,
+    count_rejects,
+    lost_too_many,
+    reject_lines,
+)
 from preprocess.worklist import Worklist, make_worklist, refuse_hopeless_work, row_count_notes
 
 BUILDER = 4  # raise it when the same input must give other bytes: every shard is then built again
 PAPER_MIX = Path("preprocess/mixes/emma_1m2.toml")
 SAMPLES_PER_SHARD = 4096
-EXIT_USER_ERROR, EXIT_TOO_MANY_REJECTS, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_USER_ERROR, EXIT_TOO_MANY_REJECTS, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 3, 130, 143
 
 EXAMPLES = """examples:
   preprocess/build_shards.py preprocess/mixes/emma_1m2.toml --model emma_v2 --root /data/raw --out /data/shards
@@ -52,28 +64,26 @@ Uses the Ray cluster that RAY_ADDRESS names, as it does in a Ray job; otherwise 
 and --out must be the same place on every node. The next run notices a picture that has come, or a bad one that was
 mended; that a good one was replaced, only with --compare-pictures, which asks for the size of every picture.
 
-exit codes: 0 done, 2 a mistake of the user's (one line says which), 3 too many rejects, else a crash
+exit codes: 0 done, 2 a mistake of the user's (one line says which), 3 too many rejects, 130 stopped by Ctrl-C or
+143 by SIGTERM (what is finished is kept, and the same command goes on from there), anything else a crash
 """
-
-
-class TooManyRejectsError(UserError):
-    """A source lost more of its rows than `--max-reject-ratio` allows."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse(arguments)
     try:
-        build = check(parsed)
-        if parsed.check:
-            look(build)
-        else:
-            run(build)
+        with sigterm_raises(), io_errors_explained(parsed.out):
+            build = check(parsed)
+            if parsed.check:
+                look(build)
+            else:
+                run(build)
     except UserError as error:
         print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr, flush=True)  # Ray adds a traceback
         return EXIT_TOO_MANY_REJECTS if isinstance(error, TooManyRejectsError) else EXIT_USER_ERROR
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped; what is finished is kept, and the same command goes on from there", file=sys.stderr, flush=True)
-        return EXIT_INTERRUPTED
+        return EXIT_TERMINATED if isinstance(stop, Terminated) else EXIT_INTERRUPTED
     return 0
 
 
@@ -117,28 +127,29 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def look(build: Build) -> None:
     """Reads every row and a few pictures of each source. Raises: UserError for what would stop a build."""
+    refuse_foreign_files(build.out)
     survey, store = Survey(), PictureStore(build.root, build.mix.archives)
     work = make_worklist(build.mix, build.root, build.samples_per_shard, survey.write, _row_teller())
-    for line in [*survey.report(build.mix, work, store), *row_count_notes(build.mix, work.rows)]:
+    notes = row_count_notes(build.mix, work)
+    for line in [*survey.report(build.mix, work, store), *notes, *reject_lines(work.rejects)]:
         print(line, flush=True)
     refuse_hopeless_work(work, store, build.max_reject_ratio)
+    _refuse_too_many(build, work.rejects, work.rows, "a build would write down which, before any picture is read")
     tasks = plan(build, work)
-    missing = [task for task in tasks if not is_built(task)]
+    missing = [task for task in tasks if not standing(task)]
     print(f"{len(tasks)} shards of {work.dialogues} dialogues, {len(missing)} of them to be built in {build.out}")
 
 
 def run(build: Build) -> Manifest:
-    """Raises: UserError; TooManyRejectsError after everything but the manifest has been published."""
-    with io_errors_explained(build.out), only_builder_of(build.out):
+    """Raises: UserError; TooManyRejectsError after rejects.jsonl has been published, and the manifest withdrawn."""
+    refuse_foreign_files(build.out)
+    with only_builder_of(build.out):
         sweep(build.out)
-        work = _write_worklist(build)
-        tasks = plan(build, work)
-        missing = [task for task in tasks if not is_built(task, build.compare_pictures)]
-        facts = _facts(build, work, tasks)
-        manifest = None if missing else standing_manifest(build.out, facts.spec_sha256)
-        state = "is up to date" if manifest else "is built"
-        manifest = manifest or _build_set(build, tasks, missing, facts)
-        _refuse_too_many(build, Counter({name: of["rejects"] for name, of in manifest.sources.items()}), work.rows)
+        try:
+            manifest, state = _standing_or_built(build, _write_worklist(build))
+        except TooManyRejectsError:
+            withdraw_manifest(build.out)
+            raise
         clear_scaffold(build.out)
         if len(manifest.made_with) > 1:
             print(_mixture(manifest), flush=True)
@@ -146,28 +157,52 @@ def run(build: Build) -> Manifest:
         return manifest
 
 
-def _build_set(build: Build, tasks: Sequence[ShardTask], missing: Sequence[ShardTask], facts: Facts) -> Manifest:
-    (build.out / MANIFEST).unlink(missing_ok=True)  # from here on, and until the end, this is not a set
-    remove_strangers(build.out, tasks)
-    publish(build.out / TOKENIZER, build.tokenizer.data)
-    total, to_do = (sum(task.range.count for task in some) for some in (tasks, missing))
-    progress = Progress(build.out, total, reused=total - to_do)
-    _build_missing(missing, build.workers, progress)
-
-    def check_rejects(rejects: Counter[str]) -> None:
-        _print_rejects(build.out / REJECTS)
-        _refuse_too_many(build, rejects, facts.rows)
-
-    return finalise(build.out, tasks, facts, check_rejects)
-
-
 def _write_worklist(build: Build) -> Worklist:
-    with published(build.out / WORK / DIALOGUES) as file:
-        work = make_worklist(build.mix, build.root, build.samples_per_shard, file.write, _row_teller())
-    for note in row_count_notes(build.mix, work.rows):
+    rejects = build.out / WORK / EARLY_REJECTS
+    with published(build.out / WORK / DIALOGUES) as dialogues, published(rejects) as early:
+        work = make_worklist(
+            build.mix, build.root, build.samples_per_shard, dialogues.write, _row_teller(), early.write
+        )
+    for note in row_count_notes(build.mix, work):
         print(note, flush=True)
     refuse_hopeless_work(work, PictureStore(build.root, build.mix.archives), build.max_reject_ratio)
     return work
+
+
+def _standing_or_built(build: Build, work: Worklist) -> tuple[Manifest, str]:
+    """Raises: TooManyRejectsError."""
+    _refuse_early(build, work)
+    tasks = plan(build, work)
+    found = {task.name: standing(task, build.compare_pictures) for task in tasks}
+    facts = _facts(build, work, tasks)
+    manifest = standing_manifest(build.out, facts.spec_sha256) if all(found.values()) else None
+    if not manifest:
+        return _build_set(build, tasks, [done for done in found.values() if done], work, facts), "is built"
+    _judge(build, count_rejects(build.out / REJECTS), work.rows)
+    return manifest, "is up to date"
+
+
+def _refuse_early(build: Build, work: Worklist) -> None:
+    """What is lost already is enough to fail: no picture need be read."""
+    if lost_too_many(work.rejects, work.rows, build.max_reject_ratio):
+        withdraw_manifest(build.out)  # it names the rejects that are replaced now
+        with (build.out / WORK / EARLY_REJECTS).open("rb") as lines, published(build.out / REJECTS) as file:
+            shutil.copyfileobj(lines, file)
+        _judge(build, work.rejects, work.rows)
+
+
+def _build_set(
+    build: Build, tasks: Sequence[ShardTask], found: Sequence[Done], work: Worklist, facts: Facts
+) -> Manifest:
+    withdraw_manifest(build.out)  # until the end
+    remove_strangers(build.out, tasks)
+    publish(build.out / TOKENIZER, build.tokenizer.data)
+    rejects = sum((Counter(done.rejects) for done in found), by_source(work.rejects))
+    reused = sum(done.dialogues for done in found)
+    kept = {done.name for done in found}
+    progress = Progress(build.out, work.dialogues, reused, rejects)
+    _build_missing([task for task in tasks if task.name not in kept], build.workers, progress)
+    return finalise(build.out, tasks, facts, lambda rejects: _judge(build, rejects, work.rows))
 
 
 def plan(build: Build, work: Worklist) -> list[ShardTask]:
@@ -190,10 +225,10 @@ def plan(build: Build, work: Worklist) -> list[ShardTask]:
 
 def _facts(build: Build, work: Worklist, tasks: Sequence[ShardTask]) -> Facts:
     """`spec_sha256` stands for all that a manifest depends on but the pictures: while it is the same, so is the set."""
-    rejects = [reject.to_json() for reject in work.rejects]
+    rejects = build.out / WORK / EARLY_REJECTS
     shards = [task.spec_sha256 for task in tasks]
-    spec_sha256 = _sha256([build.config.name, build.tokenizer.name, work.rows, rejects, shards])
-    return Facts(build.config.name, build.settings, build.tokenizer, work.rows, work.rejects, spec_sha256)
+    spec_sha256 = _sha256([build.config.name, build.tokenizer.name, work.rows, file_sha256(rejects), shards])
+    return Facts(build.config.name, build.settings, build.tokenizer, work.rows, rejects, spec_sha256)
 
 
 def _build_missing(tasks: Sequence[ShardTask], workers: int | None, progress: Progress) -> None:
@@ -217,24 +252,19 @@ def build_here(tasks: Sequence[ShardTask], progress: Progress) -> None:
 # -- What is said ----------------------------------------------------------------------------------------------------
 
 
-def _refuse_too_many(build: Build, rejects: Counter[str], rows: Counter[str]) -> None:
-    lost = {name: rejects[name] / rows[name] for name in rejects}
-    worst = {name: ratio for name, ratio in lost.items() if ratio > build.max_reject_ratio}
-    if worst:
-        listed = ", ".join(
-            f"{name} {ratio:.2%} ({rejects[name]} of {rows[name]} rows)" for name, ratio in worst.items()
-        )
+def _judge(build: Build, rejects: RejectCounts, rows: Mapping[str, int]) -> None:
+    """Tells the rejects that rejects.jsonl lists. Raises: TooManyRejectsError."""
+    for line in reject_lines(rejects):
+        print(line, flush=True)
+    _refuse_too_many(build, rejects, rows, f"{build.out / REJECTS} says why")
+
+
+def _refuse_too_many(build: Build, rejects: RejectCounts, rows: Mapping[str, int], where: str) -> None:
+    if lost := lost_too_many(rejects, rows, build.max_reject_ratio):
         raise TooManyRejectsError(
-            f"more rows were rejected than --max-reject-ratio {build.max_reject_ratio} allows: {listed}; "
-            f"{build.out / REJECTS} says why; mend the data, or raise the ratio, and run again"
+            f"more rows were rejected than --max-reject-ratio {build.max_reject_ratio} allows: {lost}; {where}; "
+            "mend the data, or raise the ratio, and run again"
         )
-
-
-def _print_rejects(path: Path) -> None:
-    with path.open() as lines:
-        reasons = Counter((entry["source"], entry["reason"]) for entry in map(json.loads, lines))
-    for (source, reason), count in sorted(reasons.items()):
-        print(f"  rejected {count:>7}  {source}: {reason}", flush=True)
 
 
 def _summary(manifest: Manifest) -> str:

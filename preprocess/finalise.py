@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from model.errors import UserError
 from preprocess.prompts import Tokenizer
-from preprocess.rejects import Reject
+from preprocess.rejects import Reject, read_rejects
 from preprocess.shards import (
     INDEX,
     INDEX_SCHEMA,
@@ -28,17 +28,18 @@ from preprocess.shards import (
     published,
 )
 from preprocess.task import Settings, ShardTask
+from preprocess.tolerance import RejectCounts, by_reason, by_source
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the manifest tells besides what the sidecars do. `rejects` are those of the worklist."""
+    """What the manifest tells besides what the sidecars do. `rejects` is a file of those that the worklist made."""
 
     model: str
     settings: Settings
     tokenizer: Tokenizer
     rows: Counter[str]
-    rejects: Sequence[Reject]
+    rejects: Path
     spec_sha256: str
 
 
@@ -66,18 +67,17 @@ class Contents:
 
 @dataclass
 class Losses:
-    by_source: Counter[str] = field(default_factory=Counter)
-    by_reason: Counter[str] = field(default_factory=Counter)
+    rejects: RejectCounts = field(default_factory=Counter)
     sha256: str = ""
 
 
 def finalise(
-    out: Path, tasks: Sequence[ShardTask], facts: Facts, may_publish: Callable[[Counter[str]], None]
+    out: Path, tasks: Sequence[ShardTask], facts: Facts, may_publish: Callable[[RejectCounts], None]
 ) -> Manifest:
-    """Publishes index, rejects and manifest. `may_publish` sees the rejects by source, and may raise."""
+    """Publishes index, rejects and manifest. `may_publish` sees how many were rejected, and may raise."""
     contents = _publish_index(out, tasks)
     lost = _publish_rejects(out, tasks, facts)
-    may_publish(lost.by_source)
+    may_publish(lost.rejects)
     publish(out / MANIFEST, _manifest(facts, contents, lost).to_bytes())
     return Manifest.load(out)
 
@@ -113,12 +113,12 @@ def _publish_rejects(out: Path, tasks: Sequence[ShardTask], facts: Facts) -> Los
     """Writes all rejects in the order of sources and rows."""
     lost = Losses()
     order = {name: position for position, name in enumerate(facts.rows)}
-    ordered = heapq.merge(facts.rejects, _shard_rejects(tasks), key=lambda reject: (order[reject.source], reject.row))
+    streams = read_rejects(facts.rejects), _shard_rejects(tasks)
+    ordered = heapq.merge(*streams, key=lambda reject: (order[reject.source], reject.row))
     with published(out / REJECTS) as file:
         for reject in ordered:
-            lost.by_source[reject.source] += 1
-            lost.by_reason[reject.reason] += 1
-            file.write(json.dumps(reject.to_json()).encode() + b"\n")
+            lost.rejects[reject.source, reject.reason] += 1
+            file.write(reject.to_line())
     lost.sha256 = file.sha256
     return lost
 
@@ -129,7 +129,7 @@ def _shard_rejects(tasks: Iterable[ShardTask]) -> Iterator[Reject]:
 
 
 def _manifest(facts: Facts, contents: Contents, lost: Losses) -> Manifest:
-    settings, tokenizer = facts.settings, facts.tokenizer
+    settings, tokenizer, rejects = facts.settings, facts.tokenizer, by_source(lost.rejects)
     return Manifest(
         model=facts.model,
         template=settings.template,
@@ -140,14 +140,14 @@ def _manifest(facts: Facts, contents: Contents, lost: Losses) -> Manifest:
         made_with=dict(contents.made_with),
         counts=_counts(facts.rows, contents, lost),
         sources={
-            name: {"rows": rows, "samples": contents.samples[name], "rejects": lost.by_source[name]}
+            name: {"rows": rows, "samples": contents.samples[name], "rejects": rejects[name]}
             for name, rows in facts.rows.items()
         },
-        rejects_by_reason=dict(lost.by_reason),
+        rejects_by_reason=dict(by_reason(lost.rejects)),
         shards=tuple(contents.shards),
         sidecars=contents.sidecars,
         index={"sha256": contents.index_sha256, "rows": contents.samples.total()},
-        rejects={"sha256": lost.sha256, "rows": lost.by_source.total()},
+        rejects={"sha256": lost.sha256, "rows": lost.rejects.total()},
     )
 
 
@@ -156,7 +156,7 @@ def _counts(rows: Counter[str], contents: Contents, lost: Losses) -> dict[str, i
     counts = {
         "rows": rows.total(),
         "samples": samples,
-        "rejects": lost.by_source.total(),
+        "rejects": lost.rejects.total(),
         "with_image": contents.with_image,
         "text_only": samples - contents.with_image,
         "pictures": len(contents.pictures),

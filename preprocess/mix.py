@@ -26,7 +26,7 @@ class Source:
 
     annotations     relative to the root of the data; JSON array, JSONL or Parquet, also .gz or .zst
     images          what is put before the rows' picture paths; relative to the root
-    expected_rows   a different number of rows is reported
+    expected_rows   of the whole file, whatever the weight; a different number is reported if the limit lets it be known
     limit           only the first so many rows
     weight          how often each row is taken: 3 is three times, 0.5 every second row. The rows that result are
                     what the build counts and numbers
@@ -40,10 +40,6 @@ class Source:
     limit: int | None = None
     weight: float = 1.0
 
-    @property
-    def is_whole(self) -> bool:
-        return self.limit is None and self.weight == 1
-
     def times(self, row: int) -> int:
         """How often a row of the file is taken. Over the first n rows that makes ⌊n × weight⌋, evenly spread."""
         return math.floor((row + 1) * self.weight) - math.floor(row * self.weight)
@@ -51,7 +47,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Expected:
-    """How many rows some sources have together, where only that is published."""
+    """How many rows the files of some sources have together, where only that is published."""
 
     sources: list[str]
     rows: int
@@ -76,13 +72,17 @@ def load_mix(path: Path) -> Mix:
     _refuse_unknown(pictures, {"encoding"}, f"{path} [images]")
     encoding = pictures.get("encoding", "jpeg")
     _one_of(encoding, get_args(Encoding), f"{path}: images.encoding")
-    sources = tuple(_source(row, f"{path} [[source]] {i + 1}") for i, row in enumerate(table.get("source", [])))
+    sources = tuple(_source(row, f"{path} [[source]] {i + 1}") for i, row in enumerate(_tables(table, "source", path)))
     if not sources:
         raise UserError(f"{path} names no source: it needs at least one [[source]] table")
     _refuse_twins([source.name for source in sources], path)
     archives = _typed(table, "archives", dict, {}, f"{path}")
+    for folder in archives:
+        _typed(archives, folder, str, None, f"{path} [archives]")
     names = {source.name for source in sources}
-    rows = [_expected(row, names, f"{path} [[expected]] {i + 1}") for i, row in enumerate(table.get("expected", []))]
+    rows = [
+        _expected(row, names, f"{path} [[expected]] {i + 1}") for i, row in enumerate(_tables(table, "expected", path))
+    ]
     return Mix(sources, tuple(rows), encoding, _typed(table, "tokenizer", str, None, f"{path}"), archives)
 
 
@@ -91,8 +91,20 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"there is no mix {path}; the ones that come along are in preprocess/mixes") from None
+    except OSError as error:
+        raise UserError(f"mix {path} cannot be read ({error.strerror}); give a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not TOML: {error}") from None
+
+
+def _tables(table: dict[str, Any], key: str, path: Path) -> list[dict[str, Any]]:
+    """What stands under `[[key]]`."""
+    value = table.get(key, [])
+    if isinstance(value, dict):
+        raise UserError(f"{path}: [{key}] is one table, expected a list of them: write [[{key}]]")
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        raise UserError(f"{path}: {key} is {value!r}, expected tables: write each under [[{key}]]")
+    return value
 
 
 _SOURCE_TYPES: dict[str, type | tuple[type, ...]] = {"expected_rows": int, "limit": int, "weight": (int, float)}
@@ -120,7 +132,7 @@ def _expected(table: dict[str, Any], names: set[str], where: str) -> Expected:
             raise UserError(f"{where} has no {key!r}")
         _typed(table, key, kind, None, where)
     for name in table["sources"]:
-        if name not in names:
+        if not isinstance(name, str) or name not in names:
             raise UserError(f"{where}: there is no source {name!r}; there are {', '.join(sorted(names))}")
     return Expected(**table)
 
@@ -128,8 +140,8 @@ def _expected(table: dict[str, Any], names: set[str], where: str) -> Expected:
 def _refuse_unknown(table: dict[str, Any], known: set[str], where: str) -> None:
     for key in sorted(set(table) - known):
         nearest = difflib.get_close_matches(key, known, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise UserError(f"{where} has an unknown key {key!r}{hint} Known: {', '.join(sorted(known))}")
+        hint = f"did you mean {nearest[0]!r}? Known" if nearest else "known"
+        raise UserError(f"{where} has an unknown key {key!r}; {hint}: {', '.join(sorted(known))}")
 
 
 def _typed(table: dict[str, Any], key: str, kind: type | tuple[type, ...], default: Any, where: str) -> Any:

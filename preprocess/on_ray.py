@@ -20,6 +20,7 @@ from ray.util.metrics import Gauge
 
 from model.errors import UserError, first_line
 from preprocess.progress import Progress
+from preprocess.stop import sigterm_kept
 from preprocess.task import ShardTask, build_shard, last_crumb
 
 RETRIES = 3  # of a shard whose process died, or could not read or write
@@ -29,7 +30,6 @@ _DEATHS = (WorkerCrashedError, OutOfMemoryError, NodeDiedError, LocalRayletDiedE
 def build_on_ray(tasks: Sequence[ShardTask], workers: int | None, progress: Progress) -> None:
     """At most two tasks per CPU are in flight. What failed to read or write, and what died, is tried again."""
     with _cluster(workers):
-        most = workers or 2 * int(ray.cluster_resources().get("CPU", 1))
         remote = ray.remote(build_shard).options(max_retries=0)  # it would not count who is killed for memory
         gauges = {name: Gauge(f"emma_{name}", f"build_shards: {name}") for name in progress.numbers()}
         waiting = list(reversed(tasks))
@@ -37,6 +37,7 @@ def build_on_ray(tasks: Sequence[ShardTask], workers: int | None, progress: Prog
         failures = Counter[str]()
         progress.tick()
         while waiting or flying:
+            most = workers or _most_in_flight()
             while waiting and len(flying) < most:
                 task = waiting.pop()
                 flying[remote.remote(task)] = task
@@ -56,6 +57,11 @@ def build_on_ray(tasks: Sequence[ShardTask], workers: int | None, progress: Prog
             for name, value in progress.numbers().items():
                 gauges[name].set(value)
         progress.tick("finalising", last=True)
+
+
+def _most_in_flight() -> int:
+    """Asked again and again, for machines come while a build runs."""
+    return max(1, 2 * int(ray.cluster_resources().get("CPU", 0)))
 
 
 def _explained(error: Exception, task: ShardTask) -> Exception:
@@ -79,10 +85,11 @@ def _cluster(workers: int | None) -> Iterator[None]:
             f"RAY_ADDRESS {address} is a job server: use `ray job submit`, or unset it to run on this machine"
         )
     try:
-        if address:
-            ray.init(logging_level="warning")
-        else:
-            ray.init(address="local", num_cpus=workers, include_dashboard=False, logging_level="warning")
+        with sigterm_kept():  # Ray's own handlers dump its stack, or exit with 1
+            if address:
+                ray.init(logging_level="warning")
+            else:
+                ray.init(address="local", num_cpus=workers, include_dashboard=False, logging_level="warning")
         yield
     except ConnectionError as error:
         raise UserError(f"no Ray cluster answers at RAY_ADDRESS {address}: {error}") from None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import itertools
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from model.errors import UserError, first_line
 from preprocess.images import encode_jpeg
 from preprocess.prompts import Tokenizer
 from preprocess.records import Sample, decode_pixels, from_payloads
-from preprocess.rejects import REASONS
+from preprocess.rejects import REASONS, Reject, Rejected, read_rejects
 from preprocess.shards import REJECTS, TOKENIZER, Manifest, load_index, publish
 
 PAGE = Path(__file__).with_name("preview.html")
@@ -26,9 +27,19 @@ MOST_REJECTS = 500
 
 
 def write_preview(folder: Path, path: Path, num_samples: int) -> str:
-    """Writes the page; returns where and how much it shows."""
-    manifest, index = Manifest.load(folder), load_index(folder)
-    tokenizer = Tokenizer((folder / TOKENIZER).read_bytes(), TOKENIZER)
+    """Writes the page; returns where and how much it shows. Raises: UserError if the set is damaged."""
+    manifest = Manifest.load(folder)
+    page, shown = _page(folder, manifest, num_samples)
+    publish(path, page.encode("utf-8", errors="replace"))
+    return f"{path}: {shown} of {manifest.counts['samples']} samples, {manifest.counts['rejects']} rejects"
+
+
+def _page(folder: Path, manifest: Manifest, num_samples: int) -> tuple[str, int]:
+    index = load_index(folder)
+    with _damage_explained(folder, TOKENIZER):
+        tokenizer = Tokenizer((folder / TOKENIZER).read_bytes(), TOKENIZER)
+    with _damage_explained(folder, REJECTS):
+        rejects = choose_rejects(folder / REJECTS, MOST_REJECTS)
     rows = choose_rows(np.asarray(index.column("source").to_pylist(), dtype=object), num_samples)
     samples = [_read(folder, manifest, index.slice(row, 1).to_pylist()[0]) for row in rows]
     page = Template(PAGE.read_text(encoding="utf-8")).substitute(
@@ -38,39 +49,54 @@ def write_preview(folder: Path, path: Path, num_samples: int) -> str:
         cards="".join(_card(sample, tokenizer, manifest.image["px"]) for sample in samples),
         shown=len(samples),
         total=manifest.counts["samples"],
-        rejects="".join(_rejects(folder)),
+        rejects="".join(map(_reject_row, rejects)),
         num_rejects=manifest.counts["rejects"],
-        shown_rejects=min(MOST_REJECTS, manifest.counts["rejects"]),
+        shown_rejects=len(rejects),
     )
-    publish(path, page.encode("utf-8", errors="replace"))
-    return f"{path}: {len(samples)} of {manifest.counts['samples']} samples, {manifest.counts['rejects']} rejects"
+    return page, len(samples)
 
 
-def choose_rows(sources: np.ndarray, count: int) -> list[int]:
-    """Rows spread evenly over each source, sources served in turn until there are `count`."""
-    rows = [np.flatnonzero(sources == source) for source in dict.fromkeys(sources)]
+@contextlib.contextmanager
+def _damage_explained(folder: Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, Rejected) as error:
+        raise UserError(
+            f"{folder / name} is missing or damaged ({first_line(error)}); "
+            f"`python -m preprocess.shardset verify {folder}` names all that is, and what to do"
+        ) from None
+
+
+def choose_rejects(path: Path, count: int) -> list[Reject]:
+    """Some of each reason of each source, in their order."""
+    numbers: dict[tuple[str, str], int] = {}
+    kinds = [numbers.setdefault((reject.source, reject.reason), len(numbers)) for reject in read_rejects(path)]
+    chosen = set(choose_rows(np.asarray(kinds, dtype=np.int32), count))
+    return [reject for number, reject in enumerate(read_rejects(path)) if number in chosen]
+
+
+def choose_rows(groups: np.ndarray, count: int) -> list[int]:
+    """Rows spread evenly over each group (such as a source), groups served in turn until there are `count`."""
+    rows = [np.flatnonzero(groups == group) for group in dict.fromkeys(groups.tolist())]
     shares = Counter(itertools.islice(_turns([len(of_one) for of_one in rows]), count))
     chosen = [
-        rows[source][np.linspace(0, len(rows[source]) - 1, share).round().astype(int)]
-        for source, share in shares.items()
+        rows[group][np.linspace(0, len(rows[group]) - 1, share).round().astype(int)] for group, share in shares.items()
     ]
     return sorted(int(row) for of_one in chosen for row in of_one)
 
 
 def _turns(sizes: list[int]) -> Iterator[int]:
     for lap in range(max(sizes, default=0)):
-        yield from (source for source, size in enumerate(sizes) if lap < size)
+        yield from (group for group, size in enumerate(sizes) if lap < size)
 
 
 def _read(folder: Path, manifest: Manifest, row: dict[str, Any]) -> Sample:
-    handle = os.open(folder / manifest.shards[row["shard"]].name, os.O_RDONLY)
-    try:
+    name = manifest.shards[row["shard"]].name
+    with _damage_explained(folder, name), (folder / name).open("rb") as tar:
         tokens, meta, image = (
-            os.pread(handle, row[f"{part}_bytes"], row[f"{part}_offset"]) for part in ("tokens", "meta", "image")
+            os.pread(tar.fileno(), row[f"{part}_bytes"], row[f"{part}_offset"]) for part in ("tokens", "meta", "image")
         )
-    finally:
-        os.close(handle)
-    return from_payloads(row["key"], tokens, meta, image or None)
+        return from_payloads(row["key"], tokens, meta, image or None)
 
 
 def _facts(manifest: Manifest) -> str:
@@ -120,13 +146,11 @@ def _turns_html(sample: Sample, tokenizer: Tokenizer) -> str:
     )
 
 
-def _rejects(folder: Path) -> Iterator[str]:
-    with (folder / REJECTS).open(encoding="utf-8") as lines:
-        for entry in map(json.loads, itertools.islice(lines, MOST_REJECTS)):
-            why = REASONS.get(entry["reason"], "")
-            cells = (entry["source"], str(entry["row"]), entry["id"], entry["reason"], entry["detail"])
-            yield (
-                f'<tr data-source="{html.escape(entry["source"])}" title="{html.escape(why)}">'
-                + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-                + "</tr>"
-            )
+def _reject_row(reject: Reject) -> str:
+    why = REASONS.get(reject.reason, "")
+    cells = (reject.source, str(reject.row), reject.id, reject.reason, reject.detail)
+    return (
+        f'<tr data-source="{html.escape(reject.source)}" title="{html.escape(why)}">'
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        + "</tr>"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,13 +18,20 @@ BAR_CHARACTERS = 30
 class Progress:
     """Counts dialogues done. `reused` ones were there already: they count as done, not towards the rate.
 
-    Without a folder `out` there is no file.
+    `rejects` are those known at the start, by source. Without a folder `out` there is no file.
     """
 
-    def __init__(self, out: Path | None, total: int, reused: int = 0, stream: TextIO = sys.stdout) -> None:
+    def __init__(
+        self,
+        out: Path | None,
+        total: int,
+        reused: int = 0,
+        rejects: Mapping[str, int] | None = None,
+        stream: TextIO = sys.stdout,
+    ) -> None:
         self.path = out / PROGRESS if out else None
         self.total, self.reused, self.stream = total, reused, stream
-        self.done, self.rejects = reused, Counter[str]()
+        self.done, self.rejects = reused, Counter(rejects)
         self.started = time.monotonic()
         self.terminal = stream.isatty()
         self._shown = self._filed = float("-inf")

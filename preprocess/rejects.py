@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 REASONS = {
@@ -53,3 +56,11 @@ class Reject:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    def to_line(self) -> bytes:
+        return json.dumps(self.to_json()).encode() + b"\n"
+
+
+def read_rejects(path: Path) -> Iterator[Reject]:
+    with path.open("rb") as lines:
+        yield from (Reject(**json.loads(line)) for line in lines)

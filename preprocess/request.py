@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,12 +89,17 @@ def _refuse_lost_paths(parsed: argparse.Namespace) -> None:
 def _check_root(mix: Mix, root: Place) -> None:
     if not root.is_dir():
         raise UserError(f"--root {root} is no folder; it must hold the annotations and pictures that the mix names")
+    if missing := list(_missing(mix, root)):
+        raise UserError("; ".join(missing) + "; put what is missing there, or mend the mix or --root")
+
+
+def _missing(mix: Mix, root: Place) -> Iterator[str]:
     store = PictureStore(root, mix.archives)
     for source in mix.sources:
         if not (root / source.annotations).is_file():
-            raise UserError(f"source {source.name!r}: annotation file {root / source.annotations} is missing")
+            yield f"source {source.name!r}: annotation file {root / source.annotations} is missing"
         if not store.has_folder(source.images or "."):
-            raise UserError(f"source {source.name!r}: picture folder {root / source.images} is missing")
+            yield f"source {source.name!r}: picture folder {root / source.images} is missing"
 
 
 def _find_tokenizer(parsed: argparse.Namespace, mix: Mix, config: EmmaConfig) -> Tokenizer:

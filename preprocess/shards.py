@@ -20,7 +20,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model.errors import UserError
+from model.errors import UserError, first_line
 from preprocess.records import META, TOKENS, Sample, to_fields
 from preprocess.tars import add_member, end_tar
 
@@ -267,11 +267,14 @@ def _no_manifest(folder: Path) -> str:
 
 
 def load_index(folder: Path | str) -> pa.Table:
-    """One row per sample, in the order of shards and of positions in them."""
+    """One row per sample, in the order of shards and of positions in them. Raises: UserError."""
     path = Path(folder) / INDEX
     try:
-        return pq.read_table(path, schema=INDEX_SCHEMA)
+        table = pq.read_table(path, schema=INDEX_SCHEMA)
+        table.validate(full=True)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run preprocess/build_shards.py again") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); run preprocess/build_shards.py again") from None
+    except Exception as error:  # of damaged bytes pyarrow makes nearly any exception, MemoryError among them
+        what = f"{path} is damaged ({first_line(error)})"
+        raise UserError(f"{what}; delete it and run preprocess/build_shards.py again") from None
+    return table

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from model.errors import UserError
+from preprocess.folder import io_errors_explained
 from preprocess.preview import write_preview
 from preprocess.progress import Progress
 from preprocess.rejects import REASONS
@@ -36,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.verb == "info":
             print("\n".join(info(parsed.folder)))
         else:
-            path = parsed.out or parsed.folder.with_name(f"{parsed.folder.resolve().name}-preview.html")
-            print(write_preview(parsed.folder, path, parsed.samples))
+            print(run_preview(parsed.folder, parsed.out, parsed.samples))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -81,6 +81,20 @@ def run_verify(folder: Path) -> int:
         return EXIT_DAMAGED
     print(f"{folder} is sound: {Manifest.load(folder).counts['samples']} samples, every byte as it was written")
     return 0
+
+
+def run_preview(folder: Path, out: Path | None, samples: int) -> str:
+    """Raises: UserError."""
+    if samples < 0:
+        raise UserError(f"--samples is {samples}, expected 0 or more")
+    whole = folder.resolve()  # the name of "." is only there
+    path = out or whole.parent / f"{whole.name}-preview.html"
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder, expected the name of a page: give {path / 'preview.html'}")
+    if not path.parent.is_dir():
+        raise UserError(f"--out {path}: there is no folder {path.parent}; make it, or give another place")
+    with io_errors_explained(path):
+        return write_preview(folder, path, samples)
 
 
 def info(folder: Path) -> list[str]:

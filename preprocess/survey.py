@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from preprocess import images
 from preprocess.mix import Mix
 from preprocess.pictures import PictureStore
 from preprocess.rejects import Rejected
+from preprocess.tolerance import by_source
 from preprocess.worklist import Worklist
 
 LEAST_PICTURES, MOST_FOLDERS = 50, 12  # of each source; less than twice as many pictures are looked at
@@ -44,7 +45,7 @@ class Survey:
 
     def report(self, mix: Mix, work: Worklist, store: PictureStore) -> Iterator[str]:
         """Lines for people; nothing is raised for what is missing."""
-        rejects = Counter(reject.source for reject in work.rejects)
+        rejects = by_source(work.rejects)
         for source in mix.sources:
             name = source.name
             yield f"{name}: {work.rows[name]} rows, {rejects[name]} rejected before their pictures are looked at"

@@ -22,6 +22,7 @@ from preprocess.places import Place
 from preprocess.rejects import Reject, Rejected
 from preprocess.rows import read_rows
 from preprocess.sources import Dialogue, row_id, to_dialogue
+from preprocess.tolerance import RejectCounts
 
 DETAIL_CHARACTERS = 300
 
@@ -39,11 +40,16 @@ class Range:
 
 @dataclass
 class Worklist:
-    """`rows`, `rejects` and `folders` (of pictures, with the rows that need them) are kept by source."""
+    """`rows`, `read` and `folders` (of pictures, with the rows that need them) are kept by source.
+
+    rows   those that the limit and the weight leave
+    read   those of the file: all of them, unless the limit ended it
+    """
 
     ranges: list[Range] = field(default_factory=list)
     rows: Counter[str] = field(default_factory=Counter)
-    rejects: list[Reject] = field(default_factory=list)
+    read: Counter[str] = field(default_factory=Counter)
+    rejects: RejectCounts = field(default_factory=Counter)
     folders: dict[str, Counter[str]] = field(default_factory=dict)
 
     @property
@@ -52,11 +58,19 @@ class Worklist:
 
 
 def make_worklist(
-    mix: Mix, root: Place, samples_per_shard: int, write: Callable[[bytes], Any], tick: Callable[[int], None]
+    mix: Mix,
+    root: Place,
+    samples_per_shard: int,
+    write: Callable[[bytes], Any],
+    tick: Callable[[int], None],
+    write_reject: Callable[[bytes], Any] = lambda line: None,
 ) -> Worklist:
-    """Streams every source through `write`. `tick` is told the number of rows read, now and then."""
+    """Streams every source through `write`, and the lines of rows that are rejected already through `write_reject`.
+
+    `tick` is told the number of rows read, now and then.
+    """
     work = Worklist()
-    lines = _lines(mix, root, work, tick)
+    lines = _lines(mix, root, work, tick, write_reject)
     first = offset = 0
     while batch := list(itertools.islice(lines, samples_per_shard)):
         data = b"".join(batch)
@@ -66,11 +80,13 @@ def make_worklist(
     return work
 
 
-def _lines(mix: Mix, root: Place, work: Worklist, tick: Callable[[int], None]) -> Iterator[bytes]:
+def _lines(
+    mix: Mix, root: Place, work: Worklist, tick: Callable[[int], None], write_reject: Callable[[bytes], Any]
+) -> Iterator[bytes]:
     for source in mix.sources:
         work.rows[source.name] = 0
         folders = work.folders[source.name] = Counter()
-        for row, value in enumerate(_weighted_rows(source, root)):
+        for row, value in enumerate(_weighted_rows(source, root, work)):
             work.rows[source.name] += 1
             if row % 1000 == 0:
                 tick(work.rows.total())
@@ -79,16 +95,18 @@ def _lines(mix: Mix, root: Place, work: Worklist, tick: Callable[[int], None]) -
                     raise value
                 dialogue = to_dialogue(source, row, value)
             except Rejected as error:
-                work.rejects.append(reject(source.name, row, row_id(source, row, value), error))
+                work.rejects[source.name, error.reason] += 1
+                write_reject(reject(source.name, row, row_id(source, row, value), error).to_line())
                 continue
             if dialogue.picture:
                 folders[str(PurePosixPath(dialogue.picture).parent)] += 1
             yield to_line(dialogue)
 
 
-def _weighted_rows(source: Source, root: Place) -> Iterator[Any | Rejected]:
+def _weighted_rows(source: Source, root: Place, work: Worklist) -> Iterator[Any | Rejected]:
     """A row's repetitions stand together, so that its picture is decoded once."""
     for row, value in enumerate(itertools.islice(read_rows(root / source.annotations), source.limit)):
+        work.read[source.name] += 1
         yield from itertools.repeat(value, source.times(row))
 
 
@@ -122,14 +140,30 @@ def refuse_hopeless_work(work: Worklist, store: PictureStore, max_reject_ratio: 
             )
 
 
-def row_count_notes(mix: Mix, rows: Counter[str]) -> Iterator[str]:
-    """One line for each number of rows that is not what the mix expects."""
-    whole = {source.name for source in mix.sources if source.is_whole}
+def row_count_notes(mix: Mix, work: Worklist) -> Iterator[str]:
+    """One line for each number of rows that is not what the mix expects, as far as a limit lets it be known."""
+    known = {source.name for source in mix.sources if source.limit is None or work.read[source.name] < source.limit}
     for source in mix.sources:
-        if source.name in whole and source.expected_rows not in (None, rows[source.name]):
-            yield f"note: source {source.name!r} has {rows[source.name]} rows, the mix expects {source.expected_rows}"
+        yield from _shortage_notes(source, work)
+        if source.expected_rows is not None:
+            yield from _expected_note(f"source {source.name!r} has", [source.name], source.expected_rows, work, known)
     for expected in mix.expected:
-        found = sum(rows[name] for name in expected.sources)
-        if whole.issuperset(expected.sources) and found != expected.rows:
-            names = ", ".join(expected.sources)
-            yield f"note: sources {names} have {found} rows together, the mix expects {expected.rows}"
+        who = f"sources {', '.join(expected.sources)} together have"
+        yield from _expected_note(who, expected.sources, expected.rows, work, known)
+
+
+def _shortage_notes(source: Source, work: Worklist) -> Iterator[str]:
+    read = work.read[source.name]
+    if not read:
+        yield f"note: source {source.name!r} has no rows: it adds nothing"
+    elif not work.rows[source.name]:
+        yield f"note: source {source.name!r} adds nothing: weight {source.weight} leaves none of its {read} rows"
+    if source.limit is not None and 0 < read < source.limit:
+        yield f"note: source {source.name!r} has {read} rows, fewer than its limit of {source.limit}"
+
+
+def _expected_note(who: str, names: list[str], expected: int, work: Worklist, known: set[str]) -> Iterator[str]:
+    """A file that its limit cut short has at least so many rows."""
+    found, whole = sum(work.read[name] for name in names), known.issuperset(names)
+    if found > expected or (whole and found < expected):
+        yield f"note: {who} {'' if whole else 'at least '}{found} rows, the mix expects {expected}"

@@ -112,12 +112,12 @@ class RayHead:
             check=False,
         )
 
-    def driver(self, *words: str | Path) -> subprocess.Popen[str]:
+    def driver(self, *words: str | Path, **environment: str) -> subprocess.Popen[str]:
         """A builder on this cluster that is a process of ours, so that it can be killed."""
         return subprocess.Popen(
             [sys.executable, *map(str, words)],
             cwd=REPOSITORY,
-            env={**self.environment, "RAY_ADDRESS": f"127.0.0.1:{self.port}"},
+            env={**self.environment, "RAY_ADDRESS": f"127.0.0.1:{self.port}", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

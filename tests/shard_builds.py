@@ -1,6 +1,7 @@
 """Rows, mixes, and builds of them in this process: the same code as on Ray, a task at a time."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,17 @@ def dialogue_row(number: int) -> dict[str, object]:
         del row["image"]
     turns = [("human", f"What is on photograph {number}?"), ("gpt", "Something. " * (number % 13))] * (1 + number % 3)
     return row | {"conversations": [{"from": speaker, "value": value} for speaker, value in turns]}
+
+
+def talk_row(number: int) -> dict[str, object]:
+    return {key: value for key, value in dialogue_row(number).items() if key != "image"}
+
+
+def write_talk(root: Path, num_rows: int) -> Path:
+    """A root of one source, dialogues without pictures."""
+    write_mix(root, [{"name": "talk", "format": "llava", "annotations": "rows.json"}])
+    (root / "rows.json").write_text(json.dumps([talk_row(number) for number in range(num_rows)]))
+    return root
 
 
 def contents(out: Path) -> dict[str, str]:

@@ -19,6 +19,7 @@ import random
 import signal
 import subprocess
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -60,17 +61,41 @@ def finished(out: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.json")}
 
 
-def kill(victim: str, head: RayHead, driver: subprocess.Popen[str]) -> None:
-    if victim == "driver":
-        driver.kill()
-    elif victim == "head":
-        head.kill()
-        driver.kill()  # it would wait for the head until its patience ends
-    elif victim == "node":
-        head.lose_node(head.nodes[0])
-    for pid in head.workers("build_shard") if victim == "worker" else []:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            psutil.Process(pid).send_signal(signal.SIGKILL)
+def kill(victim: str, head: RayHead, driver: subprocess.Popen[str]) -> bool:
+    """Whether somebody was hit who lived, while the build did."""
+    if driver.poll() is not None:
+        return False
+    if victim == "worker":
+        return kill_workers(head, driver)
+    if victim == "node":
+        node = head.nodes[0]
+        lived = node.poll() is None
+        head.lose_node(node)
+        return lived
+    if victim == "head":
+        head.kill()  # the driver would wait for it until its patience ends
+    driver.kill()
+    return driver.wait() == -signal.SIGKILL
+
+
+def kill_workers(head: RayHead, driver: subprocess.Popen[str]) -> bool:
+    """Waits for some to be at work: between two shards, and while Ray starts, there are none."""
+    while driver.poll() is None:
+        if sum(map(hit_living, head.workers("build_shard"))):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def hit_living(pid: int) -> bool:
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        process.kill()
+    except psutil.NoSuchProcess:
+        return False
+    return True
 
 
 def one_life(head: RayHead, command: list[str], victim: str, after_s: float) -> tuple[bool, bool]:
@@ -78,13 +103,11 @@ def one_life(head: RayHead, command: list[str], victim: str, after_s: float) -> 
     driver = head.driver("preprocess/build_shards.py", *command)
     with contextlib.suppress(subprocess.TimeoutExpired):
         driver.wait(timeout=after_s)
-    in_time = driver.poll() is None
-    if in_time:
-        kill(victim, head, driver)
+    hit = kill(victim, head, driver)
     said, _ = driver.communicate(timeout=300)
-    assert driver.returncode == (-signal.SIGKILL if in_time and victim not in SURVIVED else 0), said
+    assert driver.returncode == (-signal.SIGKILL if hit and victim not in SURVIVED else 0), said
     wait_until(lambda: not head.workers("build_shard"))
-    return driver.returncode == 0, in_time
+    return driver.returncode == 0, hit
 
 
 def soak(folder: Path, kills: int, seed: int) -> None:
@@ -98,7 +121,8 @@ def soak(folder: Path, kills: int, seed: int) -> None:
         one_build(out, arguments(folder / "root", out, gpt_neox(), samples_per_shard=SAMPLES), rng, killed)
         assert hashes(out) == hashes(expected), "another set"
         builds += 1
-    print(f"{dict(killed)} killed in {builds} builds: the same bytes, nothing left behind, nothing built again")
+    told = ", ".join(f"{killed[victim]} times a {victim}" for victim in VICTIMS)
+    print(f"killed in {builds} builds: {told}; the same bytes, nothing left behind, nothing built again")
     fill_a_disk(folder, expected)
 
 
@@ -111,12 +135,12 @@ def one_build(out: Path, command: list[str], rng: random.Random, killed: Counter
                 if not head.nodes:
                     head.add_node()
                 victim = min(rng.sample(VICTIMS, len(VICTIMS)), key=lambda name: killed[name])
-                done, in_time = one_life(head, command, victim, rng.uniform(2.0, 9.0))
+                done, hit = one_life(head, command, victim, rng.uniform(2.0, 9.0))
                 again = {name for name, at in seen.items() if finished(out).get(name) != at}
                 assert not again, f"built again: {again}"
                 seen = finished(out)
-                killed[victim] += in_time
-                print(f"{victim if in_time else 'nobody'} killed, {len(seen)} shards finished", flush=True)
+                killed[victim] += hit
+                print(f"{victim if hit else 'nobody'} killed, {len(seen)} shards finished", flush=True)
 
 
 def fill_a_disk(folder: Path, expected: Path) -> None:

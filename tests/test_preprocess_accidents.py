@@ -3,17 +3,24 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
+import sys
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from PIL import Image
 from skimage import data as photographs
 
 from preprocess import build_shards
+from tests import soak_shards
 from tests.conftest import run_python
 from tests.golden_tokenizer import gpt_neox
 from tests.ray_head import RayHead, ray_head, wait_until, workers_below
@@ -22,6 +29,7 @@ from tests.shard_builds import arguments, build_in_process, contents, dialogue_r
 SCRIPT = "preprocess/build_shards.py"
 NUM_ROWS, SAMPLES_PER_SHARD = 600, 20
 ALL_BUT_ONE = 29  # shards
+STOPPED = "stopped; what is finished is kept, and the same command goes on from there"
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +161,7 @@ def test_a_killed_build_goes_on_where_it_was(head: RayHead, root: Path, expected
         driver.kill()
         driver.communicate()
         wait_until(lambda: not head.workers("build_shard"))  # Ray ends the tasks of a dead driver
-    (out / "shard-00029.tar.feed.tmp").write_text("left by a killed worker")
+    (out / f"shard-00029.tar.{uuid.uuid4().hex}.tmp").write_text("left by a killed worker")
     finished = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.json")}
     assert not (out / "manifest.json").exists()
     said = finish(head.driver(SCRIPT, *command(root, out)))
@@ -169,6 +177,7 @@ def test_a_stopped_job_goes_on_where_it_was(head: RayHead, root: Path, expected:
         head.submit("submit", "--no-wait", "--submission-id", "stopped", "--", SCRIPT, *words)
         wait_until(lambda: list(out.glob("shard-*.json")))
         assert head.submit("stop", "stopped").returncode == 0
+    assert STOPPED in head.submit("logs", "stopped").stdout
     assert head.statuses().count("STOPPED") == 1
     finished = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.json")}
     assert not (out / "manifest.json").exists()
@@ -184,6 +193,48 @@ def test_an_interrupted_build_says_that_it_can_go_on(head: RayHead, root: Path, 
         driver.send_signal(signal.SIGINT)
         said, _ = driver.communicate(timeout=60)
     assert driver.returncode == build_shards.EXIT_INTERRUPTED, said
-    assert "stopped; what is finished is kept, and the same command goes on from there" in said
+    assert STOPPED in said
     assert "Traceback" not in said
     assert list((tmp_path / "out").glob("shard-*.json"))
+
+
+@pytest.mark.parametrize("where", ["in this process", "on a Ray of its own", "on a cluster"])
+def test_a_terminated_build_ends_as_an_interrupted_one(head: RayHead, root: Path, tmp_path: Path, where: str) -> None:
+    out = tmp_path / "out"
+    own = {"RAY_ADDRESS": ""} if where == "on a Ray of its own" else {}
+    words = command(root, out, workers=0) if where == "in this process" else command(root, out)
+    with held_up(root):
+        driver = head.driver(SCRIPT, *words, **own)
+        wait_for_shards(driver, out, 1)
+        driver.terminate()
+        said, _ = driver.communicate(timeout=60)
+    assert driver.returncode == build_shards.EXIT_TERMINATED, said
+    assert said.count(STOPPED) == 1
+    assert not re.search("Traceback|SIGTERM|\\*\\*\\*", said), said
+    assert not (out / "manifest.json").exists()
+
+
+def test_the_soak_counts_a_kill_only_if_it_hits_somebody_who_lives() -> None:
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    victim, ended = (subprocess.Popen(sleeper, text=True) for _ in range(2))
+    ended.kill()
+    ended.wait()
+    assert soak_shards.hit_living(victim.pid)
+    while psutil.Process(victim.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert not soak_shards.hit_living(victim.pid), "it is dead, and nobody has noticed yet"
+    victim.wait()
+    nobody: Any = SimpleNamespace(workers=lambda name: [ended.pid], nodes=[ended])
+    for kind in soak_shards.VICTIMS:
+        assert not soak_shards.kill(kind, nobody, ended), "the build was over"
+
+
+def test_a_build_that_is_terminated_while_its_ray_starts_ends_so_too(root: Path, tmp_path: Path) -> None:
+    program = [sys.executable, SCRIPT, *command(root, tmp_path / "out", workers=1)]
+    environment = {**os.environ, "RAY_ADDRESS": ""}
+    driver = subprocess.Popen(program, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True, env=environment)
+    wait_until(lambda: psutil.Process(driver.pid).children(), driver)
+    driver.terminate()
+    said, _ = driver.communicate(timeout=60)
+    assert driver.returncode == build_shards.EXIT_TERMINATED, said
+    assert said.splitlines()[-1] == STOPPED

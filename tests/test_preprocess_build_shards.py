@@ -11,7 +11,6 @@ from PIL import Image
 from skimage import data as photographs
 
 from preprocess import build_shards, task
-from preprocess.folder import only_builder_of
 from preprocess.images import made_with
 from preprocess.shards import Manifest, load_index
 from preprocess.verify import verify
@@ -82,18 +81,6 @@ def test_a_failed_build_fails_its_job(head: RayHead, root: Path, tmp_path: Path)
     assert "exit code 3" in done.stdout + done.stderr
     assert not (tmp_path / "out/manifest.json").exists()
     assert head.statuses().count("FAILED") == 1
-
-
-def test_a_relative_path_is_refused_where_it_would_be_lost(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    copy = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_1"  # where Ray unpacks --working-dir
-    copy.mkdir(parents=True)
-    monkeypatch.chdir(copy)
-    words = [*command(root, tmp_path / "out", workers=0), "--root", "data/raw"]
-    assert build_shards.main(words) == build_shards.EXIT_USER_ERROR
-    complaint = "--root data/raw is relative, and this job runs in a temporary copy: give the whole path"
-    assert complaint in capsys.readouterr().err
 
 
 # -- Accidents -------------------------------------------------------------------------------------------------------
@@ -313,90 +300,6 @@ def test_a_check_looks_at_pictures_from_all_over_each_source(
     assert build_shards.main([*arguments(tmp_path, tmp_path / "out", gpt_neox()), "--check"]) == 0
     said = capsys.readouterr().out
     assert said.count("    63 pictures looked at, 62 of them bad\n        picture_missing: 62, for one p/8.jpg\n") == 2
-
-
-MISTAKES = {
-    "no root": (["--root", "/nowhere"], "--root /nowhere is no folder"),
-    "no tokenizer": (["--tokenizer", "/nowhere"], "there is no tokenizer /nowhere"),
-    "unknown preset": (["--model", "emma_v3"], "no model preset 'emma_v3'; did you mean 'emma_v2'?"),
-    "large vocabulary": (["--model", "tiny_v2"], "has ids up to 50276, preset tiny_v2 embeds 1024"),
-    "check and compare": (["--check", "--compare-pictures"], "--check does not compare pictures: leave out"),
-    "impossible ratio": (["--max-reject-ratio", "7"], "--max-reject-ratio is 7.0, expected a number from 0 to 1"),
-    "out is read-only": (["--out", "/sys/shards"], "/sys/shards cannot be used: "),
-    "out is a file": (["--out", __file__], f"{__file__}/.work cannot be used: Not a directory"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_clear_line(
-    mistake: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words, complaint = MISTAKES[mistake]
-    assert build_shards.main([*command(root, tmp_path / "out", workers=0), *words]) == build_shards.EXIT_USER_ERROR
-    said = capsys.readouterr().err
-    assert complaint in said
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_missing_picture_folder_is_noticed_before_any_work(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = [dialogue_row(i) | {"image": f"coco/train2017/{i}.jpg"} for i in range(9)]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    write_mix(tmp_path, [{"name": "llava", "format": "llava", "annotations": "rows.json"}])
-    assert build_shards.main(command(tmp_path, tmp_path / "out", workers=0)) == build_shards.EXIT_USER_ERROR
-    said = capsys.readouterr().err
-    assert f"picture folders are missing under {tmp_path}: coco/train2017 (9 rows)" in said
-    assert not list((tmp_path / "out").glob("shard*"))
-
-
-def test_a_mix_without_rows_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "rows.json").write_text("[]")
-    write_mix(tmp_path, [{"name": "none", "format": "llava", "annotations": "rows.json"}])
-    assert build_shards.main(command(tmp_path, tmp_path / "out", workers=0)) == build_shards.EXIT_USER_ERROR
-    assert "have no rows: there is nothing to build" in capsys.readouterr().err
-
-
-def test_a_missing_annotation_file_is_named(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_mix(tmp_path, [{"name": "llava", "format": "llava", "annotations": "llava.json"}])
-    assert build_shards.main(command(tmp_path, tmp_path / "out", workers=0)) == build_shards.EXIT_USER_ERROR
-    assert f"source 'llava': annotation file {tmp_path}/llava.json is missing" in capsys.readouterr().err
-
-
-def test_two_builds_of_one_folder_are_refused(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with only_builder_of(tmp_path / "out"):
-        assert build_shards.main(command(root, tmp_path / "out", workers=0)) == build_shards.EXIT_USER_ERROR
-    assert "another build_shards.py is building into" in capsys.readouterr().err
-
-
-def test_a_row_count_other_than_expected_is_reported(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(root, tmp_path / "root")
-    source = {"name": "p", "format": "llava", "annotations": "rows.json", "images": "photographs", "limit": 10}
-    write_mix(tmp_path / "root", [source, source | {"name": "q", "limit": 4000, "expected_rows": 700}])
-    build_in_process(tmp_path / "root", tmp_path / "out", gpt_neox(), max_reject_ratio=1)
-    manifest = Manifest.load(tmp_path / "out")
-    assert {name: about["rows"] for name, about in manifest.sources.items()} == {"p": 10, "q": 240}
-    assert "expects" not in capsys.readouterr().out
-    write_mix(tmp_path / "root", [{k: v for k, v in source.items() if k != "limit"} | {"expected_rows": 700}])
-    build_in_process(tmp_path / "root", tmp_path / "out", gpt_neox())
-    assert "note: source 'p' has 240 rows, the mix expects 700" in capsys.readouterr().out
-
-
-def test_rows_that_sources_have_together_may_be_expected(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(root, tmp_path / "root")
-    source = {"name": "p", "format": "llava", "annotations": "rows.json", "images": "photographs"}
-    for rows, told in ((480, False), (481, True)):
-        mix = write_mix(tmp_path / "root", [source, source | {"name": "q"}])
-        mix.write_text(mix.read_text() + f'[[expected]]\nsources = ["p", "q"]\nrows = {rows}\n')
-        assert build_shards.main([*command(tmp_path / "root", tmp_path / "out"), "--check"]) == 0
-        note = "note: sources p, q have 480 rows together, the mix expects 481"
-        assert (note in capsys.readouterr().out) == told
 
 
 def test_weighted_rows_are_counted_and_sound(root: Path, tmp_path: Path) -> None:

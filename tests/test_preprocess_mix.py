@@ -15,6 +15,18 @@ SOURCE = '[[source]]\nname = "a"\nformat = "llava"\nannotations = "a.json"\n'
 
 MISTAKES = {
     "no TOML": ("source = [", "is not TOML"),
+    "one table for a list": (
+        SOURCE.replace("[[source]]", "[source]"),
+        "[source] is one table, expected a list of them: write [[source]]",
+    ),
+    "number for tables": ("source = 3", "source is 3, expected tables: write each under [[source]]"),
+    "numbers for tables": (
+        "expected = [3]\n" + SOURCE,
+        "expected is [3], expected tables: write each under [[expected]]",
+    ),
+    "number for an archive": (SOURCE + "[archives]\nx = 3", "[archives]: x is 3, expected str"),
+    "number for a name": (SOURCE + "[[expected]]\nsources = [[3]]\nrows = 1", "there is no source [3]; there are a"),
+    "unlike any key": (SOURCE + "zzz = 1", "[[source]] 1 has an unknown key 'zzz'; known: annotations, "),
     "no source": ('tokenizer = "x"', "names no source"),
     "unknown key": ("tokeniser = 'x'\n" + SOURCE, "unknown key 'tokeniser'; did you mean 'tokenizer'?"),
     "unknown key of a source": (
@@ -50,6 +62,11 @@ def test_a_mistake_in_a_mix_is_one_clear_line(tmp_path: Path, mistake: str) -> N
 def test_a_mix_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no mix .*nowhere\.toml"):
         load_mix(tmp_path / "nowhere.toml")
+
+
+def test_a_folder_is_no_mix(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"mix .* cannot be read \(Is a directory\); give a TOML file"):
+        load_mix(tmp_path)
 
 
 def test_a_whole_mix_is_read(tmp_path: Path) -> None:

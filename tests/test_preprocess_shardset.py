@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from model.errors import UserError
-from preprocess.preview import choose_rows
+from preprocess.preview import choose_rejects, choose_rows
 from preprocess.prompts import load_tokenizer
-from preprocess.shards import MANIFEST, Manifest, load_index
+from preprocess.rejects import Reject
+from preprocess.shards import MANIFEST, Manifest, file_sha256, load_index
 from preprocess.shardset import EXIT_DAMAGED, EXIT_USER_ERROR, info, main
 from preprocess.verify import verify
 from tests.conftest import write_byte_tokenizer
@@ -115,14 +116,19 @@ FORGERIES = {
 }
 
 
+def forge(folder: Path, name: str, value: object) -> None:
+    """A manifest that says something else, and is sealed all the same."""
+    table = json.loads((folder / MANIFEST).read_bytes())
+    table[name] = table[name] | value if isinstance(value, dict) else value
+    known = {key: table[key] for key in table if key not in ("seal", "format", "shards")}
+    forged = Manifest(**known, shards=Manifest.load(folder).shards)
+    (folder / MANIFEST).write_bytes(forged.to_bytes())
+
+
 @pytest.mark.parametrize("name", FORGERIES)
 def test_contents_that_contradict_the_manifest_are_found(copy: Path, name: str) -> None:
     value, complaint = FORGERIES[name]
-    table = json.loads((copy / MANIFEST).read_bytes())
-    table[name] = table[name] | value if isinstance(value, dict) else value
-    known = {key: table[key] for key in table if key not in ("seal", "format", "shards")}
-    forged = Manifest(**known, shards=Manifest.load(copy).shards)
-    (copy / MANIFEST).write_bytes(forged.to_bytes())
+    forge(copy, name, value)
     assert any(complaint in problem for problem in problems(copy)), problems(copy)
 
 
@@ -131,7 +137,31 @@ def test_an_index_that_points_elsewhere_is_found(copy: Path) -> None:
     index["image_offset"][0] += 1
     table = load_index(copy).schema.empty_table().from_pydict(index, schema=load_index(copy).schema)
     pq.write_table(table, copy / "index.parquet")
+    forge(copy, "index", {"sha256": file_sha256(copy / "index.parquet")})
     assert "shard-00000.tar, sample 000000000: the index finds another image than webdataset does" in problems(copy)
+
+
+def test_a_changed_index_is_told_and_the_tars_are_read_without_it(copy: Path) -> None:
+    (copy / "index.parquet").write_bytes(b"")
+    forge(copy, "counts", {"text_tokens": 1})
+    found = problems(copy)
+    assert found[0] == "index.parquet is not what was written: its sha256 differs"
+    assert any("text_tokens is 1, found" in problem for problem in found)
+
+
+def test_whatever_bit_of_an_index_flips_it_is_read_or_refused_in_our_words(copy: Path) -> None:
+    path = copy / "index.parquet"
+    data, refused = path.read_bytes(), 0
+    for position in range(0, len(data), 5):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        try:
+            load_index(copy).to_pylist()
+        except UserError as error:
+            refused += 1
+            assert str(error).startswith(f"{path} is damaged (")
+    assert refused > 100
 
 
 def test_damage_is_an_exit_code_and_a_remedy(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,6 +185,61 @@ def test_what_is_no_set_is_refused_in_one_line(
     assert said.count("\n") == 1
     expected = {"nowhere": "no such folder", "unfinished": "is an unfinished shard set", "other": "is no shard set"}
     assert expected[folder] in said
+
+
+PREVIEWS = {
+    "a negative number": (["--samples", "-1"], None, "--samples is -1, expected 0 or more"),
+    "a missing folder": (
+        ["--out", "/nowhere/page.html"],
+        None,
+        "there is no folder /nowhere; make it, or give another",
+    ),
+    "a folder for a page": (
+        ["--out", "/"],
+        None,
+        "--out / is a folder, expected the name of a page: give /preview.html",
+    ),
+    "a missing tar": ([], "shard-00001.tar", "shard-00001.tar is missing or damaged (["),
+    "a missing tokenizer": ([], "tokenizer.json", "tokenizer.json is missing or damaged (["),
+    "missing rejects": ([], "rejects.jsonl", "rejects.jsonl is missing or damaged (["),
+}
+
+
+@pytest.mark.parametrize("mistake", PREVIEWS)
+def test_a_preview_that_cannot_be_made_is_one_clear_line(
+    copy: Path, mistake: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, missing, complaint = PREVIEWS[mistake]
+    if missing:
+        (copy / missing).unlink()
+    assert main(["preview", str(copy), *words]) == EXIT_USER_ERROR
+    said = capsys.readouterr().err
+    assert complaint in said
+    assert said.count("\n") == 1
+    assert not missing or f"`python -m preprocess.shardset verify {copy}` names all that is" in said
+
+
+def test_a_preview_of_a_damaged_tar_is_one_clear_line(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tar = copy / "shard-00001.tar"
+    tar.write_bytes(bytes(tar.stat().st_size))
+    assert main(["preview", str(copy)]) == EXIT_USER_ERROR
+    assert "shard-00001.tar is missing or damaged (" in capsys.readouterr().err
+
+
+def test_the_folder_that_one_stands_in_can_be_previewed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy)
+    assert main(["preview", "."]) == 0
+    assert copy.with_name("copy-preview.html").is_file()
+    assert problems(copy) == [], "the page stands beside the set, not in it"
+
+
+def test_rejects_of_every_reason_and_source_are_shown(tmp_path: Path) -> None:
+    kinds = [("a", "missing_key")] * 1000 + [("a", "no_answer")] + [("b", "broken_json")] * 2
+    lines = [Reject(source, row, "", reason, "").to_line() for row, (source, reason) in enumerate(kinds)]
+    (tmp_path / "rejects.jsonl").write_bytes(b"".join(lines))
+    chosen = choose_rejects(tmp_path / "rejects.jsonl", 50)
+    assert [reject.row for reject in chosen[-4:]] == [999, 1000, 1001, 1002]
+    assert len(chosen) == 50
 
 
 def test_info_tells_the_set_at_a_glance(sound: Path) -> None:

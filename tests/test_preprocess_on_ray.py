@@ -1,0 +1,59 @@
+"""How many tasks are in flight, on a stand-in for Ray whose cluster grows and shrinks."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from preprocess import on_ray
+from preprocess.progress import Progress
+from preprocess.task import Done
+
+
+class Cluster:
+    """Has as many CPUs as the next of `cpus` says, each time it is asked; one task at a time lands."""
+
+    def __init__(self, cpus: list[int]) -> None:
+        self.cpus, self.in_flight = cpus, list[int]()
+
+    def init(self, **options: Any) -> None: ...
+
+    def shutdown(self) -> None: ...
+
+    def cluster_resources(self) -> dict[str, float]:
+        cpus = self.cpus.pop(0) if len(self.cpus) > 1 else self.cpus[0]
+        return {"CPU": float(cpus)} if cpus else {}  # Ray leaves out what there is none of
+
+    def remote(self, function: Any) -> Any:
+        return SimpleNamespace(options=lambda **options: SimpleNamespace(remote=lambda task: object()))
+
+    def wait(self, flying: list[object], timeout: float) -> tuple[list[object], list[object]]:
+        self.in_flight.append(len(flying))
+        return flying[:1], flying[1:]
+
+    def get(self, landed: object) -> Done:
+        return Done("shard", 1, 1, {})
+
+
+@pytest.mark.parametrize(
+    ("cpus", "workers", "in_flight"),
+    [
+        ([2, 2, 4], None, [4, 4, 8, 8, 8]),  # machines that join get work
+        ([4, 1], None, [8, 7, 6, 5, 4]),  # those that left do not
+        ([0, 0, 1], None, [1, 1, 2, 2, 2]),  # a head that lends no CPU, before the others come
+        ([8], 3, [3, 3, 3, 3, 3]),
+    ],
+)
+def test_two_tasks_a_cpu_are_in_flight_of_as_many_as_there_are_now(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cpus: list[int], workers: int | None, in_flight: list[int]
+) -> None:
+    cluster = Cluster(cpus)
+    monkeypatch.setenv("RAY_ADDRESS", "there:1")
+    monkeypatch.setattr(on_ray, "ray", cluster)
+    monkeypatch.setattr(on_ray, "Gauge", lambda name, what: SimpleNamespace(set=lambda value: None))
+    tasks: Any = [SimpleNamespace(name=f"shard-{number:05d}") for number in range(20)]
+    progress = Progress(tmp_path, total=20)
+    on_ray.build_on_ray(tasks, workers, progress)
+    assert cluster.in_flight[:5] == in_flight
+    assert progress.done == 20

@@ -1,0 +1,105 @@
+"""Mistakes of users are one clear line each, before any work."""
+
+import errno
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from preprocess import build_shards, worklist
+from tests.golden_tokenizer import gpt_neox
+from tests.shard_builds import arguments, dialogue_row, write_mix, write_talk
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_talk(tmp_path_factory.mktemp("talk"), 10)
+
+
+def command(root: Path, out: Path) -> list[str]:
+    return arguments(root, out, gpt_neox(), workers=0)
+
+
+def test_a_relative_path_is_refused_where_it_would_be_lost(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_1"  # where Ray unpacks --working-dir
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    words = [*command(root, tmp_path / "out"), "--root", "data/raw"]
+    assert build_shards.main(words) == build_shards.EXIT_USER_ERROR
+    complaint = "--root data/raw is relative, and this job runs in a temporary copy: give the whole path"
+    assert complaint in capsys.readouterr().err
+
+
+MISTAKES = {
+    "no root": (["--root", "/nowhere"], "--root /nowhere is no folder"),
+    "no tokenizer": (["--tokenizer", "/nowhere"], "there is no tokenizer /nowhere"),
+    "unknown preset": (["--model", "emma_v3"], "no model preset 'emma_v3'; did you mean 'emma_v2'?"),
+    "large vocabulary": (["--model", "tiny_v2"], "has ids up to 50276, preset tiny_v2 embeds 1024"),
+    "check and compare": (["--check", "--compare-pictures"], "--check does not compare pictures: leave out"),
+    "impossible ratio": (["--max-reject-ratio", "7"], "--max-reject-ratio is 7.0, expected a number from 0 to 1"),
+    "out is read-only": (["--out", "/sys/shards"], "/sys/shards cannot be used: "),
+    "out is a file": (["--out", __file__], f"{__file__}/.work cannot be used: Not a directory"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_line(
+    mistake: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, complaint = MISTAKES[mistake]
+    assert build_shards.main([*command(root, tmp_path / "out"), *words]) == build_shards.EXIT_USER_ERROR
+    said = capsys.readouterr().err
+    assert complaint in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_picture_folder_is_noticed_before_any_work(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [dialogue_row(i) | {"image": f"coco/train2017/{i}.jpg"} for i in range(9)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    write_mix(tmp_path, [{"name": "llava", "format": "llava", "annotations": "rows.json"}])
+    assert build_shards.main(command(tmp_path, tmp_path / "out")) == build_shards.EXIT_USER_ERROR
+    said = capsys.readouterr().err
+    assert f"picture folders are missing under {tmp_path}: coco/train2017 (9 rows)" in said
+    assert not list((tmp_path / "out").glob("shard*"))
+
+
+def test_a_mix_without_rows_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.json").write_text("[]")
+    write_mix(tmp_path, [{"name": "none", "format": "llava", "annotations": "rows.json"}])
+    assert build_shards.main(command(tmp_path, tmp_path / "out")) == build_shards.EXIT_USER_ERROR
+    assert "have no rows: there is nothing to build" in capsys.readouterr().err
+
+
+def test_a_check_explains_what_may_not_be_read(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def closed(path: Path) -> Iterator[Any]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(worklist, "read_rows", closed)
+    assert build_shards.main([*command(root, tmp_path / "out"), "--check"]) == build_shards.EXIT_USER_ERROR
+    assert capsys.readouterr().err == f"error: {root / 'rows.json'} cannot be used: Permission denied\n"
+
+
+@pytest.mark.parametrize("words", [["--check"], []])
+def test_all_that_is_missing_under_the_root_is_named(
+    tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = [{"name": name, "format": "llava", "annotations": f"{name}.json"} for name in ("a", "b", "c")]
+    (tmp_path / "b.json").write_text("[]")
+    write_mix(tmp_path, [*sources[:2], sources[2] | {"images": "p"}])
+    assert build_shards.main([*command(tmp_path, tmp_path / "out"), *words]) == build_shards.EXIT_USER_ERROR
+    assert capsys.readouterr().err == (
+        f"error: source 'a': annotation file {tmp_path}/a.json is missing; "
+        f"source 'c': annotation file {tmp_path}/c.json is missing; "
+        f"source 'c': picture folder {tmp_path}/p is missing; "
+        "put what is missing there, or mend the mix or --root\n"
+    )
