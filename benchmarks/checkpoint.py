@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 2 -m benchmarks.checkpoint /scratch pipeline/recipes/emma_v2.toml --json checkpoint.json
     torchrun --nproc-per-node 2 -m benchmarks.checkpoint /tmp/scratch pipeline/recipes/demo.toml          # on a CPU
 
-The disk's own rate is that of the same processes writing as many bytes each, one file per process, and syncing them;
-before the save and after it, the better of the two. What is written goes into a new folder below the given one, twice
-the state's size, and is deleted afterwards. Reading begins with an empty page
+The disk's own rates are those of the same processes writing as many bytes each, one file per process, and syncing them,
+before the save and after it, the better of the two; and reading them again. What is written goes into a new folder
+below the given one, twice the state's size, and is deleted afterwards. Reading begins with an empty page
 cache, as far as the system can be asked for that. There is no data: the probe, one evaluation of a global batch at each
 save, is not in the stall. docs/performance.md tells of the whole model on two GPUs.
 """
@@ -72,6 +72,13 @@ def write_plainly(path: Path, block: memoryview, size: int) -> None:
         sync(file)
 
 
+def read_plainly(path: Path) -> None:
+    block = bytearray(BLOCK_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(block):
+            pass
+
+
 def numbers_of(checkpoints: Checkpoints) -> list[float]:
     """A sum of every tensor of the state, to know it by."""
     adam = checkpoints.engine.optimizer.optimizer.state
@@ -104,6 +111,7 @@ def measure(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     results["stall_s"] = timed(lambda: checkpoints.save(1))
     results["save_s"] = results["stall_s"] + timed(checkpoints.finish)
     results["plain_s"] = min(before_s, timed(lambda: write_plainly(plain, block, size)))
+    results["plain_read_s"] = timed(lambda: read_plainly(plain))
     saved = checkpoints.folder / "step-00000001"
     forget(checkpoints)
     results["load_s"] = timed(lambda: check(checkpoints.load(saved)))
@@ -116,13 +124,18 @@ def check(flaw: str | None) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    size = results["gb"]
+    size, same = results["gb"], "the same numbers" if results["equal"] else "OTHER NUMBERS"
     rows = [
         ("the disk by itself: write, sync", "plain_s", ""),
         ("save, begin to end", "save_s", f"{results['plain_s'] / results['save_s']:.0%} of the disk's own rate"),
         ("training stands still", "stall_s", f"{results['stall_s'] / SAVE_EVERY_S:.2%} at one save per 30 minutes"),
         ("allocating host memory, once", "allocate_s", f"{size / results['ranks']:.1f} GB per rank"),
-        ("verify and load, on resuming", "load_s", "the same numbers" if results["equal"] else "OTHER NUMBERS"),
+        ("the disk by itself: read", "plain_read_s", ""),
+        (
+            "verify and load, on resuming",
+            "load_s",
+            f"{results['plain_read_s'] / results['load_s']:.0%} of that; {same}",
+        ),
     ]
     lines = [f"{results['model']}, {results['ranks']} ranks, {size:.2f} GB", "| | s | GB/s | |", "|---|---|---|---|"]
     lines += [f"| {name} | {results[key]:.2f} | {size / results[key]:.2f} | {note} |" for name, key, note in rows]

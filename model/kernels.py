@@ -7,6 +7,7 @@ of `model.reference`; what the kernels want instead is made here.
 from __future__ import annotations
 
 import importlib
+import os
 from functools import lru_cache
 from importlib.metadata import version
 from types import SimpleNamespace
@@ -34,6 +35,7 @@ KERNELS = {
 @lru_cache(maxsize=1)
 def fused() -> SimpleNamespace:
     """The kernels by name. Raises: UserError if they are not installed: a silent fallback would be a slow surprise."""
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # what a start found to be fast, the next one need not seek
     try:
         return SimpleNamespace(**{name: getattr(importlib.import_module(KERNELS[name]), name) for name in KERNELS})
     except (ImportError, OSError, RuntimeError) as error:

@@ -64,11 +64,7 @@ class Towers(nn.Module):
         super().__init__()
         self.config = config
         self.loaded: dict[str, str] = {}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(RANDOM_SEED)
-            towers = {tower.name: Tower(tower, config.image_px) for tower in config.towers}
-            for tower in towers.values():
-                tower.strengthen()
+        towers = _random_towers(config) if pretrained is None else _empty_towers(config)
         self.towers = nn.ModuleDict(towers)  # type: ignore[assignment]
         if pretrained is not None:
             for described in config.towers:
@@ -92,6 +88,22 @@ class Towers(nn.Module):
         vit = self.towers[tower.name].vit
         fill(vit, published_tower(tower, files, self.config.grid), f"{files.paths[0]} (tower {tower.name})")
         self.loaded |= files.record()
+
+
+def _random_towers(config: VisionConfig) -> dict[str, Tower]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_SEED)
+        towers = {tower.name: Tower(tower, config.image_px) for tower in config.towers}
+        for tower in towers.values():
+            tower.strengthen()
+    return towers
+
+
+def _empty_towers(config: VisionConfig) -> dict[str, Tower]:
+    """With memory, but without values: to draw them takes longer than to read the ones that replace them."""
+    with torch.device("meta"):
+        towers = {tower.name: Tower(tower, config.image_px) for tower in config.towers}
+    return {name: tower.to_empty(device="cpu") for name, tower in towers.items()}
 
 
 def published_tower(tower: TowerConfig, tensors: Mapping[str, Tensor], grid: int) -> dict[str, Tensor]:

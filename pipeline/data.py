@@ -138,6 +138,8 @@ class TrainData:
             global_batch=recipe.optim.global_batch,
             window=recipe.data.window,
         )
+        self.dataset = MicroBatches(self.reader, self.plan, ranks, recipe.optim.micro_batch)
+        self._expected: tuple[int, Any] | None = None  # a step, and the loader that begins there
 
     @property
     def total_steps(self) -> int:
@@ -145,19 +147,25 @@ class TrainData:
 
     def heaviest(self) -> MicroBatch:
         """This rank's largest micro-batch of the whole run: the plan has the longest samples come first."""
-        dataset = MicroBatches(self.reader, self.plan, self.ranks, self.recipe.optim.micro_batch)
-        return max((dataset.load(k) for k in range(dataset.per_step)), key=lambda part: part.tokens.numel())
+        parts = (self.dataset.load(k) for k in range(self.dataset.per_step))
+        return max(parts, key=lambda part: part.tokens.numel())
+
+    def expect(self, first: int) -> None:
+        """Start the loading processes for `from_step(first)` already: they take seconds, in which others may work."""
+        self._expected = (first, iter(self._loader(first)))
 
     def from_step(self, first: int) -> Iterator[GlobalBatch]:
         """Global batches `first`, `first + 1`, … to the end of the run."""
-        dataset = MicroBatches(self.reader, self.plan, self.ranks, self.recipe.optim.micro_batch)
-        loader = iter(self._loader(dataset, first))
+        expected, loader = self._expected or (None, None)
+        self._expected = None
+        if expected != first:
+            loader = iter(self._loader(first))
         what = functools.partial(_waiting, self.ranks.rank, weakref.ref(loader))
         try:
             for step in range(first, self.total_steps):
                 asked = time.monotonic()
                 with self.patience.during(what):
-                    micro_batches = [_unless_lost(self._next(loader)) for _ in range(dataset.per_step)]
+                    micro_batches = [_unless_lost(self._next(loader)) for _ in range(self.dataset.per_step)]
                 yield self._describe(step, micro_batches, time.monotonic() - asked)
         finally:
             del loader  # ends its processes, also when an error goes on its way up
@@ -171,12 +179,12 @@ class TrainData:
             ended = ", ".join(str(processes[sentinel]) for sentinel in wait(list(processes), timeout=HANGS_UP_S))
             raise lost_loader(self.ranks, ended, f"ended ({error})") from error
 
-    def _loader(self, dataset: MicroBatches, first: int) -> DataLoader:
-        workers = self.recipe.data.workers
+    def _loader(self, first: int) -> DataLoader:
+        workers, per_step = self.recipe.data.workers, self.dataset.per_step
         return DataLoader(
-            dataset,
+            self.dataset,
             batch_size=None,
-            sampler=range(first * dataset.per_step, self.total_steps * dataset.per_step),
+            sampler=range(first * per_step, self.total_steps * per_step),
             num_workers=workers,
             pin_memory=self.ranks.device.type == "cuda",
             # A forked child of a process that runs threads (Gloo's, NCCL's) can hang; a fork server's outlives a kill.

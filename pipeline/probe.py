@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from model.vision import Towers
-from pipeline.data import MicroBatches, TrainData
+from pipeline.data import TrainData
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
 from pipeline.step import forward
@@ -29,7 +29,7 @@ class Probe:
 
     def __init__(self, engine: Any, towers: Towers, recipe: Recipe, ranks: Ranks, data: TrainData):
         self.engine, self.towers, self.recipe, self.ranks = engine, towers, recipe, ranks
-        self.rows = MicroBatches(data.reader, data.plan, ranks, recipe.optim.micro_batch)
+        self.rows = data.dataset
 
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:

@@ -67,6 +67,7 @@ def train(run: Run, ranks: Ranks, start: StartUp) -> int:
     with Watchdog(run, ranks) as watchdog:
         [data] = together(ranks, lambda: TrainData(recipe, ranks))
         [heldout] = together(ranks, lambda: HeldOut(recipe, ranks) if recipe.evaluate.shards else None)
+        data.expect(on_main(ranks, lambda: max(list_steps(run.folder / "checkpoints"), default=0)))
         start.done("data")
         [(emma, towers, weights)] = together(ranks, lambda: build_model(run, ranks))
         start.done("model")
