@@ -35,7 +35,6 @@ from preprocess import build_shards
 from preprocess.demo_mix import train_tokenizer
 
 PICTURES = 32
-SAVE_AT = 24  # steps; by the next save, as many later, it is written
 GO_ON = 3  # steps after the resume
 PATIENCE_S = 600.0
 
@@ -148,14 +147,16 @@ def checkpoint_gb(run: Path) -> float:
     return sum(file.stat().st_size for file in (run / "checkpoints").glob("step-*/*")) / 1e9
 
 
-def measure(folder: Path, recipe: str, ranks: int, overrides: list[str], shards: Path | None) -> dict[str, Any]:
+def measure(
+    folder: Path, recipe: str, ranks: int, overrides: list[str], save_at: int, shards: Path | None
+) -> dict[str, Any]:
     run = folder / "run"
     plan = load_recipe(recipe, overrides, planning=True)
     shards = shards or build_set(folder, plan.model)
     towers = write_towers(folder / "towers", plan.model)
     words = [recipe, f"data.shards={shards}", f"data.tokenizer={shards}", f"run.dir={run}", f"weights.towers={towers}"]
     words += ["weights.llm=random", "log.every_steps=1", "log.wandb=off", "steps=1000"]
-    command = [*words, f"checkpoint.every_steps={SAVE_AT}", "checkpoint.keep_last=1", *overrides]
+    command = [*words, f"checkpoint.every_steps={save_at}", "checkpoint.keep_last=1", *overrides]
     results: dict[str, Any] = {"model": plan.model, "ranks": ranks}
     with Life(command, run, ranks) as life:
         results["start"] = life.start_up()
@@ -219,11 +220,12 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", default="pipeline/recipes/emma_v2.toml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--save-at", type=int, default=24, help="steps; as many later the next save waits for this one")
     parser.add_argument("--shards", type=Path, help="a set for the recipe's model, instead of one that is built")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_intermixed_args()
     with scratch(args.folder) as folder:
-        results = measure(folder, args.recipe, args.ranks, args.overrides, args.shards)
+        results = measure(folder, args.recipe, args.ranks, args.overrides, args.save_at, args.shards)
     print(table(results))
     if args.json:
         args.json.write_text(json.dumps(results, indent=2))
