@@ -38,10 +38,13 @@ class Control:
     def refuse(self, reason: str) -> None:
         """Tell the batch script that the same command would be refused again. Nobody else waits for it.
 
-        It cannot go by the exit code: the launcher kills the ranks that end a moment after the first one.
+        It cannot go by the exit code: the launcher kills the ranks that end a moment after the first one. With the job's
+        number, because another job may train in this folder, which was not refused.
         """
-        if "SLURM_JOB_ID" in os.environ and self.folder.is_dir():
-            (self.folder / "refused").write_text(reason + "\n", encoding="utf-8")
+        job = os.environ.get("SLURM_JOB_ID")
+        if job and self.folder.is_dir():
+            with (self.folder / "refused").open("a", encoding="utf-8") as file:
+                file.write(f"{job}\t{reason}\n")
 
     def requests(self) -> tuple[bool, bool]:
         """(stop, save) as this rank sees them."""

@@ -156,6 +156,9 @@ go_on() {
 
 preempted() { [[ $(job_field PreemptTime) == *[0-9]* ]]; }
 
+# By this job's own word: a start in another job is refused because we train here.
+refused() { grep --quiet --no-messages "^$SLURM_JOB_ID"$'\t' "$control/refused"; }
+
 outcome='' reason=''
 if [[ -f $run/outcome.json && $(outcome_stamp) != "$before" ]]; then
   IFS=$'\t' read -r outcome step_now step_then reason < <("${python[@]}" -c 'import json, sys
@@ -163,8 +166,7 @@ word = json.load(open(sys.argv[1]))
 print(*(str(word[key]).replace("\n", " ") for key in ("outcome", "step", "from_step", "reason")), sep="\t")
 ' "$run/outcome.json")
 fi
-[[ ! -f $control/refused ]] || outcome=refused
-((rc == 0)) || [[ $outcome ]] || ((rc != 2 && rc != 3)) || outcome=refused
+if [[ ! $outcome ]] && { ((rc == 2 || rc == 3)) || refused; }; then outcome=refused; fi
 ((rc == 0)) && [[ ! $outcome ]] && fail "$run: training ended without outcome.json"
 
 case $outcome in
@@ -179,7 +181,10 @@ case $outcome in
       go_on 'preempted' "$step_then" "$step_now"
     fi
     ;;
-  refused | failed) exit $((rc ? rc : 1)) ;; # the ranks have said why
+  refused | failed)
+    echo "error: $run: training $outcome, as the ranks have said above; not requeued: mend it, then submit again" >&2
+    exit $((rc ? rc : 1))
+    ;;
   *) # lost: no rank could tell how it ended, or a watchdog ended it
     [[ $warned || ! -e $stop ]] || preempted || exit "$rc" # stopped by hand before
     go_on "${reason:-crashed with exit code $rc}" "$step" "$(step_saved)"

@@ -7,6 +7,7 @@ test_slurm_train_emma.py. Most of the time is SLURM's own waiting, so all storie
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -70,7 +71,8 @@ while time.monotonic() < until and int(os.environ.get("SLURM_RESTART_COUNT", 0))
     if end == "refused":
         if rank == 1:
             time.sleep(9)  # and is killed by then
-        (run / "control/refused").touch()
+        with (run / "control/refused").open("a") as file:
+            file.write(f"{os.environ['SLURM_JOB_ID']}\\tmicro_batch is 3\\n")
         sys.exit(2)
     if save.exists():
         checkpoint()
@@ -308,7 +310,20 @@ def test_what_trying_again_would_not_mend_is_not_tried_again(training):
     job = training.submit("end=failed")
     training.assert_end(job, "FAILED", restarts=0)
     assert training.slurm.job(job)["ExitCode"] == "3:0"
-    training.assert_end(training.submit("end=refused"), "FAILED", restarts=0)
+    log = training.assert_end(training.submit("end=refused"), "FAILED", restarts=0)
+    assert f"error: {training.run}: training refused, as the ranks have said above; not requeued" in log
+
+
+@side_by_side
+def test_a_start_that_is_refused_because_a_job_trains_there_costs_that_job_no_requeue(training):
+    job = training.submit_and_wait_until_running("restarts=1")
+    second = ("--nodes=1", "--ntasks=2", f"--nodelist={CALM}", sys.executable, "-m", "pipeline.train")
+    words = ("recipe.toml", f"run.dir={training.run}", "end=refused")
+    assert training.slurm.run("srun", *second, *words, cwd=training.checkout).returncode != 0
+    assert (training.run / "control/refused").exists()
+    training.slurm.signal(job, "USR1")
+    training.assert_end(job, "COMPLETED", restarts=1)
+    assert training.reasons == ["submitted", "warned of the time limit"]
 
 
 @side_by_side
