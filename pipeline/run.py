@@ -45,7 +45,10 @@ class Run:
                 write_json(self.weights_file, weights)
 
     def end(self, outcome: str, step: int | None, reason: str = "") -> None:
-        """Leave `outcome.json`: "done", "stopped", "failed" or "lost", and from which step this start went on."""
+        """Leave `outcome.json`: "done", "stopped", "failed" or "lost", and from which step this start went on.
+
+        The reason of a stop is who asked for it.
+        """
         if self.begun_at is not None:
             facts = {"outcome": outcome, "step": step, "from_step": self.begun_at, "reason": reason}
             write_json(self.folder / "outcome.json", facts)

@@ -83,10 +83,7 @@ def train(run: Run, ranks: Ranks, start: StartUp) -> int:
             metrics.started(step, start, [*fitted, *report])
             loop = Loop(run, engine, towers, data, heldout, checkpoints, metrics, watchdog)
             step = loop.go_on(step)
-            outcome = "done" if step == data.total_steps else "stopped"
-            metrics.event(outcome, step)
-        if ranks.is_main:
-            run.end(outcome, step)
+            end(run, metrics, step, done=step == data.total_steps)
     return step
 
 
@@ -128,7 +125,6 @@ class Loop:
                     self._save_and_evaluate(step, report)
                     clock.take()  # an evaluation's, or a probe's, are no step's
                 if report.stop and report.finite:
-                    self.run.control.done("stop")
                     break
                 garbage.after(step)
         return step
@@ -182,6 +178,18 @@ class Loop:
         if saved:
             seconds = {"seconds": round(saved.stall_s, 2), "whole_s": round(saved.whole_s, 2)}
             self.metrics.event("save", saved.step, **seconds)
+
+
+def end(run: Run, metrics: Metrics, step: int, done: bool) -> None:
+    """Tell how it ended while the request to stop is still there, and before wandb's last words, which may take long.
+
+    The batch script goes by this word, whatever signals it gets until the ranks are gone.
+    """
+    if run.ranks.is_main:
+        outcome, reason = ("done", "") if done else ("stopped", run.control.asked_to_stop())
+        metrics.event(outcome, step, **({"reason": reason} if reason else {}))
+        run.end(outcome, step, reason)
+        run.control.done("stop")
 
 
 def fit_memory(engine: Any, towers: Towers, recipe: Recipe, data: TrainData) -> list[str]:

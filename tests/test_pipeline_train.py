@@ -144,7 +144,8 @@ def test_a_stop_request_is_agreed_on_saved_and_resumed_at_the_next_step(recipe_f
     (run / "control/stop").touch()
     finish(process)
     stopped = outcome(run)
-    assert stopped["outcome"] == "stopped"
+    assert (stopped["outcome"], stopped["reason"]) == ("stopped", "by hand")
+    assert not (run / "control/stop").exists()
     assert stopped["step"] < STEPS
     assert list_steps(run / "checkpoints")[-1] == stopped["step"]
 
