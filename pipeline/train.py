@@ -273,9 +273,12 @@ def say(ranks: Ranks, line: str) -> None:
 def crash(error: Exception, run: Run | None) -> NoReturn:
     """What nobody foresaw: a traceback, and out at once, so that the other ranks hear of it."""
     traceback.print_exception(error)
-    if run is not None and run.begun_at is not None:
-        with contextlib.suppress(OSError):
-            append_event(run.folder, "failed", None, reason=f"{type(error).__name__}: {first_line(error)}")
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    with contextlib.suppress(OSError):
+        if run is not None and run.begun_at is not None:
+            append_event(run.folder, "failed", None, reason=reason)
+        elif run is not None:
+            run.not_begun(f"failed: {reason}")
     os._exit(1)
 
 

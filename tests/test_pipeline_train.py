@@ -174,6 +174,7 @@ def test_a_run_that_lost_all_its_checkpoints_never_starts_afresh_by_itself(recip
         line = one_line(run_python(*words), code=2)
         assert "holds no good checkpoint" in line
         assert "move it away" in line
+        assert not (run / "control/starting").exists()
 
 
 def test_a_second_training_in_a_folder_where_one_is_going_on_is_refused(recipe_file, shards, tmp_path):
