@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -234,6 +235,8 @@ def main() -> None:
     parser.add_argument("recipe", help="a TOML file; pipeline/recipes has the ones that ship")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in optim.lr=1e-5")
     args = parser.parse_args()
+    # DeepSpeed calls collectives by names that newer versions of torch deprecate.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     recipe: Recipe | None = None
     run: Run | None = None
     start = StartUp()
