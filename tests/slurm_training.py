@@ -20,6 +20,7 @@ def write_checkout(folder: Path) -> None:
     """The real scripts and the real control files, with a recipe and a training that start at once."""
     shutil.copytree(REPOSITORY / "slurm", folder / "slurm")
     (folder / "pipeline").mkdir()
+    (folder / "pipeline/__init__.py").touch()  # else a `pipeline` in the PYTHONPATH would go before this one
     (folder / "pipeline/recipe.py").write_text(RECIPE)
     shutil.copy(REPOSITORY / "pipeline/control.py", folder / "pipeline")
     shutil.copy(REPOSITORY / "tests/slurm_program.py", folder / "pipeline/train.py")
