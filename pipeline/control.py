@@ -1,7 +1,8 @@
 """Requests from outside: a file appears in the run folder, the ranks agree, and the run does it.
 
-A batch script or a person touches `control/stop` or `control/save`. A file survives what a signal does not: launchers,
-loader processes and wandb's helper would all receive the signal too, and die of it.
+A batch script or a person makes `control/stop` or `control/save`; the script writes into it which signal it got. A file
+survives what a signal does not: launchers, loader processes and wandb's helper would all receive the signal too, and
+die of it.
 """
 
 from __future__ import annotations
@@ -38,10 +39,21 @@ class Control:
     def refuse(self, reason: str) -> None:
         """Tell the batch script that the same command would be refused again. Nobody else waits for it.
 
-        It cannot go by the exit code: the launcher kills the ranks that end a moment after the first one.
+        It cannot go by the exit code: the launcher kills the ranks that end a moment after the first one. The line has
+        the job's number, because another job may train in this folder, and that one was not refused.
         """
-        if "SLURM_JOB_ID" in os.environ and self.folder.is_dir():
-            (self.folder / "refused").write_text(reason + "\n", encoding="utf-8")
+        job = os.environ.get("SLURM_JOB_ID")
+        if job and self.folder.is_dir():
+            with (self.folder / "refused").open("a", encoding="utf-8") as file:
+                file.write(f"{job}\t{reason}\n")
+
+    def asked_to_stop(self) -> str:
+        """Who asked for the stop that was agreed on: "by hand", or a signal to the batch script or to us: "by SIG…"."""
+        try:
+            told = (self.folder / "stop").read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            told = "SIGTERM"
+        return f"by {told}" if told.startswith("SIG") else "by hand"
 
     def requests(self) -> tuple[bool, bool]:
         """(stop, save) as this rank sees them."""

@@ -46,11 +46,12 @@ class Ledger:
 
 @dataclass
 class Start:
-    """One start of the command: from which step, when, and how the one before had ended."""
+    """One start of the command: from which step, when, how the one before had ended, seconds by phase to the loop."""
 
     step: int
     time: float
     before: str
+    phases: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -147,7 +148,8 @@ def _ending(line: dict[str, Any]) -> str:
 
 
 def _begin(history: History, line: dict[str, Any]) -> None:
-    began, resuming = line["began"], line.get("start_s", {}).get("checkpoint", 0.0)
+    began, phases = line["began"], line.get("start_s", {})
+    resuming = phases.get("checkpoint", 0.0)
     if history.starts:
         gap = max(0.0, began - history.last_time)
         if history.last_event:
@@ -155,7 +157,7 @@ def _begin(history: History, line: dict[str, Any]) -> None:
         else:
             history.ledger.down += gap
     before = history.last_event or "killed or crashed"
-    history.starts.append(Start(line["step"], began, before if history.starts else ""))
+    history.starts.append(Start(line["step"], began, before if history.starts else "", phases))
     history.ledger.resuming += resuming
     history.ledger.starting += line["time"] - began - resuming
     history.total_steps, history.step = line["total_steps"], line["step"]

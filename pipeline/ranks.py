@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +34,7 @@ class Ranks:
 def find_ranks(device: str) -> Ranks:
     """Read the launcher's variables and set the ones that DeepSpeed reads; it knows none of SLURM's.
 
-    Raises: UserError if the recipe asks for a GPU and there is none.
+    Raises: UserError if the recipe asks for a GPU and there is none, or too few for the ranks of this node.
     """
     if "RANK" not in os.environ:
         inside_srun = "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ
@@ -54,5 +56,30 @@ def _device(device: str, local_rank: int) -> torch.device:
         raise UserError(
             "engine.device is 'cuda', but torch sees no GPU here; use engine.device=cpu or a node that has one"
         )
+    ranks = _ranks_here(local_rank)
+    gpus = _gpus_here(ranks)
+    if ranks > gpus:
+        raise UserError(
+            f"{socket.gethostname()}: {ranks} ranks on {gpus} GPU(s), but each needs one of its own; "
+            f"give as many tasks as GPUs: sbatch --ntasks-per-node={gpus}, torchrun --nproc-per-node={gpus}"
+        )
     # A task that SLURM bound to its own GPU sees that one alone.
     return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def _gpus_here(ranks: int) -> int:
+    """GPUs of this node that the ranks share out among them; a rank that was bound to some of them sees only those."""
+    seen = torch.cuda.device_count()
+    if "LOCAL_WORLD_SIZE" not in os.environ and "SLURM_GPUS_ON_NODE" in os.environ:
+        return max(seen, int(os.environ["SLURM_GPUS_ON_NODE"]))
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return ranks if seen == 1 and len(names) == 1 and names[0] else seen
+
+
+def _ranks_here(local_rank: int) -> int:
+    """As the launcher says: "8", or "8(x2),4" by node. Without a word from it, as far as this rank can tell."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    told = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    by_node = [int(tasks) for tasks, nodes in told for _ in range(int(nodes or 1))]
+    return max(local_rank + 1, by_node[int(os.environ["SLURM_NODEID"])] if by_node else 0)

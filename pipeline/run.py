@@ -27,11 +27,14 @@ class Run:
         self.control = Control(self.folder)
         # The step; None until the folder's checkpoints were found to be this training's.
         self.begun_at: int | None = None
+        # There from the claim to the first step; empty, or with a word on how the start ended before that.
+        self.starting = self.folder / "control/starting"
         if ranks.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.lock = _claim(self.folder / ".lock")
                 self.control.clear()
+                self.starting.write_text("")
             except OSError as error:
                 raise UserError(f"run.dir: {self.folder}: cannot be written ({error}); give one that you own") from None
 
@@ -40,15 +43,28 @@ class Run:
         self.begun_at = step
         if self.ranks.is_main:
             (self.folder / "outcome.json").unlink(missing_ok=True)
+            self.starting.unlink(missing_ok=True)
             write_json(self.folder / "recipe.json", asdict(self.recipe))
             if not self.weights_file.exists():
                 write_json(self.weights_file, weights)
 
     def end(self, outcome: str, step: int | None, reason: str = "") -> None:
-        """Leave `outcome.json`: "done", "stopped", "failed" or "lost", and from which step this start went on."""
+        """Leave `outcome.json`: "done", "stopped", "failed" or "lost", and from which step this start went on.
+
+        The reason of a stop is who asked for it.
+        """
         if self.begun_at is not None:
             facts = {"outcome": outcome, "step": step, "from_step": self.begun_at, "reason": reason}
             write_json(self.folder / "outcome.json", facts)
+        elif outcome == "failed":  # refused: the folder is as it was before
+            self.starting.unlink(missing_ok=True)
+        else:
+            self.not_begun(f"{outcome}: {reason}")
+
+    def not_begun(self, word: str) -> None:
+        """The start ended before its first step. The first rank's word counts: the others' ends come of it."""
+        if self.starting.exists() and not self.starting.stat().st_size:
+            self.starting.write_text(word + "\n", encoding="utf-8")
 
     @property
     def weights_file(self) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -19,18 +20,35 @@ from pipeline.history import ENDS, SLOW_RANK, History, hours, read_history
 from pipeline.status_figure import draw
 
 QUIET_S = 120.0  # a run that says nothing for this long, or for ten of its lines, is taken for dead
+START_S = 1800.0  # the same for a start that loads: as long as its watchdog gives it by default
 LATE_LINES = 10  # of the log that a source's loss is averaged over
 SHOWN_SPIKES = 5
 
 
 def state_of(run: Path, history: History, now: float) -> str:
-    """ "done", "stopped", "failed: …", "lost: …", "running", or "dead" if it ended without a word."""
+    """ "done", "stopped by …", "failed: …", "lost: …", "starting", "running", or "dead" if it ended without a word."""
+    if start := state_of_start(run, now):
+        return start
     outcome = run / "outcome.json"
     if outcome.exists():
         told = json.loads(outcome.read_text(encoding="utf-8"))
-        return told["outcome"] if told["outcome"] in ENDS else f"{told['outcome']}: {told['reason']}"
+        if told["outcome"] in ENDS:
+            return f"{told['outcome']} {told['reason']}".strip()
+        return history.last_event or f"{told['outcome']}: {told['reason']}"
+    if history.last_event:  # a crash tells no outcome, because it is tried again
+        return history.last_event
     silent_s = now - history.last_time
     return "running" if silent_s < max(QUIET_S, 10 * history.line_s) else f"dead: silent for {hours(silent_s)}"
+
+
+def state_of_start(run: Path, now: float) -> str | None:
+    """Of a start that has claimed the folder and not come to its steps; None if there is none."""
+    mark = run / "control/starting"
+    try:
+        word, since_s = mark.read_text(encoding="utf-8").strip(), now - mark.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    return word or ("starting" if since_s < START_S else f"dead: it began to start {hours(since_s)} ago")
 
 
 def table(run: Path, history: History, now: float) -> str:
@@ -70,7 +88,14 @@ def _starts(history: History) -> list[str]:
         f"  {_when(start.time)}  resumed at step {start.step} after it was {start.before}"
         for start in history.starts[1:]
     )
-    return [f"goodput {history.ledger.goodput:.1%}; {len(history.starts)} start(s)", *restarts]
+    return [f"goodput {history.ledger.goodput:.1%}; {len(history.starts)} start(s)", *restarts, *_phases(history)]
+
+
+def _phases(history: History) -> list[str]:
+    """Where the last start's time went."""
+    phases = history.starts[-1].phases if history.starts else {}
+    told = ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items())
+    return [f"last start {sum(phases.values()):.1f} s: {told}"] if phases else []
 
 
 def _when(seconds: float) -> str:
@@ -113,17 +138,23 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the losses there")
     args = parser.parse_args()
-    history, now = read_history(args.run), time.time()
+    now = time.time()
+    state = state_of_start(args.run, now)
+    if state and not (args.run / "metrics.jsonl").exists():
+        print(json.dumps({"state": state}) if args.json else f"{args.run}: {state}; it has not done a step yet")
+        return
+    history = read_history(args.run)
+    if args.png:
+        draw(history, args.png)
     if args.json:
         facts = {**asdict(history), "state": state_of(args.run, history, now), "goodput": history.ledger.goodput}
         print(json.dumps(facts, indent=2))
     else:
         print(table(args.run, history, now))
-    if args.png:
-        draw(history, args.png)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head -1` has read enough
     try:
         main()
     except UserError as error:

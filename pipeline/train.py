@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,10 +87,7 @@ def train(run: Run, ranks: Ranks, start: StartUp) -> int:
             metrics.started(step, start, [*fitted, *report])
             loop = Loop(run, engine, towers, data, heldout, checkpoints, metrics, watchdog)
             step = loop.go_on(step)
-            outcome = "done" if step == data.total_steps else "stopped"
-            metrics.event(outcome, step)
-        if ranks.is_main:
-            run.end(outcome, step)
+            end(run, metrics, step, done=step == data.total_steps)
     return step
 
 
@@ -132,7 +130,6 @@ class Loop:
                     self._save_and_evaluate(step, report)
                     clock.take()  # an evaluation's, or a probe's, are no step's
                 if report.stop and report.finite:
-                    self.run.control.done("stop")
                     break
                 garbage.after(step)
         return step
@@ -188,6 +185,18 @@ class Loop:
             self.metrics.event("save", saved.step, **seconds)
 
 
+def end(run: Run, metrics: Metrics, step: int, done: bool) -> None:
+    """Tell how it ended while the request to stop is still there, and before wandb's last words, which may take long.
+
+    The batch script goes by this word, whatever signals it gets until the ranks are gone.
+    """
+    if run.ranks.is_main:
+        outcome, reason = ("done", "") if done else ("stopped", run.control.asked_to_stop())
+        metrics.event(outcome, step, **({"reason": reason} if reason else {}))
+        run.end(outcome, step, reason)
+        run.control.done("stop")
+
+
 def fit_memory(engine: Any, towers: Towers, recipe: Recipe, data: TrainData) -> list[str]:
     """Recompute as little as the recipe's memory budget allows, if it has one; what was decided.
 
@@ -230,6 +239,8 @@ def main() -> None:
     parser.add_argument("recipe", help="a TOML file; pipeline/recipes has the ones that ship")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in optim.lr=1e-5")
     args = parser.parse_args()
+    # DeepSpeed calls collectives by names that newer versions of torch deprecate.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     recipe: Recipe | None = None
     run: Run | None = None
     start = StartUp()
@@ -269,9 +280,12 @@ def say(ranks: Ranks, line: str) -> None:
 def crash(error: Exception, run: Run | None) -> NoReturn:
     """What nobody foresaw: a traceback, and out at once, so that the other ranks hear of it."""
     traceback.print_exception(error)
-    if run is not None and run.begun_at is not None:
-        with contextlib.suppress(OSError):
-            append_event(run.folder, "failed", None, reason=f"{type(error).__name__}: {first_line(error)}")
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    with contextlib.suppress(OSError):
+        if run is not None and run.begun_at is not None:
+            append_event(run.folder, "failed", None, reason=reason)
+        elif run is not None:
+            run.not_begun(f"failed: {reason}")
     os._exit(1)
 
 

@@ -5,8 +5,11 @@ Whatever ails it, the training does not depend on it; metrics.jsonl is the recor
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import sys
+import threading
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +21,7 @@ from pipeline.recipe import Recipe
 
 # The helper process that wandb starts dies of a preemption's SIGTERM, while we go on to save and stop.
 HELPERS = 3  # that may be lost before we go on without
+FINISH_S = 60.0  # for its last words: without a network they would take until the job's time limit
 SENT_AGAIN = 256  # lines: the last ones of a helper that died may not be written; wandb takes no step twice
 
 
@@ -38,8 +42,17 @@ class WandbRun:
         self._try(lambda: self.run.log(self.sent[-1][1], step=step))
 
     def finish(self, exit_code: int) -> None:
-        if self.run is not None:
-            self._try(lambda: self.run.finish(exit_code=exit_code))
+        if self.run is None:
+            return
+        last_words = threading.Thread(
+            target=lambda: self._try(lambda: self.run.finish(exit_code=exit_code)), daemon=True
+        )
+        last_words.start()
+        last_words.join(FINISH_S)
+        if last_words.is_alive():
+            unsent = f"not all was sent within {FINISH_S:.0f} s; `wandb sync {self.folder}/wandb/run-*` sends the rest"
+            print(f"wandb: {unsent}", flush=True)
+            atexit.register(_leave)  # before what wandb registered, which would wait for the same
 
     def _open(self) -> None:
         import wandb
@@ -81,3 +94,10 @@ class WandbRun:
     def _give_up(self, error: Exception) -> None:
         print(f"wandb: {error}; going on without it", flush=True)
         self.run = None
+
+
+def _leave() -> None:
+    """End this process with the exit code that it would have had."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if hasattr(sys, "last_value") else 0)

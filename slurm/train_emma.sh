@@ -108,21 +108,26 @@ refuse_another_start "$earlier" "$fruitless"
 mkdir -p "$control" || fail "$run: cannot be written; give another run.dir"
 why=submitted
 [[ ! ${SLURM_RESTART_COUNT-} ]] || why='by SLURM: preempted, or a node was lost'
-[[ ! -f $control/requeued ]] || why=$(<"$control/requeued")
+[[ ! -f $control/requeued ]] || IFS=$'\t' read -r requeued because <"$control/requeued" || true
+[[ ${requeued-} != "$job" ]] || why=$because # else it is of a job that was cancelled before it started again
 rm -f "$control"/{stop,save,refused,requeued} # of the start before; training itself leaves them alone in a job
 printf '%s\t%s\t%s\t%s\n' "$(date -u +%FT%TZ)" "$job" "$step" "$why" >>"$starts"
 
 # -- Train ---------------------------------------------------------------------------------------------------------
 
 # The signals come to this script alone, and a file passes them on: a signal to the ranks would also end their helpers.
+# Its content is the signal; a stop by hand has none. Whoever asks first is the one that asked.
 warned='' interrupted=''
 ask_to_stop() {
   interrupted=1
-  echo "SIG$1: asked the run to save and stop"
-  touch "$stop"
+  echo "$1: asked the run to save and stop"
+  echo "$1" >"$stop.new"
+  mv --no-clobber "$stop.new" "$stop" || true
+  rm -f "$stop.new"
 }
-trap '[[ -e $stop ]] || warned=1; ask_to_stop USR1' USR1 # stopped by hand before: it stays stopped
-trap 'ask_to_stop TERM' TERM
+trap 'warned=1; ask_to_stop SIGUSR1' USR1
+trap 'ask_to_stop SIGTERM' TERM
+by_hand() { [[ -e $stop ]] && ! grep --quiet ^SIG "$stop"; }
 
 outcome_stamp() { stat --format='%i %y' "$run/outcome.json" 2>/dev/null || true; }
 before=$(outcome_stamp) # an earlier start's word stays, until training replaces it
@@ -137,24 +142,46 @@ done
 
 # -- And then? -----------------------------------------------------------------------------------------------------
 
-job_field() { scontrol --oneliner show job "$job" | tr ' ' '\n' | sed -n "s/^$1=//p"; }
+# COMMAND …, again and again for two minutes: a controller that is busy or restarts must not cost the run.
+patiently() {
+  local pause
+  for pause in 1 2 5 10 20 40 42; do
+    "$@" && return
+    sleep "$pause"
+  done
+  "$@"
+}
+
+job_field() {
+  local facts
+  facts=$(patiently scontrol --oneliner show job "$job") ||
+    fail "job $job: the controller does not answer, so it is not requeued; submit again to go on"
+  tr ' ' '\n' <<<"$facts" | sed -n "s/^$1=//p"
+}
 
 # Requeue the job and end, if it is ours to do so and not the last start that it may have: go_on WHY STEP STEP_NOW
 go_on() {
   # After scancel, the time limit or a preemption without grace time the job is COMPLETING: it stays ended, or SLURM
   # requeues it. With grace time only the ranks are told, and a job that then ends in time counts as COMPLETED.
   local state
-  state=$(job_field JobState)
+  state=$(job_field JobState) || exit
   [[ $state == RUNNING ]] || { echo "$1; the job is ${state:-unknown} and not requeued from here" && exit "$rc"; }
   (($3 > $2)) && fruitless=0 || fruitless=$((fruitless + 1))
   refuse_another_start $((earlier + 1)) "$fruitless" "$1"
   echo "$1; requeued"
-  echo "$1" >"$control/requeued"
-  scontrol requeue "$job"
+  printf '%s\t%s\n' "$job" "$1" >"$control/requeued"
+  patiently scontrol requeue "$job" || fail "job $job: the controller would not requeue it; submit again to go on"
   exit
 }
 
-preempted() { [[ $(job_field PreemptTime) == *[0-9]* ]]; }
+preempted() {
+  local when
+  when=$(job_field PreemptTime) || exit
+  [[ $when == *[0-9]* ]]
+}
+
+# By this job's own word: a start in another job is refused because we train here.
+refused() { grep --quiet --no-messages "^${SLURM_JOB_ID-}"$'\t' "$control/refused"; }
 
 outcome='' reason=''
 if [[ -f $run/outcome.json && $(outcome_stamp) != "$before" ]]; then
@@ -163,15 +190,16 @@ word = json.load(open(sys.argv[1]))
 print(*(str(word[key]).replace("\n", " ") for key in ("outcome", "step", "from_step", "reason")), sep="\t")
 ' "$run/outcome.json")
 fi
-[[ ! -f $control/refused ]] || outcome=refused
-((rc == 0)) || [[ $outcome ]] || ((rc != 2 && rc != 3)) || outcome=refused
+if [[ ! $outcome ]] && { ((rc == 2 || rc == 3)) || refused; }; then outcome=refused; fi
 ((rc == 0)) && [[ ! $outcome ]] && fail "$run: training ended without outcome.json"
 
 case $outcome in
   done) echo "done at step $step_now" ;;
   stopped)
-    echo "stopped at step $step_now"
-    if [[ $warned ]]; then
+    echo "stopped at step $step_now $reason"
+    if [[ $reason == 'by hand' ]]; then
+      exit 0
+    elif [[ $warned ]]; then
       ((step_now > step_then)) ||
         fail "$run: not one step from the start to the signal; give the job more --time than --signal takes"
       go_on 'warned of the time limit' "$step_then" "$step_now"
@@ -179,9 +207,12 @@ case $outcome in
       go_on 'preempted' "$step_then" "$step_now"
     fi
     ;;
-  refused | failed) exit $((rc ? rc : 1)) ;; # the ranks have said why
+  refused | failed)
+    echo "error: $run: training $outcome, as the ranks have said above; not requeued: mend it, then submit again" >&2
+    exit $((rc ? rc : 1))
+    ;;
   *) # lost: no rank could tell how it ended, or a watchdog ended it
-    [[ $warned || ! -e $stop ]] || preempted || exit "$rc" # stopped by hand before
+    ! by_hand || { echo "stopped by hand, and lost before it had saved; not requeued" && exit "$rc"; }
     go_on "${reason:-crashed with exit code $rc}" "$step" "$(step_saved)"
     ;;
 esac

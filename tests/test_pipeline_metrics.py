@@ -128,7 +128,8 @@ def test_wandb_has_every_step_though_its_helper_died_and_the_run_was_resumed(rec
     for member in family:  # as a preemption does
         member.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 0
-    assert json.loads((run / "outcome.json").read_text())["outcome"] == "stopped"
+    told = json.loads((run / "outcome.json").read_text())
+    assert (told["outcome"], told["reason"]) == ("stopped", "by SIGTERM")
     identity = (run / "wandb_id").read_text()
 
     done = run_python(*command)
@@ -137,6 +138,39 @@ def test_wandb_has_every_step_though_its_helper_died_and_the_run_was_resumed(rec
     files = list(run.glob(f"wandb/offline-run-*-{identity}/*.wandb"))
     assert len(list(run.glob("wandb/offline-run-*"))) == len(files)
     assert {step for file in files for step in logged_steps(file.read_bytes())} == set(range(1, steps + 1))
+
+
+SILENT_WANDB = """
+import atexit, time
+from pathlib import Path
+
+def init(**settings):
+    atexit.register(time.sleep, 900)
+    return Run()
+
+def Settings(**_):
+    return None
+
+class Run:
+    def log(self, values, step):
+        pass
+
+    def finish(self, exit_code):
+        outcome = Path("{run}/outcome.json")
+        print("the outcome is told" if outcome.exists() else "too early", flush=True)
+        time.sleep(900)
+"""
+IMPATIENT = "from pipeline import train, wandb_run; wandb_run.FINISH_S = 1; train.main()"
+
+
+def test_a_wandb_without_end_comes_after_the_outcome_and_holds_it_up_for_a_while_only(recipe_file, shards, tmp_path):
+    run = tmp_path / "run"
+    (tmp_path / "wandb.py").write_text(SILENT_WANDB.format(run=run))
+    _, _, *recipe = words(recipe_file, shards, run, "log.wandb=online", "steps=2")
+    done = run_python("-c", IMPATIENT, *recipe, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "the outcome is told" in done.stdout
+    assert f"wandb: not all was sent within 1 s; `wandb sync {run}/wandb/run-*` sends the rest" in done.stdout
 
 
 def logged_steps(data):

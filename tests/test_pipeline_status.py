@@ -1,13 +1,22 @@
 """The ledger adds up: every second of a run with a crash and a stop is named once."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 
 import pytest
+import torch
 
 from model.errors import UserError
 from pipeline.history import has_event, read_history, tell
+from pipeline.ranks import Ranks
+from pipeline.recipe import load_recipe
+from pipeline.run import Run
 from pipeline.status import state_of, table
 from pipeline.status_figure import draw
+from tests.conftest import REPOSITORY, run_python
 
 SPEEDS = {"speed/samples_per_s": 1.6, "speed/tokens_per_s": 1600.0, "speed/mfu": 0.4, "data/padding_ratio": 0.01}
 SLOW = {"ranks/slowest": 3, "ranks/slowest_ratio": 1.5}
@@ -133,6 +142,7 @@ def test_a_log_line_that_covers_old_and_new_steps_is_divided():
         (None, 5, "running"),
         (None, 500, "dead: silent for 0:08:20"),
         ({"outcome": "done", "step": 6, "reason": ""}, 500, "done"),
+        ({"outcome": "stopped", "step": 6, "reason": "by hand"}, 500, "stopped by hand"),
         ({"outcome": "failed", "step": None, "reason": "no finite loss"}, 5, "failed: no finite loss"),
         ({"outcome": "lost", "step": 6, "reason": "rank 1 has ended"}, 5, "lost: rank 1 has ended"),
     ],
@@ -143,6 +153,76 @@ def test_the_state_is_read_off_the_outcome_and_the_silence(tmp_path, outcome, si
     history = tell(LINES[:4])
     assert state_of(tmp_path, history, now=history.last_time + silent_s) == state
     assert state in table(tmp_path, history, now=history.last_time + silent_s)
+
+
+def test_a_crash_is_told_with_its_reason_whatever_the_other_ranks_made_of_it(tmp_path):
+    crash = event("failed", None, 134, reason="RuntimeError: out of memory")
+    history = tell([*LINES[:4], crash])
+    assert state_of(tmp_path, history, now=135) == state_of(tmp_path, history, now=9999)
+    assert state_of(tmp_path, history, now=135) == "failed: RuntimeError: out of memory"
+    lost = {"outcome": "lost", "step": 4, "reason": "rank 1 has ended"}
+    (tmp_path / "outcome.json").write_text(json.dumps(lost))
+    history = tell([*LINES[:4], crash, event("lost", 4, 135, reason="rank 1 has ended")])
+    assert state_of(tmp_path, history, now=136) == "failed: RuntimeError: out of memory"
+
+
+@pytest.fixture
+def loading(recipe_file, tmp_path):
+    """A start in a folder whose run had been stopped."""
+    (tmp_path / "outcome.json").write_text(json.dumps({"outcome": "stopped", "step": 5, "reason": "by SIGUSR1"}))
+    recipe = load_recipe(recipe_file, [f"run.dir={tmp_path}"], planning=True)
+    run = Run(recipe, Ranks(0, 0, 1, torch.device("cpu")))
+    yield run
+    run.lock.close()
+
+
+def state_later(run, seconds):
+    return state_of(run.folder, tell(LINES[:9]), now=time.time() + seconds)
+
+
+def test_a_start_that_loads_is_neither_stopped_nor_dead_but_not_for_ever(loading):
+    assert state_later(loading, 300) == "starting"
+    assert state_later(loading, 3 * 3600) == "dead: it began to start 3:00:00 ago"
+    loading.begin(5, {})
+    assert state_later(loading, 0) == "stopped", "the word of metrics.jsonl, now that this start can tell there"
+
+
+def test_a_start_that_is_refused_leaves_the_state_as_it_was(loading):
+    loading.end("failed", None, "optim.lr was 0.001, now 0.003")
+    assert state_later(loading, 0) == "stopped by SIGUSR1"
+    loading.end("lost", 0, "rank 0 has ended")
+    assert state_later(loading, 0) == "stopped by SIGUSR1"
+
+
+def test_of_a_start_that_is_lost_before_its_first_step_the_first_word_counts(loading):
+    loading.not_begun("failed: OSError: no such device")
+    loading.end("lost", 0, "rank 1 has ended")
+    assert state_later(loading, 0) == "failed: OSError: no such device"
+
+
+def test_a_crash_before_and_after_the_first_step_is_told(recipe_file, shards, tmp_path):
+    words = [recipe_file, f"data.shards={shards}", f"run.dir={tmp_path}"]
+    for place in ("build_engine", "Loop.go_on"):
+        crashing = f"from pipeline import train; train.{place} = lambda *_: 1 / 0; train.main()"
+        assert run_python("-c", crashing, *words).returncode == 1
+        told = run_python("-m", "pipeline.status", tmp_path).stdout
+        assert told.startswith(f"{tmp_path}: failed: ZeroDivisionError: division by zero"), place
+
+
+def test_how_long_the_last_start_took_is_told_by_phase(tmp_path):
+    told = table(tmp_path, tell(LINES[:10]), now=208)
+    assert "last start 4.0 s: imports 1.0, checkpoint 3.0\n" in told + "\n"
+    assert "last start" not in table(tmp_path, tell(LINES[:9]), now=208), "an earlier version tells of no phases"
+
+
+def test_a_reader_that_has_read_enough_ends_it_quietly(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, LINES)))
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "pipeline.status", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.stderr == ""
 
 
 def test_a_line_that_was_cut_off_by_a_kill_is_passed_over(tmp_path):

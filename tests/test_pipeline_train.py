@@ -145,7 +145,8 @@ def test_a_stop_request_is_agreed_on_saved_and_resumed_at_the_next_step(recipe_f
     (run / "control/stop").touch()
     finish(process)
     stopped = outcome(run)
-    assert stopped["outcome"] == "stopped"
+    assert (stopped["outcome"], stopped["reason"]) == ("stopped", "by hand")
+    assert not (run / "control/stop").exists()
     assert stopped["step"] < STEPS
     assert list_steps(run / "checkpoints")[-1] == stopped["step"]
 
@@ -174,15 +175,21 @@ def test_a_run_that_lost_all_its_checkpoints_never_starts_afresh_by_itself(recip
         line = one_line(run_python(*words), code=2)
         assert "holds no good checkpoint" in line
         assert "move it away" in line
+        assert not (run / "control/starting").exists()
 
 
 def test_a_second_training_in_a_folder_where_one_is_going_on_is_refused(recipe_file, shards, tmp_path):
     run = tmp_path / "run"
-    run.mkdir()
+    (run / "control").mkdir(parents=True)
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another process trains here" in one_line(run_python(*command(recipe_file, shards, run)), code=2)
+        for job in ("77", "78"):
+            second = run_python(*command(recipe_file, shards, run), SLURM_JOB_ID=job)
+            assert "another process trains here" in one_line(second, code=2)
     assert not (run / "metrics.jsonl").exists()
+    told = [line.split("\t") for line in (run / "control/refused").read_text().splitlines()]
+    assert [job for job, _ in told] == ["77", "78"], "the jobs that were refused, not the one that trains"
+    assert "another process trains here" in told[0][1]
 
 
 def test_of_two_starts_in_the_same_instant_one_is_refused(recipe_file, tmp_path):

@@ -1,128 +1,20 @@
 """Which ends of a job lead to a requeue: the real batch script on a real controller, with a program that only counts.
 
 What the batch script goes by is the contract of `pipeline.train`: the files in control/, checkpoints/latest,
-outcome.json and the exit code. The program below keeps it and starts at once; real training is in
+outcome.json and the exit code. slurm_program.py keeps it and starts at once; real training is in
 test_slurm_train_emma.py. Most of the time is SLURM's own waiting, so all stories are told side by side.
 """
 
-import json
-import shutil
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from tests.slurm_cluster import NODES, REPOSITORY, SlurmCluster, wait_until
+from tests.slurm_training import CALM, STORMY, Training, scontrol_fails, write_checkout
 
-CALM, *STORMY = NODES
 GOLDEN = REPOSITORY / "tests/golden"
-
-RECIPE = """
-import sys
-print(next(word for word in sys.argv if word.startswith("run.dir="))[len("run.dir="):])
-"""
-
-# It trains until it is told to stop, or until SLURM has restarted it `restarts` times; before, it may `end` otherwise.
-TRAIN = """
-import json, os, signal, sys, time
-from pathlib import Path
-
-told = dict(word.split("=", 1) for word in sys.argv[2:])
-run, rank, end = Path(told["run.dir"]), int(os.environ["SLURM_PROCID"]), told.get("end", "")
-stop, save, latest = run / "control/stop", run / "control/save", run / "checkpoints/latest"
-terminated = []  # by a preemption, or because another rank died; then all collectives hang
-signal.signal(signal.SIGTERM, lambda *_: terminated.append(1))
-step = began = int(latest.read_text()[5:]) if latest.exists() else 0
-
-def checkpoint():
-    if rank == 0:
-        latest.parent.mkdir(exist_ok=True)
-        latest.with_name("new").write_text(f"step-{step:08d}\\n")
-        latest.with_name("new").replace(latest)
-
-def leave(outcome, code, reason=""):
-    if rank == 0:
-        word = {"outcome": outcome, "step": step, "from_step": began, "reason": reason}
-        (run / "outcome.json").write_text(json.dumps(word))
-        stop.unlink(missing_ok=True)
-    sys.exit(code)
-
-if end == "environment":
-    told_by_slurm = " ".join(f"{name}={os.environ[name]}" for name in told["names"].split(","))
-    (run / f"environment-{rank:02}").write_text(told_by_slurm + "\\n")
-if rank == 0:
-    (run / "outcome.json").unlink(missing_ok=True)
-(run / f"running-{rank}").touch()
-until = time.monotonic() + 300  # should the cluster be gone
-while time.monotonic() < until and int(os.environ.get("SLURM_RESTART_COUNT", 0)) < int(told.get("restarts", 99)):
-    time.sleep(0.1)
-    step += "stuck" not in told
-    if "stuck" not in told and end in ("killed", "lost"):
-        checkpoint()
-    if rank == 1 and end == "killed":
-        time.sleep(0.3)
-        os.kill(os.getpid(), signal.SIGKILL)
-    if end == "lost":
-        leave("lost", 4, "step 2 took 900 s")
-    if end == "failed":
-        leave("failed", 3)
-    if end == "refused":
-        if rank == 1:
-            time.sleep(9)  # and is killed by then
-        (run / "control/refused").touch()
-        sys.exit(2)
-    if save.exists():
-        checkpoint()
-        save.unlink(missing_ok=True)
-    if (stop.exists() or terminated) and end not in ("deaf", "killed"):
-        time.sleep(0.3)
-        (run / f"running-{rank}").unlink()
-        checkpoint()
-        leave("stopped", 0)
-checkpoint()
-leave("done", 0)
-"""
-
-
-class Training:
-    """Jobs of two tasks that train in one run folder."""
-
-    def __init__(self, slurm: SlurmCluster, checkout: Path, run: Path) -> None:
-        self.slurm, self.checkout, self.run = slurm, checkout, run
-
-    def submit(self, *words: str, node: str = CALM, **environment: str) -> str:
-        options, overrides = ([w for w in words if w.startswith("--") == dashed] for dashed in (True, False))
-        size = ("--gpus-per-node=0", "--ntasks-per-node=2", "--cpus-per-task=1")
-        where = () if any("exclude" in word or "nodes" in word for word in options) else (f"--nodelist={node}",)
-        recipe = ("recipe.toml", f"run.dir={self.run}", *overrides)
-        script = "slurm/train_emma.sh"
-        return self.slurm.submit(*size, *where, *options, script, *recipe, checkout=self.checkout, **environment)
-
-    def wait_until_running(self) -> None:
-        wait_until(lambda: len(list(self.run.glob("running-*"))) == 2, "both ranks to run")
-
-    def submit_and_wait_until_running(self, *words: str, **more: str) -> str:
-        for mark in self.run.glob("running-*"):
-            mark.unlink()
-        job = self.submit(*words, **more)
-        self.wait_until_running()
-        return job
-
-    def assert_end(self, job: str, state: str, restarts: int) -> str:
-        """The job's log, for more."""
-        ended, log = self.slurm.wait_for(job), self.slurm.log(job)
-        assert (ended, self.slurm.job(job)["Restarts"]) == (state, str(restarts)), log
-        return log
-
-    @property
-    def outcome(self) -> str:
-        return json.loads((self.run / "outcome.json").read_text())["outcome"]
-
-    @property
-    def reasons(self) -> list[str]:
-        """Why each start came about."""
-        return [line.split("\t")[3] for line in (self.run / "control/starts.tsv").read_text().splitlines()]
 
 
 Story = Callable[[Training], None]
@@ -145,10 +37,7 @@ def told(
     request: pytest.FixtureRequest, slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[None]]]:
     checkout = tmp_path_factory.mktemp("checkout")
-    shutil.copytree(REPOSITORY / "slurm", checkout / "slurm")
-    (checkout / "pipeline").mkdir()
-    for name, program in (("recipe", RECIPE), ("train", TRAIN)):
-        (checkout / f"pipeline/{name}.py").write_text(program)
+    write_checkout(checkout)
     chosen = [item.name for item in request.session.items if item.name in STORIES]
     with ThreadPoolExecutor(max_workers=len(chosen)) as pool:
         yield {
@@ -221,6 +110,28 @@ def test_a_stop_by_hand_stands_even_if_the_warning_comes_after_it_and_is_forgott
     (training.run / "control/stop").touch()
     training.assert_end(training.submit("restarts=0"), "COMPLETED", restarts=0)
     assert training.outcome == "done"
+
+
+@side_by_side
+def test_a_stop_by_hand_stands_even_if_the_warning_comes_while_the_ranks_say_goodbye(training):
+    job = training.submit_and_wait_until_running("goodbye_s=5")
+    (training.run / "control/stop").touch()
+    wait_until(lambda: (training.run / "outcome.json").exists(), "the outcome")
+    wait_until(lambda: not (training.run / "control/stop").exists(), "the request to be done with")
+    training.slurm.signal(job, "USR1")
+    log = training.assert_end(job, "COMPLETED", restarts=0)
+    assert "SIGUSR1: asked" in log, "it must come before the end"
+    assert "by hand" in log
+    assert training.outcome == "stopped"
+
+
+@side_by_side
+def test_a_rank_that_is_killed_after_a_stop_by_hand_is_not_tried_again(training):
+    job = training.submit_and_wait_until_running("end=deaf")
+    (training.run / "control/stop").touch()
+    training.slurm.signal(job, "USR1")
+    training.slurm.run("scancel", "--signal=KILL", f"{job}.0")
+    assert "stopped by hand, and lost before it had saved" in training.assert_end(job, "FAILED", restarts=0)
 
 
 @side_by_side
@@ -308,7 +219,20 @@ def test_what_trying_again_would_not_mend_is_not_tried_again(training):
     job = training.submit("end=failed")
     training.assert_end(job, "FAILED", restarts=0)
     assert training.slurm.job(job)["ExitCode"] == "3:0"
-    training.assert_end(training.submit("end=refused"), "FAILED", restarts=0)
+    log = training.assert_end(training.submit("end=refused"), "FAILED", restarts=0)
+    assert f"error: {training.run}: training refused, as the ranks have said above; not requeued" in log
+
+
+@side_by_side
+def test_a_start_that_is_refused_because_a_job_trains_there_costs_that_job_no_requeue(training):
+    job = training.submit_and_wait_until_running("restarts=1")
+    second = ("--nodes=1", "--ntasks=2", f"--nodelist={CALM}", sys.executable, "-m", "pipeline.train")
+    words = ("recipe.toml", f"run.dir={training.run}", "end=refused")
+    assert training.slurm.run("srun", *second, *words, cwd=training.checkout).returncode != 0
+    assert (training.run / "control/refused").exists()
+    training.slurm.signal(job, "USR1")
+    training.assert_end(job, "COMPLETED", restarts=1)
+    assert training.reasons == ["submitted", "warned of the time limit"]
 
 
 @side_by_side
@@ -336,6 +260,35 @@ def test_only_the_warned_task_of_an_array_is_requeued(training):
     other = training.slurm.job(f"{job}_2")
     assert (other["JobState"], other["Restarts"]) == ("RUNNING", "0")
     training.slurm.run("scancel", job)
+
+
+@side_by_side
+def test_a_controller_that_does_not_answer_once_costs_no_run(training):
+    job = training.submit("restarts=1", EMMA_ENV=scontrol_fails(training, "--oneliner", "requeue", times=1))
+    training.wait_until_running()
+    training.slurm.signal(job, "USR1")
+    log = training.assert_end(job, "COMPLETED", restarts=1)
+    assert log.count("no controller") == 2
+
+
+@side_by_side
+def test_a_controller_that_answers_no_more_ends_the_job_with_one_line(training):
+    job = training.submit(EMMA_ENV=scontrol_fails(training, "requeue", times=99))
+    training.wait_until_running()
+    training.slurm.signal(job, "USR1")
+    log = training.assert_end(job, "FAILED", restarts=0)
+    assert log.endswith(f"error: job {job}: the controller would not requeue it; submit again to go on\n")
+
+
+@side_by_side
+def test_the_reason_of_a_requeue_that_was_cancelled_is_not_the_next_jobs(training):
+    job = training.submit_and_wait_until_running()
+    training.slurm.signal(job, "USR1")
+    wait_until(lambda: training.slurm.job(job)["JobState"] == "PENDING", "the requeue")
+    training.slurm.run("scancel", job)
+    assert (training.run / "control/requeued").read_text() == f"{job}\twarned of the time limit\n"
+    training.assert_end(training.submit("restarts=0"), "COMPLETED", restarts=0)
+    assert training.reasons == ["submitted", "submitted"]
 
 
 @side_by_side

@@ -129,6 +129,23 @@ def test_two_nodes_survive_a_killed_loading_process(slurm, submit, tmp_path):
     assert sorted(set(steps_of(run))) == list(range(1, STEPS + 1))
 
 
+def test_a_killed_rank_is_requeued_and_goes_on_from_the_newest_checkpoint(slurm, submit, tmp_path):
+    run = tmp_path / "run"
+    job = submit("checkpoint.every_steps=2")
+    slurm.wait_during(job, (run / "metrics.jsonl").exists, "the loop")
+    [rank] = [rank for rank in ranks_of(run) if rank.environ().get("SLURM_PROCID") == "1"]
+    slurm.wait_during(job, (run / "checkpoints/latest").exists, "a checkpoint")
+    rank.kill()
+    assert_done(slurm, job, run, restarts=1)
+    assert "Traceback" not in slurm.log(job)
+    [first, second] = [line.split("\t") for line in (run / "control/starts.tsv").read_text().splitlines()]
+    assert (first[3], int(first[2])) == ("submitted", 0)
+    assert second[3] in ("rank 1 has ended", "crashed with exit code 137"), "who is faster: the watchdog or srun"
+    assert int(second[2]) >= 2
+    assert steps_of(run).count(1) == 1, "it does not begin again"
+    assert sorted(set(steps_of(run))) == list(range(1, STEPS + 1))
+
+
 def ranks_of(run: Path) -> list[psutil.Process]:
     return [p for p in psutil.process_iter() if "pipeline.train" in (told := told_to(p)) and f"run.dir={run}" in told]
 
