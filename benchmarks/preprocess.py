@@ -36,6 +36,7 @@ from model.config import preset
 from preprocess import build_shards, images
 from preprocess.prompts import encode_dialogue, load_tokenizer
 from preprocess.squash import squash
+from preprocess.task import TEXTS_AT_ONCE
 from tests.golden_tokenizer import gpt_neox
 
 MODEL = "emma_v2"
@@ -213,13 +214,15 @@ def parts(root: Path, out: Path, rows: Rows) -> dict[str, float]:
 
     picture, encoded = "", b""
     with out.open("wb") as file:
-        for row in rows:
+        for number, row in enumerate(rows):
+            if number % TEXTS_AT_ONCE == 0:
+                for each in rows[number : number + TEXTS_AT_ONCE]:
+                    turns = each["conversations"]
+                    timed("tokenise", encode_dialogue, turns, CONFIG.template, tokenizer, CONFIG.max_text_tokens)
             if row["image"] != picture:
                 picture = row["image"]
                 pixels = timed("decode", images.decode_rgb, timed("read", (root / picture).read_bytes))
                 encoded = timed("encode", images.encode_jpeg, timed("resize", squash, pixels, PX))
-            turns = row["conversations"]
-            timed("tokenise", encode_dialogue, turns, CONFIG.template, tokenizer, CONFIG.max_text_tokens)
             timed("hash", hashlib.sha256, encoded)
             timed("write", file.write, encoded)
     return {name: value / 1e9 for name, value in took.items()}
