@@ -44,12 +44,12 @@ class MicroBatch:
 
     tokens: torch.Tensor  # [b, t] int64, padded on the right
     targets: torch.Tensor  # [b, t] int64, IGNORED where not supervised
-    pixels: torch.Tensor | None  # [b, 3, h, w] uint8
+    pixels: torch.Tensor | None  # [b, 3, h, w] uint8; in memory as decoded, colours last, until `to`
     real: torch.Tensor  # [b] bool
     slow: tuple[tuple[str, str, float], ...] = ()  # reads that took long: shard, key, seconds
 
     def to(self, device: torch.device) -> MicroBatch:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True).contiguous())
 
     def pin_memory(self) -> MicroBatch:
         return self._each(torch.Tensor.pin_memory)
@@ -87,7 +87,7 @@ def collate(rows: list[tuple[Sample, Pixels | None]], real: npt.NDArray[np.bool_
             targets[i, start:end] = ids[start:end]
     pictures = [pixels for _, pixels in rows if pixels is not None]
     assert len(pictures) in (0, len(rows)), "a global batch is of one modality"
-    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous() if pictures else None
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) if pictures else None
     return MicroBatch(tokens, targets, pixels, torch.from_numpy(real))
 
 

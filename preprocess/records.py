@@ -14,10 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from preprocess import images
 
 TOKENS, META = "tokens.npy", "json"
+NPY_PREAMBLE = 10  # bytes of an array's file before its header, whose length the last two of them are
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,16 @@ def _npy_header(count: int) -> bytes:
     return buffer.getvalue()
 
 
+def _token_ids(data: bytes) -> npt.NDArray[np.uint16]:
+    """As `np.load` reads them; it would parse the header as Python each time. Raises: ValueError."""
+    size = NPY_PREAMBLE + int.from_bytes(data[NPY_PREAMBLE - 2 : NPY_PREAMBLE], "little")
+    if data[:size] != _npy_header((len(data) - size) // 2):
+        return np.load(
+            io.BytesIO(data), allow_pickle=False
+        )  # not as we write them: it may know them, or says what is wrong
+    return np.frombuffer(data, "<u2", offset=size)
+
+
 def from_fields(fields: Mapping[str, bytes], key: str = "") -> Sample:
     """Reads what `to_fields` wrote; `__…__` entries, which stock readers add, are not fields."""
     pictures = [name for name in fields if name not in (TOKENS, META) and not name.startswith("__")]
@@ -85,8 +97,17 @@ def from_payloads(key: str, tokens: bytes, meta: bytes, image: bytes | None, ima
     """For readers that take payloads from the index: it does not tell the picture's format, and none is needed."""
     about = json.loads(meta)
     spans = [(start, end) for start, end in about["spans"]]
-    ids = np.load(io.BytesIO(tokens), allow_pickle=False)
-    return Sample(key, ids, spans, image, image_format, about["source"], about["id"], about["row"], about["picture"])
+    return Sample(
+        key,
+        _token_ids(tokens),
+        spans,
+        image,
+        image_format,
+        about["source"],
+        about["id"],
+        about["row"],
+        about["picture"],
+    )
 
 
 def decode_pixels(sample: Sample, image_px: int | None = None) -> np.ndarray:

@@ -65,9 +65,9 @@ def picture_path(prefix: str, picture: str) -> str:
     path = PurePosixPath(picture.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", picture):
         raise Rejected("picture_path_escapes", repr(picture))
-    if clean_text(picture) != picture:
+    if _UNWANTED.search(picture):
         raise Rejected("picture_path_invalid", repr(picture))
-    return str(PurePosixPath(prefix) / path)
+    return str(PurePosixPath(prefix, path))
 
 
 def _llava(row: dict[str, Any]) -> tuple[str | None, list[Turn]]:

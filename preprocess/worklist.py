@@ -12,7 +12,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any
 
 from model.errors import UserError
@@ -99,7 +98,7 @@ def _lines(
                 write_reject(reject(source.name, row, row_id(source, row, value), error).to_line())
                 continue
             if dialogue.picture:
-                folders[str(PurePosixPath(dialogue.picture).parent)] += 1
+                folders[dialogue.picture.rpartition("/")[0] or "."] += 1
             yield to_line(dialogue)
 
 

@@ -72,6 +72,21 @@ def test_an_epoch_begun_in_the_middle_goes_on_where_it_would_have(recipe_file, s
     assert (late.ids == whole[3].ids).all()
 
 
+@pytest.mark.parametrize("first", [3, 2])
+def test_loading_processes_that_start_early_serve_the_step_that_was_expected_and_no_other(recipe_file, shards, first):
+    whole = list(train_data(recipe_file, shards).from_step(0))
+    data = train_data(recipe_file, shards, 1, 0, "data.workers=2")
+    data.expect(3)
+    assert data._expected is not None
+    _, early = data._expected
+    batches = data.from_step(first)
+    found = next(batches)
+    assert (found.ids == whole[first].ids).all()
+    assert torch.equal(found.micro_batches[0].tokens, whole[first].micro_batches[0].tokens)
+    assert (early._rcvd_idx > 0) is (first == 3)
+    batches.close()
+
+
 def test_reading_again_and_again_leaves_no_threads_behind(recipe_file, shards):
     data = train_data(recipe_file, shards)
     next(data.from_step(0))
