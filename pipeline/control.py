@@ -47,7 +47,7 @@ class Control:
             with (self.folder / "refused").open("a", encoding="utf-8") as file:
                 file.write(f"{job}\t{reason}\n")
 
-    def asked_to_stop(self) -> str:
+    def who_asked_to_stop(self) -> str:
         """Who asked for the stop that was agreed on: "by hand", or a signal to the batch script or to us: "by SIG…"."""
         try:
             told = (self.folder / "stop").read_text(encoding="utf-8").strip()

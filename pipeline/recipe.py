@@ -143,7 +143,7 @@ class Evaluate:
 class Watchdog:
     """A step longer than `slow_factor` times the usual, and than `least_s`, ends the run, to be tried again; 0: never.
 
-    `first_s`: what the start, each of the first steps, a save and an evaluation may take.
+    `first_s`: what the start, each of the first steps, a save, an evaluation and wandb's end may take.
     """
 
     slow_factor: float = 20.0

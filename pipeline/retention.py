@@ -12,14 +12,13 @@ from pipeline.checkpoint_folder import PRUNED
 def kept(steps: Collection[int], good: Collection[int], keep_last: int, keep_every: int, room: bool) -> set[int]:
     """Of the checkpoints of these steps. `good`: those that this start wrote, or verified.
 
-    The others may have been damaged since they were written. They go when there are enough good ones, and before that
-    only if there is no `room` for the next save.
+    The others may have been damaged since they were written: as long as there are not enough good ones, as many of them
+    are kept besides, if there is `room` for the next save.
     """
-    newest = sorted(good)[-keep_last:]
+    newest, others = sorted(good)[-keep_last:], sorted(set(steps) - set(good))
     forever = {step for step in steps if keep_every and step % keep_every == 0}
-    if len(newest) < keep_last:
-        newest = sorted(steps)[0 if room else -keep_last :]
-    return forever | set(newest)
+    missing = keep_last - len(newest)
+    return forever.union(newest, others[-(keep_last if room else missing) :] if missing else ())
 
 
 def prune(folders: Iterable[Path]) -> Iterator[str]:

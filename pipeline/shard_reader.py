@@ -66,7 +66,10 @@ class ShardReader:
 
     @functools.cached_property
     def index(self) -> Any:
-        return load_index(self.folder)
+        try:
+            return load_index(self.folder)
+        except OSError as error:
+            raise LostDataError(f"{self.folder}: {socket.gethostname()} cannot read its index ({error})") from error
 
     @functools.cached_property
     def columns(self) -> dict[str, np.ndarray]:

@@ -82,7 +82,7 @@ class Snapshot:
 
     def whole_files(self, layout: Layout, files: Mapping[str, dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Those of a checkpoint's files that lie as this rank's buffers do -> the copies that they fill."""
-        named = {self._same(layout, index, kind): copy for (index, kind), copy in self.memory.items()}
+        named = {self._file_like(layout, index, kind): copy for (index, kind), copy in self.memory.items()}
         return {name: copy for name, copy in named.items() if name in files and files[name]["bytes"] == copy.nbytes}
 
     def read(self, folder: Path, layout: Layout, but_for: Collection[str]) -> None:
@@ -94,7 +94,7 @@ class Snapshot:
             tasks = [
                 pool.submit(fill, copy, folder, kind, layout.reads(self.buffers[index].pieces))
                 for (index, kind), copy in self.memory.items()
-                if self._same(layout, index, kind) not in but_for
+                if self._file_like(layout, index, kind) not in but_for
             ]
             for task in tasks:
                 task.result()
@@ -117,7 +117,8 @@ class Snapshot:
     def _files(self, rank: int) -> Iterator[tuple[int, str]]:
         return ((index, f"rank-{rank:05d}.{index:02d}") for index in range(len(self.buffers)))
 
-    def _same(self, layout: Layout, index: int, kind: str) -> str:
+    def _file_like(self, layout: Layout, index: int, kind: str) -> str:
+        """The file that lies as this buffer does, if there is one."""
         return f"{layout.file_of(self.buffers[index].pieces)}.{kind}"
 
     def _adam(self, buffer: Buffer) -> dict[str, Any]:

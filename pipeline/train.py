@@ -65,10 +65,11 @@ class DivergedError(RuntimeError):
 def train(run: Run, ranks: Ranks, start: StartUp) -> int:
     """Run the recipe to its end or to a stop request; the steps done. Every rank calls it."""
     recipe = run.recipe
-    with Watchdog(run, ranks) as watchdog:
+    newest = on_main(ranks, lambda: max(list_steps(run.folder / "checkpoints"), default=0))
+    with Watchdog(run, ranks) as watchdog, memory_explained(recipe, ranks, worked_before=newest > 0):
         [data] = together(ranks, lambda: TrainData(recipe, ranks))
         [heldout] = together(ranks, lambda: HeldOut(recipe, ranks) if recipe.evaluate.shards else None)
-        data.expect(on_main(ranks, lambda: max(list_steps(run.folder / "checkpoints"), default=0)))
+        data.expect(newest)
         start.done("data")
         [(emma, towers, weights)] = together(ranks, lambda: build_model(run, ranks))
         start.done("model")
@@ -79,8 +80,7 @@ def train(run: Run, ranks: Ranks, start: StartUp) -> int:
         checkpoints = Checkpoints(recipe, ranks, _identity(recipe, data), engine, probe)
         step, report = checkpoints.resume()
         start.done("checkpoint")
-        with memory_explained(recipe, ranks, worked_before=False):
-            fitted = fit_memory(engine, towers, recipe, data)
+        fitted = fit_memory(engine, towers, recipe, data)
         start.done("memory")
         run.begin(step, weights)
         with Metrics(recipe, ranks, data) as metrics, watchdog.before_the_end():
@@ -110,13 +110,13 @@ class Loop:
         """From `step` on; returns the steps done when it ended."""
         if self._owes_an_evaluation(step):
             self._evaluate(step)
-        begun, clock, towers_s = step, TowersClock(self.towers, self.engine.device), 0.0
+        clock, towers_s = TowersClock(self.towers, self.engine.device), 0.0
         with GarbageCollection() as garbage:
             for batch in self.data.from_step(step):
                 lr = learning_rate(self.run.recipe, step, self.data.total_steps)
                 requests = Requests(*self.run.control.requests(), self.checkpoints.writing)
                 spent = Seconds(batch.wait_s, towers_s, garbage.take())
-                with memory_explained(self.run.recipe, self.run.ranks, worked_before=step > begun):
+                with memory_explained(self.run.recipe, self.run.ranks, worked_before=step > 0):
                     report = optimizer_step(self.engine, self.towers, self.run.recipe, batch, lr, requests, spent)
                 towers_s = clock.take()  # now that the device has done the step; the next reduction tells of it
                 step += 1
@@ -191,7 +191,7 @@ def end(run: Run, metrics: Metrics, step: int, done: bool) -> None:
     The batch script goes by this word, whatever signals it gets until the ranks are gone.
     """
     if run.ranks.is_main:
-        outcome, reason = ("done", "") if done else ("stopped", run.control.asked_to_stop())
+        outcome, reason = ("done", "") if done else ("stopped", run.control.who_asked_to_stop())
         metrics.event(outcome, step, **({"reason": reason} if reason else {}))
         run.end(outcome, step, reason)
         run.control.done("stop")
@@ -298,15 +298,20 @@ def fail(error: Exception, recipe: Recipe | None, run: Run | None, code: int) ->
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(MAIN_SPEAKS_S)
     print(f"error: {error}", file=sys.stderr, flush=True)
-    outcome = "lost" if code == EXIT_LOST else "failed"
-    if run is not None:
-        run.end(outcome, None, str(error))
-        if run.begun_at is not None:
-            append_event(run.folder, outcome, None, reason=str(error))
-    if code != EXIT_LOST and recipe is not None and (run is None or run.begun_at is None):
-        Control(Path(recipe.run.dir)).refuse(str(error))
+    with contextlib.suppress(OSError):  # the disk may be what failed
+        leave_word(str(error), recipe, run, "lost" if code == EXIT_LOST else "failed")
     # Other ranks may wait in a collective for this one: leave without the goodbyes that would wait for them.
     os._exit(code)
+
+
+def leave_word(reason: str, recipe: Recipe | None, run: Run | None, outcome: str) -> None:
+    """In the run folder, for status and for the batch script."""
+    if run is not None:
+        run.end(outcome, None, reason)
+        if run.begun_at is not None:
+            append_event(run.folder, outcome, None, reason=reason)
+    if outcome == "failed" and recipe is not None and (run is None or run.begun_at is None):
+        Control(Path(recipe.run.dir)).refuse(reason)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ try:
 except ImportError:
     simplejpeg = None
 
-MAX_PIXELS, MAX_WEBP_PIXELS = 32_000_000, 24_000_000  # a worker stays below 1 GiB; WebP takes more per pixel
+MAX_PIXELS = 64_000_000
+MAX_WORKER_PIXELS = 25_000_000  # so that a worker stays below 1 GiB
+WEBP_FACTOR = 4 / 3  # more memory per pixel than other formats take
 STRIP_PIXELS = 1 << 20
 JPEG_QUALITY = 95
 
@@ -65,16 +67,16 @@ def sniff(data: bytes) -> Kind:
     raise Rejected("picture_unknown_format", f"starts with {data[:8]!r}")
 
 
-def decode_rgb(data: bytes) -> Pixels:
-    """[h, w, 3]. Raises: Rejected."""
+def decode_rgb(data: bytes, most: int = MAX_PIXELS) -> Pixels:
+    """[h, w, 3], of at most so many pixels. Raises: Rejected."""
     kind = sniff(data)
-    if kind == "jpg" and (pixels := _plain_jpeg(data)) is not None:
+    if kind == "jpg" and (pixels := _plain_jpeg(data, most)) is not None:
         return pixels
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of oddities in files that it reads well
             with Image.open(io.BytesIO(data), formats=[_PIL_FORMATS[kind]]) as picture:
-                _guard_size(picture, MAX_WEBP_PIXELS if kind == "webp" else MAX_PIXELS)
+                _guard_size(picture, int(most / WEBP_FACTOR) if kind == "webp" else most)
                 return _by_pillow(picture)
     except (Rejected, MemoryError):
         raise
@@ -84,13 +86,13 @@ def decode_rgb(data: bytes) -> Pixels:
         raise Rejected(reason, f"{kind}: {said}") from None
 
 
-def _plain_jpeg(data: bytes) -> Pixels | None:
+def _plain_jpeg(data: bytes, most: int) -> Pixels | None:
     """None for all that is odd in the least: Pillow takes it, and says what is wrong with it."""
     if simplejpeg is None or any(sign in data for sign in _TURNS):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if colours not in ("YCbCr", "RGB") or height * width > MAX_PIXELS:
+        if colours not in ("YCbCr", "RGB") or height * width > most:
             return None
         return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True)
     except MemoryError:
@@ -167,7 +169,7 @@ def made_with() -> str:
 
 def stored_picture(data: bytes, image_px: int, encoding: str) -> tuple[bytes, str]:
     """What a shard keeps of a picture file, and the name of its format. Raises: Rejected."""
-    pixels = decode_rgb(data)
+    pixels = decode_rgb(data, MAX_WORKER_PIXELS)
     if encoding == "original":
         return data, sniff(data)
     if encoding == "raw":
@@ -181,7 +183,7 @@ def read_pixels(path: Path, image_px: int) -> Pixels:
     Raises: UserError if the file is no picture.
     """
     try:
-        return stored_pixels(stored_picture(path.read_bytes(), image_px, "jpeg")[0])
+        return decode_rgb(encode_jpeg(squash(decode_rgb(path.read_bytes()), image_px)))
     except OSError as error:
         raise UserError(f"picture {path} cannot be read: {error.strerror}") from None
     except Rejected as error:

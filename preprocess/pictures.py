@@ -209,12 +209,13 @@ class _Tar:
         self._file = file
         file.seek(0)
         self.names: dict[str, tuple[int, int]] = {}
-        links = {}
+        links: dict[str, str] = {}
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 name = posixpath.normpath(member.name)
                 if member.isfile():
                     self.names[name] = member.size, member.offset_data
+                    links.pop(name, None)  # of members of one name the last one counts
                 elif member.islnk():
                     links[name] = posixpath.normpath(member.linkname)
                 elif member.issym():

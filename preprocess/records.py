@@ -79,9 +79,7 @@ def _token_ids(data: bytes) -> npt.NDArray[np.uint16]:
     """As `np.load` reads them; it would parse the header as Python each time. Raises: ValueError."""
     size = NPY_PREAMBLE + int.from_bytes(data[NPY_PREAMBLE - 2 : NPY_PREAMBLE], "little")
     if data[:size] != _npy_header((len(data) - size) // 2):
-        return np.load(
-            io.BytesIO(data), allow_pickle=False
-        )  # not as we write them: it may know them, or says what is wrong
+        return np.load(io.BytesIO(data), allow_pickle=False)  # others' or damaged: it says which
     return np.frombuffer(data, "<u2", offset=size)
 
 

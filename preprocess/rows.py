@@ -92,12 +92,16 @@ def _decompressed(file: Any, magic: bytes) -> Any:
 
 
 def _parquet_rows(file: Any) -> Iterator[Any]:
-    for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
+    table, read = pq.ParquetFile(file), 0
+    for batch in table.iter_batches(batch_size=1024):
         try:
             values = batch.to_pylist()
         except UnicodeDecodeError:
             values = map(_repaired, batch.to_struct_array())
         yield from values
+        read += len(batch)
+    if read != table.metadata.num_rows:
+        raise EOFError(f"it tells of {table.metadata.num_rows} rows and holds {read}")
 
 
 def _repaired(value: pa.Scalar) -> Any:
@@ -183,7 +187,7 @@ class _Text:
 def _is_array(text: _Text) -> bool:
     """Whether "[" opens the array of all rows; it may also be a row of JSONL, which ends with its line, before others.
 
-    Lines that all look like arrays of rows are what several files make that were put into one.
+    With objects in it, it is the rows of a file to which something was appended.
     """
     if text.peek() != "[":
         return False
@@ -193,8 +197,7 @@ def _is_array(text: _Text) -> bool:
         first = json.loads(text.window[text.position : end])
     except (ValueError, RecursionError):
         return True
-    follows = text.next_after(end)
-    return not follows or (follows == "[" and any(isinstance(row, dict) for row in first))
+    return not text.next_after(end) or any(isinstance(row, dict) for row in first)
 
 
 def _array_rows(text: _Text) -> Iterator[Any]:

@@ -267,14 +267,24 @@ def _no_manifest(folder: Path) -> str:
 
 
 def load_index(folder: Path | str) -> pa.Table:
-    """One row per sample, in the order of shards and of positions in them. Raises: UserError."""
+    """One row per sample, in the order of shards and of positions in them.
+
+    Raises: UserError if it is missing or damaged; OSError if the disk fails.
+    """
     path = Path(folder) / INDEX
     try:
         table = pq.read_table(path, schema=INDEX_SCHEMA)
         table.validate(full=True)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run preprocess/build_shards.py again") from None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise _damaged_index(path, error) from None
     except Exception as error:  # of damaged bytes pyarrow makes nearly any exception, MemoryError among them
-        what = f"{path} is damaged ({first_line(error)})"
-        raise UserError(f"{what}; delete it and run preprocess/build_shards.py again") from None
+        raise _damaged_index(path, error) from None
     return table
+
+
+def _damaged_index(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged ({first_line(error)}); delete it and run preprocess/build_shards.py again")

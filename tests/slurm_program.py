@@ -71,7 +71,7 @@ def main():
             time.sleep(0.3)
             (run / f"running-{rank}").unlink()
             checkpoint(step)
-            leave("stopped", 0, step, control.asked_to_stop())
+            leave("stopped", 0, step, control.who_asked_to_stop())
     checkpoint(step)
     leave("done", 0, step)
 

@@ -179,7 +179,8 @@ def test_a_checkpoint_that_lost_its_manifest_is_refused_aloud_and_goes_with_the_
     assert find_damage(newest) is None
 
 
-def test_files_are_read_into_memory_while_they_are_hashed_and_damage_is_found_all_the_same(tmp_path):
+def test_files_are_read_into_memory_while_they_are_hashed_and_damage_is_found_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.checkpoint_folder.BLOCK_BYTES", 30_000)
     numbers = torch.arange(100_000, dtype=torch.float32)
     data = numbers.numpy().tobytes()
     facts = {"a": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}

@@ -1,5 +1,6 @@
 """Shards that change, vanish, fail or hang while they are read: noticed, named, and never skipped."""
 
+import errno
 import os
 import shutil
 import socket
@@ -75,6 +76,15 @@ def test_a_file_system_that_fails_is_not_taken_for_damage(copy):
     shard.symlink_to("/proc/self/mem")
     with pytest.raises(LostDataError, match=f"file system of {socket.gethostname()} fails .*Input/output error"):
         ShardReader(copy).read(ROW)
+
+
+def test_an_index_that_the_disk_fails_to_give_is_not_taken_for_damage_either(copy, monkeypatch):
+    def fails(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("preprocess.shards.pq.read_table", fails)
+    with pytest.raises(LostDataError, match="cannot read its index.*Input/output error"):
+        _ = ShardReader(copy).index
 
 
 def test_a_read_that_takes_long_is_named_while_it_lasts_and_afterwards(copy):

@@ -1,12 +1,15 @@
 """Training on two real ranks: killed, stopped, damaged, resumed, and the same bits as if nothing had happened."""
 
+import errno
 import fcntl
 import json
 import shutil
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from pipeline.checkpoint_folder import find_damage, folder_name, list_steps
 from pipeline.ranks import Ranks
 from pipeline.recipe import load_recipe
 from pipeline.run import Run
+from pipeline.train import fail
 from tests.conftest import finish, kill_all, run_python, torchrun
 
 STEPS = 12  # two epochs
@@ -278,3 +282,17 @@ def test_a_run_without_a_finite_loss_fails_for_good(recipe_file, shards, tmp_pat
     done = run_python(*command(recipe_file, shards, run, "optim.lr=1e30", "optim.clip=0.0"))
     assert "no finite loss" in one_line(done, code=3)
     assert outcome(run)["outcome"] == "failed"
+
+
+def test_a_mistake_ends_with_its_exit_code_though_the_run_folder_takes_no_word_of_it(monkeypatch, capsys):
+    class OnAFullDisk:
+        begun_at = 3
+
+        def end(self, *_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pipeline.train.os._exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        fail(UserError("no room"), None, cast(Run, OnAFullDisk()), code=2)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: no room\n"

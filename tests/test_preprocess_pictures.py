@@ -197,6 +197,15 @@ def test_a_link_in_a_tar_leads_to_what_the_tar_holds(tmp_path: Path, kind: str) 
             store.read(picture)
 
 
+def test_of_members_of_one_name_the_last_one_counts_link_or_file(tmp_path: Path) -> None:
+    write_linked_tar(tmp_path / "p.tar", {"a/2.jpg": (tarfile.SYMTYPE, "1.jpg")})
+    with tarfile.open(tmp_path / "p.tar", "a") as archive:
+        file = tarfile.TarInfo("a/2.jpg")
+        file.size = len(b"newer")
+        archive.addfile(file, io.BytesIO(b"newer"))
+    assert PictureStore(tmp_path, {}).read("p/a/2.jpg") == b"newer"
+
+
 @pytest.mark.parametrize("packed", ["zip", "tar", "folder"])
 def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: str) -> None:
     monkeypatch.setattr(pictures, "MAX_FILE_BYTES", 10)
