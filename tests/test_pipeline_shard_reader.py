@@ -83,7 +83,7 @@ def test_an_index_that_the_disk_fails_to_give_is_not_taken_for_damage_either(cop
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("preprocess.shards.pq.read_table", fails)
-    with pytest.raises(LostDataError, match="cannot read its index.*Input/output error"):
+    with pytest.raises(LostDataError, match=r"cannot read its index.*Input/output error"):
         _ = ShardReader(copy).index
 
 
