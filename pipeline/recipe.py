@@ -97,7 +97,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The newest `keep_last` are kept, and for ever those whose step is a multiple of `keep_every` (0: none).
+    """The newest `keep_last` good ones are kept, and for ever those whose step is a multiple of `keep_every` (0: none).
 
     `background`: training goes on while a copy of the state is written; false: it waits.
     """

@@ -29,14 +29,14 @@ PASSES = 3  # until ZeRO-3 knows the new order of layers by heart, and gathers t
 def memory_explained(recipe: Recipe, ranks: Ranks, worked_before: bool) -> Iterator[None]:
     """In place of CUDA's error, what to do about it.
 
-    Raises: UserError; LostDataError, to be tried again, if the same GPU had room for it in this start before.
+    Raises: UserError; LostDataError, to be tried again, if steps of this run have had room before.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
         told = f"rank {ranks.rank} on {socket.gethostname()}: {first_line(error)}"
         if worked_before:
-            raise LostDataError(f"{told}; steps before it had room: does something else use the GPU?") from None
+            raise LostDataError(f"{told}; steps of this run have had room: does something else use the GPU?") from None
         raise UserError(
             f"{told}; lower optim.micro_batch (now {recipe.optim.micro_batch}), which changes nothing else, or "
             "engine.keep_layers or engine.memory_gib, if they are set"

@@ -277,6 +277,8 @@ def load_index(folder: Path | str) -> pa.Table:
         table.validate(full=True)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run preprocess/build_shards.py again") from None
+    except PermissionError as error:
+        raise UserError(f"{path} may not be read ({error.strerror}); ask its owner for the right") from None
     except OSError as error:
         if error.errno is not None:
             raise

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n".join(info(parsed.folder)))
         else:
             print(run_preview(parsed.folder, parsed.out, parsed.samples))
-    except UserError as error:
+    except (UserError, OSError) as error:  # the latter is the disk's, and says which file
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0

@@ -1,6 +1,8 @@
 """Verify finds any damage and names it; info and preview show what is there."""
 
+import errno
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -286,3 +288,19 @@ def test_a_preview_shows_every_source_and_spreads_over_each() -> None:
     assert {name: sum(sources[row] == name for row in rows) for name in "abc"} == {"a": 10, "b": 3, "c": 10}
     assert rows[0] == 0
     assert 999 in rows
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.EIO, "Input/output error"), (errno.EACCES, "index.parquet may not be read")]
+)
+def test_an_index_that_cannot_be_read_is_one_line(
+    sound: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, said: str
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("preprocess.shards.pq.read_table", fails)
+    assert main(["info", str(sound)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
