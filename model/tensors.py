@@ -6,13 +6,14 @@ import hashlib
 import json
 import pickle
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from model.errors import UserError
+from model.errors import UserError, first_line
 
 PUBLISHED_NAMES = (  # transformers' and mamba_ssm's, whole or in shards, in the order of preference
     "model.safetensors",
@@ -127,3 +128,14 @@ def sha256(path: Path) -> str:
         while part := file.read(1 << 24):
             digest.update(part)
     return digest.hexdigest()
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Make a folder for what is written inside the block. Raises: UserError if the disk does not take it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        told = f"{folder}: the model could not be written ({first_line(error)})"
+        raise UserError(f"{told}; make room there or choose another folder, and run the same command again") from None

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import MambaConfig
+from model.tensors import writing
 
 EOS_ID, PAD_ID = 0, 1
 OURS, THEIRS = "backbone.embedding.", "backbone.embeddings."
@@ -45,12 +46,15 @@ def transformers_config(config: MambaConfig) -> Any:
 
 
 def save_language_model(folder: Path, config: MambaConfig, state: Mapping[str, Tensor]) -> None:
-    """Write a folder for `AutoModelForCausalLM.from_pretrained`. `state`: of the language model alone, in our names."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a folder for `AutoModelForCausalLM.from_pretrained`. `state`: of the language model alone, in our names.
+
+    Raises: UserError if the disk does not take it.
+    """
     tensors = {
         name.replace(OURS, THEIRS): tensor.detach().contiguous()
         for name, tensor in state.items()
         if name != "lm_head.weight"  # the embedding again
     }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    transformers_config(config).save_pretrained(folder)
+    with writing(folder):
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        transformers_config(config).save_pretrained(folder)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from model.config import EmmaConfig, config_from_dict
 from model.emma import Emma
 from model.errors import UserError, first_line
-from model.tensors import fill, open_published, open_tensors
+from model.tensors import fill, open_published, open_tensors, writing
 from model.vision import Towers
 
 FORMAT = 1
@@ -49,17 +49,20 @@ def save_model(
     tokenizer_json: str | None,
     extra: Mapping[str, Any],
 ) -> None:
-    """Writes a folder that `load_model` reads. A state without `alignment.*` makes a model for inference only."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).unlink(missing_ok=True)  # a folder with a config is complete
+    """Writes a folder that `load_model` reads. A state without `alignment.*` makes a model for inference only.
+
+    Raises: UserError if the disk does not take it.
+    """
     has_alignment = any(name.startswith("alignment.") for name in state)
     kept = replace(config, alignment=config.alignment if has_alignment else None)
-    _save_tensors(folder / MODEL_FILE, {name: tensor for name, tensor in state.items() if name != TIED})
-    _save_tensors(folder / TOWERS_FILE, towers.state_dict())
-    if tokenizer_json is not None:
-        _write(folder / TOKENIZER_FILE, tokenizer_json)
     described = {"format": FORMAT, "model": dataclasses.asdict(kept), "extra": dict(extra)}
-    _write(folder / CONFIG_FILE, json.dumps(described, indent=2) + "\n")
+    with writing(folder):
+        (folder / CONFIG_FILE).unlink(missing_ok=True)  # a folder with a config is complete
+        _save_tensors(folder / MODEL_FILE, {name: tensor for name, tensor in state.items() if name != TIED})
+        _save_tensors(folder / TOWERS_FILE, towers.state_dict())
+        if tokenizer_json is not None:
+            _write(folder / TOKENIZER_FILE, tokenizer_json)
+        _write(folder / CONFIG_FILE, json.dumps(described, indent=2) + "\n")
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:

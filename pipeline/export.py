@@ -31,6 +31,7 @@ from pipeline.checkpoint_folder import find_damage, folder_name, list_steps, rea
 from pipeline.pretrained import initial_model, make_towers, refuse_other_towers
 from pipeline.recipe import Recipe, recipe_of_run
 from pipeline.recipe import load_recipe as read_recipe
+from pipeline.shard_reader import LostDataError
 from preprocess.shards import Manifest
 
 State = dict[str, torch.Tensor]
@@ -139,5 +140,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except UserError as error:
+    except (UserError, LostDataError, OSError) as error:  # the last is the disk's, and says which file
         sys.exit(f"error: {error}")

@@ -1,6 +1,7 @@
 """From a checkpoint to answers: nothing is lost on the way, and the prompt is the one of training."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -66,8 +67,6 @@ def test_the_language_model_is_one_that_transformers_loads_with_the_same_logits(
 
 
 def test_shards_that_moved_are_named_and_others_are_refused(run, shards, tmp_path):
-    import shutil
-
     moved = tmp_path / "moved"
     shutil.copytree(shards, moved)
     export_run(run, tmp_path / "a", step=None, with_alignment=False, shards=str(moved))
@@ -84,8 +83,6 @@ def test_the_training_only_part_is_kept_on_request(run, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
-    import shutil
-
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     victim = next((copy / "checkpoints").rglob("*.master"))
@@ -95,6 +92,35 @@ def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
     assert "no good checkpoint" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+LIMITED = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2); "
+EXPORT = "runpy.run_module('pipeline.export', run_name='__main__')"
+
+
+def test_a_disk_that_takes_no_more_is_one_line_and_a_folder_that_says_it_is_no_model(run, tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    done = run_python("-c", LIMITED + EXPORT, run, tmp_path / "out")
+    assert_one_line(done, f"{tmp_path / 'out'}: the model could not be written")
+    with pytest.raises(UserError):
+        load(tmp_path / "out", "cpu")
+
+
+def test_a_disk_that_does_not_give_a_checkpoint_is_one_line(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    manifest = next((tmp_path / "run/checkpoints").rglob("manifest.json"))
+    manifest.unlink()
+    manifest.mkdir()  # as good as an error of the disk: it is there, and cannot be read
+    step = manifest.parent.name.removeprefix("step-")
+    done = run_python("-m", "pipeline.export", tmp_path / "run", tmp_path / "out", "--step", step)
+    assert_one_line(done, "manifest.json")
+
+
+def assert_one_line(done, said):
+    assert done.returncode == 1
+    [line] = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert said in line
 
 
 def test_a_prompt_is_the_prefix_of_what_was_trained_on(shards, exported):
@@ -151,11 +177,7 @@ def test_generate_says_what_is_wrong_in_one_line(exported, raw_mix, tmp_path):
         ([exported, "--image", raw_mix, "--prompt", "x"], "mix.toml"),
     ]
     for words, said in cases:
-        done = run_python("-m", "pipeline.generate", *words)
-        assert done.returncode == 1
-        [line] = done.stderr.strip().splitlines()
-        assert line.startswith("error: ")
-        assert said in line
+        assert_one_line(run_python("-m", "pipeline.generate", *words), said)
 
 
 def test_an_untrained_model_is_exported_from_a_recipe(recipe_file, shards, tmp_path):
