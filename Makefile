@@ -16,7 +16,7 @@ demo: $(INSTALLED)  ## the whole chain on CPU: data, shards, training, a kill, r
 	@$(BIN)/python -m pipeline.demo
 
 test: $(INSTALLED)  ## run the tests (ARGS="-k slurm" chooses some)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(INSTALLED)  ## formatting, lint, types
 	@$(BIN)/ruff format --check .
