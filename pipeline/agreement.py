@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from model.errors import UserError
+from pipeline.files import explained
 from pipeline.ranks import Ranks
 from pipeline.shard_reader import LostDataError
 
@@ -17,21 +18,23 @@ T = TypeVar("T")
 def together(ranks: Ranks, *actions: Callable[[], T]) -> list[T]:
     """What the actions return here, if all of them succeed on every rank. Every rank must call it.
 
-    Raises: UserError on all ranks alike, with everything that went wrong on any of them.
+    Raises: UserError on all ranks alike, with everything that went wrong on any of them; LostDataError if all of that
+    may come right by itself.
     """
-    results, problems = [], []
+    results, problems = [], dict[str, bool]()  # what went wrong: whether people must see to it
     for action in actions:
         try:
             results.append(action())
-        except UserError as error:  # noqa: PERF203
-            problems.append(str(error))
-    everywhere: list[list[str]] = [[] for _ in range(ranks.world_size)]
+        except (UserError, LostDataError, OSError) as error:  # noqa: PERF203
+            told = explained(error) if isinstance(error, OSError) else error
+            problems[str(told)] = isinstance(told, UserError)
+    everywhere: list[dict[str, bool]] = [{} for _ in range(ranks.world_size)]
     dist.all_gather_object(everywhere, problems)
-    distinct = list(dict.fromkeys(problem for each in everywhere for problem in each))
-    if len(distinct) == 1:
-        raise UserError(distinct[0])
+    distinct = {told: mistake for each in everywhere for told, mistake in each.items()}
     if distinct:
-        raise UserError(f"{len(distinct)} problems:\n  " + "\n  ".join(distinct))
+        kind = UserError if any(distinct.values()) else LostDataError
+        many = f"{len(distinct)} problems:\n  " if len(distinct) > 1 else ""
+        raise kind(many + "\n  ".join(distinct))
     return results
 
 

@@ -39,7 +39,7 @@ from pipeline.checkpoint_folder import (
     set_aside,
 )
 from pipeline.elastic import LAYOUT, Layout, parameter_shapes, tied_names
-from pipeline.files import lost_if_it_fails, write_json
+from pipeline.files import FOR_PEOPLE, lost_if_it_fails, write_json
 from pipeline.probe import Probe
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
@@ -47,8 +47,6 @@ from pipeline.retention import delete, kept, prune
 from pipeline.shard_reader import LostDataError
 from pipeline.snapshot import Snapshot
 from preprocess.shards import file_sha256, publish, sync_folder
-
-FOR_PEOPLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # to try the save again would not help
 
 
 @dataclass(frozen=True)

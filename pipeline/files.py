@@ -3,6 +3,7 @@ that fails is called."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -11,8 +12,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from model.errors import UserError
 from pipeline.shard_reader import LostDataError
 from preprocess.shards import publish
+
+FOR_PEOPLE = {  # to try again would not help
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there",
+    errno.EACCES: "ask its owner for the right to it, or give another",
+    errno.EPERM: "ask its owner for the right to it, or give another",
+    errno.EROFS: "give a place that can be written",
+    errno.ENOTDIR: "look at the path",
+    errno.EISDIR: "look at the path",
+    errno.ELOOP: "look at the path",
+    errno.ENAMETOOLONG: "look at the path",
+}
+
+
+def explained(error: OSError, where: Path | str = "") -> UserError | LostDataError:
+    """What people must see to, or else may come right by itself. `where`, if the error does not say."""
+    told = f"{error.filename or where}: {error.strerror or error}"
+    if remedy := FOR_PEOPLE.get(error.errno or 0):
+        return UserError(f"{told}; {remedy}, and run the same command again")
+    return LostDataError(f"{told}, on {socket.gethostname()}")
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:

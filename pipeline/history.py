@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,8 +108,25 @@ def read_history(run: Path) -> History:
 
 def has_event(run: Path, name: str, step: int) -> bool:
     """Whether some start of a run told of it."""
-    lines = map(_parse, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return any(line.get("event") == name and line["step"] == step for line in lines if line is not None)
+    return any(line.get("event") == name and line["step"] == step for line in _lines(run))
+
+
+def has_stepped_with(run: Path, world_size: int, settings: dict[str, Any]) -> bool:
+    """Whether some start on so many ranks, with these settings for memory, has told of a step. Raises: OSError."""
+    alike = False
+    for line in _lines(run):
+        if line.get("event") in ("start", "resume"):
+            alike = (line["world_size"], line.get("settings")) == (world_size, settings)
+        elif alike and ("event" not in line or line["event"] == "save"):
+            return True
+    return False
+
+
+def _lines(run: Path) -> Iterator[dict[str, Any]]:
+    """None before the first start."""
+    with contextlib.suppress(FileNotFoundError):
+        text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+        yield from (line for line in map(_parse, text.splitlines()) if line is not None)
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from pipeline.data import GlobalBatch, TrainData
 from pipeline.history import SLOW_RANK, hours, seconds_left
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
+from pipeline.room import memory_settings
 from pipeline.start_up import StartUp
 from pipeline.step import StepReport
 from pipeline.throughput import peak_of_ranks
@@ -46,9 +47,11 @@ class Metrics:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.ranks.is_main:
-            self.file.close()
-            if self.wandb is not None:
-                self.wandb.finish(exit_code=0 if error is None else 1)
+            try:
+                self.file.close()
+            finally:
+                if self.wandb is not None:
+                    self.wandb.finish(exit_code=0 if error is None else 1)
 
     def event(self, name: str, step: int, **facts: Any) -> None:
         """Mark a stop, save, done or warning in the JSONL and on the console."""
@@ -78,7 +81,8 @@ class Metrics:
         if not self.ranks.is_main:
             return
         sizes = {"world_size": self.ranks.world_size, "total_steps": self.data.total_steps}
-        facts = {**sizes, "began": start.began, "start_s": start.seconds, "notes": notes}
+        settings = memory_settings(self.recipe)
+        facts = {**sizes, "settings": settings, "began": start.began, "start_s": start.seconds, "notes": notes}
         self._write({"event": "resume" if step else "start", "step": step, "time": time.time(), **facts})
         for note in notes:
             print(note, flush=True)

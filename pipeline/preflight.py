@@ -36,6 +36,7 @@ from pipeline.prefetch import language_model
 from pipeline.pretrained import llm_source, tower_source
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
+from pipeline.room import no_room
 from pipeline.watchdog import EXIT_LOST
 from preprocess.shards import INDEX, Manifest, file_sha256
 
@@ -52,7 +53,7 @@ NAMED = 3  # bad shards, in a line that counts them all
 def preflight(recipe: Recipe, ranks: Ranks) -> list[str]:
     """Check everything; what is worth telling. Every rank must call it.
 
-    Raises: UserError on all ranks, with all problems.
+    Raises: UserError on all ranks, with all problems; LostDataError if none of them is the user's.
     """
     checks: list[Callable[[Recipe, Ranks], str]] = [check_ranks, check_kernels, check_memory]
     if ranks.local_rank == 0:
@@ -116,10 +117,11 @@ def check_memory(recipe: Recipe, ranks: Ranks) -> str:
     needed = STATE_BYTES[recipe.engine.precision] * parameters.trainable / ranks.world_size + 2 * parameters.vision
     free, whole = torch.cuda.mem_get_info(ranks.device)
     if free < needed:
-        raise UserError(
-            f"rank {ranks.rank}: GPU has {free / GIB:.1f} of {whole / GIB:.1f} GiB free, the states alone need "
-            f"{needed / GIB:.1f}; free the GPU or use more ranks"
+        told = (
+            f"rank {ranks.rank} on {socket.gethostname()}: GPU has {free / GIB:.1f} of {whole / GIB:.1f} GiB free, "
+            f"the states alone need {needed / GIB:.1f}"
         )
+        raise no_room(recipe, ranks, told, "free the GPU or use more ranks")
     return f"states {needed / GIB:.1f} GiB of {free / GIB:.1f} GiB free"
 
 
@@ -128,10 +130,11 @@ def check_shared_memory(recipe: Recipe, ranks: Ranks) -> str:
     needed = loading_bytes(recipe) * local_ranks(ranks)
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else needed
     if free < needed:
-        raise UserError(
-            f"{socket.gethostname()}: {SHARED_MEMORY} has {free / GIB:.2f} GiB free, loading needs {needed / GIB:.2f}; "
-            "give the container more (docker --shm-size), or lower data.workers"
+        told = (
+            f"{socket.gethostname()}: {SHARED_MEMORY} has {free / GIB:.2f} GiB free, loading needs {needed / GIB:.2f}"
         )
+        remedy = "give the container more (docker --shm-size), or lower data.workers"
+        raise no_room(recipe, ranks, told, remedy)
     return ""
 
 

@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from model.errors import UserError, first_line
+from model.errors import UserError
 from model.vision import Towers
 from pipeline.data import MicroBatch
 from pipeline.elastic import zero_buffers
 from pipeline.engine import clear_gradients
-from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
-from pipeline.shard_reader import LostDataError
 from pipeline.step import row_losses
 
 GIB = 1 << 30
 SAMPLE_LAYERS = 4  # kept in the second measurement, which tells what one more layer takes
 PASSES = 3  # until ZeRO-3 knows the new order of layers by heart, and gathers the weights of several ahead
-
-
-@contextmanager
-def memory_explained(recipe: Recipe, ranks: Ranks, worked_before: bool) -> Iterator[None]:
-    """In place of CUDA's error, what to do about it.
-
-    Raises: UserError; LostDataError, to be tried again, if steps of this run have had room before.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        told = f"rank {ranks.rank} on {socket.gethostname()}: {first_line(error)}"
-        if worked_before:
-            raise LostDataError(f"{told}; steps of this run have had room: does something else use the GPU?") from None
-        raise UserError(
-            f"{told}; lower optim.micro_batch (now {recipe.optim.micro_batch}), which changes nothing else, or "
-            "engine.keep_layers or engine.memory_gib, if they are set"
-        ) from None
 
 
 def keep_what_fits(engine: Any, towers: Towers, recipe: Recipe, heaviest: MicroBatch, budget: float) -> str:

@@ -36,6 +36,7 @@ from pipeline.checkpoint_folder import list_steps
 from pipeline.control import Control
 from pipeline.data import GlobalBatch, TrainData, loader_died
 from pipeline.engine import build_engine, check_partition, init_distributed, learning_rate
+from pipeline.files import explained
 from pipeline.heldout import HeldOut
 from pipeline.history import has_event
 from pipeline.metrics import Metrics, append_event
@@ -45,7 +46,8 @@ from pipeline.pretrained import RANDOM, empty_model, initial_model, make_towers,
 from pipeline.probe import Probe
 from pipeline.ranks import Ranks, find_ranks
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.recompute import keep_what_fits, memory_explained
+from pipeline.recompute import keep_what_fits
+from pipeline.room import memory_explained
 from pipeline.run import Run
 from pipeline.shard_reader import DamagedShardError, LostDataError
 from pipeline.spikes import Spikes
@@ -66,7 +68,7 @@ def train(run: Run, ranks: Ranks, start: StartUp) -> int:
     """Run the recipe to its end or to a stop request; the steps done. Every rank calls it."""
     recipe = run.recipe
     newest = on_main(ranks, lambda: max(list_steps(run.folder / "checkpoints"), default=0))
-    with Watchdog(run, ranks) as watchdog, memory_explained(recipe, ranks, worked_before=newest > 0):
+    with Watchdog(run, ranks) as watchdog, memory_explained(recipe, ranks):
         [data] = together(ranks, lambda: TrainData(recipe, ranks))
         [heldout] = together(ranks, lambda: HeldOut(recipe, ranks) if recipe.evaluate.shards else None)
         data.expect(newest)
@@ -116,8 +118,7 @@ class Loop:
                 lr = learning_rate(self.run.recipe, step, self.data.total_steps)
                 requests = Requests(*self.run.control.requests(), self.checkpoints.writing)
                 spent = Seconds(batch.wait_s, towers_s, garbage.take())
-                with memory_explained(self.run.recipe, self.run.ranks, worked_before=step > 0):
-                    report = optimizer_step(self.engine, self.towers, self.run.recipe, batch, lr, requests, spent)
+                report = optimizer_step(self.engine, self.towers, self.run.recipe, batch, lr, requests, spent)
                 towers_s = clock.take()  # now that the device has done the step; the next reduction tells of it
                 step += 1
                 self.watchdog.step_done(step)
@@ -265,6 +266,8 @@ def main() -> None:
     except LostDataError as error:
         fail(error, recipe, run, code=EXIT_LOST)
     except Exception as error:
+        if isinstance(error, OSError) and isinstance(told := explained(error, run.folder if run else ""), UserError):
+            fail(told, recipe, run, code=2)
         if isinstance(error, RuntimeError) and (lost := loader_died(error, ranks)):
             fail(lost, recipe, run, code=EXIT_LOST)
         crash(error, run)

@@ -2,16 +2,10 @@
 
 import re
 
-import pytest
 import torch
 
-from model.errors import UserError
 from pipeline.checkpoint import full_state
 from pipeline.checkpoint_folder import folder_name
-from pipeline.ranks import Ranks
-from pipeline.recipe import load_recipe
-from pipeline.recompute import memory_explained
-from pipeline.shard_reader import LostDataError
 from tests.conftest import REPOSITORY, run_python
 
 STEPS = 3
@@ -59,20 +53,3 @@ def test_measuring_leaves_no_trace_under_zero_2(recipe_file, shards, tmp_path):
     plain, budget = states
     assert plain.keys() == budget.keys()
     assert all(torch.equal(plain[name], budget[name]) for name in plain)
-
-
-@pytest.mark.parametrize(
-    ("worked_before", "kind", "advice"),
-    [(False, UserError, "lower optim.micro_batch (now 4)"), (True, LostDataError, "does something else use the GPU?")],
-)
-def test_a_gpu_without_room_ends_in_one_line_and_is_tried_again_only_where_it_had_room(
-    recipe_file, worked_before, kind, advice
-):
-    recipe = load_recipe(recipe_file, planning=True)
-    with pytest.raises(kind) as told, memory_explained(recipe, Ranks(3, 3, 8, torch.device("cpu")), worked_before):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words")
-    line = str(told.value)
-    assert line.startswith("rank 3 on ")
-    assert "Tried to allocate 2 GiB" in line
-    assert "More words" not in line
-    assert advice in line

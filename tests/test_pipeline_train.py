@@ -244,7 +244,12 @@ def one_line(done, code):
 def test_a_users_mistakes_are_one_line_each(recipe_file, shards, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
+    closed = shutil.copytree(shards, tmp_path / "closed")
+    (closed / "index.parquet").unlink()
+    (closed / "index.parquet").mkdir()
     mistakes = [
+        ([], closed, "run", [f"{closed}/index.parquet: Is a directory; look at the path"]),
+        ([f"engine.ds_config={'long' * 99}.json"], shards, "run", ["File name too long"]),
         (["optim.learning_rate=1"], shards, "run", ["'learning_rate'", "valid here"]),
         ([], tmp_path / "empty", "run", ["manifest.json", "build_shards.py"]),
         ([], shards, "file/run", ["run.dir", "cannot be written"]),
@@ -281,6 +286,15 @@ def test_a_run_without_a_finite_loss_fails_for_good(recipe_file, shards, tmp_pat
     run = tmp_path / "run"
     done = run_python(*command(recipe_file, shards, run, "optim.lr=1e30", "optim.clip=0.0"))
     assert "no finite loss" in one_line(done, code=3)
+    assert outcome(run)["outcome"] == "failed"
+
+
+def test_a_disk_that_is_full_when_a_line_is_written_is_one_line_and_no_crash(recipe_file, shards, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").symlink_to("/dev/full")
+    line = one_line(run_python(*command(recipe_file, shards, run)), code=2)
+    assert line == f"error: {run}: No space left on device; make room there, and run the same command again"
     assert outcome(run)["outcome"] == "failed"
 
 
