@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from model.errors import UserError
 from pipeline.history import ENDS, SLOW_RANK, History, hours, read_history
@@ -140,6 +142,15 @@ def _warnings(history: History) -> list[str]:
     return lines
 
 
+def _finite(facts: Any) -> Any:
+    """With null for each number that JSON has no word for."""
+    if isinstance(facts, dict):
+        return {key: _finite(value) for key, value in facts.items()}
+    if isinstance(facts, list | tuple):
+        return [_finite(value) for value in facts]
+    return None if isinstance(facts, float) and not math.isfinite(facts) else facts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run folder")
@@ -156,7 +167,7 @@ def main() -> None:
         draw(history, args.png)
     if args.json:
         facts = {**asdict(history), "state": state_of(args.run, history, now), "goodput": history.ledger.goodput}
-        print(json.dumps(facts, indent=2))
+        print(json.dumps(_finite(facts), indent=2))
     else:
         print(table(args.run, history, now))
 

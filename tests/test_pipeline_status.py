@@ -247,6 +247,14 @@ def test_how_long_the_last_start_took_is_told_by_phase(tmp_path):
     assert "last start" not in table(tmp_path, tell(LINES[:9]), now=208), "an earlier version tells of no phases"
 
 
+def test_a_loss_that_is_not_finite_is_null_in_the_json(tmp_path):
+    lines = [LINES[0], step_line(2, 120, 5) | {"loss/text": None, "loss/align": None}, step_line(4, 130, 5)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    told = run_python("-m", "pipeline.status", tmp_path, "--json").stdout
+    facts = json.loads(told, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert facts["losses"] == {"2": [None, None], "4": [0.5, 1.0]}
+
+
 def test_a_reader_that_has_read_enough_ends_it_quietly(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, LINES)))
     reader, writer = os.pipe()
