@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import json
 import math
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 
 from model.emma import Emma
-from model.errors import UserError
+from model.errors import UserError, first_line
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
 
@@ -23,12 +25,14 @@ OWNED_BY_RECIPE = (
     "optimizer",
     "scheduler",
     "bf16",
+    "bfloat16",
     "fp16",
     "torch_autocast",
     "data_types",
     "steps_per_print",
 )
 ZERO_STAGES = (1, 2, 3)
+MESH = ("sequence_parallel_size", "data_parallel_size")  # DeepSpeed takes these before it looks at the rest
 PRECISION: dict[str, dict[str, Any]] = {
     "fp32": {},
     # Summing micro-batches in bf16 would make the update depend on how the global batch was split.
@@ -112,8 +116,60 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise UserError(
                 f"{path}: sets {key!r}, which the recipe owns ([optim] and [engine]); take it out of the JSON"
             )
+    _check_keys(path, config)
     _check_zero(path, config.get("zero_optimization"))
+    _check_values(path, config)
     return config
+
+
+def _check_keys(path: Path, config: dict[str, Any]) -> None:
+    """DeepSpeed itself passes over a section that it does not know."""
+    for key in config:
+        if key not in (known := _known_to_deepspeed()):
+            close = difflib.get_close_matches(key, known, n=1)
+            nearest = f", did you mean {close[0]!r}" if close else ""
+            raise UserError(f"engine.ds_config: {path}: DeepSpeed does not know the key {key!r}{nearest}")
+
+
+@functools.cache
+def _known_to_deepspeed() -> frozenset[str]:
+    """The keys of a JSON's top level. There is no list of them; they are those that a config is asked for."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    DeepSpeedConfig(asked := _Asked(train_micro_batch_size_per_gpu=1))
+    return frozenset(asked.keys_asked).union(MESH)
+
+
+class _Asked(dict[str, Any]):
+    """Remembers which keys it was asked for. A copy, and DeepSpeed makes one, adds to the same memory."""
+
+    def __init__(self, **values: Any):
+        super().__init__(values)
+        self.keys_asked: set[str] = set()
+
+    def __contains__(self, key: Any) -> bool:
+        self.keys_asked.add(key)
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.keys_asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.keys_asked.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        return self  # `key in config.keys()` is a question, too
+
+
+def _check_values(path: Path, config: dict[str, Any]) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig({**config, "train_micro_batch_size_per_gpu": 1})
+    except Exception as error:  # what it raises has no common kind
+        raise UserError(f"engine.ds_config: {path}: {'; '.join(_complaints(error)) or first_line(error)}") from None
 
 
 def _check_zero(path: Path, zero: Any) -> None:
@@ -128,8 +184,13 @@ def _check_zero(path: Path, zero: Any) -> None:
     try:
         DeepSpeedZeroConfig(**zero)
     except ValueError as error:  # pydantic's
-        told = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in getattr(error, "errors", list)()]
-        raise UserError(f"engine.ds_config: {path}: zero_optimization: {'; '.join(told) or error}") from None
+        told = "; ".join(_complaints(error))
+        raise UserError(f"engine.ds_config: {path}: zero_optimization: {told or error}") from None
+
+
+def _complaints(error: Exception) -> list[str]:
+    """Each of pydantic's, in a line."""
+    return [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in getattr(error, "errors", list)()]
 
 
 def _config_path(name: str) -> Path:

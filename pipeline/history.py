@@ -79,7 +79,6 @@ class History:
     step: int = 0
     total_steps: int = 0
     step_s: float = 0.0
-    line_s: float = 0.0  # between the last two lines of steps
     paused_s: float = 0.0  # saving and evaluating, since the last start
     last_line: dict[str, Any] = field(default_factory=dict)
     last_time: float = 0.0
@@ -215,7 +214,7 @@ def _advance(history: History, line: dict[str, Any], here: int) -> None:
         if key.startswith(TEXT_OF_SOURCE):
             name = key.removeprefix(TEXT_OF_SOURCE)
             history.sources.setdefault(name, {})[step] = line[key], line[f"{SAMPLES_OF_SOURCE}{name}"]
-    history.step, history.step_s, history.line_s = step, line["time/step_s"], line["time/step_s"] * count
+    history.step, history.step_s = step, line["time/step_s"]
     history.last_line = line
 
 

@@ -15,6 +15,7 @@ import json
 import math
 import sys
 import typing
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -315,6 +316,8 @@ def _validate(recipe: Recipe, where: str) -> None:
         if getattr(getattr(recipe, section) if section else recipe, key) == REQUIRED:
             name = f"{section}.{key}".strip(".")
             raise UserError(f"{where}: {name} is not set; put it into the recipe or add {name}=… to the command")
+    for name in _empty_texts(asdict(recipe)):
+        raise UserError(f"{where}: {name} is empty; give a value or leave it out (is a shell variable unset?)")
     if recipe.engine.memory_gib and not recipe.engine.segment_layers:
         raise UserError(f"{where}: engine.memory_gib is for recomputation, which engine.segment_layers=0 turns off")
     try:
@@ -329,6 +332,15 @@ def _validate(recipe: Recipe, where: str) -> None:
             if each is not None and not least <= each <= most:
                 upper = f" and at most {most:g}" if most < math.inf else ""
                 raise UserError(f"{where}: {name}: found {each}, expected at least {least:g}{upper}")
+
+
+def _empty_texts(table: dict[str, Any], section: str = "") -> Iterator[str]:
+    """Keys of an empty text. It would name the root or the working folder, or be taken for null."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _empty_texts(value, f"{section}{key}.")
+        elif isinstance(value, str) and not value.strip():
+            yield f"{section}{key}"
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ class Run:
         self.begun_at: int | None = None
         # There from the claim to the first step; empty, or with a word on how the start ended before that.
         self.starting = self.folder / "control/starting"
+        self.alive = self.folder / "control/alive"
         if ranks.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -65,6 +66,14 @@ class Run:
         """The start ended before its first step. The first rank's word counts: the others' ends come of it."""
         if self.starting.exists() and not self.starting.stat().st_size:
             self.starting.write_text(word + "\n", encoding="utf-8")
+
+    def beat(self) -> None:
+        """A sign of life, since a first step, a save or an evaluation tells of itself only when it is over.
+
+        Not before the start is accepted: one that is refused must not make a dead run look alive.
+        """
+        if self.ranks.is_main and self.begun_at is not None:
+            self.alive.touch()
 
     @property
     def weights_file(self) -> Path:

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from model.errors import UserError
 from pipeline.history import ENDS, SLOW_RANK, History, hours, read_history
 from pipeline.status_figure import draw
 
-QUIET_S = 120.0  # a run that says nothing for this long, or for ten of its lines, is taken for dead
-START_S = 1800.0  # the same for a start that loads: as long as its watchdog gives it by default
+QUIET_S = 120.0  # a run whose watchdog gives no sign of life for this long is taken for dead
+START_S = 1800.0  # the same for a start that loads, and without such signs: as long as a watchdog gives it by default
 LATE_LINES = 10  # of the log that a source's loss is averaged over
 SHOWN_SPIKES = 5
 
@@ -37,8 +39,16 @@ def state_of(run: Path, history: History, now: float) -> str:
         return history.last_event or f"{told['outcome']}: {told['reason']}"
     if history.last_event:  # a crash tells no outcome, because it is tried again
         return history.last_event
-    silent_s = now - history.last_time
-    return "running" if silent_s < max(QUIET_S, 10 * history.line_s) else f"dead: silent for {hours(silent_s)}"
+    return state_of_silence(run / "control/alive", history, now)
+
+
+def state_of_silence(alive: Path, history: History, now: float) -> str:
+    """Of a run that has not told of its end. How long a step, a save or an evaluation may take, its watchdog knows."""
+    try:
+        last, limit_s = max(history.last_time, alive.stat().st_mtime), QUIET_S
+    except FileNotFoundError:  # an earlier version's
+        last, limit_s = history.last_time, START_S
+    return "running" if now - last < limit_s else f"dead: silent for {hours(now - last)}"
 
 
 def state_of_start(run: Path, now: float) -> str | None:
@@ -52,8 +62,8 @@ def state_of_start(run: Path, now: float) -> str | None:
 
 
 def table(run: Path, history: History, now: float) -> str:
-    left = f"{hours(history.left_s)} left"
-    lines = [f"{run}: {state_of(run, history, now)}, step {history.step} of {history.total_steps}, {left}"]
+    left = f", {hours(history.left_s)} left" if history.step_s else ""
+    lines = [f"{run}: {state_of(run, history, now)}, step {history.step} of {history.total_steps}{left}"]
     for part in (_lately, _wall_time, _starts, _sources, _warnings):
         lines += part(history)
     return "\n".join(lines)
@@ -132,6 +142,15 @@ def _warnings(history: History) -> list[str]:
     return lines
 
 
+def _finite(facts: Any) -> Any:
+    """With null for each number that JSON has no word for."""
+    if isinstance(facts, dict):
+        return {key: _finite(value) for key, value in facts.items()}
+    if isinstance(facts, list | tuple):
+        return [_finite(value) for value in facts]
+    return None if isinstance(facts, float) and not math.isfinite(facts) else facts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run folder")
@@ -148,7 +167,7 @@ def main() -> None:
         draw(history, args.png)
     if args.json:
         facts = {**asdict(history), "state": state_of(args.run, history, now), "goodput": history.ledger.goodput}
-        print(json.dumps(facts, indent=2))
+        print(json.dumps(_finite(facts), indent=2))
     else:
         print(table(args.run, history, now))
 

@@ -2,7 +2,7 @@
 
 Each rank has a thread that watches its own step, and the other ranks' processes on its machine. A collective that one
 rank never enters holds up all of them, so all write their stacks at about the same time; what one rank sees, the
-others read off the folder that it made.
+others read off the folder that it made. The main rank's also gives the signs of life that `pipeline.status` goes by.
 """
 
 from __future__ import annotations
@@ -142,6 +142,8 @@ class Watchdog:
                 self._end(f"{what} takes longer than {allowance:.0f} s{self._usual()}{self._telling()}")
             if self._others_end():
                 self._end("another rank ends the run")
+            with contextlib.suppress(OSError):
+                self.run.beat()
 
     def _others_end(self) -> bool:
         """A file system that fails tells nothing of them."""

@@ -11,6 +11,7 @@ from pipeline.engine import OWNED_BY_RECIPE, compose_config, learning_rate, para
 from pipeline.recipe import load_recipe
 
 CONFIGS = ("ds_configs/zero3.json", "ds_configs/zero2.json", "ds_configs/zero3_small.json")
+ZERO = {"zero_optimization": {"stage": 3}}
 
 
 def recipe(recipe_file, *overrides):
@@ -48,7 +49,14 @@ def test_an_offloaded_optimizer_is_refused_since_its_gradients_could_be_stale(re
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": -1}}, "reduce_bucket_size: Input should be greater"),
         ({"zero_optimization": {"stage": 0}}, "stage is 0, expected 1, 2 or 3"),
         ({"zero_optimization": True}, "stage is True, expected 1, 2 or 3"),
-        ({"zero_optimisation": {"stage": 3}}, "stage is None, expected 1, 2 or 3"),
+        ({"zero_optimisation": {"stage": 3}}, "the key 'zero_optimisation', did you mean 'zero_optimization'"),
+        ({}, "stage is None, expected 1, 2 or 3"),
+        ({**ZERO, "comunication_data_type": "fp32"}, "did you mean 'communication_data_type'"),
+        ({**ZERO, "bfloat16": {"enabled": True}}, "which the recipe owns"),
+        ({**ZERO, "my_own": 1}, "does not know the key 'my_own'$"),
+        ({**ZERO, "amp": {"enabled": True}}, "NVIDIA Apex AMP integration has been removed"),
+        ({**ZERO, "comms_logger": {"enabledd": True}}, "json: enabledd: Extra inputs"),
+        ({**ZERO, "communication_data_type": "int3"}, "json: Invalid communication_data_type"),
         ([], "found a list, expected an object"),
     ],
 )
@@ -57,6 +65,27 @@ def test_a_json_that_deepspeed_would_not_take_is_refused_before_anything_is_buil
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=said):
         compose_config(recipe(recipe_file, f"engine.ds_config={path}"), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("communication_data_type", "fp32"),
+        ("prescale_gradients", False),
+        ("wall_clock_breakdown", True),
+        ("comms_logger", {"enabled": True}),
+        ("flops_profiler", {"enabled": False}),
+        ("activation_checkpointing", {"partition_activations": False}),
+        ("aio", {"block_size": 1048576}),
+        ("compile", {"deepcompile": False}),
+        ("vocabulary_size", 32000),
+        ("sequence_parallel_size", 1),
+    ],
+)
+def test_a_json_may_say_what_deepspeed_honours(recipe_file, tmp_path, key, value):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({**ZERO, key: value}))
+    assert compose_config(recipe(recipe_file, f"engine.ds_config={path}"), world_size=1)[key] == value
 
 
 def test_a_global_batch_that_does_not_divide_is_refused(recipe_file):

@@ -42,6 +42,11 @@ MISTAKES = [
     (["model=tiny_v3"], ["no model preset 'tiny_v3'", "tiny_v2"]),
     (["optim=3"], ["optim", "expected a table"]),
     (["optim.betas=[0.9]"], ["betas"]),
+    (["run.dir="], ["run.dir is empty"]),
+    (["data.shards=''"], ["data.shards is empty"]),
+    (["engine.ds_config= "], ["engine.ds_config is empty"]),
+    (["weights.llm="], ["weights.llm is empty", "leave it out"]),
+    (["model="], ["model is empty"]),
     (["justakey"], ["write key=value"]),
     (["model.name=x"], ["'model' holds a value"]),
 ]

@@ -140,7 +140,7 @@ def test_a_log_line_that_covers_old_and_new_steps_is_divided():
     ("outcome", "silent_s", "state"),
     [
         (None, 5, "running"),
-        (None, 500, "dead: silent for 0:08:20"),
+        (None, 1900, "dead: silent for 0:31:40"),
         ({"outcome": "done", "step": 6, "reason": ""}, 500, "done"),
         ({"outcome": "stopped", "step": 6, "reason": "by hand"}, 500, "stopped by hand"),
         ({"outcome": "failed", "step": None, "reason": "no finite loss"}, 5, "failed: no finite loss"),
@@ -153,6 +153,30 @@ def test_the_state_is_read_off_the_outcome_and_the_silence(tmp_path, outcome, si
     history = tell(LINES[:4])
     assert state_of(tmp_path, history, now=history.last_time + silent_s) == state
     assert state in table(tmp_path, history, now=history.last_time + silent_s)
+
+
+@pytest.mark.parametrize("lines", [LINES[:1], LINES[:4]], ids=["in its first step", "in a save or an evaluation"])
+def test_what_takes_long_is_no_death_while_the_watchdog_lives(tmp_path, lines):
+    history, alive = tell(lines), tmp_path / "control/alive"
+    alive.parent.mkdir()
+    alive.touch()
+    os.utime(alive, times=(history.last_time + 3600,) * 2)
+    assert state_of(tmp_path, history, now=history.last_time + 3605) == "running"
+    assert state_of(tmp_path, history, now=history.last_time + 3725) == "dead: silent for 0:02:05"
+
+
+def test_the_sign_of_life_of_an_earlier_start_does_not_make_a_later_one_dead(tmp_path):
+    alive = tmp_path / "control/alive"
+    alive.parent.mkdir()
+    alive.touch()
+    os.utime(alive, times=(0, 0))
+    history = tell(LINES[:5])
+    assert state_of(tmp_path, history, now=history.last_time + 100) == "running"
+
+
+def test_the_time_left_is_told_only_once_a_step_was_timed(tmp_path):
+    begun = event("start", 0, 110, began=100, total_steps=1000)
+    assert table(tmp_path, tell([begun]), now=240).splitlines()[0] == f"{tmp_path}: running, step 0 of 1000"
 
 
 def test_a_crash_is_told_with_its_reason_whatever_the_other_ranks_made_of_it(tmp_path):
@@ -187,6 +211,14 @@ def test_a_start_that_loads_is_neither_stopped_nor_dead_but_not_for_ever(loading
     assert state_later(loading, 0) == "stopped", "the word of metrics.jsonl, now that this start can tell there"
 
 
+def test_a_start_gives_a_sign_of_life_once_it_is_accepted(loading):
+    loading.beat()
+    assert not loading.alive.exists()
+    loading.begin(5, {})
+    loading.beat()
+    assert loading.alive.exists()
+
+
 def test_a_start_that_is_refused_leaves_the_state_as_it_was(loading):
     loading.end("failed", None, "optim.lr was 0.001, now 0.003")
     assert state_later(loading, 0) == "stopped by SIGUSR1"
@@ -213,6 +245,14 @@ def test_how_long_the_last_start_took_is_told_by_phase(tmp_path):
     told = table(tmp_path, tell(LINES[:10]), now=208)
     assert "last start 4.0 s: imports 1.0, checkpoint 3.0\n" in told + "\n"
     assert "last start" not in table(tmp_path, tell(LINES[:9]), now=208), "an earlier version tells of no phases"
+
+
+def test_a_loss_that_is_not_finite_is_null_in_the_json(tmp_path):
+    lines = [LINES[0], step_line(2, 120, 5) | {"loss/text": None, "loss/align": None}, step_line(4, 130, 5)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    told = run_python("-m", "pipeline.status", tmp_path, "--json").stdout
+    facts = json.loads(told, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert facts["losses"] == {"2": [None, None], "4": [0.5, 1.0]}
 
 
 def test_a_reader_that_has_read_enough_ends_it_quietly(tmp_path):

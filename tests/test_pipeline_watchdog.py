@@ -152,6 +152,20 @@ def test_the_time_of_a_suspension_does_not_count(watchdog, monkeypatch):
     assert watchdog.lived == 3 + SUSPENDED_S
 
 
+def test_while_it_watches_it_gives_signs_of_life_and_a_file_system_that_fails_stops_it_not(watchdog, monkeypatch):
+    def beat():
+        beats.append("beat")
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    beats = list[str]()
+    watchdog.folder, watchdog.peers = Path("none"), {}
+    watchdog._expect("step 1", 20)
+    watchdog.ended = Waits(monkeypatch, 1, 1, 1)
+    monkeypatch.setattr(watchdog.run, "beat", beat)
+    watchdog._watch()
+    assert len(beats) == 3
+
+
 def test_a_rank_whose_watchdog_hangs_itself_ends_all_the_same(watchdog, monkeypatch):
     watchdog._expect("step 1", 20)
     watchdog.ended = Waits(monkeypatch, *[1] * 1000)
