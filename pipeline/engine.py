@@ -83,7 +83,7 @@ def build_engine(emma: Emma, recipe: Recipe, ranks: Ranks) -> Any:
 
 
 def compose_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's JSON with the recipe's numbers put in. Raises: UserError if both want to say the same thing."""
+    """DeepSpeed's JSON with the recipe's numbers in it. Raises: UserError if it refuses them, or both say one thing."""
     path = _config_path(recipe.engine.ds_config)
     config = _read_config(path)
     per_pass = recipe.optim.micro_batch * world_size
@@ -92,7 +92,7 @@ def compose_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
             f"optim.global_batch {recipe.optim.global_batch} is not a multiple of {world_size} ranks × "
             f"optim.micro_batch {recipe.optim.micro_batch}; change one of the three"
         )
-    return {
+    composed = {
         **config,
         **PRECISION[recipe.engine.precision],
         "train_micro_batch_size_per_gpu": recipe.optim.micro_batch,
@@ -101,6 +101,8 @@ def compose_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         "steps_per_print": 2**62,
         "zero_allow_untested_optimizer": True,
     }
+    _check_values(path, composed)
+    return composed
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -118,7 +120,6 @@ def _read_config(path: Path) -> dict[str, Any]:
             )
     _check_keys(path, config)
     _check_zero(path, config.get("zero_optimization"))
-    _check_values(path, config)
     return config
 
 
@@ -167,7 +168,7 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     try:
-        DeepSpeedConfig({**config, "train_micro_batch_size_per_gpu": 1})
+        DeepSpeedConfig(config)
     except Exception as error:  # what it raises has no common kind
         raise UserError(f"engine.ds_config: {path}: {'; '.join(_complaints(error)) or first_line(error)}") from None
 
