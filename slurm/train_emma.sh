@@ -19,7 +19,7 @@
 #   sbatch --gpus-per-node=0 --ntasks-per-node=2 slurm/train_emma.sh RECIPE engine.device=cpu
 #   DRY_RUN=1 bash slurm/train_emma.sh RECIPE [key=value ...]                       # only says what it would do
 #
-# Variables: EMMA_ENV and EMMA_CONTAINER (slurm/environment.sh), MAX_REQUEUES (20), MAX_FRUITLESS (3), DRY_RUN.
+# Variables: EMMA_ENV, EMMA_CONTAINER, EMMA_SRUN (slurm/environment.sh), MAX_REQUEUES (20), MAX_FRUITLESS (3), DRY_RUN.
 set -euo pipefail
 trap 'echo "error: SIGUSR1 came before training began; give the job more --time than --signal takes" >&2; exit 2' USR1
 # SLURM runs a copy of this script from its spool folder: the checkout is where sbatch was called.
@@ -48,7 +48,7 @@ else
 fi
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$(directive cpus-per-task)} # srun stopped inheriting it in 22.05
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
-command=(srun --label --kill-on-bad-exit=1 "${python[@]}" -m pipeline.train "${recipe[@]}")
+command=("${srun[@]}" --label --kill-on-bad-exit=1 "${python[@]}" -m pipeline.train "${recipe[@]}")
 
 # -- May it start? SLURM requeues too (preemption, lost nodes), so this is asked at the start as well as at the end ---
 
