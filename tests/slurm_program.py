@@ -44,7 +44,7 @@ def main():
         (run / "outcome.json").unlink(missing_ok=True)
     (run / f"running-{rank}").touch()
     until = time.monotonic() + 300  # should the cluster be gone
-    while len(list(run.glob("running-*"))) < int(os.environ["SLURM_NTASKS"]) and time.monotonic() < until:
+    while len(list(run.glob("running-*"))) < int(os.environ["SLURM_STEP_NUM_TASKS"]) and time.monotonic() < until:
         time.sleep(0.05)
     while time.monotonic() < until and int(os.environ.get("SLURM_RESTART_COUNT", 0)) < int(told.get("restarts", 99)):
         time.sleep(0.1)

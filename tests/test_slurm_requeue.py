@@ -238,7 +238,7 @@ def test_a_start_that_is_refused_because_a_job_trains_there_costs_that_job_no_re
 @side_by_side
 def test_every_rank_of_one_and_of_two_nodes_is_told_who_it_is(training):
     """Though sbatch was told to export next to nothing, and left that in a variable that srun reads too."""
-    of_slurm = ("PROCID", "LOCALID", "NODEID", "NTASKS")
+    of_slurm = ("PROCID", "LOCALID", "NODEID", "STEP_NUM_TASKS")
     names = [*(f"SLURM_{name}" for name in of_slurm), "MASTER_ADDR", "SRUN_CPUS_PER_TASK", "OMP_NUM_THREADS"]
     words = ["end=environment", "restarts=0", f"names={','.join(names)}", "--ntasks-per-node=8", "--cpus-per-task=8"]
     for nodes in (1, 2):
