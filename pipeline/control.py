@@ -11,6 +11,8 @@ import os
 import signal
 from pathlib import Path
 
+BATCH_SCRIPT = "EMMA_JOB"  # the job that it runs in; SLURM_JOB_ID is there in a shell in an allocation too
+
 
 class Control:
     """The request files of one run folder."""
@@ -22,10 +24,10 @@ class Control:
     def clear(self) -> None:
         """Forget requests that nobody was there to answer. Main rank only.
 
-        Inside a SLURM job the batch script has done so, before it passed the first signal on; that one must stay.
+        The batch script has done so, before it passed the first signal on; that one must stay.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        if "SLURM_JOB_ID" not in os.environ:
+        if BATCH_SCRIPT not in os.environ:
             self.done("stop")
             self.done("save")
 
@@ -40,9 +42,9 @@ class Control:
         """Tell the batch script that the same command would be refused again. Nobody else waits for it.
 
         It cannot go by the exit code: the launcher kills the ranks that end a moment after the first one. The line has
-        the job's number, because another job may train in this folder, and that one was not refused.
+        the job's name, because another job may train in this folder, and that one was not refused.
         """
-        job = os.environ.get("SLURM_JOB_ID")
+        job = os.environ.get(BATCH_SCRIPT)
         if job and self.folder.is_dir():
             with (self.folder / "refused").open("a", encoding="utf-8") as file:
                 file.write(f"{job}\t{reason}\n")

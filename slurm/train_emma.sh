@@ -35,6 +35,7 @@ directive() { sed -n "s/^#SBATCH --$1=//p" "$0"; }
 # An array's tasks are requeued by this name; by its plain number the last one would requeue them all.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-${SLURM_JOB_ID:-none}}
+export EMMA_JOB=$job # tells training that this script clears away old requests, and reads why a start was refused
 recipe=("${@//%a/${SLURM_ARRAY_TASK_ID-}}")
 run=$("${python[@]}" -m pipeline.recipe "${recipe[@]}" --get run.dir)
 control=$run/control stop=$run/control/stop starts=$run/control/starts.tsv
@@ -93,7 +94,7 @@ checkout     $PWD
 run folder   $run, at step $step
 tasks        $((nodes * tasks)) = $nodes nodes x $tasks, $SRUN_CPUS_PER_TASK CPUs each
 environment  MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT
-             SRUN_CPUS_PER_TASK=$SRUN_CPUS_PER_TASK OMP_NUM_THREADS=$OMP_NUM_THREADS
+             SRUN_CPUS_PER_TASK=$SRUN_CPUS_PER_TASK OMP_NUM_THREADS=$OMP_NUM_THREADS EMMA_JOB=$EMMA_JOB
 command      ${command[*]@Q}
 on USR1      touch $stop, wait for the save, scontrol requeue $job
 requeues     $earlier so far, at most $max_requeues
@@ -181,7 +182,7 @@ preempted() {
 }
 
 # By this job's own word: a start in another job is refused because we train here.
-refused() { grep --quiet --no-messages "^${SLURM_JOB_ID-}"$'\t' "$control/refused"; }
+refused() { grep --quiet --no-messages "^$job"$'\t' "$control/refused"; }
 
 outcome='' reason=''
 if [[ -f $run/outcome.json && $(outcome_stamp) != "$before" ]]; then

@@ -228,7 +228,7 @@ def test_a_start_that_is_refused_because_a_job_trains_there_costs_that_job_no_re
     job = training.submit_and_wait_until_running("restarts=1")
     second = ("--nodes=1", "--ntasks=2", f"--nodelist={CALM}", sys.executable, "-m", "pipeline.train")
     words = ("recipe.toml", f"run.dir={training.run}", "end=refused")
-    assert training.slurm.run("srun", *second, *words, cwd=training.checkout).returncode != 0
+    assert training.slurm.run("srun", *second, *words, cwd=training.checkout, EMMA_JOB=f"{job}0").returncode != 0
     assert (training.run / "control/refused").exists()
     training.slurm.signal(job, "USR1")
     training.assert_end(job, "COMPLETED", restarts=1)

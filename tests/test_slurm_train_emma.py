@@ -20,7 +20,7 @@ checkout     {checkout}
 run folder   /runs/v2, at step 0
 tasks        {tasks}, 8 CPUs each
 environment  MASTER_ADDR={first} MASTER_PORT=24242
-             SRUN_CPUS_PER_TASK=8 OMP_NUM_THREADS=8
+             SRUN_CPUS_PER_TASK=8 OMP_NUM_THREADS=8 EMMA_JOB=4242
 command      'srun' '--export=ALL' '--label' '--kill-on-bad-exit=1' 'python' '-m' 'pipeline.train' \
 'pipeline/recipes/emma_v2.toml' 'data.shards=/data/shards' 'run.dir=/runs/v2'
 on USR1      touch /runs/v2/control/stop, wait for the save, scontrol requeue 4242
