@@ -19,7 +19,7 @@ class Control:
 
     def __init__(self, run_dir: Path):
         self.folder = run_dir / "control"
-        self.terminated = False
+        self.signalled = ""
 
     def clear(self) -> None:
         """Forget requests that nobody was there to answer. Main rank only.
@@ -31,12 +31,17 @@ class Control:
             self.done("stop")
             self.done("save")
 
-    def stop_on_sigterm(self) -> None:
-        """Take SIGTERM for a request to stop: a preemption with grace time tells the ranks, and nobody else.
+    def stop_on_signals(self) -> None:
+        """Take some signals for a request to stop.
 
-        It leaves no file: the launcher sends the same signal when another rank has died, which is not a stop by hand.
+        A preemption with grace time, and `scancel --signal=USR1` without --batch, tell the ranks, and nobody else.
+        They leave no file: the launcher sends SIGTERM too, when another rank has died, which is not a stop by hand.
         """
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _: object) -> None:
+        self.signalled = self.signalled or signal.Signals(number).name
 
     def refuse(self, reason: str) -> None:
         """Tell the batch script that the same command would be refused again. Nobody else waits for it.
@@ -54,12 +59,12 @@ class Control:
         try:
             told = (self.folder / "stop").read_text(encoding="utf-8").strip()
         except FileNotFoundError:
-            told = "SIGTERM"
+            told = self.signalled or "SIGTERM"
         return f"by {told}" if told.startswith("SIG") else "by hand"
 
     def requests(self) -> tuple[bool, bool]:
         """(stop, save) as this rank sees them."""
-        return self.terminated or (self.folder / "stop").exists(), (self.folder / "save").exists()
+        return bool(self.signalled) or (self.folder / "stop").exists(), (self.folder / "save").exists()
 
     def done(self, request: str) -> None:
         (self.folder / request).unlink(missing_ok=True)

@@ -204,6 +204,8 @@ case $outcome in
       ((step_now > step_then)) ||
         fail "$run: not one step from the start to the signal; give the job more --time than --signal takes"
       go_on 'warned of the time limit' "$step_then" "$step_now"
+    elif [[ $reason == 'by SIGUSR1' ]]; then # scancel --signal=USR1 without --batch told the ranks alone
+      go_on "$reason" "$step_then" "$step_now"
     elif preempted; then
       go_on 'preempted' "$step_then" "$step_now"
     fi

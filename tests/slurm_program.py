@@ -15,7 +15,7 @@ from pipeline.control import Control
 told = dict(word.split("=", 1) for word in sys.argv[2:])
 run, rank, end = Path(told["run.dir"]), int(os.environ["SLURM_PROCID"]), told.get("end", "")
 control, latest = Control(run), run / "checkpoints/latest"
-control.stop_on_sigterm()  # from a preemption, or because another rank died; then all collectives hang
+control.stop_on_signals()  # from a preemption, a person, or because another rank died; then all collectives hang
 began = int(latest.read_text()[5:]) if latest.exists() else 0
 
 

@@ -91,6 +91,16 @@ def test_scancel_signal_requeues_a_job_but_no_more_often_than_allowed(training):
 
 
 @side_by_side
+def test_scancel_signal_that_reaches_the_ranks_alone_requeues_a_job_too(training):
+    job = training.submit_and_wait_until_running("restarts=1")
+    training.slurm.run("scancel", "--signal=USR1", job)
+    log = training.assert_end(job, "COMPLETED", restarts=1)
+    assert "by SIGUSR1\nby SIGUSR1; requeued" in log
+    assert training.outcome == "done"
+    assert training.reasons == ["submitted", "by SIGUSR1"]
+
+
+@side_by_side
 def test_scancel_ends_a_job_for_good_with_and_without_a_warning_before(training):
     for warned in (False, True):
         job = training.submit_and_wait_until_running()
