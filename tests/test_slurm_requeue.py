@@ -48,7 +48,10 @@ def told(
 
 @side_by_side
 def test_near_its_time_limit_a_job_saves_requeues_itself_and_is_resumed(training):
-    job = training.submit("--time=1", "--signal=B:USR1@45", "restarts=1")
+    job = training.submit_and_wait_until_running("--time=10", "--signal=B:USR1@45", "restarts=1")
+    # Only now that the script listens: SLURM looks every 30 s, and warns as much too early. The second start has two
+    # minutes, so that it is done before it could be warned.
+    training.slurm.run("scontrol", "update", f"jobid={job}", "EndTime=now+70")
     log = training.assert_end(job, "COMPLETED", restarts=1)
     assert "stopped at step" in log, "the second start must append to the log of the first"
     assert training.outcome == "done"
@@ -57,9 +60,13 @@ def test_near_its_time_limit_a_job_saves_requeues_itself_and_is_resumed(training
 
 @side_by_side
 def test_a_step_that_takes_longer_than_the_job_may_ends_it_and_starts_no_endless_loop(training):
-    job = training.submit_and_wait_until_running("--time=1", "--signal=B:USR1@45", "end=deaf")
+    job = training.submit_and_wait_until_running("end=deaf")
+    training.slurm.signal(job, "USR1")
+    wait_until(lambda: (training.run / "control/stop").exists(), "the request")
     training.slurm.run("scontrol", "update", f"jobid={job}", "EndTime=now+2")
-    assert "DUE TO TIME LIMIT" in training.assert_end(job, "TIMEOUT", restarts=0)
+    log = training.assert_end(job, "TIMEOUT", restarts=0)
+    assert "SIGUSR1: asked the run to save and stop" in log
+    assert "DUE TO TIME LIMIT" in log
 
 
 @side_by_side
