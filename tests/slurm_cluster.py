@@ -6,6 +6,7 @@ No systemd, no root, no fixed port: the daemons live in a folder of their own an
 from __future__ import annotations
 
 import getpass
+import itertools
 import os
 import random
 import shutil
@@ -218,10 +219,15 @@ def wait_until(condition: Callable[[], T | None], what: str, timeout_s: float = 
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Below the ephemeral ones, which any connection may take before a daemon does, and below training's and Ray's."""
+    anywhere = random.sample(range(10_000, 20_000), 10_000)
+    return list(itertools.islice(filter(_is_free, anywhere), count))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as listener:
+        try:
+            listener.bind(("", port))
+        except OSError:
+            return False
+    return True

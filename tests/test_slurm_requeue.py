@@ -119,7 +119,7 @@ def test_scancel_ends_a_job_for_good_with_and_without_a_warning_before(training)
 
 @side_by_side
 def test_a_stop_by_hand_stands_even_if_the_warning_comes_after_it_and_is_forgotten_by_the_next_job(training):
-    job = training.submit_and_wait_until_running()
+    job = training.submit_and_wait_until_running("goodbye_s=5")  # so that there still is a job to be warned
     (training.run / "control/stop").touch()
     training.slurm.signal(job, "USR1")
     training.assert_end(job, "COMPLETED", restarts=0)
