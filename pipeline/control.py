@@ -11,38 +11,45 @@ import os
 import signal
 from pathlib import Path
 
+BATCH_SCRIPT = "EMMA_JOB"  # the job that it runs in; SLURM_JOB_ID is there in a shell in an allocation too
+
 
 class Control:
     """The request files of one run folder."""
 
     def __init__(self, run_dir: Path):
         self.folder = run_dir / "control"
-        self.terminated = False
+        self.signalled = ""
 
     def clear(self) -> None:
         """Forget requests that nobody was there to answer. Main rank only.
 
-        Inside a SLURM job the batch script has done so, before it passed the first signal on; that one must stay.
+        The batch script has done so, before it passed the first signal on; that one must stay.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        if "SLURM_JOB_ID" not in os.environ:
+        if BATCH_SCRIPT not in os.environ:
             self.done("stop")
             self.done("save")
 
-    def stop_on_sigterm(self) -> None:
-        """Take SIGTERM for a request to stop: a preemption with grace time tells the ranks, and nobody else.
+    def stop_on_signals(self) -> None:
+        """Take some signals for a request to stop.
 
-        It leaves no file: the launcher sends the same signal when another rank has died, which is not a stop by hand.
+        A preemption with grace time, and `scancel --signal=USR1` without --batch, tell the ranks, and nobody else.
+        They leave no file: the launcher sends SIGTERM too, when another rank has died, which is not a stop by hand.
         """
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _: object) -> None:
+        self.signalled = self.signalled or signal.Signals(number).name
 
     def refuse(self, reason: str) -> None:
         """Tell the batch script that the same command would be refused again. Nobody else waits for it.
 
         It cannot go by the exit code: the launcher kills the ranks that end a moment after the first one. The line has
-        the job's number, because another job may train in this folder, and that one was not refused.
+        the job's name, because another job may train in this folder, and that one was not refused.
         """
-        job = os.environ.get("SLURM_JOB_ID")
+        job = os.environ.get(BATCH_SCRIPT)
         if job and self.folder.is_dir():
             with (self.folder / "refused").open("a", encoding="utf-8") as file:
                 file.write(f"{job}\t{reason}\n")
@@ -52,12 +59,12 @@ class Control:
         try:
             told = (self.folder / "stop").read_text(encoding="utf-8").strip()
         except FileNotFoundError:
-            told = "SIGTERM"
+            told = self.signalled or "SIGTERM"
         return f"by {told}" if told.startswith("SIG") else "by hand"
 
     def requests(self) -> tuple[bool, bool]:
         """(stop, save) as this rank sees them."""
-        return self.terminated or (self.folder / "stop").exists(), (self.folder / "save").exists()
+        return bool(self.signalled) or (self.folder / "stop").exists(), (self.folder / "save").exists()
 
     def done(self, request: str) -> None:
         (self.folder / request).unlink(missing_ok=True)

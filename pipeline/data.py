@@ -152,14 +152,14 @@ class TrainData:
 
     def expect(self, first: int) -> None:
         """Start the loading processes for `from_step(first)` already: they take seconds, in which others may work."""
-        self._expected = (first, iter(self._loader(first)))
+        self._expected = (first, self._start(first))
 
     def from_step(self, first: int) -> Iterator[GlobalBatch]:
         """Global batches `first`, `first + 1`, … to the end of the run."""
         expected, loader = self._expected or (None, None)
         self._expected = None
         if expected != first:
-            loader = iter(self._loader(first))
+            loader = self._start(first)
         what = functools.partial(_waiting, self.ranks.rank, weakref.ref(loader))
         try:
             for step in range(first, self.total_steps):
@@ -178,6 +178,14 @@ class TrainData:
             processes = {process.sentinel: process.pid for process in loader._workers}
             ended = ", ".join(str(processes[sentinel]) for sentinel in wait(list(processes), timeout=HANGS_UP_S))
             raise lost_loader(self.ranks, ended, f"ended ({error})") from error
+
+    def _start(self, first: int) -> Any:
+        """The loading processes, and Python's that looks after them. A SIGUSR1 to the whole job is for the rank."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # which children keep
+        try:
+            return iter(self._loader(first))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _loader(self, first: int) -> DataLoader:
         workers, per_step = self.recipe.data.workers, self.dataset.per_step

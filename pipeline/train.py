@@ -256,7 +256,7 @@ def main() -> None:
         for line in preflight(recipe, ranks):
             say(ranks, line)
         [run] = together(ranks, lambda: Run(recipe, ranks))
-        run.control.stop_on_sigterm()
+        run.control.stop_on_signals()
         start.done("preflight")
         train(run, ranks, start)
     except UserError as error:

@@ -4,6 +4,7 @@
 #   EMMA_ENV        a file to source, or a line of shell such as 'module load cuda; conda activate emma'.
 #                   Default: the checkout's .venv (`make install`), else whatever python is in the PATH.
 #   EMMA_CONTAINER  words put before every python, such as 'apptainer exec --nv /images/emma.sif'.
+#   EMMA_SRUN       words put after every srun, such as Pyxis's '--container-image=/images/emma.sqsh'.
 
 fail() {
   echo "error: $*" >&2
@@ -33,5 +34,8 @@ set -- "${words[@]}"
 
 read -ra container <<<"${EMMA_CONTAINER-}"
 python=("${container[@]}" python)
+# sbatch --export=NONE is about this script; of itself srun would keep our PATH and MASTER_ADDR from its tasks too.
+# shellcheck disable=SC2034
+read -ra srun <<<"srun --export=ALL ${EMMA_SRUN-}"
 command -v "${python[0]}" >/dev/null || fail "no ${python[0]} in the PATH: run 'make install' in $PWD, or set EMMA_ENV"
 export PYTHONUNBUFFERED=1

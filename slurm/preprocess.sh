@@ -15,7 +15,7 @@
 #   sbatch slurm/preprocess.sh preprocess/mixes/emma_1m2.toml --model emma_v2 --root /data/raw --out /data/shards
 #   sbatch --nodes=4 --cpus-per-task=64 slurm/preprocess.sh …
 #
-# Variables: EMMA_ENV and EMMA_CONTAINER (slurm/environment.sh).
+# Variables: EMMA_ENV, EMMA_CONTAINER, EMMA_SRUN (slurm/environment.sh).
 set -euo pipefail
 # SLURM runs a copy of this script from its spool folder: the checkout is where sbatch was called.
 checkout=${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}
@@ -56,14 +56,14 @@ ray_node='
     --num-cpus="$SRUN_CPUS_PER_TASK" --num-gpus=0 --object-store-memory=1000000000 \
     --dashboard-agent-listen-port=$((port + 3)) --min-worker-port=0 --max-worker-port=0'
 
-srun --ntasks-per-node=1 --kill-on-bad-exit=1 \
+"${srun[@]}" --ntasks-per-node=1 --kill-on-bad-exit=1 \
   bash -c "$ray_node" ray_node "$port" "${hosts[0]}" "$scratch" "${container[@]}" ray &
 cluster=$!
 
 tear_down() {
   kill "$cluster" 2>/dev/null || true # srun then ends the whole step
   wait "$cluster" || true
-  srun --ntasks-per-node=1 rm -rf "$scratch" || true # a cancelled job gets no further step
+  "${srun[@]}" --ntasks-per-node=1 rm -rf "$scratch" || true # a cancelled job gets no further step
 }
 trap tear_down EXIT
 

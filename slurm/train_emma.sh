@@ -19,7 +19,7 @@
 #   sbatch --gpus-per-node=0 --ntasks-per-node=2 slurm/train_emma.sh RECIPE engine.device=cpu
 #   DRY_RUN=1 bash slurm/train_emma.sh RECIPE [key=value ...]                       # only says what it would do
 #
-# Variables: EMMA_ENV and EMMA_CONTAINER (slurm/environment.sh), MAX_REQUEUES (20), MAX_FRUITLESS (3), DRY_RUN.
+# Variables: EMMA_ENV, EMMA_CONTAINER, EMMA_SRUN (slurm/environment.sh), MAX_REQUEUES (20), MAX_FRUITLESS (3), DRY_RUN.
 set -euo pipefail
 trap 'echo "error: SIGUSR1 came before training began; give the job more --time than --signal takes" >&2; exit 2' USR1
 # SLURM runs a copy of this script from its spool folder: the checkout is where sbatch was called.
@@ -35,6 +35,7 @@ directive() { sed -n "s/^#SBATCH --$1=//p" "$0"; }
 # An array's tasks are requeued by this name; by its plain number the last one would requeue them all.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-${SLURM_JOB_ID:-none}}
+export EMMA_JOB=$job # tells training that this script clears away old requests, and reads why a start was refused
 recipe=("${@//%a/${SLURM_ARRAY_TASK_ID-}}")
 run=$("${python[@]}" -m pipeline.recipe "${recipe[@]}" --get run.dir)
 control=$run/control stop=$run/control/stop starts=$run/control/starts.tsv
@@ -48,7 +49,7 @@ else
 fi
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$(directive cpus-per-task)} # srun stopped inheriting it in 22.05
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
-command=(srun --label --kill-on-bad-exit=1 "${python[@]}" -m pipeline.train "${recipe[@]}")
+command=("${srun[@]}" --label --kill-on-bad-exit=1 "${python[@]}" -m pipeline.train "${recipe[@]}")
 
 # -- May it start? SLURM requeues too (preemption, lost nodes), so this is asked at the start as well as at the end ---
 
@@ -93,7 +94,7 @@ checkout     $PWD
 run folder   $run, at step $step
 tasks        $((nodes * tasks)) = $nodes nodes x $tasks, $SRUN_CPUS_PER_TASK CPUs each
 environment  MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT
-             SRUN_CPUS_PER_TASK=$SRUN_CPUS_PER_TASK OMP_NUM_THREADS=$OMP_NUM_THREADS
+             SRUN_CPUS_PER_TASK=$SRUN_CPUS_PER_TASK OMP_NUM_THREADS=$OMP_NUM_THREADS EMMA_JOB=$EMMA_JOB
 command      ${command[*]@Q}
 on USR1      touch $stop, wait for the save, scontrol requeue $job
 requeues     $earlier so far, at most $max_requeues
@@ -181,7 +182,7 @@ preempted() {
 }
 
 # By this job's own word: a start in another job is refused because we train here.
-refused() { grep --quiet --no-messages "^${SLURM_JOB_ID-}"$'\t' "$control/refused"; }
+refused() { grep --quiet --no-messages "^$job"$'\t' "$control/refused"; }
 
 outcome='' reason=''
 if [[ -f $run/outcome.json && $(outcome_stamp) != "$before" ]]; then
@@ -203,6 +204,8 @@ case $outcome in
       ((step_now > step_then)) ||
         fail "$run: not one step from the start to the signal; give the job more --time than --signal takes"
       go_on 'warned of the time limit' "$step_then" "$step_now"
+    elif [[ $reason == 'by SIGUSR1' ]]; then # scancel --signal=USR1 without --batch told the ranks alone
+      go_on "$reason" "$step_then" "$step_now"
     elif preempted; then
       go_on 'preempted' "$step_then" "$step_now"
     fi

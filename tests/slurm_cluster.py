@@ -6,7 +6,9 @@ No systemd, no root, no fixed port: the daemons live in a folder of their own an
 from __future__ import annotations
 
 import getpass
+import itertools
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -27,11 +29,13 @@ FINISHED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_
 T = TypeVar("T")
 
 # Requeued jobs wait until their old credential has expired: two minutes by default, five seconds here, the least.
+# Jobs are numbered from anywhere on, because ports are made of their numbers: another cluster may run beside this one.
 # A node claims more CPUs than there are, so that eight tasks fit. `urgent` preempts the others by requeueing them.
 SLURM_CONF = """\
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={controller_port}
+FirstJobId={first_job}
 SlurmUser={user}
 SlurmdUser={user}
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
@@ -168,7 +172,10 @@ class SlurmCluster:
         for gpu in range(8):
             (self.folder / "gpus" / f"nvidia{gpu}").symlink_to("/dev/null")  # a GPU must be a device, and this is one
         controller_port, *ports = free_ports(1 + len(NODES))
-        text = SLURM_CONF.format(folder=self.folder, user=getpass.getuser(), controller_port=controller_port)
+        first = random.randrange(1, 1_000_000)
+        text = SLURM_CONF.format(
+            folder=self.folder, user=getpass.getuser(), controller_port=controller_port, first_job=first
+        )
         nodes = zip(NODES, ports, range(len(NODES)), strict=True)  # the lightest one that is free takes a job
         text += "".join(NODE.format(name=name, port=port, weight=weight + 1) for name, port, weight in nodes)
         (self.folder / "slurm.conf").write_text(text)
@@ -212,10 +219,15 @@ def wait_until(condition: Callable[[], T | None], what: str, timeout_s: float = 
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Below the ephemeral ones, which any connection may take before a daemon does, and below training's and Ray's."""
+    anywhere = random.sample(range(10_000, 20_000), 10_000)
+    return list(itertools.islice(filter(_is_free, anywhere), count))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as listener:
+        try:
+            listener.bind(("", port))
+        except OSError:
+            return False
+    return True

@@ -15,7 +15,7 @@ from pipeline.control import Control
 told = dict(word.split("=", 1) for word in sys.argv[2:])
 run, rank, end = Path(told["run.dir"]), int(os.environ["SLURM_PROCID"]), told.get("end", "")
 control, latest = Control(run), run / "checkpoints/latest"
-control.stop_on_sigterm()  # from a preemption, or because another rank died; then all collectives hang
+control.stop_on_signals()  # from a preemption, a person, or because another rank died; then all collectives hang
 began = int(latest.read_text()[5:]) if latest.exists() else 0
 
 
@@ -44,7 +44,7 @@ def main():
         (run / "outcome.json").unlink(missing_ok=True)
     (run / f"running-{rank}").touch()
     until = time.monotonic() + 300  # should the cluster be gone
-    while len(list(run.glob("running-*"))) < int(os.environ["SLURM_NTASKS"]) and time.monotonic() < until:
+    while len(list(run.glob("running-*"))) < int(os.environ["SLURM_STEP_NUM_TASKS"]) and time.monotonic() < until:
         time.sleep(0.05)
     while time.monotonic() < until and int(os.environ.get("SLURM_RESTART_COUNT", 0)) < int(told.get("restarts", 99)):
         time.sleep(0.1)

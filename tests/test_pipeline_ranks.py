@@ -6,7 +6,9 @@ import torch
 from model.errors import UserError
 from pipeline.ranks import find_ranks
 
-STEP = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_NODEID": "0", "MASTER_PORT": "1", "MASTER_ADDR": "gpu7"}
+STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NODEID": "0"}
+MEETING = {"MASTER_PORT": "1", "MASTER_ADDR": "gpu7"}
+SHELL = {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NODEID": "0", "SLURM_NTASKS": "8"}
 TORCHRUN = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}
 FOUR, OWN, LAST = "0,1,2,3", "3", {"SLURM_NODEID": "1"}
 
@@ -20,7 +22,7 @@ def rank_on(monkeypatch):
         if "LOCAL_WORLD_SIZE" in variables:
             told = {**variables, "RANK": word, "LOCAL_RANK": word}
         else:
-            told = {**STEP, **variables, "SLURM_PROCID": word, "SLURM_LOCALID": word}
+            told = {**STEP, **MEETING, **variables, "SLURM_PROCID": word, "SLURM_LOCALID": word}
         monkeypatch.setattr("pipeline.ranks.os.environ", told)
         monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
         return find_ranks("cuda").device
@@ -63,6 +65,11 @@ def test_eight_ranks_on_four_gpus_are_refused_on_every_rank_alike(rank_on, local
 )
 def test_a_rank_with_a_gpu_of_its_own_takes_it_however_it_was_bound(rank_on, gpus, variables, device):
     assert str(rank_on(3, gpus, variables)) == device
+
+
+def test_a_shell_in_an_allocation_of_eight_tasks_is_a_rank_alone(monkeypatch):
+    monkeypatch.setattr("pipeline.ranks.os.environ", {**SHELL, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
+    assert find_ranks("cpu").world_size == 1
 
 
 def test_two_ranks_on_the_only_gpu_are_refused(rank_on):

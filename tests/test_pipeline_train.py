@@ -188,7 +188,7 @@ def test_a_second_training_in_a_folder_where_one_is_going_on_is_refused(recipe_f
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for job in ("77", "78"):
-            second = run_python(*command(recipe_file, shards, run), SLURM_JOB_ID=job)
+            second = run_python(*command(recipe_file, shards, run), EMMA_JOB=job)
             assert "another process trains here" in one_line(second, code=2)
     assert not (run / "metrics.jsonl").exists()
     told = [line.split("\t") for line in (run / "control/refused").read_text().splitlines()]

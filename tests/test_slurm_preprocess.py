@@ -10,19 +10,21 @@ SCRIPT = "slurm/preprocess.sh"
 
 @pytest.fixture
 def submit(slurm, raw_mix, tmp_path):
-    def submit(*words: str) -> str:
+    def submit(*words: str, **environment: str) -> str:
         tokenizer = write_byte_tokenizer(tmp_path / "tokenizer")
         where = ("--root", raw_mix.parent, "--out", tmp_path / "shards", "--tokenizer", tokenizer)
-        return slurm.submit("--cpus-per-task=2", SCRIPT, raw_mix, "--model", "tiny_v2", *where, *words)
+        options = ("--cpus-per-task=2", "--export=EMMA_ENV,EMMA_SRUN")  # what the script has reaches Ray all the same
+        return slurm.submit(*options, SCRIPT, raw_mix, "--model", "tiny_v2", *where, *words, **environment)
 
     return submit
 
 
 def test_a_mix_becomes_a_finished_shard_set(slurm, submit, tmp_path):
-    job = submit("--samples-per-shard", "16")
+    job = submit("--samples-per-shard", "16", EMMA_SRUN="--label")
     assert slurm.wait_for(job) == "COMPLETED", slurm.log(job)
     assert Manifest.load(tmp_path / "shards").counts["samples"] == 35
     assert "35/35 dialogues (100%)" in slurm.log(job)
+    assert "\n0: " in slurm.log(job), "srun's labels, asked for by EMMA_SRUN"
 
 
 def test_a_build_that_fails_fails_the_job(slurm, submit, tmp_path):

@@ -48,7 +48,10 @@ def told(
 
 @side_by_side
 def test_near_its_time_limit_a_job_saves_requeues_itself_and_is_resumed(training):
-    job = training.submit("--time=1", "--signal=B:USR1@45", "restarts=1")
+    job = training.submit_and_wait_until_running("--time=10", "--signal=B:USR1@45", "restarts=1")
+    # Only now that the script listens: SLURM looks every 30 s, and warns as much too early. The second start has two
+    # minutes, so that it is done before it could be warned.
+    training.slurm.run("scontrol", "update", f"jobid={job}", "EndTime=now+70")
     log = training.assert_end(job, "COMPLETED", restarts=1)
     assert "stopped at step" in log, "the second start must append to the log of the first"
     assert training.outcome == "done"
@@ -57,9 +60,13 @@ def test_near_its_time_limit_a_job_saves_requeues_itself_and_is_resumed(training
 
 @side_by_side
 def test_a_step_that_takes_longer_than_the_job_may_ends_it_and_starts_no_endless_loop(training):
-    job = training.submit_and_wait_until_running("--time=1", "--signal=B:USR1@45", "end=deaf")
+    job = training.submit_and_wait_until_running("end=deaf")
+    training.slurm.signal(job, "USR1")
+    wait_until(lambda: (training.run / "control/stop").exists(), "the request")
     training.slurm.run("scontrol", "update", f"jobid={job}", "EndTime=now+2")
-    assert "DUE TO TIME LIMIT" in training.assert_end(job, "TIMEOUT", restarts=0)
+    log = training.assert_end(job, "TIMEOUT", restarts=0)
+    assert "SIGUSR1: asked the run to save and stop" in log
+    assert "DUE TO TIME LIMIT" in log
 
 
 @side_by_side
@@ -91,6 +98,16 @@ def test_scancel_signal_requeues_a_job_but_no_more_often_than_allowed(training):
 
 
 @side_by_side
+def test_scancel_signal_that_reaches_the_ranks_alone_requeues_a_job_too(training):
+    job = training.submit_and_wait_until_running("restarts=1")
+    training.slurm.run("scancel", "--signal=USR1", job)
+    log = training.assert_end(job, "COMPLETED", restarts=1)
+    assert "by SIGUSR1\nby SIGUSR1; requeued" in log
+    assert training.outcome == "done"
+    assert training.reasons == ["submitted", "by SIGUSR1"]
+
+
+@side_by_side
 def test_scancel_ends_a_job_for_good_with_and_without_a_warning_before(training):
     for warned in (False, True):
         job = training.submit_and_wait_until_running()
@@ -102,7 +119,7 @@ def test_scancel_ends_a_job_for_good_with_and_without_a_warning_before(training)
 
 @side_by_side
 def test_a_stop_by_hand_stands_even_if_the_warning_comes_after_it_and_is_forgotten_by_the_next_job(training):
-    job = training.submit_and_wait_until_running()
+    job = training.submit_and_wait_until_running("goodbye_s=5")  # so that there still is a job to be warned
     (training.run / "control/stop").touch()
     training.slurm.signal(job, "USR1")
     training.assert_end(job, "COMPLETED", restarts=0)
@@ -228,7 +245,7 @@ def test_a_start_that_is_refused_because_a_job_trains_there_costs_that_job_no_re
     job = training.submit_and_wait_until_running("restarts=1")
     second = ("--nodes=1", "--ntasks=2", f"--nodelist={CALM}", sys.executable, "-m", "pipeline.train")
     words = ("recipe.toml", f"run.dir={training.run}", "end=refused")
-    assert training.slurm.run("srun", *second, *words, cwd=training.checkout).returncode != 0
+    assert training.slurm.run("srun", *second, *words, cwd=training.checkout, EMMA_JOB=f"{job}0").returncode != 0
     assert (training.run / "control/refused").exists()
     training.slurm.signal(job, "USR1")
     training.assert_end(job, "COMPLETED", restarts=1)
@@ -237,13 +254,14 @@ def test_a_start_that_is_refused_because_a_job_trains_there_costs_that_job_no_re
 
 @side_by_side
 def test_every_rank_of_one_and_of_two_nodes_is_told_who_it_is(training):
-    of_slurm = ("PROCID", "LOCALID", "NODEID", "NTASKS")
+    """Though sbatch was told to export next to nothing, and left that in a variable that srun reads too."""
+    of_slurm = ("PROCID", "LOCALID", "NODEID", "STEP_NUM_TASKS")
     names = [*(f"SLURM_{name}" for name in of_slurm), "MASTER_ADDR", "SRUN_CPUS_PER_TASK", "OMP_NUM_THREADS"]
     words = ["end=environment", "restarts=0", f"names={','.join(names)}", "--ntasks-per-node=8", "--cpus-per-task=8"]
     for nodes in (1, 2):
         training.run = training.run.with_name(f"run-{nodes}")
         where = (f"--nodes={nodes}", f"--nodelist={','.join(STORMY[5 : 5 + nodes])}", "--gpus-per-node=8")
-        job = training.submit(*words, *where, OMP_NUM_THREADS="")
+        job = training.submit(*words, *where, "--export=EMMA_ENV")
         training.assert_end(job, "COMPLETED", restarts=0)
         found = "".join(path.read_text() for path in sorted(training.run.glob("environment-*")))
         assert found == (GOLDEN / f"slurm_environment_{nodes}x8.txt").read_text()

@@ -20,8 +20,8 @@ checkout     {checkout}
 run folder   /runs/v2, at step 0
 tasks        {tasks}, 8 CPUs each
 environment  MASTER_ADDR={first} MASTER_PORT=24242
-             SRUN_CPUS_PER_TASK=8 OMP_NUM_THREADS=8
-command      'srun' '--label' '--kill-on-bad-exit=1' 'python' '-m' 'pipeline.train' \
+             SRUN_CPUS_PER_TASK=8 OMP_NUM_THREADS=8 EMMA_JOB=4242
+command      'srun' '--export=ALL' '--label' '--kill-on-bad-exit=1' 'python' '-m' 'pipeline.train' \
 'pipeline/recipes/emma_v2.toml' 'data.shards=/data/shards' 'run.dir=/runs/v2'
 on USR1      touch /runs/v2/control/stop, wait for the save, scontrol requeue 4242
 requeues     0 so far, at most 20
@@ -67,6 +67,14 @@ def test_a_container_goes_before_python(slurm):
     recipe = ("pipeline/recipes/emma_v2.toml", "data.shards=/data/shards", "run.dir=/runs/v2")
     plan = dry_run(slurm, *recipe, **ONE_NODE, EMMA_CONTAINER="env INSIDE=1").stdout
     assert "'--kill-on-bad-exit=1' 'env' 'INSIDE=1' 'python' '-m' 'pipeline.train'" in plan
+
+
+def test_options_of_pyxis_go_to_srun_and_not_before_python(slurm):
+    recipe = ("pipeline/recipes/emma_v2.toml", "data.shards=/data/shards", "run.dir=/runs/v2")
+    image = "--container-image=/images/emma.sqsh --container-mounts=/data:/data"
+    plan = dry_run(slurm, *recipe, **ONE_NODE, EMMA_SRUN=image).stdout
+    words = "'--container-image=/images/emma.sqsh' '--container-mounts=/data:/data' '--label' '--kill-on-bad-exit=1'"
+    assert f"'srun' '--export=ALL' {words} 'python' '-m' 'pipeline.train'" in plan
 
 
 def test_without_a_job_a_dry_run_goes_by_the_directives(slurm):

@@ -1,0 +1,76 @@
+"""Requests from outside, as one rank sees them. That all agree and save is in test_pipeline_train.py."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from pipeline.checkpoint_folder import list_steps
+from pipeline.control import Control
+from tests.conftest import REPOSITORY, finish
+from tests.slurm_cluster import wait_until
+
+
+@pytest.fixture
+def control(tmp_path, monkeypatch):
+    """Of a run folder in which somebody has asked for a stop, and nobody was there."""
+    monkeypatch.delenv("EMMA_JOB", raising=False)
+    (tmp_path / "control").mkdir()
+    (tmp_path / "control/stop").touch()
+    return Control(tmp_path)
+
+
+def test_a_request_that_nobody_answered_ends_no_later_training_in_a_shell_in_an_allocation(control, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "4242")
+    control.clear()
+    assert control.requests() == (False, False)
+
+
+def test_a_request_that_came_after_the_batch_script_had_cleared_away_the_old_ones_stands(control, monkeypatch):
+    monkeypatch.setenv("EMMA_JOB", "4242")
+    control.clear()
+    assert control.requests() == (True, False)
+
+
+def test_the_batch_script_is_told_of_a_refusal_and_nobody_else_is(control, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "4242")
+    control.refuse("in a shell in an allocation")
+    monkeypatch.setenv("EMMA_JOB", "4240_3")
+    control.refuse("by the job")
+    assert (control.folder / "refused").read_text() == "4240_3\tby the job\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_a_rank_is_a_request_to_stop_and_the_first_one_is_remembered(control, number):
+    control.clear()
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)}
+    control.stop_on_signals()
+    try:
+        for each in (number, signal.SIGTERM):
+            signal.raise_signal(each)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert control.requests() == (True, False)
+    assert control.who_asked_to_stop() == f"by {number.name}"
+
+
+def test_a_signal_to_all_processes_of_a_training_as_scancel_sends_it_lets_it_save_and_stop(
+    recipe_file, shards, tmp_path
+):
+    run, endless = tmp_path / "run", ["steps=100000", "checkpoint.every_steps=100000"]
+    words = [recipe_file, f"data.shards={shards}", f"run.dir={run}", "data.workers=1", *endless]
+    command = [sys.executable, "-m", "pipeline.train", *map(str, words)]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_until(lambda: (run / "metrics.jsonl").exists() and '"loss' in (run / "metrics.jsonl").read_text(), "a step")
+    family = [*psutil.Process(process.pid).children(recursive=True), process]
+    assert any("--multiprocessing-fork" in member.cmdline() for member in family[:-1])
+    for member in family:
+        member.send_signal(signal.SIGUSR1)
+    assert "Traceback" not in finish(process)
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert (outcome["outcome"], outcome["reason"]) == ("stopped", "by SIGUSR1")
+    assert list_steps(run / "checkpoints") == [outcome["step"]]
