@@ -39,7 +39,7 @@ from pipeline.checkpoint_folder import (
     set_aside,
 )
 from pipeline.elastic import LAYOUT, Layout, parameter_shapes, tied_names
-from pipeline.files import FOR_PEOPLE, lost_if_it_fails, write_json
+from pipeline.files import REMEDIES, lost_if_it_fails, write_json
 from pipeline.probe import Probe
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
@@ -352,8 +352,8 @@ def full_state(folder: Path) -> dict[str, torch.Tensor]:
 
 def _unsaved(folder: Path, step: int, error: BaseException) -> UserError | LostDataError:
     told = f"{folder}: the checkpoint of step {step} could not be written ({error}); those before it are as they were"
-    if getattr(error, "errno", None) in FOR_PEOPLE:
-        return UserError(f"{told}; make room there, or give the right to write, and run the same command again")
+    if isinstance(error, OSError) and (remedy := REMEDIES.get(error.errno or 0)):
+        return UserError(f"{told}; {remedy}, and run the same command again")
     return LostDataError(told)
 
 

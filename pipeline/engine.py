@@ -127,7 +127,7 @@ def _check_keys(path: Path, config: dict[str, Any]) -> None:
     """DeepSpeed itself passes over a section that it does not know."""
     for key in config:
         if key not in (known := _known_to_deepspeed()):
-            close = difflib.get_close_matches(key, known, n=1)
+            close = difflib.get_close_matches(key, known.difference(OWNED_BY_RECIPE), n=1)
             nearest = f", did you mean {close[0]!r}" if close else ""
             raise UserError(f"engine.ds_config: {path}: DeepSpeed does not know the key {key!r}{nearest}")
 
@@ -170,7 +170,8 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
     try:
         DeepSpeedConfig(config)
     except Exception as error:  # what it raises has no common kind
-        raise UserError(f"engine.ds_config: {path}: {'; '.join(_complaints(error)) or first_line(error)}") from None
+        told = "; ".join(_complaints(error)) or first_line(error)
+        raise UserError(f"engine.ds_config: {path}: DeepSpeed does not take it: {told}") from None
 
 
 def _check_zero(path: Path, zero: Any) -> None:

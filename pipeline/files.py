@@ -16,7 +16,7 @@ from model.errors import UserError
 from pipeline.shard_reader import LostDataError
 from preprocess.shards import publish
 
-FOR_PEOPLE = {  # to try again would not help
+REMEDIES = {  # to try again would not help
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room there",
     errno.EACCES: "ask its owner for the right to it, or give another",
@@ -31,8 +31,8 @@ FOR_PEOPLE = {  # to try again would not help
 
 def explained(error: OSError, where: Path | str = "") -> UserError | LostDataError:
     """What people must see to, or else may come right by itself. `where`, if the error does not say."""
-    told = f"{error.filename or where}: {error.strerror or error}"
-    if remedy := FOR_PEOPLE.get(error.errno or 0):
+    told = ": ".join(str(word) for word in (error.filename or where, error.strerror or error) if word)
+    if remedy := REMEDIES.get(error.errno or 0):
         return UserError(f"{told}; {remedy}, and run the same command again")
     return LostDataError(f"{told}, on {socket.gethostname()}")
 
@@ -47,6 +47,15 @@ def sync(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def explaining(where: Path | str) -> Iterator[None]:
+    """Raises: for each OSError what `explained` makes of it; reading and writing, unlike opening, name no file."""
+    try:
+        yield
+    except OSError as error:
+        raise explained(error, where) from error
 
 
 @contextmanager

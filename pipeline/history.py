@@ -111,18 +111,21 @@ def has_event(run: Path, name: str, step: int) -> bool:
 
 
 def has_stepped_with(run: Path, world_size: int, settings: dict[str, Any]) -> bool:
-    """Whether some start on so many ranks, with these settings for memory, has told of a step. Raises: OSError."""
+    """Whether some start on so many ranks, with these settings for memory, has told of a step. Raises: OSError.
+
+    One of an earlier version, which did not write them down, is taken to have had them.
+    """
     alike = False
     for line in _lines(run):
         if line.get("event") in ("start", "resume"):
-            alike = (line["world_size"], line.get("settings")) == (world_size, settings)
+            alike = line.get("world_size") == world_size and line.get("settings", settings) == settings
         elif alike and ("event" not in line or line["event"] == "save"):
             return True
     return False
 
 
 def _lines(run: Path) -> Iterator[dict[str, Any]]:
-    """None before the first start."""
+    """No lines before the first start."""
     with contextlib.suppress(FileNotFoundError):
         text = (run / "metrics.jsonl").read_text(encoding="utf-8")
         yield from (line for line in map(_parse, text.splitlines()) if line is not None)

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import torch
 
 from pipeline.data import GlobalBatch, TrainData
+from pipeline.files import explaining
 from pipeline.history import SLOW_RANK, hours, seconds_left
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
@@ -34,12 +35,12 @@ class Metrics:
 
     def __init__(self, recipe: Recipe, ranks: Ranks, data: TrainData):
         self.recipe, self.ranks, self.data = recipe, ranks, data
-        self.folder = Path(recipe.run.dir)
+        self.path = Path(recipe.run.dir) / "metrics.jsonl"
         self.wandb: WandbRun | None = None
 
     def __enter__(self) -> Metrics:
         if self.ranks.is_main:
-            self.file = _open_for_lines(self.folder / "metrics.jsonl")
+            self.file = _open_for_lines(self.path)
             self.window = Window(self.recipe, self.data.sources.names, peak_of_ranks(self.ranks))
             if self.recipe.log.wandb != "off":
                 self.wandb = WandbRun(self.recipe)
@@ -48,7 +49,8 @@ class Metrics:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.ranks.is_main:
             try:
-                self.file.close()
+                with explaining(self.path):
+                    self.file.close()
             finally:
                 if self.wandb is not None:
                     self.wandb.finish(exit_code=0 if error is None else 1)
@@ -139,7 +141,8 @@ class Metrics:
         return seconds_left(self.data.total_steps - step, step_s, self.paused_s, step - self.first_step)
 
     def _write(self, values: dict[str, Any]) -> None:
-        self.file.write(_json_line(values))
+        with explaining(self.path):
+            self.file.write(_json_line(values))
 
     def _to_wandb(self, step: int, values: dict[str, Any]) -> None:
         if self.wandb is not None:

@@ -32,6 +32,7 @@ from pipeline.checkpoint_folder import REFUSED, find_leftovers, list_steps
 from pipeline.cost import CHECKPOINT_BYTES, STATE_BYTES, count_parameters
 from pipeline.data import check_fit, loading_bytes
 from pipeline.engine import compose_config
+from pipeline.files import explaining
 from pipeline.prefetch import language_model
 from pipeline.pretrained import llm_source, tower_source
 from pipeline.ranks import Ranks
@@ -150,7 +151,8 @@ def check_batch(recipe: Recipe, ranks: Ranks) -> str:
 
 
 def check_shards(recipe: Recipe, ranks: Ranks) -> str:
-    return look_at_shards(recipe)
+    with explaining(recipe.data.shards):
+        return look_at_shards(recipe)
 
 
 def check_heldout(recipe: Recipe, ranks: Ranks) -> str:
@@ -158,7 +160,8 @@ def check_heldout(recipe: Recipe, ranks: Ranks) -> str:
         return ""
     heldout = replace(recipe, data=replace(recipe.data, shards=recipe.evaluate.shards))
     try:
-        return f"held out: {look_at_shards(heldout)}"
+        with explaining(heldout.data.shards):
+            return f"held out: {look_at_shards(heldout)}"
     except UserError as error:
         raise UserError(str(error).replace("data.shards", "evaluate.shards", 1)) from None
 

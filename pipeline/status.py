@@ -22,7 +22,7 @@ from pipeline.history import ENDS, SLOW_RANK, History, hours, read_history
 from pipeline.status_figure import draw
 
 QUIET_S = 120.0  # a run whose watchdog gives no sign of life for this long is taken for dead
-START_S = 1800.0  # the same for a start that loads, and without such signs: as long as a watchdog gives it by default
+START_S = 1800.0  # the same for a start that loads, or a run of a version without such signs: a watchdog's default
 LATE_LINES = 10  # of the log that a source's loss is averaged over
 SHOWN_SPIKES = 5
 

@@ -266,7 +266,7 @@ def main() -> None:
     except LostDataError as error:
         fail(error, recipe, run, code=EXIT_LOST)
     except Exception as error:
-        if isinstance(error, OSError) and isinstance(told := explained(error, run.folder if run else ""), UserError):
+        if isinstance(error, OSError) and error.filename and isinstance(told := explained(error), UserError):
             fail(told, recipe, run, code=2)
         if isinstance(error, RuntimeError) and (lost := loader_died(error, ranks)):
             fail(lost, recipe, run, code=EXIT_LOST)

@@ -41,6 +41,7 @@ def os_error(code, path="/data/index.parquet"):
         ([], {"a bad disk there": False}, LostDataError, ["a bad disk there"]),
         ([os_error(errno.EACCES)], {}, UserError, ["/data/index.parquet: Permission denied; ask its owner"]),
         ([os_error(errno.EIO)], {}, LostDataError, ["/data/index.parquet: Input/output error, on "]),
+        ([OSError(errno.EIO, "Input/output error")], {}, LostDataError, ["Input/output error, on "]),
     ],
 )
 def test_problems_of_all_ranks_are_told_and_a_single_mistake_ends_the_run(monkeypatch, errors, others, kind, said):
@@ -51,5 +52,6 @@ def test_problems_of_all_ranks_are_told_and_a_single_mistake_ends_the_run(monkey
     with pytest.raises(kind) as told:
         together(TWO, lambda: 1, *map(failing, errors))
     assert type(told.value) is kind
+    assert not str(told.value).startswith(":")
     for words in said:
         assert words in str(told.value)

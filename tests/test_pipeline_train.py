@@ -294,7 +294,9 @@ def test_a_disk_that_is_full_when_a_line_is_written_is_one_line_and_no_crash(rec
     run.mkdir()
     (run / "metrics.jsonl").symlink_to("/dev/full")
     line = one_line(run_python(*command(recipe_file, shards, run)), code=2)
-    assert line == f"error: {run}: No space left on device; make room there, and run the same command again"
+    assert (
+        line == f"error: {run}/metrics.jsonl: No space left on device; make room there, and run the same command again"
+    )
     assert outcome(run)["outcome"] == "failed"
 
 
