@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import math
@@ -14,7 +13,7 @@ import torch
 from model.emma import Emma
 from model.errors import UserError, first_line
 from pipeline.ranks import Ranks
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, nearest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OWNED_BY_RECIPE = (
@@ -125,11 +124,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _check_keys(path: Path, config: dict[str, Any]) -> None:
     """DeepSpeed itself passes over a section that it does not know."""
-    for key in config:
-        if key not in (known := _known_to_deepspeed()):
-            close = difflib.get_close_matches(key, known.difference(OWNED_BY_RECIPE), n=1)
-            nearest = f", did you mean {close[0]!r}" if close else ""
-            raise UserError(f"engine.ds_config: {path}: DeepSpeed does not know the key {key!r}{nearest}")
+    known = _known_to_deepspeed()
+    for key in sorted(config.keys() - known):
+        hint = nearest(key, known.difference(OWNED_BY_RECIPE))
+        raise UserError(f"engine.ds_config: {path}: DeepSpeed does not know the key {key!r}{hint}")
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -231,6 +232,15 @@ def hours(seconds: float) -> str:
     return f"{whole}:{rest // 60:02}:{rest % 60:02}"
 
 
+def finite(facts: Any) -> Any:
+    """With None for each number that JSON has no word for, at any depth."""
+    if isinstance(facts, dict):
+        return {key: finite(value) for key, value in facts.items()}
+    if isinstance(facts, list | tuple):
+        return [finite(value) for value in facts]
+    return None if isinstance(facts, float) and not math.isfinite(facts) else facts
+
+
 def _number(value: float | None) -> float:
-    """What JSON has no word for."""
+    """The way back."""
     return float("nan") if value is None else value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import torch
 
 from pipeline.data import GlobalBatch, TrainData
 from pipeline.files import explaining
-from pipeline.history import SLOW_RANK, hours, seconds_left
+from pipeline.history import SLOW_RANK, finite, hours, seconds_left
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
 from pipeline.room import memory_settings
@@ -161,13 +160,8 @@ def append_event(folder: Path, name: str, step: int | None, **facts: Any) -> Non
         file.write(_json_line({"event": name, "step": step, "time": time.time(), **facts}))
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no word for what is not a number."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _json_line(values: dict[str, Any]) -> str:
-    return json.dumps({key: _finite(value) for key, value in values.items()}) + "\n"
+    return json.dumps(finite(values)) + "\n"
 
 
 def _open_for_lines(path: Path) -> TextIO:

@@ -15,7 +15,7 @@ import json
 import math
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -269,12 +269,13 @@ def _build(kind: type, table: dict[str, Any], where: str) -> Any:
     for key in table:
         if key not in known:
             raise UserError(
-                f"{where}: unknown key {key!r}{_nearest(key, known)}; valid here: {', '.join(sorted(known))}"
+                f"{where}: unknown key {key!r}{nearest(key, known)}; valid here: {', '.join(sorted(known))}"
             )
     return kind(**{key: _convert(types[key], value, f"{where}: {key}") for key, value in table.items()})
 
 
-def _nearest(key: str, known: list[str]) -> str:
+def nearest(key: str, known: Collection[str]) -> str:
+    """The tail of a message about an unknown key, empty if no valid one is like it."""
     close = difflib.get_close_matches(key, known, n=1)
     return f", did you mean {close[0]!r}" if close else ""
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import signal
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from model.errors import UserError
-from pipeline.history import ENDS, SLOW_RANK, History, hours, read_history
+from pipeline.history import ENDS, SLOW_RANK, History, finite, hours, read_history
 from pipeline.status_figure import draw
 
 QUIET_S = 120.0  # a run whose watchdog gives no sign of life for this long is taken for dead
@@ -142,15 +140,6 @@ def _warnings(history: History) -> list[str]:
     return lines
 
 
-def _finite(facts: Any) -> Any:
-    """With null for each number that JSON has no word for."""
-    if isinstance(facts, dict):
-        return {key: _finite(value) for key, value in facts.items()}
-    if isinstance(facts, list | tuple):
-        return [_finite(value) for value in facts]
-    return None if isinstance(facts, float) and not math.isfinite(facts) else facts
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run folder")
@@ -167,7 +156,7 @@ def main() -> None:
         draw(history, args.png)
     if args.json:
         facts = {**asdict(history), "state": state_of(args.run, history, now), "goodput": history.ledger.goodput}
-        print(json.dumps(_finite(facts), indent=2))
+        print(json.dumps(finite(facts), indent=2))
     else:
         print(table(args.run, history, now))
 

@@ -91,7 +91,7 @@ def test_a_resumed_run_goes_on_where_it_was_and_its_model_answers_alike_on_both_
 
 def test_a_stop_is_agreed_on_and_saved(base, tmp_path):
     process = torchrun(GPUS, ["-m", "pipeline.train", *base, "steps=1000", f"run.dir={tmp_path}"])
-    while process.poll() is None and not list(tmp_path.glob("metrics.jsonl")):
+    while process.poll() is None and not (tmp_path / "metrics.jsonl").exists():
         time.sleep(0.1)
     (tmp_path / "control/stop").touch()
     told = finish(process)
