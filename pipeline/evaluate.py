@@ -194,5 +194,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:  # the latter is the disk's, and says which file
         sys.exit(f"error: {error}")

@@ -165,5 +165,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head -1` has read enough
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:  # the latter is the disk's, and says which file
         sys.exit(f"error: {error}")

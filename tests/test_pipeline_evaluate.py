@@ -27,7 +27,7 @@ from pipeline.evaluate import (
 from pipeline.generate import answer
 from preprocess.images import read_pixels
 from preprocess.prompts import load_tokenizer
-from tests.conftest import write_byte_tokenizer
+from tests.conftest import run_python, write_byte_tokenizer
 
 
 def asked(image: str, kind: str = "colour", answer: str = "red", question: str = "What colour is it?") -> Question:
@@ -160,6 +160,19 @@ def test_the_command_prints_a_table_and_writes_what_was_said(
     assert sorted(row["image"] for row in result["answers"]) == ["a.png", "b.png", "c.png"]
     assert [row["image"] for row in result["answers"]] != ["a.png", "b.png", "c.png"]
     assert all(isinstance(row["said"], str) for row in result["answers"])
+
+
+def test_a_place_that_takes_no_result_is_one_line_after_the_table(
+    model_folder: Path, images: Path, tmp_path: Path
+) -> None:
+    path, out = tmp_path / "questions.jsonl", tmp_path / "absent/result.json"
+    path.write_text(json.dumps(vars(asked("a.png"))) + "\n")
+    done = run_python("-m", "pipeline.evaluate", model_folder, path, "--images", images, "--json", out)
+    assert done.returncode == 1
+    assert "all" in done.stdout
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert str(out) in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 def test_a_missing_picture_is_named(
