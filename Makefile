@@ -24,7 +24,7 @@ lint: $(INSTALLED)  ## formatting, lint, types
 	@$(BIN)/mypy
 
 soak: $(INSTALLED)  ## what takes too long for a test: kills at many random moments
-	@set -e; for program in tests/soak_*.py; do $(BIN)/python -m tests.$$(basename $$program .py) $(ARGS); done
+	@set -e; for program in tests/programs/soak_*.py; do $(BIN)/python -m tests.programs.$$(basename $$program .py) $(ARGS); done
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -29,13 +29,13 @@ import torch.distributed as dist
 
 from model.emma import Emma
 from model.errors import UserError
-from pipeline.agreement import on_main
-from pipeline.checkpoint import Checkpoints, Identity
-from pipeline.elastic import bytes_of
+from pipeline.checkpoint.checkpointer import Checkpoints, Identity
+from pipeline.checkpoint.layout import bytes_of
+from pipeline.distributed.collectives import on_main
+from pipeline.distributed.ranks import Ranks, find_ranks
 from pipeline.engine import build_engine, init_distributed
-from pipeline.files import sync
-from pipeline.ranks import Ranks, find_ranks
 from pipeline.recipe import Recipe, load_recipe
+from preprocess.atomic import sync
 
 SAVE_EVERY_S = 1800.0  # the interval that a save's stall is set against
 BLOCK_BYTES = 64 << 20

@@ -29,8 +29,8 @@ from PIL import Image
 
 from benchmarks.photographs import dialogue
 from preprocess.build_shards import PAPER_MIX
-from preprocess.demo_mix import train_tokenizer
-from preprocess.shards import MANIFEST, WORK
+from preprocess.demo.mix import train_tokenizer
+from preprocess.shards.manifest import MANIFEST, WORK
 
 MODEL = "tiny_v2"
 ROWS = 1_230_800

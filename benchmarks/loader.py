@@ -2,8 +2,8 @@
 
     python -m benchmarks.loader --json loader.json
 
-`pipeline.data` with two loading processes, as a rank has them, against the stock webdataset pipeline with as many. That
-one is a stream: to resume inside an epoch it reads, and throws away, what the run has seen of it. It is spared the
+`pipeline.data.loader` with two loading processes, as a rank has them, against the stock webdataset pipeline with as many.
+That one is a stream: to resume inside an epoch it reads, and throws away, what the run has seen of it. It is spared the
 epochs before (another seed starts each), and the full-size figure assumes that it keeps its rate.
 docs/performance.md keeps the table.
 """
@@ -27,12 +27,12 @@ from torch.utils.data import DataLoader
 
 from benchmarks.photographs import write_rows
 from benchmarks.preprocess import MODEL, command
-from pipeline.data import TrainData
-from pipeline.ranks import Ranks
+from pipeline.data.loader import TrainData
+from pipeline.distributed.ranks import Ranks
 from pipeline.recipe import Data, Optim, Recipe
 from preprocess import build_shards
-from preprocess.records import decode_pixels, from_fields
-from tests.golden_tokenizer import gpt_neox
+from preprocess.shards.sample import decode_pixels, from_fields
+from tests.support.golden_tokenizer import gpt_neox
 
 NEEDED_SAMPLES_PER_S = 80  # by eight A100s at half of their peak
 FULL_EPOCH = 1_230_000

@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from model.config import preset
-from pipeline.plan import FILLER, Ids, Plan
-from preprocess.shards import load_index
+from pipeline.data.plan import FILLER, Ids, Plan
+from preprocess.shards.manifest import load_index
 
 RANKS, MICRO_BATCH, GLOBAL_BATCH = 8, 16, 128
 PATCHES = preset("emma_v2").vision.num_patches

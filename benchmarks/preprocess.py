@@ -33,11 +33,12 @@ from PIL import Image
 
 from benchmarks.photographs import write_rows
 from model.config import preset
-from preprocess import build_shards, images
+from preprocess import build_shards
+from preprocess.builder.task import TEXTS_AT_ONCE
+from preprocess.images import codec
+from preprocess.images.codec import squash
 from preprocess.prompts import encode_dialogue, load_tokenizer
-from preprocess.squash import squash
-from preprocess.task import TEXTS_AT_ONCE
-from tests.golden_tokenizer import gpt_neox
+from tests.support.golden_tokenizer import gpt_neox
 
 MODEL = "emma_v2"
 CONFIG = preset(MODEL)
@@ -113,7 +114,7 @@ def everyday_tokens(tokenizer: Any, conversations: Iterable[Mapping[str, str]]) 
 def everyday_sample(root: Path, tokenizer: Any, row: Mapping[str, Any]) -> dict[str, bytes | str]:
     picture = Image.open(root / row["image"]).convert("RGB").resize((PX, PX), Image.Resampling.BICUBIC)
     buffer, tokens = io.BytesIO(), io.BytesIO()
-    picture.save(buffer, "JPEG", quality=images.JPEG_QUALITY, subsampling=0)
+    picture.save(buffer, "JPEG", quality=codec.JPEG_QUALITY, subsampling=0)
     ids, labels = everyday_tokens(tokenizer, row["conversations"])
     np.save(tokens, np.array([ids, labels], np.int32))
     meta = json.dumps({"id": row["id"], "picture": row["image"]}).encode()
@@ -221,8 +222,8 @@ def parts(root: Path, out: Path, rows: Rows) -> dict[str, float]:
                     timed("tokenise", encode_dialogue, turns, CONFIG.template, tokenizer, CONFIG.max_text_tokens)
             if row["image"] != picture:
                 picture = row["image"]
-                pixels = timed("decode", images.decode_rgb, timed("read", (root / picture).read_bytes))
-                encoded = timed("encode", images.encode_jpeg, timed("resize", squash, pixels, PX))
+                pixels = timed("decode", codec.decode_rgb, timed("read", (root / picture).read_bytes))
+                encoded = timed("encode", codec.encode_jpeg, timed("resize", squash, pixels, PX))
             timed("hash", hashlib.sha256, encoded)
             timed("write", file.write, encoded)
     return {name: value / 1e9 for name, value in took.items()}
@@ -237,7 +238,7 @@ def levels_off(root: Path, most: int = 200) -> dict[int, float]:
     for path in sorted((root / "pictures").iterdir())[:most]:
         data = path.read_bytes()
         exact = Image.open(io.BytesIO(data)).convert("RGB").resize((PX, PX), Image.Resampling.BICUBIC)
-        ours = squash(images.decode_rgb(data), PX)
+        ours = squash(codec.decode_rgb(data), PX)
         off.update(np.abs(ours.astype(np.int16) - np.asarray(exact)).ravel().tolist())
     return {levels: count / off.total() for levels, count in sorted(off.items())}
 

@@ -32,7 +32,7 @@ from model.config import preset
 from model.vision import Towers
 from pipeline.recipe import load_recipe
 from preprocess import build_shards
-from preprocess.demo_mix import train_tokenizer
+from preprocess.demo.mix import train_tokenizer
 
 PICTURES = 32
 GO_ON = 3  # steps after the resume

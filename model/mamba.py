@@ -1,7 +1,7 @@
 """Mamba-1 and Mamba-2: mixers and blocks, with mamba_ssm's parameter names and initial values.
 
-A mixer's training pass is one fused kernel on CUDA (mamba_ssm's `Mamba.forward`, `Mamba2.forward`) and the composition
-of `model.kernels` elsewhere; `prefill` is that composition on every device, because it must hand over the states.
+A mixer's training pass is one fused kernel on CUDA (mamba_ssm's `Mamba.forward`, `Mamba2.forward`) and the
+composition of `model.kernels.dispatch` elsewhere; `prefill` is that composition on every device, because it must hand over the states.
 ZeRO-3: mixers read their children's weights directly, so they (or whole blocks) are what may be marked as leaf
 modules; each is called at most once per forward, with positional tensors.
 """
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model import kernels
 from model.config import MambaConfig
+from model.kernels import dispatch
 
 NO_WEIGHT_DECAY = ("A_log", "D", "dt_bias")
 
@@ -91,7 +91,7 @@ class Mamba1Mixer(Mixer):
         # The kernel wants time last; multiplied from the left, the projection comes out so without a copy.
         xz = self.in_proj.weight @ x.flatten(0, 1).t()  # [2c, b * l]
         xz = xz.view(-1, batch, length).transpose(0, 1)  # [b, 2c, l]
-        return kernels.fused().mamba_inner_fn(
+        return dispatch.fused().mamba_inner_fn(
             xz,
             self.conv1d.weight,
             self.conv1d.bias,
@@ -109,15 +109,15 @@ class Mamba1Mixer(Mixer):
 
     def prefill(self, x: Tensor) -> tuple[Tensor, State]:
         x, z = self.in_proj(x).chunk(2, -1)  # [b, l, c]
-        conv_state = kernels.conv_state(x, self.config.d_conv)
-        x = kernels.causal_conv(x, *self.conv_parameters)
-        y, ssm_state = kernels.selective_scan(x, *self._scan_inputs(x), z, self.dt_proj.bias.float())
+        conv_state = dispatch.conv_state(x, self.config.d_conv)
+        x = dispatch.causal_conv(x, *self.conv_parameters)
+        y, ssm_state = dispatch.selective_scan(x, *self._scan_inputs(x), z, self.dt_proj.bias.float())
         return self.out_proj(y), State(conv_state, ssm_state)
 
     def step(self, x: Tensor, state: State) -> Tensor:
         x, z = self.in_proj(x).chunk(2, -1)  # [b, c]
-        x = kernels.causal_conv_step(x, state.conv, *self.conv_parameters)
-        y = kernels.selective_scan_step(state.ssm, x, *self._scan_inputs(x), z, self.dt_proj.bias.float())
+        x = dispatch.causal_conv_step(x, state.conv, *self.conv_parameters)
+        y = dispatch.selective_scan_step(state.ssm, x, *self._scan_inputs(x), z, self.dt_proj.bias.float())
         return self.out_proj(y)
 
     def _scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -140,7 +140,7 @@ class Mamba2Mixer(Mixer):
         mark_no_weight_decay(self)
 
     def fused(self, x: Tensor) -> Tensor:
-        return kernels.fused().mamba_split_conv1d_scan_combined(
+        return dispatch.fused().mamba_split_conv1d_scan_combined(
             self.in_proj(x),
             *self.conv_parameters,
             self.dt_bias,
@@ -159,15 +159,15 @@ class Mamba2Mixer(Mixer):
 
     def prefill(self, x: Tensor) -> tuple[Tensor, State]:
         z, xBC, dt = self._split_in_proj(x)
-        conv_state = kernels.conv_state(xBC, self.config.d_conv)
-        x, B, C = self._split_conv(kernels.causal_conv(xBC, *self.conv_parameters))
-        y, ssm_state = kernels.ssd(x, dt, self.decay_rates, B, C, self.D, self.dt_bias, self.config.chunk_size)
+        conv_state = dispatch.conv_state(xBC, self.config.d_conv)
+        x, B, C = self._split_conv(dispatch.causal_conv(xBC, *self.conv_parameters))
+        y, ssm_state = dispatch.ssd(x, dt, self.decay_rates, B, C, self.D, self.dt_bias, self.config.chunk_size)
         return self.out_proj(self.norm(y.flatten(-2), z)), State(conv_state, ssm_state)
 
     def step(self, x: Tensor, state: State) -> Tensor:
         z, xBC, dt = self._split_in_proj(x)
-        x, B, C = self._split_conv(kernels.causal_conv_step(xBC, state.conv, *self.conv_parameters))
-        y = kernels.ssd_step(state.ssm, x, dt, self.decay_rates, B, C, self.D, self.dt_bias)
+        x, B, C = self._split_conv(dispatch.causal_conv_step(xBC, state.conv, *self.conv_parameters))
+        y = dispatch.ssd_step(state.ssm, x, dt, self.decay_rates, B, C, self.D, self.dt_bias)
         return self.out_proj(self.norm(y.flatten(-2), z))
 
     def _split_in_proj(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -203,7 +203,7 @@ class GatedRMSNorm(nn.Module):
         self.eps, self.groups = 1e-5, config.num_groups  # mamba_ssm fixes this eps; `norm_eps` is the blocks'
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        return kernels.gated_norm(x, z, self.weight, self.eps, self.groups)
+        return dispatch.gated_norm(x, z, self.weight, self.eps, self.groups)
 
 
 class RMSNorm(nn.Module):
@@ -214,7 +214,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return kernels.add_norm(hidden, residual, self.weight, self.eps)
+        return dispatch.add_norm(hidden, residual, self.weight, self.eps)
 
 
 class MambaBlock(nn.Module):

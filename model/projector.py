@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import kernels
 from model.config import EmmaConfig
+from model.kernels import dispatch
 from model.mamba import initial_dt_bias, mark_no_weight_decay
 
 CROSS_SCAN_STATE = 16
@@ -74,7 +74,7 @@ class DirectedScan(nn.Module):
         dt, B, C = self.x_proj(x).split([self.rank, CROSS_SCAN_STATE, CROSS_SCAN_STATE], -1)
         A = -torch.exp(self.A_log.float())
         dt_bias = self.dt_bias.float()
-        return kernels.selective_scan(x, self.dt_proj(dt), A, B, C, self.D.float(), None, dt_bias)[0]
+        return dispatch.selective_scan(x, self.dt_proj(dt), A, B, C, self.D.float(), None, dt_bias)[0]
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> DirectedScan:
         super()._apply(fn, recurse)

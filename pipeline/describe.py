@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
-from pipeline.cost import CHECKPOINT_BYTES, STATE_BYTES, count_parameters, flops_per_sample
+from pipeline.flops import CHECKPOINT_BYTES, STATE_BYTES, count_parameters, flops_per_sample
+from pipeline.metrics.throughput import PEAK_FLOPS
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.throughput import PEAK_FLOPS
-from preprocess.shards import Manifest
+from preprocess.shards.manifest import Manifest
 
 PAPER_ROWS, PAPER_TEXT_ONLY = 1_230_800, 40_688
 TYPICAL_TEXT, TYPICAL_SUPERVISED = 295, 150  # where no shards say better

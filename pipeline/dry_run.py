@@ -26,17 +26,17 @@ import torch
 
 from model.emma import Emma
 from model.errors import UserError
-from model.kernels import kernel_report
+from model.kernels.dispatch import kernel_report
 from model.vision import Towers
-from pipeline.cost import flops_per_sample
-from pipeline.data import GlobalBatch, MicroBatch
+from pipeline.activation_memory import keep_what_fits
+from pipeline.data.by_source import BySource
+from pipeline.data.loader import GlobalBatch, MicroBatch
+from pipeline.distributed.ranks import Ranks, find_ranks
 from pipeline.engine import build_engine, init_distributed
-from pipeline.ranks import Ranks, find_ranks
+from pipeline.flops import flops_per_sample
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.recompute import keep_what_fits
-from pipeline.sources import BySource
 from pipeline.step import optimizer_step
-from preprocess.shards import load_index
+from preprocess.shards.manifest import load_index
 
 GIB = 1 << 30
 SUPERVISED_SHARE = 0.5  # of the text

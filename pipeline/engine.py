@@ -12,7 +12,7 @@ import torch
 
 from model.emma import Emma
 from model.errors import UserError, first_line
-from pipeline.ranks import Ranks
+from pipeline.distributed.ranks import Ranks
 from pipeline.recipe import Recipe, nearest
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -24,9 +24,9 @@ import numpy as np
 
 from model.errors import UserError
 from model.weights import LoadedModel
-from pipeline.files import write_json
 from pipeline.generate import complete, load
-from preprocess.images import read_pixels
+from preprocess.atomic import write_json
+from preprocess.images.codec import read_pixels
 from preprocess.prompts import Tokenizer, encode_prompt
 
 BATCH = 64

@@ -26,13 +26,13 @@ from model.errors import UserError
 from model.transformers_layout import save_language_model
 from model.vision import Towers
 from model.weights import load_model, save_model
-from pipeline.checkpoint import full_state
-from pipeline.checkpoint_folder import find_damage, folder_name, list_steps, read_manifest
-from pipeline.pretrained import initial_model, make_towers, refuse_other_towers
+from pipeline.checkpoint.checkpointer import full_state
+from pipeline.checkpoint.folder import find_damage, folder_name, list_steps, read_manifest
+from pipeline.errors import LostDataError
+from pipeline.initial_model import initial_model, make_towers, refuse_other_towers
 from pipeline.recipe import Recipe, recipe_of_run
 from pipeline.recipe import load_recipe as read_recipe
-from pipeline.shard_reader import LostDataError
-from preprocess.shards import Manifest
+from preprocess.shards.manifest import Manifest
 
 State = dict[str, torch.Tensor]
 

@@ -19,7 +19,7 @@ import torch
 
 from model.errors import UserError
 from model.weights import LoadedModel, load_model
-from preprocess.images import read_pixels
+from preprocess.images.codec import read_pixels
 from preprocess.prompts import Conversation, Tokenizer, encode_prompt, load_tokenizer
 
 Pixels = npt.NDArray[np.uint8]

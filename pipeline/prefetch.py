@@ -17,7 +17,7 @@ from model.errors import UserError
 from model.tensors import open_published
 from model.vision import HUB, Towers, hub_file
 from model.weights import hub_folder
-from pipeline.pretrained import RANDOM, llm_source, tower_source
+from pipeline.initial_model import RANDOM, llm_source, tower_source
 from pipeline.recipe import Recipe, load_recipe
 from preprocess.prompts import load_tokenizer
 

@@ -16,8 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from model.errors import UserError
-from pipeline.history import ENDS, SLOW_RANK, History, finite, hours, read_history
-from pipeline.status_figure import draw
+from pipeline.metrics.figure import draw
+from pipeline.metrics.history import ENDS, SLOW_RANK, History, finite, hours, read_history
 
 QUIET_S = 120.0  # a run whose watchdog gives no sign of life for this long is taken for dead
 START_S = 1800.0  # the same for a start that loads, or a run of a version without such signs: a watchdog's default

@@ -30,30 +30,29 @@ import torch.distributed as dist
 from model.emma import Emma
 from model.errors import UserError, first_line
 from model.vision import Towers
-from pipeline.agreement import on_main, together
-from pipeline.checkpoint import Checkpoints, Identity, Saved
-from pipeline.checkpoint_folder import list_steps
-from pipeline.control import Control
-from pipeline.data import GlobalBatch, TrainData, loader_died
+from pipeline.activation_memory import keep_what_fits
+from pipeline.checkpoint.checkpointer import Checkpoints, Identity, Saved
+from pipeline.checkpoint.folder import list_steps
+from pipeline.checkpoint.probe import Probe
+from pipeline.data.loader import GlobalBatch, TrainData, loader_died
+from pipeline.data.shard_reader import DamagedShardError
+from pipeline.distributed.collectives import on_main, together
+from pipeline.distributed.ranks import Ranks, find_ranks
 from pipeline.engine import build_engine, check_partition, init_distributed, learning_rate
-from pipeline.files import explained
-from pipeline.heldout import HeldOut
-from pipeline.history import has_event
-from pipeline.metrics import Metrics, append_event
-from pipeline.pauses import GarbageCollection, TowersClock
-from pipeline.preflight import preflight, within
-from pipeline.pretrained import RANDOM, empty_model, initial_model, make_towers, refuse_other_towers
-from pipeline.probe import Probe
-from pipeline.ranks import Ranks, find_ranks
+from pipeline.errors import LostDataError, explained
+from pipeline.initial_model import RANDOM, empty_model, initial_model, make_towers, refuse_other_towers
+from pipeline.metrics.history import has_event
+from pipeline.metrics.logger import Metrics, append_event
+from pipeline.metrics.spikes import Spikes
+from pipeline.metrics.timers import GarbageCollection, StartUp, TowersClock
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.recompute import keep_what_fits
-from pipeline.room import memory_explained
-from pipeline.run import Run
-from pipeline.shard_reader import DamagedShardError, LostDataError
-from pipeline.spikes import Spikes
-from pipeline.start_up import StartUp
+from pipeline.run.control import Control
+from pipeline.run.folder import Run
+from pipeline.run.out_of_memory import memory_explained
+from pipeline.run.preflight import preflight, within
+from pipeline.run.watchdog import EXIT_LOST, Watchdog, bound_collectives
 from pipeline.step import Requests, Seconds, StepReport, optimizer_step
-from pipeline.watchdog import EXIT_LOST, Watchdog, bound_collectives
+from pipeline.validation import HeldOut
 
 MAX_NONFINITE = 3  # steps in a row without a finite loss and gradient, after which the run has failed
 MEETING_S = 600.0  # from the first rank that is there to the last one

@@ -18,8 +18,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from model.errors import UserError
-from preprocess.finalise import Facts, finalise
-from preprocess.folder import (
+from preprocess.annotations.worklist import Worklist, make_worklist, refuse_hopeless_work, row_count_notes
+from preprocess.atomic import canonical_json, file_sha256, publish, published
+from preprocess.builder.finalise import Facts, finalise
+from preprocess.builder.output_folder import (
     DIALOGUES,
     EARLY_REJECTS,
     clear_scaffold,
@@ -32,23 +34,15 @@ from preprocess.folder import (
     sweep,
     withdraw_manifest,
 )
-from preprocess.pictures import PictureStore
-from preprocess.places import place
+from preprocess.builder.request import Build, check
+from preprocess.builder.sigterm import Terminated, sigterm_raises
+from preprocess.builder.survey import Survey
+from preprocess.builder.task import Done, ShardTask, build_shard
+from preprocess.images.store import PictureStore
 from preprocess.progress import LOG_EVERY_S, Progress
-from preprocess.request import Build, check
-from preprocess.shards import REJECTS, TOKENIZER, WORK, Manifest, canonical_json, file_sha256, publish, published
-from preprocess.stop import Terminated, sigterm_raises
-from preprocess.survey import Survey
-from preprocess.task import Done, ShardTask, build_shard
-from preprocess.tolerance import (
-    RejectCounts,
-    TooManyRejectsError,
-    by_source,
-    count_rejects,
-    lost_too_many,
-    reject_lines,
-)
-from preprocess.worklist import Worklist, make_worklist, refuse_hopeless_work, row_count_notes
+from preprocess.rejects import RejectCounts, TooManyRejectsError, by_source, count_rejects, lost_too_many, reject_lines
+from preprocess.remote_path import place
+from preprocess.shards.manifest import REJECTS, TOKENIZER, WORK, Manifest
 
 BUILDER = 4  # raise it when the same input must give other bytes: every shard is then built again
 PAPER_MIX = Path("preprocess/mixes/emma_1m2.toml")
@@ -235,7 +229,7 @@ def _build_missing(tasks: Sequence[ShardTask], workers: int | None, progress: Pr
     if workers == 0:
         build_here(tasks, progress)
     elif tasks:
-        from preprocess.on_ray import build_on_ray  # here: a build in this process does without Ray
+        from preprocess.builder.on_ray import build_on_ray  # here: a build in this process does without Ray
 
         build_on_ray(tasks, workers, progress)
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from preprocess.shards import PROGRESS, canonical_json, publish
+from preprocess.atomic import canonical_json, publish
+from preprocess.shards.manifest import PROGRESS
 
 LOG_EVERY_S, TERMINAL_EVERY_S, FILE_EVERY_S = 10.0, 0.2, 5.0
 BAR_CHARACTERS = 30

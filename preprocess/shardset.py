@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from model.errors import UserError
-from preprocess.folder import io_errors_explained
-from preprocess.preview import write_preview
+from preprocess.builder.output_folder import io_errors_explained
 from preprocess.progress import Progress
 from preprocess.rejects import REASONS
-from preprocess.shards import Manifest, load_index
-from preprocess.verify import REMEDY, verify
+from preprocess.shards.manifest import Manifest, load_index
+from preprocess.shards.preview import write_preview
+from preprocess.shards.verify import REMEDY, verify
 
 EXAMPLES = """examples:
   python -m preprocess.shardset verify /data/shards

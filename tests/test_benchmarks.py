@@ -10,10 +10,11 @@ from benchmarks import loader, padding
 from benchmarks.full_size import generate
 from benchmarks.padding import PATCHES, llava_like, waste
 from benchmarks.preprocess import measure, table
-from pipeline.plan import FILLER
+from pipeline.data.plan import FILLER
 from preprocess import build_shards
 from preprocess.build_shards import PAPER_MIX
-from preprocess.shards import Manifest, read_fields
+from preprocess.shards.manifest import Manifest
+from preprocess.shards.writer import read_fields
 
 
 def test_the_builder_and_the_everyday_script_do_the_same_work(tmp_path: Path) -> None:

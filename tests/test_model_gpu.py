@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from model.alignment import align_target
 from model.config import PRESETS, MambaConfig, preset
 from model.emma import Emma
-from model.kernels import kernel_report
+from model.kernels.dispatch import kernel_report
 from model.language_model import MambaLM
 from model.vision import Towers
 

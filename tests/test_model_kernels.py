@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.errors import UserError
-from model.kernels import fused, kernel_report
+from model.kernels.dispatch import fused, kernel_report
 
 
 def test_on_the_cpu_the_report_says_plain_torch() -> None:

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from model.errors import UserError
-from pipeline.checkpoint import full_state
-from pipeline.checkpoint_folder import MANIFEST, find_damage, first_damage, folder_name, list_steps, read_manifest, seal
-from pipeline.probe import _same
-from tests.conftest import finish, run_python, torchrun
+from pipeline.checkpoint.checkpointer import full_state
+from pipeline.checkpoint.folder import MANIFEST, find_damage, first_damage, folder_name, list_steps, read_manifest, seal
+from pipeline.checkpoint.probe import _same
+from tests.support.launch import finish, run_python, torchrun
 
 STEPS = 12
-STAGES = [  # tests.soak_training has all that kill
+STAGES = [  # tests.programs.soak_training has all that kill
     *("half_written", "manifest_written", "before_latest"),
     *("hashing_fails", "loading_fails", "pruning", "writing_fails"),
 ]
@@ -48,7 +48,9 @@ def test_killed_at_every_stage_or_failed_by_its_disk_one_life_after_the_other_it
     recipe_file, shards, straight, tmp_path
 ):
     run = tmp_path / "run"
-    done = run_python("-m", "tests.killed_program", ",".join(STAGES), *words(recipe_file, shards, run), timeout=300)
+    done = run_python(
+        "-m", "tests.programs.killed_training", ",".join(STAGES), *words(recipe_file, shards, run), timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     lives = [line for line in done.stdout.splitlines() if line.startswith("survived")]
     assert lives == [f"survived: {stage}" for stage in STAGES]
@@ -155,7 +157,7 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_the_checkpoints_before_are_as
     with small_disk(tmp_path / "disk", megabytes=96) as disk:
         run = disk / "run"
         told = words(recipe_file, shards, run, "checkpoint.every_steps=4", f"fill={disk / 'other'}")
-        said = finish(torchrun(2, ["tests/rank_program.py", tmp_path / "kept.pt", *told]), code=None)
+        said = finish(torchrun(2, ["tests/programs/train_on_ranks.py", tmp_path / "kept.pt", *told]), code=None)
         assert "UserError" in said
         assert "the checkpoint of step 8 could not be written" in said
         assert "No space left on device" in said
@@ -180,7 +182,7 @@ def test_a_checkpoint_that_lost_its_manifest_is_refused_aloud_and_goes_with_the_
 
 
 def test_files_are_read_into_memory_while_they_are_hashed_and_damage_is_found_all_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.checkpoint_folder.BLOCK_BYTES", 30_000)
+    monkeypatch.setattr("pipeline.checkpoint.folder.BLOCK_BYTES", 30_000)
     numbers = torch.arange(100_000, dtype=torch.float32)
     data = numbers.numpy().tobytes()
     facts = {"a": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}

@@ -8,10 +8,10 @@ import sys
 import psutil
 import pytest
 
-from pipeline.checkpoint_folder import list_steps
-from pipeline.control import Control
-from tests.conftest import REPOSITORY, finish
-from tests.slurm_cluster import wait_until
+from pipeline.checkpoint.folder import list_steps
+from pipeline.run.control import Control
+from tests.support.launch import REPOSITORY, finish
+from tests.support.slurm import wait_until
 
 
 @pytest.fixture

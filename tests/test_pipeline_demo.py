@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 
 from model.errors import UserError
-from pipeline.demo import RECIPE, Places, finish, overrides, start_afresh, train_until
-from pipeline.demo_processes import Commands, kill_family
-from pipeline.demo_report import CONTROLS, Results, summary, table
+from pipeline.demo.__main__ import RECIPE, Places, finish, overrides, start_afresh, train_until
+from pipeline.demo.processes import Commands, kill_family
+from pipeline.demo.report import CONTROLS, Results, summary, table
 from pipeline.evaluate import Question
-from pipeline.history import History, Ledger, Start
+from pipeline.metrics.history import History, Ledger, Start
 from pipeline.recipe import load_recipe
-from preprocess.demo_scenes import draw_scenes, questions, render
+from preprocess.demo.scenes import draw_scenes, questions, render
 
 HISTORY = History(
     ledger=Ledger(training=24.0, waiting_for_data=1.0),

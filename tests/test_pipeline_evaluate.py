@@ -25,9 +25,9 @@ from pipeline.evaluate import (
     table,
 )
 from pipeline.generate import answer
-from preprocess.images import read_pixels
+from preprocess.images.codec import read_pixels
 from preprocess.prompts import load_tokenizer
-from tests.conftest import run_python, write_byte_tokenizer
+from tests.support.launch import run_python, write_byte_tokenizer
 
 
 def asked(image: str, kind: str = "colour", answer: str = "red", question: str = "What colour is it?") -> Question:

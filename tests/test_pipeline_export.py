@@ -10,12 +10,12 @@ import torch
 from model.config import preset
 from model.emma import Emma
 from model.errors import UserError
-from pipeline.checkpoint import full_state
-from pipeline.checkpoint_folder import folder_name
+from pipeline.checkpoint.checkpointer import full_state
+from pipeline.checkpoint.folder import folder_name
 from pipeline.export import check_state, export_run
 from pipeline.generate import answer, load
 from preprocess.prompts import encode_dialogue, encode_prompt, load_tokenizer
-from tests.conftest import finish, run_python, torchrun
+from tests.support.launch import finish, run_python, torchrun
 
 
 @pytest.fixture(scope="module")

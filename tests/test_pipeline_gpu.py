@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from model.weights import load_model
-from pipeline.checkpoint_folder import list_steps
-from pipeline.data import ShardReader
+from pipeline.checkpoint.folder import list_steps
+from pipeline.data.loader import ShardReader
 from pipeline.generate import answer
 from pipeline.recipe import load_recipe
 from preprocess.prompts import load_tokenizer
-from tests.conftest import build_shards, finish, run_python, torchrun
-from tests.plain_torch import train_plainly
+from tests.support.launch import build_shards, finish, run_python, torchrun
+from tests.support.plain_torch import train_plainly
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,7 +43,14 @@ def test_two_gpus_under_zero_3_learn_what_one_without_deepspeed_does(base, tmp_p
     recipe = load_recipe(base[0], [*base[1:], f"steps={STEPS}", "optim.micro_batch=8", f"run.dir={tmp_path}"])
     expected = train_plainly(recipe, "cuda")
     out = tmp_path / "gradients.pt"
-    program = ["tests/rank_program.py", out, *base, f"steps={STEPS}", "optim.micro_batch=2", f"run.dir={tmp_path}/run"]
+    program = [
+        "tests/programs/train_on_ranks.py",
+        out,
+        *base,
+        f"steps={STEPS}",
+        "optim.micro_batch=2",
+        f"run.dir={tmp_path}/run",
+    ]
     finish(torchrun(2, program))
     found = torch.load(out, weights_only=False, map_location="cpu")
     losses = [report["total"] for report in found["reports"]]

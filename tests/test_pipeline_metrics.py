@@ -16,13 +16,13 @@ import pytest
 import torch
 from wandb.proto.wandb_internal_pb2 import Record
 
-from pipeline.data import TrainData
-from pipeline.metrics import Metrics, append_event
-from pipeline.ranks import Ranks
+from pipeline.data.loader import TrainData
+from pipeline.distributed.ranks import Ranks
+from pipeline.metrics.logger import Metrics, append_event
+from pipeline.metrics.timers import StartUp
 from pipeline.recipe import load_recipe
-from pipeline.start_up import StartUp
 from pipeline.step import Seconds, StepReport
-from tests.conftest import REPOSITORY, finish, run_python, torchrun
+from tests.support.launch import REPOSITORY, finish, run_python, torchrun
 
 STEPS = 6
 CONSOLE_LINE = 200  # characters
@@ -160,7 +160,7 @@ class Run:
         print("the outcome is told" if outcome.exists() else "too early", flush=True)
         time.sleep(900)
 """
-IMPATIENT = "from pipeline import train, wandb_run; wandb_run.FINISH_S = 1; train.main()"
+IMPATIENT = "from pipeline import train; from pipeline.metrics import wandb_logger; wandb_logger.FINISH_S = 1; train.main()"
 
 
 def test_a_wandb_without_end_comes_after_the_outcome_and_holds_it_up_for_a_while_only(recipe_file, shards, tmp_path):

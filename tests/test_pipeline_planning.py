@@ -5,11 +5,11 @@ import json
 import pytest
 
 from model.config import preset
-from pipeline.cost import count_parameters, flops_per_sample
 from pipeline.describe import describe, table
 from pipeline.dry_run import longest_text
+from pipeline.flops import count_parameters, flops_per_sample
 from pipeline.recipe import load_recipe
-from tests.conftest import run_python
+from tests.support.launch import run_python
 
 
 @pytest.mark.parametrize(("name", "llm", "trainable"), [("v1", 2_768_345_600, 3.19e9), ("v2", 2_702_599_680, 3.11e9)])

@@ -10,9 +10,9 @@ from model.config import preset
 from model.emma import Emma
 from model.errors import UserError
 from model.vision import Towers
-from pipeline.pretrained import initial_model, make_towers, refuse_other_towers
+from pipeline.initial_model import initial_model, make_towers, refuse_other_towers
 from pipeline.recipe import load_recipe
-from tests.conftest import run_python, write_byte_tokenizer
+from tests.support.launch import run_python, write_byte_tokenizer
 
 
 @pytest.fixture(scope="module")

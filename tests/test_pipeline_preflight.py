@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from model.errors import UserError
-from pipeline import preflight
-from pipeline.checkpoint_folder import MANIFEST
-from pipeline.cost import CHECKPOINT_BYTES, count_parameters
-from pipeline.ranks import Ranks
+from pipeline.checkpoint.folder import MANIFEST
+from pipeline.distributed.ranks import Ranks
+from pipeline.flops import CHECKPOINT_BYTES, count_parameters
 from pipeline.recipe import Recipe, load_recipe
-from tests.conftest import finish, run_python, torchrun
+from pipeline.run import preflight
+from tests.support.launch import finish, run_python, torchrun
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 
@@ -24,8 +24,8 @@ import os, sys
 from dataclasses import replace
 from model.errors import UserError
 from pipeline.engine import init_distributed
-from pipeline.preflight import preflight
-from pipeline.ranks import find_ranks
+from pipeline.run.preflight import preflight
+from pipeline.distributed.ranks import find_ranks
 from pipeline.recipe import load_recipe
 
 recipe = load_recipe(sys.argv[2], sys.argv[3:])
@@ -159,8 +159,8 @@ def test_checkpoints_that_are_kept_for_ever_are_counted_as_the_run_will_have_the
 
 HANGING = """
 import threading, torch
-from pipeline.preflight import within
-from pipeline.ranks import Ranks
+from pipeline.run.preflight import within
+from pipeline.distributed.ranks import Ranks
 with within(0.1, "the preflight", Ranks(3, 3, 8, torch.device("cpu"))):
     threading.Event().wait()
 """

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.export import export_run
 from pipeline.generate import answer, load
-from tests.conftest import build_shards, run_python
+from tests.support.launch import build_shards, run_python
 
 VARIANTS = [
     "tiny_v1",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.errors import UserError
-from pipeline.ranks import find_ranks
+from pipeline.distributed.ranks import find_ranks
 
 STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NODEID": "0"}
 MEETING = {"MASTER_PORT": "1", "MASTER_ADDR": "gpu7"}
@@ -23,7 +23,7 @@ def rank_on(monkeypatch):
             told = {**variables, "RANK": word, "LOCAL_RANK": word}
         else:
             told = {**STEP, **MEETING, **variables, "SLURM_PROCID": word, "SLURM_LOCALID": word}
-        monkeypatch.setattr("pipeline.ranks.os.environ", told)
+        monkeypatch.setattr("pipeline.distributed.ranks.os.environ", told)
         monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
         return find_ranks("cuda").device
 
@@ -68,7 +68,7 @@ def test_a_rank_with_a_gpu_of_its_own_takes_it_however_it_was_bound(rank_on, gpu
 
 
 def test_a_shell_in_an_allocation_of_eight_tasks_is_a_rank_alone(monkeypatch):
-    monkeypatch.setattr("pipeline.ranks.os.environ", {**SHELL, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
+    monkeypatch.setattr("pipeline.distributed.ranks.os.environ", {**SHELL, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
     assert find_ranks("cpu").world_size == 1
 
 

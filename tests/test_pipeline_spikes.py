@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data import TrainData
-from pipeline.pretrained import initial_model
-from pipeline.ranks import Ranks
+from pipeline.data.loader import TrainData
+from pipeline.distributed.ranks import Ranks
+from pipeline.initial_model import initial_model
+from pipeline.metrics.spikes import LEAST, RECENT, WINDOW, Spikes
 from pipeline.recipe import load_recipe
-from pipeline.spikes import LEAST, RECENT, WINDOW, Spikes
 from pipeline.step import StepReport, row_losses
 
 FIRST = RECENT + LEAST  # the first step that may be a spike

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from model.errors import UserError
-from pipeline.history import has_event, read_history, tell
-from pipeline.ranks import Ranks
+from pipeline.distributed.ranks import Ranks
+from pipeline.metrics.figure import draw
+from pipeline.metrics.history import has_event, read_history, tell
 from pipeline.recipe import load_recipe
-from pipeline.run import Run
+from pipeline.run.folder import Run
 from pipeline.status import state_of, table
-from pipeline.status_figure import draw
-from tests.conftest import REPOSITORY, run_python
+from tests.support.launch import REPOSITORY, run_python
 
 SPEEDS = {"speed/samples_per_s": 1.6, "speed/tokens_per_s": 1600.0, "speed/mfu": 0.4, "data/padding_ratio": 0.01}
 SLOW = {"ranks/slowest": 3, "ranks/slowest_ratio": 1.5}

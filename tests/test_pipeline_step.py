@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from pipeline.checkpoint_folder import folder_name
-from pipeline.elastic import Layout
+from pipeline.checkpoint.folder import folder_name
+from pipeline.checkpoint.layout import Layout
 from pipeline.recipe import load_recipe
-from tests.conftest import finish, torchrun
-from tests.plain_torch import train_plainly
+from tests.support.launch import finish, torchrun
+from tests.support.plain_torch import train_plainly
 
 STEPS = 6  # of one epoch: pictures and text alone, and an incomplete last batch of both
 CONFIGS = {3: "ds_configs/zero3_small.json", 2: "ds_configs/zero2.json"}
@@ -32,7 +32,7 @@ def reference(base, tmp_path_factory):
 
 def run_ranks(tmp_path, ranks, base, *overrides):
     out = tmp_path / f"gradients-{ranks}.pt"
-    program = ["tests/rank_program.py", out, *base, f"run.dir={tmp_path / 'run'}", *overrides]
+    program = ["tests/programs/train_on_ranks.py", out, *base, f"run.dir={tmp_path / 'run'}", *overrides]
     finish(torchrun(ranks, program))
     return torch.load(out, weights_only=False)
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from model.errors import UserError
-from pipeline.checkpoint import full_state
-from pipeline.checkpoint_folder import find_damage, folder_name, list_steps
-from pipeline.ranks import Ranks
+from pipeline.checkpoint.checkpointer import full_state
+from pipeline.checkpoint.folder import find_damage, folder_name, list_steps
+from pipeline.distributed.ranks import Ranks
 from pipeline.recipe import load_recipe
-from pipeline.run import Run
+from pipeline.run.folder import Run
 from pipeline.train import fail
-from tests.conftest import finish, kill_all, run_python, torchrun
+from tests.support.launch import finish, kill_all, run_python, torchrun
 
 STEPS = 12  # two epochs
 

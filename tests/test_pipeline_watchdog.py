@@ -14,14 +14,14 @@ import psutil
 import pytest
 import torch
 
-from pipeline.demo_processes import free_ports
-from pipeline.history import read_history
-from pipeline.ranks import Ranks
+from pipeline.demo.processes import free_ports
+from pipeline.distributed.ranks import Ranks
+from pipeline.metrics.history import read_history
 from pipeline.recipe import load_recipe
-from pipeline.run import Run
+from pipeline.run.folder import Run
+from pipeline.run.watchdog import EXIT_LOST, FIRST_STEPS, STUCK_S, SUSPENDED_S, Watchdog, state_of
 from pipeline.status import state_of as state_of_run
-from pipeline.watchdog import EXIT_LOST, FIRST_STEPS, STUCK_S, SUSPENDED_S, Watchdog, state_of
-from tests.conftest import REPOSITORY, finish, torchrun
+from tests.support.launch import REPOSITORY, finish, torchrun
 
 ENDLESS = ["steps=100000", "checkpoint.every_steps=100000"]
 IMPATIENT = ["watchdog.least_s=6", "watchdog.slow_factor=5"]
@@ -136,7 +136,7 @@ class Waits:
 
     def __init__(self, monkeypatch, *seconds):
         self.now, self.seconds = 0.0, list(seconds)
-        monkeypatch.setattr("pipeline.watchdog.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("pipeline.run.watchdog.time.monotonic", lambda: self.now)
 
     def wait(self, timeout):
         if self.seconds:
@@ -169,7 +169,7 @@ def test_while_it_watches_it_gives_signs_of_life_and_a_file_system_that_fails_st
 def test_a_rank_whose_watchdog_hangs_itself_ends_all_the_same(watchdog, monkeypatch):
     watchdog._expect("step 1", 20)
     watchdog.ended = Waits(monkeypatch, *[1] * 1000)
-    monkeypatch.setattr("pipeline.watchdog.os._exit", sys.exit)
+    monkeypatch.setattr("pipeline.run.watchdog.os._exit", sys.exit)
     with pytest.raises(SystemExit) as end:
         watchdog._keep_time()
     assert end.value.code == EXIT_LOST
@@ -188,8 +188,8 @@ def test_a_rank_ends_in_time_though_the_run_folder_takes_no_stacks(watchdog, tmp
     """A full disk, say: there a file stands where the folder would."""
     watchdog.folder = tmp_path / "file" / "stacks"
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("pipeline.watchdog.GRACE_S", 0.0)
-    monkeypatch.setattr("pipeline.watchdog.os._exit", sys.exit)
+    monkeypatch.setattr("pipeline.run.watchdog.GRACE_S", 0.0)
+    monkeypatch.setattr("pipeline.run.watchdog.os._exit", sys.exit)
     with pytest.raises(SystemExit) as end:
         watchdog._end("rank 0 has ended")
     assert end.value.code == EXIT_LOST

@@ -20,11 +20,11 @@ from PIL import Image
 from skimage import data as photographs
 
 from preprocess import build_shards
-from tests import soak_shards
-from tests.conftest import run_python
-from tests.golden_tokenizer import gpt_neox
-from tests.ray_head import RayHead, ray_head, wait_until, workers_below
-from tests.shard_builds import arguments, build_in_process, contents, dialogue_row, write_mix
+from tests.programs import soak_shards
+from tests.support.golden_tokenizer import gpt_neox
+from tests.support.launch import run_python
+from tests.support.ray_head import RayHead, ray_head, wait_until, workers_below
+from tests.support.shard_builds import arguments, build_in_process, contents, dialogue_row, write_mix
 
 SCRIPT = "preprocess/build_shards.py"
 NUM_ROWS, SAMPLES_PER_SHARD = 600, 20

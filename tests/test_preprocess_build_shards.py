@@ -10,14 +10,15 @@ import pytest
 from PIL import Image
 from skimage import data as photographs
 
-from preprocess import build_shards, task
-from preprocess.images import made_with
-from preprocess.shards import Manifest, load_index
-from preprocess.verify import verify
-from tests.conftest import run_python
-from tests.golden_tokenizer import gpt_neox
-from tests.ray_head import RayHead, ray_head
-from tests.shard_builds import PHOTOGRAPHS, arguments, build_in_process, contents, dialogue_row, write_mix
+from preprocess import build_shards
+from preprocess.builder import task
+from preprocess.images.codec import made_with
+from preprocess.shards.manifest import Manifest, load_index
+from preprocess.shards.verify import verify
+from tests.support.golden_tokenizer import gpt_neox
+from tests.support.launch import run_python
+from tests.support.ray_head import RayHead, ray_head
+from tests.support.shard_builds import PHOTOGRAPHS, arguments, build_in_process, contents, dialogue_row, write_mix
 
 SCRIPT = "preprocess/build_shards.py"
 NUM_ROWS, SAMPLES_PER_SHARD = 240, 20

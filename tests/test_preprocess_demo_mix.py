@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from model.config import preset
 from model.errors import UserError
 from preprocess import build_shards
-from preprocess.demo_dirt import DAMAGED, REPAIRABLE
-from preprocess.demo_mix import HELD_OUT, MODEL, QUESTIONS, TOKENIZER, Sizes, write_mix
-from preprocess.demo_scenes import (
+from preprocess.demo.damaged_rows import DAMAGED, REPAIRABLE
+from preprocess.demo.mix import HELD_OUT, MODEL, QUESTIONS, TOKENIZER, Sizes, write_mix
+from preprocess.demo.scenes import (
     CELL_PX,
     COLOURS,
     COUNTS,
@@ -27,8 +27,8 @@ from preprocess.demo_scenes import (
     questions,
     render,
 )
-from preprocess.demo_writing import PHOTOGRAPHS
-from preprocess.images import decode_rgb
+from preprocess.demo.writing import PHOTOGRAPHS
+from preprocess.images.codec import decode_rgb
 from preprocess.prompts import Tokenizer, load_tokenizer
 
 MIX = Path(__file__).parents[1] / "preprocess" / "mixes" / "demo.toml"

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from model.errors import UserError
-from preprocess.mix import Mix, Source, load_mix
-from preprocess.sources import to_dialogue
+from preprocess.annotations.dialogue import to_dialogue
+from preprocess.annotations.mix import Mix, Source, load_mix
 
 PAPER = Path(__file__).parents[1] / "preprocess/mixes/emma_1m2.toml"
 SOURCE = '[[source]]\nname = "a"\nformat = "llava"\nannotations = "a.json"\n'

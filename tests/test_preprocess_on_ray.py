@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from preprocess import on_ray
+from preprocess.builder import on_ray
+from preprocess.builder.task import Done
 from preprocess.progress import Progress
-from preprocess.task import Done
 
 
 class Cluster:

@@ -9,9 +9,9 @@ import tokenizers
 from model.errors import UserError
 from preprocess import prompts
 from preprocess.prompts import Tokenizer, encode_dialogue, encode_prompt, load_tokenizer
-from tests.conftest import run_python
-from tests.golden_tokenizer import gpt_neox
-from tests.shard_builds import write_tokenizer
+from tests.support.golden_tokenizer import gpt_neox
+from tests.support.launch import run_python
+from tests.support.shard_builds import write_tokenizer
 
 EOS = 0
 GOLDEN_ZEPHYR = [29, 93, 4537, 49651, 187, 1276, 310, 352, 32, 0, 187, 29, 93, 515, 5567, 49651, 187, 34, 5798, 15, 0]

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from preprocess import build_shards, worklist
-from tests.golden_tokenizer import gpt_neox
-from tests.shard_builds import arguments, dialogue_row, write_mix, write_talk
+from preprocess import build_shards
+from preprocess.annotations import worklist
+from tests.support.golden_tokenizer import gpt_neox
+from tests.support.shard_builds import arguments, dialogue_row, write_mix, write_talk
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,11 @@ import webdataset
 from skimage import data as photographs
 
 from model.errors import UserError
-from preprocess.images import encode_jpeg, encode_raw, squash, stored_picture
-from preprocess.records import Sample, decode_pixels, from_fields, from_payloads, to_fields
-from preprocess.shards import INDEX_SCHEMA, Manifest, load_index, publish, published, write_shard
+from preprocess.atomic import publish, published
+from preprocess.images.codec import encode_jpeg, encode_raw, squash, stored_picture
+from preprocess.shards.manifest import INDEX_SCHEMA, Manifest, load_index
+from preprocess.shards.sample import Sample, decode_pixels, from_fields, from_payloads, to_fields
+from preprocess.shards.writer import write_shard
 
 COFFEE = photographs.coffee()
 

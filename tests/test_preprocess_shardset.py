@@ -14,14 +14,15 @@ import pytest
 from PIL import Image
 
 from model.errors import UserError
-from preprocess.preview import choose_rejects, choose_rows
+from preprocess.atomic import file_sha256
 from preprocess.prompts import load_tokenizer
 from preprocess.rejects import Reject
-from preprocess.shards import MANIFEST, Manifest, file_sha256, load_index
+from preprocess.shards.manifest import MANIFEST, Manifest, load_index
+from preprocess.shards.preview import choose_rejects, choose_rows
+from preprocess.shards.verify import verify
 from preprocess.shardset import EXIT_DAMAGED, EXIT_USER_ERROR, info, main
-from preprocess.verify import verify
-from tests.conftest import write_byte_tokenizer
-from tests.shard_builds import build_in_process, write_mix
+from tests.support.launch import write_byte_tokenizer
+from tests.support.shard_builds import build_in_process, write_mix
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +300,7 @@ def test_an_index_that_cannot_be_read_is_one_line(
     def fails(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("preprocess.shards.pq.read_table", fails)
+    monkeypatch.setattr("preprocess.shards.manifest.pq.read_table", fails)
     assert main(["info", str(sound)]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")

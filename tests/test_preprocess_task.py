@@ -11,17 +11,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from preprocess import images, recent, task
+from preprocess.annotations.worklist import make_worklist
+from preprocess.atomic import publish
 from preprocess.build_shards import parse, plan
-from preprocess.pictures import PictureStore
-from preprocess.recent import ENTRY_BYTES, RecentPictures
+from preprocess.builder import task
+from preprocess.builder.request import check
+from preprocess.builder.task import ShardTask, build_shard
+from preprocess.images import cache, codec
+from preprocess.images.cache import ENTRY_BYTES, RecentPictures
+from preprocess.images.store import PictureStore
 from preprocess.rejects import Rejected
-from preprocess.request import check
-from preprocess.shards import TOKENIZER, WORK, publish
-from preprocess.task import ShardTask, build_shard
-from preprocess.worklist import make_worklist
-from tests.golden_tokenizer import gpt_neox
-from tests.shard_builds import arguments, dialogue_row, write_mix
+from preprocess.shards.manifest import TOKENIZER, WORK
+from tests.support.golden_tokenizer import gpt_neox
+from tests.support.shard_builds import arguments, dialogue_row, write_mix
 
 BOUND = 8 << 20
 
@@ -57,7 +59,7 @@ def test_a_finished_shard_leaves_nothing_in_memory(tmp_path: Path) -> None:
 
 
 def test_large_originals_are_not_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recent, "RECENT_BYTES", BOUND)
+    monkeypatch.setattr(cache, "RECENT_BYTES", BOUND)
     noise = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), np.uint8)
     for number in range(40):
         Image.fromarray(noise + np.uint8(number)).save(tmp_path / f"{number}.bmp")
@@ -78,13 +80,13 @@ def test_a_picture_that_rows_share_is_decoded_once_be_it_good_or_bad(
     Image.new("RGB", (64, 48)).save(tmp_path / "good.bmp")
     (tmp_path / "bad.bmp").write_bytes(b"BM")
     met = []
-    decode = images.decode_rgb
+    decode = codec.decode_rgb
 
     def counted(data: bytes, *limits: int) -> np.ndarray:
         met.append(len(data))
         return decode(data, *limits)
 
-    monkeypatch.setattr(images, "decode_rgb", counted)
+    monkeypatch.setattr(codec, "decode_rgb", counted)
     rows = [dialogue_row(1) | {"image": name} for name in ("good.bmp", "bad.bmp") * 3]
     shard = one_task(tmp_path, rows)
     assert build_shard(shard).rejects == {"a": 3}
@@ -94,7 +96,7 @@ def test_a_picture_that_rows_share_is_decoded_once_be_it_good_or_bad(
 
 
 def test_the_pictures_that_were_met_longest_ago_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recent, "RECENT_BYTES", 3 * (ENTRY_BYTES + 10))
+    monkeypatch.setattr(cache, "RECENT_BYTES", 3 * (ENTRY_BYTES + 10))
     pictures = RecentPictures()
     for name in ("a", "b", "c"):
         pictures.keep(name, (name.encode() * 10, "jpg"))
@@ -103,7 +105,7 @@ def test_the_pictures_that_were_met_longest_ago_are_forgotten_first(monkeypatch:
     assert pictures.get("b") is None
     with pytest.raises(Rejected, match="picture_empty: d"):
         pictures.get("d")
-    pictures.keep("large", (bytes(recent.RECENT_BYTES), "jpg"))
+    pictures.keep("large", (bytes(cache.RECENT_BYTES), "jpg"))
     assert pictures.get("large")
     assert [pictures.get(name) for name in "acd"] == [None] * 3
 

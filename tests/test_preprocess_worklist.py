@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from preprocess import build_shards
-from tests.golden_tokenizer import gpt_neox
-from tests.shard_builds import arguments, write_mix, write_talk
+from tests.support.golden_tokenizer import gpt_neox
+from tests.support.shard_builds import arguments, write_mix, write_talk
 
 NUM_ROWS = 240
 SOURCE = {"name": "p", "format": "llava", "annotations": "rows.json"}

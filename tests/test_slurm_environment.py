@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.support.launch import REPOSITORY
 
 SCRIPTS = sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "slurm").glob("*.sh"))
 SAYS_WHO_IT_IS = '#!/bin/sh\necho "$0 $*" >&2\nexit 3\n'

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from tests.slurm_cluster import REPOSITORY
+from tests.support.slurm import REPOSITORY
 
 
 def install_kernels(*words: str) -> subprocess.CompletedProcess[str]:

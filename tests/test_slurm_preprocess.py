@@ -2,8 +2,8 @@
 
 import pytest
 
-from preprocess.shards import Manifest
-from tests.conftest import write_byte_tokenizer
+from preprocess.shards.manifest import Manifest
+from tests.support.launch import write_byte_tokenizer
 
 SCRIPT = "slurm/preprocess.sh"
 

@@ -11,8 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from tests.slurm_cluster import NODES, REPOSITORY, SlurmCluster, wait_until
-from tests.slurm_training import CALM, STORMY, Training, scontrol_fails, write_checkout
+from tests.support.slurm import NODES, REPOSITORY, SlurmCluster, wait_until
+from tests.support.slurm_training import CALM, STORMY, Training, scontrol_fails, write_checkout
 
 GOLDEN = REPOSITORY / "tests/golden"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.slurm_cluster import REPOSITORY
+from tests.support.slurm import REPOSITORY
 
 SCRIPT = "slurm/train_emma.sh"
 STEPS = 8

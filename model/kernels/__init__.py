@@ -1,0 +1,1 @@
+"""Mamba's operations: fused CUDA kernels and their plain-torch references."""

@@ -1,0 +1,134 @@
+"""Mamba's operations by the tensor's device: fused CUDA kernels, `model.kernels.reference` elsewhere.
+
+The only door to mamba_ssm and causal_conv1d, which are imported when the first CUDA tensor arrives. Layouts are those
+of `model.kernels.reference`; what the kernels want instead is made here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import lru_cache
+from importlib.metadata import version
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.errors import UserError
+from model.kernels import reference
+
+KERNELS = {
+    "causal_conv1d_fn": "causal_conv1d",
+    "causal_conv1d_update": "causal_conv1d",
+    "layer_norm_fn": "mamba_ssm.ops.triton.layer_norm",
+    "mamba_chunk_scan_combined": "mamba_ssm.ops.triton.ssd_combined",
+    "mamba_inner_fn": "mamba_ssm.ops.selective_scan_interface",
+    "mamba_split_conv1d_scan_combined": "mamba_ssm.ops.triton.ssd_combined",
+    "rmsnorm_fn": "mamba_ssm.ops.triton.layernorm_gated",
+    "selective_scan_fn": "mamba_ssm.ops.selective_scan_interface",
+    "selective_state_update": "mamba_ssm.ops.triton.selective_state_update",
+}
+
+
+@lru_cache(maxsize=1)
+def fused() -> SimpleNamespace:
+    """The kernels by name. Raises: UserError if they are not installed: a silent fallback would be a slow surprise."""
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # what a start found to be fast, the next one need not seek
+    try:
+        return SimpleNamespace(**{name: getattr(importlib.import_module(KERNELS[name]), name) for name in KERNELS})
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"a tensor is on a GPU but the Mamba kernels cannot be imported ({error}): "
+            "install them with slurm/install_kernels.sh, or run on the CPU"
+        ) from error
+
+
+def kernel_report(device: torch.device | str) -> str:
+    """One line for the start of a run: which path tensors of this device take."""
+    if torch.device(device).type != "cuda":
+        return f"Mamba in plain torch {torch.__version__} on {torch.device(device).type}"
+    fused()
+    versions = f"mamba_ssm {version('mamba_ssm')}, causal_conv1d {version('causal_conv1d')}"
+    return f"Mamba by fused kernels ({versions}) on {torch.cuda.get_device_name(device)}"
+
+
+def add_norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(norm(hidden + residual), hidden + residual); the sum is kept in fp32, the norm in the type of `hidden`."""
+    if hidden.is_cuda:
+        return fused().layer_norm_fn(
+            hidden, weight, None, residual=residual, prenorm=True, residual_in_fp32=True, eps=eps, is_rms_norm=True
+        )
+    total = hidden.float() if residual is None else hidden.float() + residual
+    return reference.rms_norm(total, weight, eps).to(hidden.dtype), total
+
+
+def gated_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
+    if x.is_cuda:
+        group_size = x.shape[-1] // groups
+        return fused().rmsnorm_fn(x, weight, None, z=z, eps=eps, group_size=group_size, norm_before_gate=False)
+    return reference.gated_rms_norm(x, z, weight, eps, groups)
+
+
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if x.is_cuda:
+        # Contiguous first: the channels-last kernel wants strides that are multiples of 8, which a slice may not have.
+        return fused().causal_conv1d_fn(x.contiguous().mT, weight, bias, activation="silu").mT
+    return reference.causal_conv(x, weight, bias)
+
+
+def causal_conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if x.is_cuda:
+        return fused().causal_conv1d_update(x, state, weight, bias, "silu")
+    return reference.causal_conv_step(x, state, weight, bias)
+
+
+def conv_state(x: Tensor, width: int) -> Tensor:
+    """What `causal_conv_step` needs of a sequence [b, l, c]: its last `width - 1` positions, zeros before the first."""
+    return F.pad(x.mT, (width - 1 - x.shape[1], 0)).contiguous()  # [b, c, width - 1]
+
+
+def selective_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`reference.selective_scan`. The kernel gives no gradient through the returned state."""
+    if not x.is_cuda:
+        return reference.selective_scan(x, dt, A, B, C, D, z, dt_bias)
+    x, dt, B, C = (part.to(x.dtype).mT.contiguous() for part in (x, dt, B, C))  # the kernel wants time last, one type
+    z = None if z is None else z.mT.contiguous()
+    y, state = fused().selective_scan_fn(
+        x, dt, A, B, C, D, z=z, delta_bias=dt_bias, delta_softplus=True, return_last_state=True
+    )
+    return y.mT, state.float().contiguous()
+
+
+def selective_scan_step(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor
+) -> Tensor:
+    if x.is_cuda:
+        update = fused().selective_state_update
+        return update(state, x, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=True)
+    return reference.selective_scan_step(state, x, dt, A, B, C, D, z, dt_bias)
+
+
+def ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    if not x.is_cuda:
+        return reference.ssd(x, dt, A, B, C, D, dt_bias, chunk_size)
+    y, state = fused().mamba_chunk_scan_combined(
+        x, dt, A, B, C, chunk_size, D=D, dt_bias=dt_bias, dt_softplus=True, return_final_states=True
+    )
+    return y, state.float().contiguous()
+
+
+def ssd_step(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor
+) -> Tensor:
+    if not x.is_cuda:
+        return reference.ssd_step(state, x, dt, A, B, C, D, dt_bias)
+    _, heads, head_dim, d_state = state.shape  # the kernel recognises a scalar per head by strides of 0
+    dt, D, dt_bias = (part[..., None].expand(*part.shape, head_dim) for part in (dt, D, dt_bias))
+    A = A[:, None, None].expand(heads, head_dim, d_state)
+    return fused().selective_state_update(state, x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=True)

@@ -1,0 +1,1 @@
+"""Saving, verifying, resuming and deleting checkpoints."""

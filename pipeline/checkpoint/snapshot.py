@@ -1,0 +1,167 @@
+"""What this rank holds of the training state: copied to host memory at one step, written while training goes on.
+
+The host memory is allocated once and used for every save, and for loading: 12 bytes for each trainable parameter,
+divided by the number of ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import mmap
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.checkpoint.layout import NUMBER_BYTES, Buffer, Layout, Piece, bytes_of, fill, zero_buffers
+from pipeline.errors import lost_if_it_fails
+from preprocess.atomic import HashingFile, sync
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+THREADS = 4  # of a rank: while one hashes, others keep the disk busy
+BLOCK_BYTES = 16 << 20
+SYNC_BYTES = 256 << 20  # written at most before it is brought to disk, so that little waits in the page cache
+
+
+class Snapshot:
+    """One rank's share of the state of a DeepSpeed engine. Its methods concern this rank alone, except `restore`."""
+
+    def __init__(self, engine: Any):
+        self.engine = engine
+        self.buffers = zero_buffers(engine)
+
+    @functools.cached_property
+    def memory(self) -> dict[tuple[int, str], torch.Tensor]:
+        """Host copies by buffer and kind. On a GPU machine they are page-locked, which a fast copy needs."""
+        sizes = [buffer.master.numel() for buffer in self.buffers]
+        copies = {(index, kind): whole_pages(size) for index, size in enumerate(sizes) for kind in KINDS}
+        if self.engine.device.type == "cuda":
+            self._page_lock(list(copies.values()))
+        return copies
+
+    def _page_lock(self, copies: Sequence[torch.Tensor]) -> None:
+        """Several threads touch the pages first: CUDA would ask for one after the other, seven times as long."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(torch.Tensor.zero_, copies))
+        if not all(page_lock(copy, torch.cuda.cudart().cudaHostRegister) for copy in copies):
+            with contextlib.suppress(RuntimeError):
+                torch.ones(1, device=self.engine.device)  # CUDA tells its next kernel of the error, whose it is not
+
+    @property
+    def bytes(self) -> int:
+        return sum(buffer.master.nbytes for buffer in self.buffers) * len(KINDS)
+
+    def take(self) -> float:
+        """Copy the state as it is now; the number of updates that Adam has counted."""
+        for (index, kind), copy in self.memory.items():
+            if (tensor := self._tensor(self.buffers[index], kind)) is None:
+                copy.zero_()
+            else:
+                copy.copy_(tensor, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        [updates] = {float(self._adam(buffer).get("step", 0)) for buffer in self.buffers}
+        return updates
+
+    def write(self, folder: Path, rank: int) -> dict[str, dict[str, Any]]:
+        """Write and sync the copies; name -> bytes and sha256 of each file. Raises: OSError."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            tasks = {
+                f"{file}.{kind}": pool.submit(_write, folder / f"{file}.{kind}", self.memory[index, kind])
+                for index, file in self._files(rank)
+                for kind in KINDS
+            }
+        return {name: task.result() for name, task in tasks.items()}
+
+    def pieces(self, rank: int) -> dict[str, tuple[Piece, ...]]:
+        """The map of what `write` writes."""
+        return {file: self.buffers[index].pieces for index, file in self._files(rank)}
+
+    def whole_files(self, layout: Layout, files: Mapping[str, dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Those of a checkpoint's files that lie as this rank's buffers do -> the copies that they fill."""
+        named = {self._file_like(layout, index, kind): copy for (index, kind), copy in self.memory.items()}
+        return {name: copy for name, copy in named.items() if name in files and files[name]["bytes"] == copy.nbytes}
+
+    def read(self, folder: Path, layout: Layout, but_for: Collection[str]) -> None:
+        """Fill the copies from a checkpoint of any number of ranks, without those that these files have filled.
+
+        Raises: UserError if a part is missing; LostDataError if the file system fails.
+        """
+        with ThreadPoolExecutor(THREADS) as pool, lost_if_it_fails(f"{folder}"):
+            tasks = [
+                pool.submit(fill, copy, folder, kind, layout.reads(self.buffers[index].pieces))
+                for (index, kind), copy in self.memory.items()
+                if self._file_like(layout, index, kind) not in but_for
+            ]
+            for task in tasks:
+                task.result()
+
+    def restore(self, updates: float) -> None:
+        """Make the copies the engine's state. Every rank must call it: gathered weights are made anew."""
+        zero = self.engine.optimizer
+        if self.engine.zero_optimization_stage() == 3:
+            zero.checkpoint_event_prologue()
+        for index, buffer in enumerate(self.buffers):
+            buffer.master.data.copy_(self.memory[index, "master"])
+            zero.optimizer.state[buffer.master] = self._new_adam(index, updates)
+        if self.engine.zero_optimization_stage() == 3:
+            for low, high in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
+                low.data.copy_(high.data)
+            zero.checkpoint_event_epilogue()
+        else:
+            zero.update_lp_params()
+
+    def _files(self, rank: int) -> Iterator[tuple[int, str]]:
+        return ((index, f"rank-{rank:05d}.{index:02d}") for index in range(len(self.buffers)))
+
+    def _file_like(self, layout: Layout, index: int, kind: str) -> str:
+        """The file that lies as this buffer does, if there is one."""
+        return f"{layout.file_of(self.buffers[index].pieces)}.{kind}"
+
+    def _adam(self, buffer: Buffer) -> dict[str, Any]:
+        state: dict[str, Any] = self.engine.optimizer.optimizer.state[buffer.master]
+        return state
+
+    def _tensor(self, buffer: Buffer, kind: str) -> torch.Tensor | None:
+        """Adam has no moments before its first update."""
+        return buffer.master.detach() if kind == "master" else self._adam(buffer).get(kind)
+
+    def _new_adam(self, index: int, updates: float) -> dict[str, torch.Tensor]:
+        """As AdamW makes it at its first step. Each buffer counts its updates in a tensor of its own."""
+        buffer = self.buffers[index]
+        group = self.engine.optimizer.optimizer.param_groups[buffer.group]
+        device = buffer.master.device if group["fused"] or group["capturable"] else torch.device("cpu")
+        moments = {kind: self.memory[index, kind].to(buffer.master.device, copy=True) for kind in KINDS[1:]}
+        return {"step": torch.tensor(updates, dtype=torch.float32, device=device), **moments}
+
+
+def whole_pages(count: int) -> torch.Tensor:
+    """Zeros, fp32, in memory pages that nothing else shares: none can be locked twice."""
+    memory = mmap.mmap(-1, max(1, count) * NUMBER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.float32)[:count]
+
+
+def page_lock(copy: torch.Tensor, register: Callable[[int, int, int], Any]) -> bool:
+    """Whether the system allows it. torch's own page-locked memory would be rounded up to a power of two."""
+    if code := int(register(copy.data_ptr(), copy.nbytes, 0)):
+        why = f"CUDA error {code}; `ulimit -l` may be low"
+        print(f"host memory cannot be page-locked ({why}): saves hold the training up longer", flush=True)
+    return not code
+
+
+def _write(path: Path, tensor: torch.Tensor) -> dict[str, Any]:
+    """Hashed while it is written, in large blocks, one after the other."""
+    data: Any = bytes_of(tensor)
+    with path.open("wb") as raw:
+        file = HashingFile(raw)
+        for start in range(0, len(data), BLOCK_BYTES):
+            file.write(data[start : start + BLOCK_BYTES])
+            if file.size % SYNC_BYTES == 0:
+                sync(raw)
+        sync(raw)
+    return {"bytes": file.size, "sha256": file.sha256}

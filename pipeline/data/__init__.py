@@ -1,0 +1,1 @@
+"""Reading shards in the order of the training plan."""

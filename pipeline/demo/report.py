@@ -1,0 +1,141 @@
+"""What the demo tells at its end: a table, summary.json, and pictures with what was asked and said."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from matplotlib.figure import Figure
+
+from pipeline.evaluate import Question, score
+from pipeline.metrics.history import History
+from preprocess.images.codec import decode_rgb
+
+FIRST_STEPS, LAST_STEPS = 1, 20  # whose mean is a term's first and last loss
+SHEET_ROWS, SHEET_COLUMNS = 3, 5
+TERMS: tuple[Literal["text", "align"], ...] = ("text", "align")
+CONTROLS = {
+    "untrained": "the model before its first step",
+    "commonest": "always the commonest answer to that kind of question",
+    "shuffled": "the trained model, shown another question's picture",
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was measured.
+
+    seconds     by stage, and "total"
+    samples     in the shards; `shards_job_s` is how long the Ray job took, its start included
+    rejects     rows by reason
+    answers     by who gave them: "trained" and the keys of CONTROLS, each in the order of `questions`
+    """
+
+    seconds: dict[str, float]
+    samples: int
+    shards_job_s: float
+    rejects: dict[str, int]
+    global_batch: int
+    killed_at_step: int
+    history: History
+    questions: Sequence[Question]
+    answers: dict[str, Sequence[str]]
+
+    def exact_match(self, who: str, kind: str = "all") -> float:
+        return score(self.questions, self.answers[who])[kind].exact_match
+
+    @property
+    def margin(self) -> float:
+        """By how much of exact match the trained model beats the best of the controls."""
+        return self.exact_match("trained") - max(map(self.exact_match, CONTROLS))
+
+    @property
+    def resumed_at_step(self) -> int:
+        return self.history.starts[-1].step
+
+    def loss_ends(self, term: Literal["text", "align"]) -> tuple[float, float]:
+        """The first and last values of a term; text-only steps have no alignment."""
+        pairs = (loss for _, loss in sorted(self.history.losses.items()))
+        values = [value for text, align in pairs if (value := text if term == "text" else align) is not None]
+        return fmean(values[:FIRST_STEPS]), fmean(values[-LAST_STEPS:])
+
+    @property
+    def train_samples_per_s(self) -> float:
+        """While stepping: without starts, saving, and steps that the kill made to be done again."""
+        ledger = self.history.ledger
+        return len(self.history.losses) * self.global_batch / (ledger.training + ledger.waiting_for_data)
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """The content of summary.json."""
+    return {
+        "seconds": {stage: round(seconds, 1) for stage, seconds in results.seconds.items()},
+        "samples_per_s": {
+            "shards": round(results.samples / results.shards_job_s, 1),
+            "train": round(results.train_samples_per_s, 1),
+        },
+        "loss": {term: [round(value, 4) for value in results.loss_ends(term)] for term in TERMS},
+        "exact_match": {who: round(results.exact_match(who), 4) for who in ("trained", *CONTROLS)},
+        "exact_match_by_kind": {
+            kind: round(each.exact_match, 4)
+            for kind, each in score(results.questions, results.answers["trained"]).items()
+            if kind != "all"
+        },
+        "questions": len(results.questions),
+        "killed_at_step": results.killed_at_step,
+        "resumed_at_step": results.resumed_at_step,
+        "steps": results.history.step,
+        "samples": results.samples,
+        "rejects": sum(results.rejects.values()),
+        "rejects_by_reason": results.rejects,
+    }
+
+
+def table(results: Results) -> str:
+    facts = summary(results)
+    seconds, rates = facts["seconds"], facts["samples_per_s"]
+    lines = [f"{'stage':<10} {'seconds':>8} {'samples/s':>10}"]
+    lines += [f"{stage:<10} {spent:>8.1f} {rates.get(stage, ''):>10}" for stage, spent in seconds.items()]
+    lines += ["", f"{'loss':<10} {'first':>8} {'last':>10}"]
+    lines += [f"{term:<10} {first:>8.3f} {last:>10.3f}" for term, (first, last) in facts["loss"].items()]
+    lines += ["", f"exact match over {facts['questions']} held-out questions"]
+    lines += [f"  {results.exact_match('trained'):>6.1%}  the trained model ({_by_kind(facts['exact_match_by_kind'])})"]
+    lines += [f"  {results.exact_match(who):>6.1%}  {what}" for who, what in CONTROLS.items()]
+    rejects = f"{facts['rejects']} rows rejected"
+    killed = f"killed at step {results.killed_at_step}, resumed at step {results.resumed_at_step} of {facts['steps']}"
+    return "\n".join([*lines, "", f"{killed}; {rejects}"])
+
+
+def _by_kind(scores: dict[str, float]) -> str:
+    return ", ".join(f"{kind} {value:.0%}" for kind, value in scores.items())
+
+
+def draw_answers(results: Results, images: Path, path: Path) -> None:
+    """Held-out pictures, by lot but every kind in turn, each with its question, the model's answer and the truth."""
+    figure = Figure(figsize=(2.6 * SHEET_COLUMNS, 3.2 * SHEET_ROWS), layout="constrained")
+    grid = figure.subplots(SHEET_ROWS, SHEET_COLUMNS)
+    for axes, i in zip(grid.flat, _lot(results.questions, grid.size), strict=True):
+        question, said = results.questions[i], results.answers["trained"][i]
+        axes.imshow(decode_rgb((images / question.image).read_bytes()))
+        axes.axis("off")
+        right = said == question.answer
+        axes.set_title(
+            f"{question.question}\n{said} ({'correct' if right else f'truth: {question.answer}'})",
+            color="tab:green" if right else "tab:red",
+            fontsize=10,
+        )
+    figure.savefig(path, dpi=90)
+
+
+def _lot(questions: Sequence[Question], count: int) -> list[int]:
+    """Indices of `count` questions: the kinds in turn, by lot within each."""
+    rng = random.Random(0)
+    kinds = sorted({question.kind for question in questions})
+    piles = [[i for i, question in enumerate(questions) if question.kind == kind] for kind in kinds]
+    drawn = [rng.sample(pile, min(len(pile), count)) for pile in piles]
+    turns = [pile[turn] for turn in range(count) for pile in drawn if turn < len(pile)]
+    return turns[:count]

@@ -1,0 +1,1 @@
+"""Ranks: who they are, and collectives over them."""

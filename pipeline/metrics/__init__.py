@@ -1,0 +1,1 @@
+"""Metrics: logging, timing, history and figures."""

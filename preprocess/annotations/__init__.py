@@ -1,0 +1,1 @@
+"""Annotation files: the mix, readers, dialogues and the work list."""

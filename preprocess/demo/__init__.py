@@ -1,0 +1,1 @@
+"""The demo's raw data: photographs, rendered scenes, dialogues and damaged rows."""

@@ -1,0 +1,1 @@
+"""Images: decoding, resizing, encoding, and finding them in folders and archives."""

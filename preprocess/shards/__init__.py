@@ -1,0 +1,1 @@
+"""Shard sets: samples, tars, the manifest and the index, verification, the preview."""

@@ -1,0 +1,179 @@
+"""Kills builds at random moments, and compares what is there in the end.
+
+    python -m tests.programs.soak_shards --kills 20 --seed 1
+
+The driver, the workers, the whole head or another machine of the cluster is killed, by turns. A build survives the loss
+of workers and machines; after the others the same command runs again on what was left. In the end every tar must equal
+that of a build without accidents, no temporary file may be left, and no shard that was finished may have been built
+again. Root also fills a disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+from PIL import Image
+from skimage import data as photographs
+
+from preprocess.build_shards import EXIT_USER_ERROR
+from tests.support.golden_tokenizer import gpt_neox
+from tests.support.launch import run_python
+from tests.support.ray_head import RayHead, ray_head, wait_until
+from tests.support.shard_builds import arguments, build_in_process, write_mix
+
+NAMES = ("astronaut", "camera", "chelsea", "coffee", "rocket", "text")
+NUM_ROWS, SAMPLES = 2400, 30
+VICTIMS = ("driver", "worker", "head", "node")
+SURVIVED = ("worker", "node")
+
+
+def write_photographs(root: Path) -> None:
+    root.mkdir()
+    rows = []
+    for i in range(NUM_ROWS):
+        name = f"{NAMES[i % 6]}-{i % 600}.jpg"
+        if i < 600:
+            Image.fromarray(getattr(photographs, NAMES[i % 6])()).convert("RGB").save(root / name)
+        turns = [{"from": "human", "value": f"What is this? {i}"}, {"from": "gpt", "value": "A photograph."}]
+        rows.append({"id": i, "image": name, "conversations": turns})
+    (root / "rows.json").write_text(json.dumps(rows))
+    write_mix(root, [{"name": "photographs", "format": "llava", "annotations": "rows.json"}])
+
+
+def hashes(out: Path) -> dict[str, str]:
+    files = [path for path in out.rglob("*") if path.is_file() and path.name != "lock"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def finished(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.json")}
+
+
+def kill(victim: str, head: RayHead, driver: subprocess.Popen[str]) -> bool:
+    """Whether somebody was hit who lived, while the build did."""
+    if driver.poll() is not None:
+        return False
+    if victim == "worker":
+        return kill_workers(head, driver)
+    if victim == "node":
+        node = head.nodes[0]
+        lived = node.poll() is None
+        head.lose_node(node)
+        return lived
+    if victim == "head":
+        head.kill()  # the driver would wait for it until its patience ends
+    driver.kill()
+    return driver.wait() == -signal.SIGKILL
+
+
+def kill_workers(head: RayHead, driver: subprocess.Popen[str]) -> bool:
+    """Waits for some to be at work: between two shards, and while Ray starts, there are none."""
+    while driver.poll() is None:
+        if sum(map(hit_living, head.workers("build_shard"))):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def hit_living(pid: int) -> bool:
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        process.kill()
+    except psutil.NoSuchProcess:
+        return False
+    return True
+
+
+def one_life(head: RayHead, command: list[str], victim: str, after_s: float) -> tuple[bool, bool]:
+    """Whether the build reached its end, and whether somebody was killed before."""
+    driver = head.driver("preprocess/build_shards.py", *command)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        driver.wait(timeout=after_s)
+    hit = kill(victim, head, driver)
+    said, _ = driver.communicate(timeout=300)
+    assert driver.returncode == (-signal.SIGKILL if hit and victim not in SURVIVED else 0), said
+    wait_until(lambda: not head.workers("build_shard"))
+    return driver.returncode == 0, hit
+
+
+def soak(folder: Path, kills: int, seed: int) -> None:
+    rng = random.Random(seed)
+    write_photographs(folder / "root")
+    expected = build_in_process(folder / "root", folder / "expected", gpt_neox(), samples_per_shard=SAMPLES)
+    killed = Counter[str]()
+    builds = 0
+    while killed.total() < kills:
+        out = folder / f"build-{builds}"
+        one_build(out, arguments(folder / "root", out, gpt_neox(), samples_per_shard=SAMPLES), rng, killed)
+        assert hashes(out) == hashes(expected), "another set"
+        builds += 1
+    told = ", ".join(f"{killed[victim]} times a {victim}" for victim in VICTIMS)
+    print(f"killed in {builds} builds: {told}; the same bytes, nothing left behind, nothing built again")
+    fill_a_disk(folder, expected)
+
+
+def one_build(out: Path, command: list[str], rng: random.Random, killed: Counter[str]) -> None:
+    """From nothing to the end, however many lives that takes. A new head for each one that is killed."""
+    done, seen = False, dict[str, int]()
+    while not done:
+        with ray_head() as head:
+            while not done and head.process.poll() is None:
+                if not head.nodes:
+                    head.add_node()
+                victim = min(rng.sample(VICTIMS, len(VICTIMS)), key=lambda name: killed[name])
+                done, hit = one_life(head, command, victim, rng.uniform(2.0, 9.0))
+                again = {name for name, at in seen.items() if finished(out).get(name) != at}
+                assert not again, f"built again: {again}"
+                seen = finished(out)
+                killed[victim] += hit
+                print(f"{victim if hit else 'nobody'} killed, {len(seen)} shards finished", flush=True)
+
+
+def fill_a_disk(folder: Path, expected: Path) -> None:
+    """Half of the set fits; then there is room."""
+    if os.geteuid():
+        print("no disk was filled: only root may mount one")
+        return
+    disk = folder / "disk"
+    disk.mkdir()
+    size = sum(path.stat().st_size for path in expected.rglob("*") if path.is_file())
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size // 2}", "tmpfs", disk], check=True)
+    try:
+        words = ["preprocess/build_shards.py", *arguments(folder / "root", disk / "out", gpt_neox(), workers=2)]
+        words += ["--samples-per-shard", str(SAMPLES)]
+        failed = run_python(*words, timeout=300, RAY_ADDRESS="")
+        assert failed.returncode == EXIT_USER_ERROR, failed.stdout + failed.stderr
+        complaint = f"error: no space left for {disk / 'out'}; what is finished is kept: make room and run again"
+        assert failed.stderr.splitlines()[-1] == complaint, failed.stderr
+        before = finished(disk / "out")
+        subprocess.run(["mount", "-o", f"remount,size={4 * size}", disk], check=True)
+        done = run_python(*words, timeout=300, RAY_ADDRESS="")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert hashes(disk / "out") == hashes(expected), "another set"
+        assert before.items() <= finished(disk / "out").items(), "built again"
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    print(f"a disk was full after {len(before)} shards: one clear line, and the same bytes after there was room")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parsed = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        soak(Path(scratch), parsed.kills, parsed.seed)

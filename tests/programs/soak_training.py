@@ -1,0 +1,161 @@
+"""Kills a training of two ranks at random moments and in every stage of saving, damages what is there, and goes on.
+
+    python -m tests.programs.soak_training --kills 30 --seed 1
+
+After each kill the same command runs again on what was left, at times with the newest checkpoint damaged. In the end
+the weights and moments, and the losses of every step, must be those of a training without accidents, to the bit: then
+no sample was lost or seen twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+import shutil
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import torch
+
+from pipeline.checkpoint.folder import folder_name, list_steps
+from pipeline.checkpoint.layout import Layout
+from pipeline.checkpoint.snapshot import KINDS
+from tests.programs.killed_training import Stages
+from tests.support.launch import TINY_RECIPE, build_shards, finish, kill_all, torchrun, write_raw_data
+
+STEPS = 24  # four epochs
+STAGES = [name for name in vars(Stages) if not name.startswith("_")]
+DAMAGES = ("a flipped bit", "a truncated file", "a deleted file", "no `latest`")
+KILLED = "exitcode  : -9"  # in the launcher's report
+LIFE_S = 300.0  # after which a training that has not ended hangs
+
+
+def lines(run: Path) -> list[dict]:
+    path = run / "metrics.jsonl"
+    text = path.read_text().splitlines() if path.exists() else []
+    return [line for line in map(_parse, text) if line is not None]
+
+
+def _parse(line: str) -> dict | None:
+    """None for a line that a kill has cut off."""
+    with contextlib.suppress(ValueError):
+        return json.loads(line)
+    return None
+
+
+def losses(run: Path) -> dict[int, set[tuple]]:
+    """Everything that was ever said of a step; said twice, it must be the same."""
+    said: dict[int, set[tuple]] = {}
+    for line in lines(run):
+        if "event" not in line:
+            said.setdefault(line["step"], set()).add((line["loss/text"], line["loss/align"], line["optim/grad_norm"]))
+    return said
+
+
+def end_state(run: Path) -> dict[tuple[str, str], torch.Tensor]:
+    folder = run / "checkpoints" / folder_name(STEPS)
+    layout = Layout.load(folder)
+    return {(kind, name): tensor for kind in KINDS for name, tensor in layout.whole(folder, kind).items()}
+
+
+def kill_sometime(process: subprocess.Popen[str], run: Path, everything: bool, rng: random.Random) -> bool:
+    """Some time after the first step of this life, all of it or one rank. Whether it was still alive."""
+    before, until = len(lines(run)), time.monotonic() + LIFE_S
+    while len(lines(run)) <= before + 1 and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=rng.uniform(0.0, 3.0))
+    ranks = [p for p in psutil.Process(process.pid).children() if process.poll() is None]
+    if not ranks:
+        return False
+    if everything:
+        kill_all(process)
+    else:
+        rng.choice(ranks).kill()
+    return True
+
+
+def one_life(command: list[str | Path], run: Path, rng: random.Random) -> tuple[str, bool]:
+    """How it was to end, and whether it came to its own end instead."""
+    way = rng.choice(["all killed", "one rank killed", *STAGES])
+    program = ["tests.programs.killed_training", way] if way in STAGES else ["pipeline.train"]
+    process = torchrun(2, ["-m", *program, *command])
+    if way not in STAGES:
+        kill_sometime(process, run, way == "all killed", rng)
+    if process.returncode is None:
+        said, _ = process.communicate(timeout=LIFE_S)
+        assert process.returncode == 0 or KILLED in said, f"{way}: ended by itself, and not well:\n{said}"
+    return way, process.returncode == 0
+
+
+def damage(run: Path, rng: random.Random) -> str | None:
+    """Of the newest checkpoint, if it is not the only one."""
+    steps = list_steps(run / "checkpoints")
+    if len(steps) < 2 or rng.random() < 0.6:
+        return None
+    what = rng.choice(DAMAGES)
+    victim = rng.choice(sorted((run / "checkpoints" / folder_name(steps[-1])).iterdir()))
+    content = bytearray(victim.read_bytes())
+    if what == "no `latest`":
+        (run / "checkpoints/latest").unlink(missing_ok=True)
+    elif what == "a deleted file":
+        victim.unlink()
+    elif what == "a truncated file":
+        victim.write_bytes(content[: rng.randrange(len(content))])
+    else:
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        victim.write_bytes(content)
+    return what
+
+
+def one_training(command: list[str | Path], run: Path, rng: random.Random) -> tuple[Counter[str], Counter[str]]:
+    """From nothing to the end, however many lives that takes: kills and damages."""
+    killed, damaged = Counter[str](), Counter[str]()
+    done = False
+    while not done:
+        way, done = one_life([*command, f"run.dir={run}"], run, rng)
+        killed[way] += not done
+        what = None if done else damage(run, rng)
+        damaged[what or "none"] += not done
+        steps = list_steps(run / "checkpoints")
+        print(f"{'done' if done else way}; checkpoints of steps {steps}; damage: {what}", flush=True)
+    return killed, damaged
+
+
+def soak(folder: Path, kills: int, seed: int) -> None:
+    rng, begun = random.Random(seed), time.monotonic()
+    shards = build_shards(write_raw_data(folder / "raw", num_pictures=26, num_text_only=9), folder / "shards")
+    (folder / "tiny.toml").write_text(TINY_RECIPE)
+    command: list[str | Path] = [folder / "tiny.toml", f"data.shards={shards}", f"steps={STEPS}"]
+    command += ["checkpoint.every_steps=3", "checkpoint.keep_last=3"]
+    finish(torchrun(2, ["-m", "pipeline.train", *command, f"run.dir={folder / 'straight'}"]), timeout=LIFE_S)
+    expected, said = end_state(folder / "straight"), losses(folder / "straight")
+    killed, damaged, trainings = Counter[str](), Counter[str](), 0
+    while killed.total() < kills:
+        run = folder / f"run-{trainings}"
+        more, hurt = one_training(command, run, rng)
+        killed, damaged, trainings = killed + more, damaged + hurt, trainings + 1
+        found = end_state(run)
+        assert found.keys() == expected.keys()
+        assert [name for name in found if not torch.equal(found[name], expected[name])] == [], "other weights"
+        assert losses(run) == said, "other losses"
+        shutil.rmtree(run)
+    minutes = (time.monotonic() - begun) / 60
+    print(f"{killed.total()} kills in {trainings} trainings, {minutes:.0f} minutes: {dict(killed)}")
+    print(f"damage: {dict(damaged)}")
+    print("the same weights, moments and losses, to the bit")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parsed = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        soak(Path(scratch), parsed.kills, parsed.seed)

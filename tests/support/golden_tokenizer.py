@@ -1,0 +1,14 @@
+"""The real GPT-NeoX-20B tokenizer, from the copy in tests/golden."""
+
+import functools
+import gzip
+from pathlib import Path
+
+from preprocess.prompts import Tokenizer
+
+PACKED = Path(__file__).parents[1] / "golden" / "20B_tokenizer.json.gz"
+
+
+@functools.cache
+def gpt_neox() -> Tokenizer:
+    return Tokenizer(gzip.decompress(PACKED.read_bytes()), "gpt-neox-20b")

@@ -1,0 +1,46 @@
+"""The oracle of training: plain torch in one process, the whole global batch in one forward pass, AdamW."""
+
+from typing import NamedTuple
+
+import torch
+
+from pipeline.data.loader import TrainData
+from pipeline.distributed.ranks import Ranks
+from pipeline.engine import learning_rate, parameter_groups
+from pipeline.initial_model import initial_model
+from pipeline.recipe import Recipe
+from pipeline.step import row_losses, step_totals
+
+
+class Step(NamedTuple):
+    gradients: dict[str, torch.Tensor]  # before clipping
+    loss: float
+    modality: str
+
+
+def train_plainly(recipe: Recipe, device: str = "cpu") -> list[Step]:
+    """Every step of a recipe whose global batch is one micro-batch, without DeepSpeed."""
+    data = TrainData(recipe, Ranks(0, 0, 1, torch.device("cpu")))
+    emma, towers, _ = initial_model(recipe)
+    emma.to(device)
+    towers.to(device, torch.bfloat16 if device == "cuda" else torch.float32)  # as pipeline.train keeps them
+    optimizer = torch.optim.AdamW(parameter_groups(emma, recipe.optim.weight_decay), recipe.optim.lr)
+    steps = []
+    for batch in data.from_step(0):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, batch.step, data.total_steps)
+        [micro_batch] = batch.micro_batches
+        totals = step_totals(recipe, batch)
+        text, align = row_losses(emma, towers, recipe, micro_batch.to(torch.device(device)))
+        loss = text.sum() / totals.text + recipe.align_weight * align.sum() / totals.images
+        optimizer.zero_grad(set_to_none=False)
+        loss.backward()
+        gradients = {name: _gradient(p) for name, p in emma.named_parameters()}
+        steps.append(Step(gradients, loss.item(), "picture" if batch.images else "text"))
+        torch.nn.utils.clip_grad_norm_(emma.parameters(), recipe.optim.clip)
+        optimizer.step()
+    return steps
+
+
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).cpu().clone()

@@ -1,0 +1,69 @@
+"""Rows, mixes, and builds of them in this process: the same code as on Ray, a task at a time."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from preprocess import build_shards
+from preprocess.prompts import Tokenizer
+from preprocess.shards.manifest import WORK
+
+PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "rocket", "text")
+
+
+def write_mix(root: Path, sources: list[dict[str, Any]], head: str = "") -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    tables = ["\n".join(["[[source]]", *(f"{key} = {_toml(value)}" for key, value in one.items())]) for one in sources]
+    path = root / "mix.toml"
+    path.write_text("\n\n".join([head, *tables]) + "\n")
+    return path
+
+
+def _toml(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_bytes(tokenizer.data)
+    return folder
+
+
+def arguments(root: Path, out: Path, tokenizer: Tokenizer, model: str = "emma_v2", **options: Any) -> list[str]:
+    folder = write_tokenizer(root / "tokenizer", tokenizer)
+    words = [root / "mix.toml", "--model", model, "--root", root, "--out", out, "--tokenizer", folder]
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}", value]
+    return [str(word) for word in words]
+
+
+def build_in_process(root: Path, out: Path, tokenizer: Tokenizer, **options: Any) -> Path:
+    assert build_shards.main(arguments(root, out, tokenizer, workers=0, **options)) == 0
+    return out
+
+
+def dialogue_row(number: int) -> dict[str, object]:
+    row: dict[str, object] = {"id": number, "image": f"{PHOTOGRAPHS[number % 6]}.jpg"}
+    if number % 10 == 9:
+        del row["image"]
+    turns = [("human", f"What is on photograph {number}?"), ("gpt", "Something. " * (number % 13))] * (1 + number % 3)
+    return row | {"conversations": [{"from": speaker, "value": value} for speaker, value in turns]}
+
+
+def talk_row(number: int) -> dict[str, object]:
+    return {key: value for key, value in dialogue_row(number).items() if key != "image"}
+
+
+def write_talk(root: Path, num_rows: int) -> Path:
+    """A root of one source, dialogues without pictures."""
+    write_mix(root, [{"name": "talk", "format": "llava", "annotations": "rows.json"}])
+    (root / "rows.json").write_text(json.dumps([talk_row(number) for number in range(num_rows)]))
+    return root
+
+
+def contents(out: Path) -> dict[str, str]:
+    """sha256 of every file of the set; fails if there is anything else."""
+    left = {path.name for path in (out / WORK).iterdir()}
+    assert left == {"lock"}, f"left behind: {left}"
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir() if path.is_file()}

@@ -1,0 +1,233 @@
+"""A real SLURM on this machine for the length of the tests: a controller and nodes with eight GPUs in name only.
+
+No systemd, no root, no fixed port: the daemons live in a folder of their own and are ended by pid.
+"""
+
+from __future__ import annotations
+
+import getpass
+import itertools
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+REPOSITORY = Path(__file__).parents[2]
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
+SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+NODES = [f"127.0.0.{i}" for i in range(1, 9)]  # names that are addresses: ranks can find the first of theirs
+POLL_S = 0.2
+FINISHED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
+
+T = TypeVar("T")
+
+# Requeued jobs wait until their old credential has expired: two minutes by default, five seconds here, the least.
+# Jobs are numbered from anywhere on, because ports are made of their numbers: another cluster may run beside this one.
+# A node claims more CPUs than there are, so that eight tasks fit. `urgent` preempts the others by requeueing them.
+SLURM_CONF = """\
+ClusterName=test
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={controller_port}
+FirstJobId={first_job}
+SlurmUser={user}
+SlurmdUser={user}
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+KillWait=3
+ReturnToService=2
+SlurmdParameters=config_overrides
+GresTypes=gpu
+PartitionName=normal Nodes=ALL Default=YES PriorityTier=1 GraceTime=0
+PartitionName=graceful Nodes=ALL PriorityTier=1 GraceTime=600
+PartitionName=urgent Nodes=ALL PriorityTier=2 PreemptMode=OFF
+"""
+NODE = "NodeName={name} NodeHostname=localhost NodeAddr={name} Port={port} Weight={weight} CPUs=64 Gres=gpu:8\n"
+
+
+def missing_programs() -> list[str]:
+    return [name for name in PROGRAMS if shutil.which(name, path=SYSTEM_PATH) is None]
+
+
+class SlurmCluster:
+    """Starts on entry, ends on exit; `environment` makes every SLURM command in it talk to this cluster."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {
+            **os.environ,
+            "PATH": SYSTEM_PATH,
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "EMMA_ENV": f"export PATH={Path(sys.executable).parent}:$PATH",
+            "OMP_NUM_THREADS": "1",
+        }
+        self.daemons: list[subprocess.Popen[bytes]] = []
+        self.lock = threading.Lock()
+        self.jobs: dict[str, dict[str, str]] = {}
+        self.asked = -POLL_S
+
+    def __enter__(self) -> SlurmCluster:
+        try:
+            self._configure()
+            self._start("munged", "--foreground", "--force", *self._munge_options())
+            wait_until(lambda: (self.folder / "munge.socket").exists(), "munged to listen")
+            self._start("slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
+            for node in NODES:
+                self._start("slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf"))
+            wait_until(lambda: set(self._ask("sinfo", "--noheader", "--format=%T").split()) == {"idle"}, "idle nodes")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ask("scancel", f"--user={getpass.getuser()}")
+        for daemons in (self.daemons[2:], self.daemons[1:2], self.daemons[:1]):  # nodes, controller, munged
+            for daemon in daemons:
+                daemon.terminate()
+            for daemon in daemons:
+                _wait_or_kill(daemon)
+
+    def submit(self, *words: str | Path, checkout: Path = REPOSITORY, **environment: str) -> str:
+        """`sbatch …` in a checkout, with this Python; the job's id."""
+        result = self.run(
+            "sbatch", "--parsable", f"--output={self.folder}/%A-%a.log", *words, cwd=checkout, **environment
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
+
+    def run(self, *words: str | Path, cwd: Path | None = None, **more: str) -> subprocess.CompletedProcess[str]:
+        environment, command = {**self.environment, **more}, [str(word) for word in words]
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+    def job(self, job: str) -> dict[str, str]:
+        """What the controller says of a job, by the names of `scontrol show job`."""
+        with self.lock:  # tests that wait side by side ask once
+            if time.monotonic() - self.asked > POLL_S:
+                self.jobs = {}
+                for line in self._ask("scontrol", "--oneliner", "show", "jobs").splitlines():
+                    facts = dict(word.split("=", 1) for word in line.split() if "=" in word)
+                    self.jobs[_name(facts)] = facts
+                self.asked = time.monotonic()
+            return self.jobs.get(job, {})
+
+    def wait_for(self, job: str, timeout_s: float = 240) -> str:
+        """The state in which the job ended. A requeued job has not ended."""
+        return wait_until(lambda: self._end_of(job), f"job {job} to end", timeout_s)
+
+    def wait_during(self, job: str, condition: Callable[[], object], what: str) -> None:
+        """Until the condition holds; fails with the job's log if the job ends before."""
+
+        def look() -> bool:
+            assert self._end_of(job) is None, self.log(job)
+            return bool(condition())
+
+        wait_until(look, what)
+
+    def log(self, job: str) -> str:
+        return Path(self.job(job)["StdOut"]).read_text()
+
+    def signal(self, job: str, name: str) -> None:
+        """What SLURM sends when the time limit comes near: to the batch script alone."""
+        assert self.run("scancel", f"--signal={name}", "--batch", job).returncode == 0
+
+    def preempt(self, node: str = NODES[0]) -> None:
+        """Run a job that is more important and wants the whole node."""
+        self.wait_for(self.submit("--partition=urgent", f"--nodelist={node}", "--cpus-per-task=64", "--wrap=true"))
+
+    def update_node(self, node: str, state: str) -> None:
+        assert self.run("scontrol", "update", f"nodename={node}", f"state={state}", "reason=test").returncode == 0
+
+    def _end_of(self, job: str) -> str | None:
+        state = self.job(job).get("JobState", "")
+        return state if state in FINISHED else None
+
+    def _ask(self, *command: str) -> str:
+        return self.run(*command).stdout
+
+    def _configure(self) -> None:
+        for name in ("state", "gpus", *(f"spool-{node}" for node in NODES)):
+            (self.folder / name).mkdir()
+        for gpu in range(8):
+            (self.folder / "gpus" / f"nvidia{gpu}").symlink_to("/dev/null")  # a GPU must be a device, and this is one
+        controller_port, *ports = free_ports(1 + len(NODES))
+        first = random.randrange(1, 1_000_000)
+        text = SLURM_CONF.format(
+            folder=self.folder, user=getpass.getuser(), controller_port=controller_port, first_job=first
+        )
+        nodes = zip(NODES, ports, range(len(NODES)), strict=True)  # the lightest one that is free takes a job
+        text += "".join(NODE.format(name=name, port=port, weight=weight + 1) for name, port, weight in nodes)
+        (self.folder / "slurm.conf").write_text(text)
+        gpus = f"Name=gpu File={self.folder}/gpus/nvidia[0-7]"
+        (self.folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} {gpus}\n")
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+
+    def _munge_options(self) -> list[str]:
+        names = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        return [f"--{option}={self.folder}/munge.{name}" for option, name in names.items()]
+
+    def _start(self, *command: str) -> None:
+        output = (self.folder / f"{command[0]}-{len(self.daemons)}.out").open("wb")
+        with output:
+            self.daemons.append(subprocess.Popen(command, env=self.environment, stdout=output, stderr=output))
+
+
+def _name(facts: dict[str, str]) -> str:
+    """As `sbatch` and we call it: a task of an array by the array's id and its own number."""
+    return f"{facts['ArrayJobId']}_{facts['ArrayTaskId']}" if "ArrayTaskId" in facts else facts.get("JobId", "")
+
+
+def _wait_or_kill(daemon: subprocess.Popen[bytes]) -> None:
+    try:
+        daemon.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        daemon.kill()
+        daemon.wait()
+
+
+def wait_until(condition: Callable[[], T | None], what: str, timeout_s: float = 240) -> T:
+    """The condition's first true value; fails naming what was waited for."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(POLL_S)
+    raise AssertionError(f"waited {timeout_s:.0f} s in vain for {what}")
+
+
+def free_ports(count: int) -> list[int]:
+    """Below the ephemeral ones, which any connection may take before a daemon does, and below training's and Ray's."""
+    anywhere = random.sample(range(10_000, 20_000), 10_000)
+    return list(itertools.islice(filter(_is_free, anywhere), count))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as listener:
+        try:
+            listener.bind(("", port))
+        except OSError:
+            return False
+    return True

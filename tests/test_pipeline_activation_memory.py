@@ -1,0 +1,55 @@
+"""A memory budget recomputes as little as it may, and changes nothing that is learnt."""
+
+import re
+
+import torch
+
+from pipeline.checkpoint.checkpointer import full_state
+from pipeline.checkpoint.folder import folder_name
+from tests.support.launch import REPOSITORY, run_python
+
+STEPS = 3
+
+
+def number(pattern, text):
+    found = re.search(pattern, text)
+    assert found, text
+    return float(found[1])
+
+
+def rehearse(recipe_file, budget):
+    words = [recipe_file, "engine.segment_layers=2", f"engine.memory_gib={budget}", "--ranks", "1"]
+    return run_python("-m", "pipeline.dry_run", *words, "--micro-batches", "4")
+
+
+def test_more_memory_keeps_more_layers_and_the_peak_stays_within(recipe_file):
+    refused = rehearse(recipe_file, 0.001)
+    assert refused.returncode == 1
+    assert "Traceback" not in refused.stderr
+    least = number(r"longest batch takes ([\d.]+) with every layer recomputed", refused.stderr)
+    assert 0.001 < least < 1
+
+    everything = rehearse(recipe_file, 1).stdout
+    assert "no layer is recomputed, 6 keep" in everything
+    most = number(r"peak ([\d.]+) of", everything)
+
+    budget = (least + most) / 2
+    between = rehearse(recipe_file, budget).stdout
+    last_recomputed, kept = number(r"layers 0 to (\d) are", between), number(r"recomputed, (\d) keep", between)
+    assert last_recomputed + 1 + kept == 6
+    assert least < number(r"peak ([\d.]+) of", between) <= budget
+
+
+def test_measuring_leaves_no_trace_under_zero_2(recipe_file, shards, tmp_path):
+    """Under ZeRO-3 test_pipeline_train compares with its undisturbed run."""
+    config = f"engine.ds_config={REPOSITORY}/ds_configs/zero2.json"
+    words = [recipe_file, f"data.shards={shards}", f"steps={STEPS}", config, "optim.micro_batch=2"]
+    states = []
+    for name, *overrides in (["plain"], ["budget", "engine.segment_layers=2", "engine.memory_gib=1"]):
+        done = run_python("-m", "pipeline.train", *words, f"run.dir={tmp_path / name}", *overrides)
+        assert done.returncode == 0, done.stdout + done.stderr
+        states.append(full_state(tmp_path / name / "checkpoints" / folder_name(STEPS)))
+    assert "6 keep" in done.stdout
+    plain, budget = states
+    assert plain.keys() == budget.keys()
+    assert all(torch.equal(plain[name], budget[name]) for name in plain)

@@ -1,0 +1,57 @@
+"""What one rank cannot do, all hear of; whether it is to be tried again depends on all that was told."""
+
+import errno
+import os
+
+import pytest
+import torch
+
+from model.errors import UserError
+from pipeline.distributed.collectives import together
+from pipeline.distributed.ranks import Ranks
+from pipeline.errors import LostDataError
+
+TWO = Ranks(0, 0, 2, torch.device("cpu"))
+
+
+def failing(error):
+    def fail():
+        raise error
+
+    return fail
+
+
+def os_error(code, path="/data/index.parquet"):
+    return OSError(code, os.strerror(code), path)
+
+
+@pytest.mark.parametrize(
+    ("errors", "others", "kind", "said"),
+    [
+        ([UserError("a mistake")], {}, UserError, ["a mistake"]),
+        ([LostDataError("a bad disk")], {}, LostDataError, ["a bad disk"]),
+        (
+            [LostDataError("a bad disk"), UserError("a mistake")],
+            {},
+            UserError,
+            ["2 problems", "a bad disk", "a mistake"],
+        ),
+        ([], {"a mistake there": True}, UserError, ["a mistake there"]),
+        ([LostDataError("a bad disk")], {"a mistake there": True}, UserError, ["a bad disk", "a mistake there"]),
+        ([], {"a bad disk there": False}, LostDataError, ["a bad disk there"]),
+        ([os_error(errno.EACCES)], {}, UserError, ["/data/index.parquet: Permission denied; ask its owner"]),
+        ([os_error(errno.EIO)], {}, LostDataError, ["/data/index.parquet: Input/output error, on "]),
+        ([OSError(errno.EIO, "Input/output error")], {}, LostDataError, ["Input/output error, on "]),
+    ],
+)
+def test_problems_of_all_ranks_are_told_and_a_single_mistake_ends_the_run(monkeypatch, errors, others, kind, said):
+    def gather(everywhere, mine):
+        everywhere[:] = [mine, others]
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    with pytest.raises(kind) as told:
+        together(TWO, lambda: 1, *map(failing, errors))
+    assert type(told.value) is kind
+    assert not str(told.value).startswith(":")
+    for words in said:
+        assert words in str(told.value)

@@ -1,0 +1,218 @@
+"""What the loader hands to the model is what the shards hold: every sample once an epoch, everything in place."""
+
+import os
+import re
+import shutil
+import socket
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+
+from model.errors import UserError
+from pipeline.data.loader import IGNORED, PAD_ID, TrainData, loader_died
+from pipeline.data.shard_reader import DamagedShardError, ShardReader
+from pipeline.distributed.ranks import Ranks
+from pipeline.recipe import load_recipe
+from preprocess.images.codec import stored_pixels
+from tests.support.launch import run_python
+
+
+def train_data(recipe_file, shards, world_size=1, rank=0, *overrides):
+    recipe = load_recipe(recipe_file, [f"data.shards={shards}", "run.dir=none", *overrides])
+    return TrainData(recipe, Ranks(rank, rank, world_size, torch.device("cpu")))
+
+
+@pytest.fixture(scope="module")
+def stock_samples(shards):
+    """The set as the stock webdataset reader sees it."""
+    urls = sorted(map(str, shards.glob("*.tar")))
+    return list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("rgb8"))
+
+
+def rows_of(data, steps):
+    """(tokens, supervised tokens, pixels) of every real row of some steps, hashable."""
+    rows = []
+    for batch, _ in zip(data.from_step(0), range(steps), strict=False):
+        for micro in batch.micro_batches:
+            for i in torch.nonzero(micro.real).flatten():
+                tokens = micro.tokens[i][: 1 + int((micro.targets[i] != IGNORED).nonzero().max())]
+                supervised = micro.targets[i][micro.targets[i] != IGNORED]
+                pixels = b"" if micro.pixels is None else micro.pixels[i].numpy().tobytes()
+                rows.append((tuple(tokens.tolist()), tuple(supervised.tolist()), pixels))
+    return rows
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_over_two_ranks_is_the_set_as_the_stock_reader_reads_it(recipe_file, shards, stock_samples, workers):
+    ranks = [train_data(recipe_file, shards, 2, rank, f"data.workers={workers}") for rank in (0, 1)]
+    steps = ranks[0].plan.steps_per_epoch
+    seen = Counter(row for data in ranks for row in rows_of(data, steps))
+    expected: Counter[tuple] = Counter()
+    for sample in stock_samples:
+        tokens, spans = sample["tokens.npy"].tolist(), sample["json"]["spans"]
+        supervised = [token for start, end in spans for token in tokens[start:end]]
+        pixels = b""
+        if "jpg" in sample:
+            pixels = sample["jpg"].transpose(2, 0, 1).tobytes()
+        expected[tuple(tokens), tuple(supervised), pixels] += 1
+    assert seen == expected
+    assert sum(seen.values()) == len(stock_samples)
+    assert max(seen.values()) == 1
+
+
+def test_an_epoch_begun_in_the_middle_goes_on_where_it_would_have(recipe_file, shards):
+    data = train_data(recipe_file, shards)
+    whole = list(data.from_step(0))
+    late = next(iter(data.from_step(3)))
+    assert torch.equal(late.micro_batches[1].tokens, whole[3].micro_batches[1].tokens)
+    assert (late.ids == whole[3].ids).all()
+
+
+@pytest.mark.parametrize("first", [3, 2])
+def test_loading_processes_that_start_early_serve_the_step_that_was_expected_and_no_other(recipe_file, shards, first):
+    whole = list(train_data(recipe_file, shards).from_step(0))
+    data = train_data(recipe_file, shards, 1, 0, "data.workers=2")
+    data.expect(3)
+    assert data._expected is not None
+    _, early = data._expected
+    batches = data.from_step(first)
+    found = next(batches)
+    assert (found.ids == whole[first].ids).all()
+    assert torch.equal(found.micro_batches[0].tokens, whole[first].micro_batches[0].tokens)
+    assert (early._rcvd_idx > 0) is (first == 3)
+    batches.close()
+
+
+def test_reading_again_and_again_leaves_no_threads_behind(recipe_file, shards):
+    data = train_data(recipe_file, shards)
+    next(data.from_step(0))
+    before = threading.active_count()
+    for first in range(3):
+        next(data.from_step(first))
+    assert threading.active_count() == before
+
+
+def test_targets_are_the_supervised_tokens_in_place_and_padding_is_on_the_right(recipe_file, shards):
+    data = train_data(recipe_file, shards)
+    for batch in data.from_step(0):
+        supervised = 0
+        for micro in batch.micro_batches:
+            where = micro.targets != IGNORED
+            assert (micro.targets[where] == micro.tokens[where]).all()
+            assert not where[~micro.real].any()
+            padded = (micro.tokens == PAD_ID).int()
+            assert (padded.diff(dim=1) >= 0).all()
+            supervised += int(where.sum())
+        assert supervised == batch.supervised_tokens
+
+
+def test_a_batch_knows_its_padding_and_its_tokens(recipe_file, shards):
+    data = train_data(recipe_file, shards, 1, 0, "optim.micro_batch=8")
+    for batch in data.from_step(0):
+        [micro] = batch.micro_batches
+        visual = 49 if micro.pixels is not None else 0
+        computed = micro.tokens.shape[0] * (micro.tokens.shape[1] + visual)
+        assert batch.tokens == int((micro.tokens != PAD_ID)[micro.real].sum()) + visual * batch.samples
+        assert batch.padding_ratio == pytest.approx(1 - batch.tokens / computed)
+
+
+def test_pixels_are_those_that_were_stored(recipe_file, shards, stock_samples):
+    data = train_data(recipe_file, shards)
+    row = int(np.flatnonzero(data.plan.has_image)[0])
+    stored, _ = data.reader.read(row)
+    batch = next(b for b in data.from_step(0) if row in b.ids)
+    pictures = torch.cat([micro.pixels for micro in batch.micro_batches]).permute(0, 2, 3, 1).numpy()
+    assert any((picture == stored_pixels(stored.image)).all() for picture in pictures)
+
+
+def test_shards_of_another_model_are_refused(recipe_file, shards):
+    with pytest.raises(UserError, match=r"prompt template is 'base'.*'zephyr'"):
+        train_data(recipe_file, shards, 1, 0, "model=tiny_v1")
+    with pytest.raises(UserError, match=r"picture size is 100.*384"):
+        train_data(recipe_file, shards, 1, 0, "model=emma_v2")
+
+
+def test_shards_of_another_tokenizer_are_refused_whatever_its_folder_is_called(recipe_file, shards, tmp_path):
+    same = tmp_path / "elsewhere/other_name"
+    same.mkdir(parents=True)
+    shutil.copy(shards / "tokenizer.json", same)
+    train_data(recipe_file, shards, 1, 0, f"data.tokenizer={same}")
+    other = tmp_path / "tokenizer"
+    other.mkdir()
+    (other / "tokenizer.json").write_text((shards / "tokenizer.json").read_text().replace("<|padding|>", "<|filling|>"))
+    with pytest.raises(UserError, match="tokenised with 'tokenizer', expected"):
+        train_data(recipe_file, shards, 1, 0, f"data.tokenizer={other}")
+
+
+CUTS = [("tokens_offset", 0), ("tokens_offset", 20), ("meta_offset", 3), ("image_offset", 0), ("image_offset", 500)]
+
+
+@pytest.mark.parametrize(("column", "beyond"), CUTS)
+def test_a_shard_cut_short_anywhere_stops_the_loader_with_the_sample_and_the_remedy(
+    recipe_file, shards, tmp_path, column, beyond
+):
+    damaged = tmp_path / "shards"
+    shutil.copytree(shards, damaged)
+    data = train_data(recipe_file, damaged)
+    row = int(np.flatnonzero(data.plan.has_image)[-1])
+    shard = damaged / data.reader.manifest.shards[int(data.reader.columns["shard"][row])].name
+    os.truncate(shard, int(data.reader.columns[column][row]) + beyond)
+    with pytest.raises(DamagedShardError, match=r"shard-0000\d\.tar: sample \d+ cannot be read") as error:
+        ShardReader(damaged).read(row)
+    assert f"preprocess.shardset verify {damaged}" in str(error.value)
+
+
+def test_a_loading_process_hands_the_error_over(recipe_file, shards, tmp_path):
+    damaged = tmp_path / "shards"
+    shutil.copytree(shards, damaged)
+    for tar in damaged.glob("*.tar"):
+        os.truncate(tar, 2000)
+    with pytest.raises(DamagedShardError, match="cannot be read"):
+        list(train_data(recipe_file, damaged, 1, 0, "data.workers=1").from_step(0))
+
+
+# Stops the loading process, kills it once that was told, and tells how the epoch ended; then it waits for more to come.
+ACCIDENTS = """
+import psutil, signal, sys, time, torch
+from pipeline.distributed import stall_warning
+from pipeline.data.loader import TrainData, loader_died
+from pipeline.distributed.ranks import Ranks
+from pipeline.recipe import load_recipe
+
+def tell(line):
+    if "(stopped)" in line:
+        print(line)
+        loading.kill()
+
+patience.SLOW_S, patience.say = 0.5, tell
+data = TrainData(load_recipe(sys.argv[1], sys.argv[2:]), Ranks(0, 0, 1, torch.device("cpu")))
+batches = data.from_step(0)
+next(batches)
+[loading] = [child for child in psutil.Process().children() if "--multiprocessing-fork" in child.cmdline()]
+loading.suspend()
+print(loading.pid)
+try:
+    list(batches)
+except RuntimeError as error:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    print(loader_died(error, data.ranks) or error)
+"""
+
+
+def test_a_loading_process_that_hangs_and_one_that_is_killed_are_named(recipe_file, shards):
+    overrides = (f"data.shards={shards}", "run.dir=none", "data.workers=1")
+    done = run_python("-c", ACCIDENTS, recipe_file, *overrides)
+    assert done.returncode == 0, done.stderr
+    pid, hangs, killed = done.stdout.splitlines()
+    where = f"rank 0 on {socket.gethostname()}"
+    assert hangs.startswith(f"{where}: waiting for data from loading process {pid} (stopped) takes longer than")
+    # What torch raises depends on what the loop was doing.
+    assert re.match(rf"{where}: loading process {pid} (ended|exited|is killed by signal)", killed)
+
+
+def test_another_error_is_not_a_loading_process_that_died():
+    assert loader_died(RuntimeError("any other"), Ranks(0, 0, 1, torch.device("cpu"))) is None

@@ -1,0 +1,117 @@
+"""Shards that change, vanish, fail or hang while they are read: noticed, named, and never skipped."""
+
+import errno
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from queue import Queue
+
+import pytest
+
+from pipeline.data.shard_reader import DamagedShardError, ShardReader
+from pipeline.distributed.stall_warning import Patience
+from pipeline.errors import LostDataError
+
+ROW = 3  # of the first shard
+
+
+@pytest.fixture
+def copy(shards: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shards, tmp_path / "shards"))
+
+
+def flip(path: Path) -> None:
+    """One bit, in the last picture of the shard: no sample that is read here looks different."""
+    data = bytearray(path.read_bytes())
+    data[-4000] ^= 1
+    path.write_bytes(data)
+
+
+def replace_by_another(shard: Path) -> None:
+    flip(Path(shutil.copy(shard, shard.with_name("new"))))
+    shard.with_name("new").replace(shard)
+
+
+@pytest.mark.parametrize("opened_before", [False, True])
+@pytest.mark.parametrize("change", [flip, replace_by_another])
+def test_a_shard_whose_content_changes_under_our_feet_stops_the_reader(copy, change, opened_before):
+    reader, shard = ShardReader(copy), copy / "shard-00000.tar"
+    if opened_before:
+        reader.read(ROW)
+    change(shard)
+    with pytest.raises(DamagedShardError, match="replaced after the run began") as error:
+        reader.read(ROW)
+    assert f"{shard}: sample 000000003 cannot be read" in str(error.value)
+    assert f"preprocess.shardset verify {copy}" in str(error.value)
+
+
+def replace_by_a_copy(shard: Path) -> None:
+    Path(shutil.copy(shard, shard.with_name("new"))).replace(shard)
+
+
+@pytest.mark.parametrize("change", [Path.touch, replace_by_a_copy])
+def test_the_same_bytes_under_another_time_or_inode_are_the_same_shard(copy, change):
+    reader, shard = ShardReader(copy), copy / "shard-00000.tar"
+    before, _ = reader.read(ROW)
+    change(shard)
+    after, _ = reader.read(ROW)
+    assert after.id == before.id
+    assert reader.stamps[0] == ShardReader(copy).stamps[0]
+
+
+def test_a_shard_that_vanishes_is_named_with_the_remedy(copy):
+    reader, shard = ShardReader(copy), copy / "shard-00000.tar"
+    reader.read(ROW)
+    shard.unlink()
+    with pytest.raises(DamagedShardError, match=r"No such file.*build the shards again"):
+        reader.read(ROW)
+
+
+def test_a_file_system_that_fails_is_not_taken_for_damage(copy):
+    """Reading a process's memory at address 0 is an I/O error, as from a broken disk."""
+    shard = copy / "shard-00000.tar"
+    shard.unlink()
+    shard.symlink_to("/proc/self/mem")
+    with pytest.raises(LostDataError, match=f"file system of {socket.gethostname()} fails .*Input/output error"):
+        ShardReader(copy).read(ROW)
+
+
+def test_an_index_that_the_disk_fails_to_give_is_not_taken_for_damage_either(copy, monkeypatch):
+    def fails(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("preprocess.shards.manifest.pq.read_table", fails)
+    with pytest.raises(LostDataError, match=r"cannot read its index.*Input/output error"):
+        _ = ShardReader(copy).index
+
+
+def test_a_read_that_takes_long_is_named_while_it_lasts_and_afterwards(copy):
+    """Opening a FIFO waits for its other end, as a disk that hangs would make it."""
+    shard, told = copy / "shard-00000.tar", Queue[str]()
+    shard.unlink()
+    os.mkfifo(shard)
+    reader = ShardReader(copy)
+    reader.patience = Patience(told.put, limit_s=0.01)
+    reading = threading.Thread(target=fails, args=(lambda: reader.read(ROW),), daemon=True)
+    reading.start()
+    assert told.get(timeout=60) == f"{shard}: reading sample 000000003 takes longer than 0.01 s; still waiting"
+    os.close(os.open(shard, os.O_WRONLY))
+    reading.join()
+    assert told.get(timeout=60).startswith(f"{shard}: reading sample 000000003 took ")
+
+
+def test_a_slow_read_is_kept_with_its_shard_and_its_key(copy):
+    reader = ShardReader(copy)
+    reader.patience = Patience(lambda line: None, limit_s=0.0)
+    reader.read(ROW)
+    [(shard, key, seconds)] = reader.slow
+    assert (shard, key) == (str(copy / "shard-00000.tar"), "000000003")
+    assert seconds > 0
+
+
+def fails(action: Callable[[], object]) -> None:
+    with pytest.raises((LostDataError, DamagedShardError)):
+        action()

@@ -1,0 +1,298 @@
+"""Annotation files are streamed, whatever they are packed in, and damage is named by place."""
+
+import gzip
+import io
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from model.errors import UserError
+from preprocess.annotations import reader
+from preprocess.annotations.reader import read_rows
+from preprocess.rejects import Rejected
+
+ROWS: list[Any] = [
+    {"id": "a", "conversations": [{"from": "human", "value": 'brackets ]}[{ and "quotes" \\ "'}]},
+    {"id": "b", "conversations": [{"from": "gpt", "value": "ünïcödé 猫\n" * 50}]},
+    12345,
+    -1.5e10,
+    None,
+    True,
+    [],
+    {},
+    "text",
+    {"id": "z", "nested": {"deep": [[1, 2], {"x": "y" * 500}]}},
+]
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_bytes(text.encode())
+    return path
+
+
+def packings(folder: Path) -> dict[str, Path]:
+    array, lines = json.dumps(ROWS), "\n".join(map(json.dumps, ROWS))
+    zstd = folder / "rows.json.zst"
+    with pa.CompressedOutputStream(pa.OSFile(str(zstd), "wb"), "zstd") as stream:
+        stream.write(array.encode())
+    (folder / "rows.json.gz").write_bytes(gzip.compress(array.encode()))
+    return {
+        "array": write(folder / "a.json", array),
+        "indented": write(folder / "i.json", "\n\n " + json.dumps(ROWS, indent=4, ensure_ascii=False) + "\n"),
+        "with a byte order mark": write(folder / "m.json", "\ufeff" + array),
+        "lines": write(folder / "l.jsonl", lines),
+        "lines that end in CR LF, with gaps": write(folder / "c.jsonl", lines.replace("\n", "\r\n\r\n") + "\r\n"),
+        "gzip": folder / "rows.json.gz",
+        "zstd": zstd,
+    }
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
+def test_every_packing_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(reader, "CHUNK_BYTES", chunk)
+    for packing, path in packings(tmp_path).items():
+        assert list(read_rows(path)) == ROWS, packing
+
+
+def test_parquet_gives_its_rows(tmp_path: Path) -> None:
+    table = [{"id": str(i), "conversations": [{"from": "human", "value": "Q"}]} for i in range(3000)]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "rows.parquet")
+    assert list(read_rows(tmp_path / "rows.parquet")) == table
+
+
+def test_parquet_that_gives_fewer_rows_than_it_tells_of_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some flipped bits of its footer have it, without any complaint of pyarrow."""
+    pq.write_table(pa.table({"id": ["a", "b"]}), tmp_path / "rows.parquet")
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_, **__: iter(()))
+    with pytest.raises(UserError, match="it tells of 2 rows and holds 0"):
+        list(read_rows(tmp_path / "rows.parquet"))
+
+
+@pytest.mark.parametrize("text", ["", " \n", "[]", " [ ] "])
+def test_an_empty_file_has_no_rows(tmp_path: Path, text: str) -> None:
+    assert list(read_rows(write(tmp_path / "empty.json", text))) == []
+
+
+BROKEN = {
+    "cut short in a string": ('[{"id": "a"},\n {"id": "b', "line 2 column 9: broken JSON (Unterminated string"),
+    "cut short between rows": ('[{"id": "a"},\n', "line 2 column 1: broken JSON"),
+    "cut short before a comma": ('[{"id": "a"}\n', "line 2 column 1: expected ',' or ']' after a row, the file ends"),
+    "no comma": ('[{"id": "a"}\n {"id": "b"}]', "line 2 column 2: expected ',' or ']' after a row, found '{'"),
+    "a bare word": ('[\n{"id": a},' + " " * 100 + "1]", "line 2 column 8: broken JSON (Expecting value)"),
+    "a number without end": (
+        '[{"id": 1},\n {"id": ' + "1" * 5000 + "}]",
+        "line 2 column 2: broken JSON (a number of too many",
+    ),
+    "two arrays": ("[1,\n2]\n[3]", "line 3 column 1: expected the end of the file after the array's ']', found '['"),
+    "two arrays of rows, a line each": (
+        '[{"id": 1}]\n\n[{"id": 2}]\n',
+        "line 3 column 1: expected the end of the file",
+    ),
+    "an array of rows, and a row of another kind of file": (
+        '[{"id": 1}, {"id": 2}]\n{"id": 3}\n',
+        "line 2 column 1: expected the end of the file after the array's ']', found '{'",
+    ),
+    "an empty array and more": ("[] {}", "line 1 column 4: expected the end of the file"),
+    "nested without end": ("[" * 100_000, "nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("chunk", [3, 1 << 20])
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_array_is_named_with_line_and_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, chunk: int
+) -> None:
+    text, complaint = BROKEN[kind]
+    if chunk == 3 and kind == "nested without end":
+        return  # quadratic, and the same code
+    monkeypatch.setattr(reader, "CHUNK_BYTES", chunk)
+    with pytest.raises(UserError) as raised:
+        list(read_rows(write(tmp_path / "rows.json", text)))
+    assert f"{tmp_path}/rows.json, " in str(raised.value)
+    assert complaint in str(raised.value)
+
+
+def test_a_broken_line_costs_only_itself(tmp_path: Path) -> None:
+    found = list(read_rows(write(tmp_path / "rows.jsonl", '{"id": 1}\n{"id": }\n\n{"id": 3')))
+    assert found[0] == {"id": 1}
+    assert [str(row) for row in found[1:]] == [
+        "broken_json: line 2 column 8: Expecting value",
+        "broken_json: line 4 column 9: Expecting ',' delimiter",
+    ]
+    assert all(isinstance(row, Rejected) for row in found[1:])
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_an_array_that_is_the_first_of_the_lines_is_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(reader, "CHUNK_BYTES", chunk)
+    for first, then in [("[]", "{}"), ('["Q", "A"]', '{"id": 1}'), ('["Q"]', '["A"]')]:
+        path = write(tmp_path / "rows.jsonl", f" {first} \n\n {then}\n{{}}")
+        assert list(read_rows(path)) == [json.loads(first), json.loads(then), {}]
+
+
+def test_an_array_on_one_line_is_not_held_to_find_that_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(reader, "FIRST_LINE_CHARACTERS", 1000)
+    path = write(tmp_path / "rows.json", json.dumps([{"id": i} for i in range(10_000)]) + "\n")
+    stream = read_rows(path)
+    assert next(stream) == {"id": 0}
+    assert len(stream.gi_yieldfrom.gi_frame.f_locals["text"].window) < 3000  # type: ignore[attr-defined]
+    assert len(list(stream)) == 9999
+
+
+def test_a_number_of_too_many_digits_costs_only_its_line(tmp_path: Path) -> None:
+    found = list(read_rows(write(tmp_path / "rows.jsonl", f'{{"id": {"1" * 5000}}}\n{{"id": 2}}')))
+    assert str(found[0]) == "broken_json: line 1: a number of too many digits"
+    assert found[1:] == [{"id": 2}]
+
+
+OBJECT = '{"annotations": [' + ", ".join(['{"id": 1}'] * 500) + "]}"
+NOT_ROWS = {
+    "one object": (
+        OBJECT,
+        "line 1 column 1: the file is one object, for it has more than 1000 characters; expected a JSON",
+    ),
+    "an endless line": ('{"id": 1}\n' + OBJECT, "line 2 column 1: the line is no row, for it has more than 1000"),
+    "an endless row of an array": (f"[{OBJECT}]", "line 1 column 2: a row of over 1000 characters"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_ROWS)
+def test_what_is_too_long_for_a_row_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(reader, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(reader, "FIRST_LINE_CHARACTERS", 100)
+    monkeypatch.setattr(reader, "LONGEST_ROW_CHARACTERS", 1000)
+    text, complaint = NOT_ROWS[kind]
+    with pytest.raises(UserError) as raised:
+        list(read_rows(write(tmp_path / "rows.json", text)))
+    assert complaint in str(raised.value)
+
+
+@pytest.mark.parametrize("shape", ["{}\n", "[{}]"])
+def test_a_long_row_is_read_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str) -> None:
+    """A window that grew by the same amount each time would be looked through a thousand times."""
+    monkeypatch.setattr(reader, "CHUNK_BYTES", 100)
+    row = {"id": "x" * 100_000}
+    path = write(tmp_path / "rows.json", shape.replace("{}", json.dumps(row)))
+    more, steps = reader._Text.more, []
+
+    def counted(text: reader._Text) -> bool:
+        steps.append(len(text.window))
+        return more(text)
+
+    monkeypatch.setattr(reader._Text, "more", counted)
+    assert list(read_rows(path)) == [row]
+    assert sum(steps) < 10 * 100_000
+
+
+def strings(*values: bytes) -> pa.Array:
+    """Of any bytes; pyarrow checks none that a file brings."""
+    packed = pa.array(values, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(packed), packed.buffers())
+
+
+def test_bad_utf_8_in_parquet_is_repaired_wherever_it_stands(tmp_path: Path) -> None:
+    said = pa.StructArray.from_arrays(
+        [strings(b"human", b"gpt", b"human"), strings(b"Q\xff", b"\xc3\xbc", b"Q")], ["from", "value"]
+    )
+    table = pa.table(
+        {
+            "id": strings(b"a\xfe", b"b"),
+            "conversations": pa.ListArray.from_arrays([0, 2, 3], said),
+            "kind": strings(b"k\xff", b"k").dictionary_encode(),
+            "score": [0.5, None],
+        }
+    )
+    pq.write_table(table, tmp_path / "rows.parquet")
+    turns = [{"from": "human", "value": "Q\ufffd"}, {"from": "gpt", "value": "ü"}]
+    assert list(read_rows(tmp_path / "rows.parquet")) == [
+        {"id": "a\ufffd", "conversations": turns, "kind": "k\ufffd", "score": 0.5},
+        {"id": "b", "conversations": [{"from": "human", "value": "Q"}], "kind": "k", "score": None},
+    ]
+
+
+def test_zstd_that_begins_with_a_frame_to_skip_is_read(tmp_path: Path) -> None:
+    """As pzstd writes it."""
+    skipped = struct.pack("<II", 0x184D2A5C, 4) + b"size"
+    path = tmp_path / "rows.json.zst"
+    path.write_bytes(skipped + pa.compress(json.dumps(ROWS).encode(), codec="zstd", asbytes=True))
+    assert list(read_rows(path)) == ROWS
+
+
+@pytest.mark.parametrize("codec", ["gzip", "zstd"])
+def test_parquet_that_is_compressed_is_one_clear_line(tmp_path: Path, codec: str) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"id": ["a"]}), buffer)
+    with pa.CompressedOutputStream(pa.OSFile(str(tmp_path / "rows"), "wb"), codec) as stream:
+        stream.write(buffer.getvalue())
+    with pytest.raises(UserError, match="is Parquet, compressed once more; unpack it"):
+        list(read_rows(tmp_path / "rows"))
+
+
+def test_a_zip_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"rows\.json is zip; unpack it: expected a JSON array"):
+        list(read_rows(write(tmp_path / "rows.json", "PK\3\4...")))
+
+
+@pytest.mark.parametrize("name", ["rows.json.gz", "rows.json.zst", "rows.parquet"])
+def test_a_damaged_archive_is_one_clear_line(tmp_path: Path, name: str) -> None:
+    path = packings(tmp_path).get({"rows.json.gz": "gzip", "rows.json.zst": "zstd"}.get(name, ""), tmp_path / name)
+    if name == "rows.parquet":
+        pq.write_table(pa.table({"id": ["a"]}), path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match="fetch it again"):
+        list(read_rows(path))
+
+
+def test_reading_holds_a_window_not_the_file(tmp_path: Path) -> None:
+    """Fifty times the window passes through it."""
+    row = json.dumps({"id": "x" * 1000})
+    path = write(tmp_path / "rows.json", "[" + ",".join([row] * 50_000) + "]")
+    stream = read_rows(path)
+    next(stream)
+    text = stream.gi_yieldfrom.gi_frame.f_locals["text"]  # type: ignore[attr-defined]
+    longest = 0
+    for _ in stream:
+        longest = max(longest, len(text.window))
+    assert longest < 3 * reader.CHUNK_BYTES
+
+
+class FailingFile(io.FileIO):
+    """Reads well once or twice; then its disk or network fails, with or without a number."""
+
+    def __init__(self, path: Path, error: Exception, reads: int) -> None:
+        super().__init__(path)
+        self.error, self.left = error, reads
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return super().read(size)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error"), OSError("reset by peer"), RuntimeError("HTTP 503")]
+)
+@pytest.mark.parametrize("packing", ["array", "lines", "gzip", "zstd", "parquet"])
+def test_a_file_that_cannot_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str, error: Exception
+) -> None:
+    pq.write_table(pa.table({"id": ["a"]}), tmp_path / "rows.parquet")
+    path = packings(tmp_path).get(packing, tmp_path / "rows.parquet")
+
+    monkeypatch.setattr(Path, "open", lambda path, mode: FailingFile(path, error, 1))
+    with pytest.raises(UserError) as raised:
+        list(read_rows(path))
+    assert str(raised.value) == f"{path} could not be read ({error}): its disk or the network failed; try again"

@@ -1,0 +1,193 @@
+"""Pictures as the model sees them: whatever decodes and squashes them, the pixels are Pillow's."""
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data as photographs
+
+from preprocess.images import codec
+from preprocess.images.codec import decode_rgb, sniff, squash, stored_picture
+from preprocess.rejects import Rejected
+from tests.support.dirty_rows import PICTURES, sampled_441
+from tests.support.launch import run_python
+
+PX = 384
+BICUBIC = Image.Resampling.BICUBIC
+
+
+def photograph(width: int, height: int) -> np.ndarray:
+    return np.array(Image.fromarray(photographs.astronaut()).resize((width, height)))
+
+
+def jpeg(pixels: np.ndarray, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def as_pillow_decodes(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+JPEGS: dict[str, dict[str, Any]] = {
+    "as cameras write it": {"quality": 90},
+    "without subsampling": {"quality": 95, "subsampling": 0},
+    "subsampled in one direction": {"quality": 75, "subsampling": 1},
+    "progressive": {"quality": 85, "progressive": True},
+    "with a profile and a comment": {"icc_profile": b"profile", "comment": b"text"},
+    "with restart markers": {"quality": 80, "restart_marker_rows": 1},
+    "kept as RGB": {"quality": 90, "keep_rgb": True},
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_plain_jpegs_are_decoded_quickly_and_to_pillows_pixels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = jpeg(photograph(203, 155), **JPEGS[kind])
+    monkeypatch.setattr(codec, "_by_pillow", None)
+    assert np.array_equal(decode_rgb(data), as_pillow_decodes(data))
+
+
+def test_without_the_quick_decoder_the_pixels_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = jpeg(photograph(203, 155))
+    quick = decode_rgb(data)
+    monkeypatch.setattr(codec, "simplejpeg", None)
+    assert np.array_equal(decode_rgb(data), quick)
+
+
+def test_a_jpeg_with_damage_that_pillow_passes_over_is_decoded_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoders differ in what they make of broken data."""
+    data = bytearray(jpeg(photograph(203, 155)))
+    middle = len(data) // 2
+    data[middle : middle + 2] = b"\xff\xd3"  # a restart where none was agreed upon: libjpeg warns, and goes on
+    expected = as_pillow_decodes(bytes(data))
+    assert np.array_equal(decode_rgb(bytes(data)), expected)
+    monkeypatch.setattr(codec, "_by_pillow", lambda picture: None)
+    assert decode_rgb(bytes(data)) is None
+
+
+def test_whatever_the_quick_decoder_raises_pillow_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyError):
+        codec.simplejpeg.decode_jpeg_header(sampled_441())
+    assert np.array_equal(decode_rgb(sampled_441()), as_pillow_decodes(sampled_441()))
+    data = jpeg(photograph(203, 155))
+    for error in (RuntimeError(), SystemError(), OverflowError()):
+        monkeypatch.setattr(codec.simplejpeg, "decode_jpeg", _raiser(error))
+        assert np.array_equal(decode_rgb(data), as_pillow_decodes(data))
+    monkeypatch.setattr(codec.simplejpeg, "decode_jpeg", _raiser(MemoryError()))
+    with pytest.raises(MemoryError):
+        decode_rgb(data)
+
+
+def _raiser(error: Exception) -> Callable[..., Any]:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_strips_of_a_picture_are_the_picture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 pixels wide, 48 high: strips of seven rows, and one of six."""
+    monkeypatch.setattr(codec, "simplejpeg", None)
+    try:
+        whole = decode_rgb(PICTURES[name]())
+    except Rejected:
+        return
+    monkeypatch.setattr(codec, "STRIP_PIXELS", 450)
+    assert np.array_equal(decode_rgb(PICTURES[name]()), whole)
+
+
+def _largest(name: str, folder: Path) -> Path:
+    """A flat picture with as many pixels as are decoded, which EXIF asks to turn."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    modes: dict[str, tuple[str, dict[str, Any]]] = {
+        "largest.png": ("RGBA", {"compress_level": 1}),
+        "progressive.jpg": ("CMYK", {"progressive": True, "subsampling": 0}),
+        "largest.webp": ("RGBA", {"quality": 1, "method": 0}),
+    }
+    mode, options = modes[name]
+    most = int(codec.MAX_WORKER_PIXELS / (codec.WEBP_FACTOR if name.endswith("webp") else 1))
+    Image.new(mode, (8000, most // 8000), (9, 9, 9, 9)).save(folder / name, exif=exif, **options)
+    return folder / name
+
+
+@pytest.mark.parametrize("name", ["largest.png", "progressive.jpg", "largest.webp"])
+def test_the_largest_pictures_leave_a_worker_below_its_memory(tmp_path: Path, name: str) -> None:
+    """A worker, which has loaded torch, may have 1 GiB: Ray, the tokenizer and recent pictures need some of it."""
+    program = (
+        "import sys, pathlib, torch, preprocess.builder.task; from preprocess.images.codec import stored_picture; "
+        "stored_picture(pathlib.Path(sys.argv[1]).read_bytes(), 384, 'jpeg'); "
+        "print(pathlib.Path('/proc/self/status').read_text())"
+    )
+    done = run_python("-c", program, _largest(name, tmp_path), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    peak = next(line for line in done.stdout.splitlines() if line.startswith("VmHWM"))
+    assert int(peak.split()[1]) < 860 << 10
+
+
+SHAPES = [
+    (640, 480),
+    (480, 640),
+    (500, 375),
+    (375, 500),
+    (427, 640),
+    (200, 150),
+    (150, 200),
+    (400, 2000),
+    (900, 30),
+    (1, 1),
+]
+
+
+@pytest.mark.parametrize(("width", "height"), SHAPES)
+def test_a_picture_is_squashed_as_pillow_squashes_it(width: int, height: int) -> None:
+    """Noise has the edges at which an order of passes, or a filter, other than Pillow's would show."""
+    noise = np.random.Generator(np.random.Philox(key=1)).integers(0, 2, (height, width, 3)).astype(np.uint8) * 255
+    for pixels in (photograph(width, height), noise):
+        exact = np.asarray(Image.fromarray(pixels).resize((PX, PX), BICUBIC)).astype(int)
+        off = np.abs(squash(pixels, PX) - exact)
+        assert off.max() <= 2
+        assert (off > 1).mean() < 2e-5
+        assert (off > 0).mean() < 0.02
+
+
+def test_a_picture_of_the_right_size_is_left_alone() -> None:
+    pixels = photograph(PX, PX)
+    assert np.array_equal(squash(pixels, PX), pixels)
+
+
+def test_what_is_stored_is_what_was_squashed() -> None:
+    data = jpeg(photograph(640, 480))
+    raw, form = stored_picture(data, PX, "raw")
+    assert (form, sniff(stored_picture(data, PX, "jpeg")[0])) == ("pixels.npy", "jpg")
+    assert np.array_equal(np.load(io.BytesIO(raw)), squash(as_pillow_decodes(data), PX))
+
+
+def test_every_instruction_set_gives_the_same_bytes() -> None:
+    program = (
+        "import hashlib, numpy; from preprocess.images.codec import squash; "
+        "noise = numpy.random.Generator(numpy.random.Philox(key=1)).integers(0, 256, (479, 641, 3), numpy.uint8); "
+        "print(hashlib.sha256(squash(noise, 384)).hexdigest())"
+    )
+    capabilities = [{"ATEN_CPU_CAPABILITY": "default"}, {}]
+    started = [
+        subprocess.Popen([sys.executable, "-c", program], env=os.environ | one, stdout=subprocess.PIPE, text=True)
+        for one in capabilities
+    ]
+    digests = [process.communicate(timeout=60)[0] for process in started]
+    assert len(digests[0]) == 65
+    assert digests[0] == digests[1]
+
+
+def test_a_builder_loads_neither_torch_nor_ray_before_it_needs_them() -> None:
+    program = "import sys, preprocess.build_shards; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,0 +1,131 @@
+"""Raw data behind a URL gives the set that the same data in a folder gives."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+from PIL import Image
+
+from model.errors import UserError
+from preprocess import build_shards
+from preprocess.images import store as image_store
+from preprocess.images.store import PictureStore, digest
+from preprocess.rejects import Rejected
+from preprocess.remote_path import RemotePath, place
+from tests.support.golden_tokenizer import gpt_neox
+from tests.support.shard_builds import arguments, build_in_process, write_mix
+from tests.test_preprocess_image_store import LAYOUTS
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    """A URL of fsspec's own file system in memory."""
+    yield "memory://bucket"
+    fsspec.filesystem("memory").rm("/bucket", recursive=True)
+
+
+def upload(folder: Path, url: str) -> None:
+    fsspec.filesystem("memory").put(str(folder), url, recursive=True)
+
+
+def raw_data(root: Path) -> Path:
+    """Rows about two pictures in a folder, and one whose picture is nowhere."""
+    (root / "pictures").mkdir(parents=True)
+    said = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
+    rows = [{"id": str(i), "image": f"{i % 3}.png", "conversations": said} for i in range(9)]
+    for i in range(2):
+        Image.new("RGB", (40 + i, 30), (200, 90 * i, 20)).save(root / f"pictures/{i}.png")
+    (root / "rows.json").write_text(json.dumps(rows))
+    write_mix(root, [{"name": "a", "format": "llava", "annotations": "rows.json", "images": "pictures"}])
+    return root
+
+
+def tars(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.glob("shard-*")}
+
+
+def test_a_build_from_a_url_is_the_build_from_the_folder(bucket: str, tmp_path: Path) -> None:
+    root = raw_data(tmp_path / "root")
+    local = build_in_process(root, tmp_path / "local", gpt_neox(), max_reject_ratio=0.5)
+    upload(root, bucket)
+    words = arguments(root, tmp_path / "remote", gpt_neox(), workers=0, max_reject_ratio=0.5)
+    assert build_shards.main([*words, "--root", bucket]) == 0
+    remote = {name: data for name, data in tars(tmp_path / "remote").items() if name.endswith(".tar")}
+    assert remote == {name: data for name, data in tars(local).items() if name.endswith(".tar")}
+    assert (tmp_path / "remote/rejects.jsonl").read_bytes() == (local / "rejects.jsonl").read_bytes()
+
+
+def test_rays_workers_read_from_a_url(tmp_path: Path) -> None:
+    root = raw_data(tmp_path / "root")
+    local = build_in_process(root, tmp_path / "local", gpt_neox(), max_reject_ratio=0.5)
+    words = arguments(root, tmp_path / "remote", gpt_neox(), workers=1, max_reject_ratio=0.5)
+    assert build_shards.main([*words, "--root", f"file://{root}"]) == 0
+    assert tars(tmp_path / "remote").keys() == tars(local).keys()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_archive_behind_a_url_is_read_in_place(bucket: str, tmp_path: Path, layout: str) -> None:
+    write, archive, member, archives = LAYOUTS[layout]
+    write(tmp_path / "root" / archive, {"other.txt": b"no", member: b"picture"})
+    upload(tmp_path / "root", bucket)
+    store = PictureStore(place(bucket), archives)
+    assert store.read("coco/train2017/1.jpg") == b"picture"
+    with pytest.raises(Rejected, match="picture_missing: no such member of"):
+        store.read("coco/train2017/2.jpg")
+
+
+def test_a_picture_that_is_not_behind_its_url_is_missing(bucket: str, tmp_path: Path) -> None:
+    upload(raw_data(tmp_path / "root"), bucket)
+    store = PictureStore(place(bucket), {})
+    assert store.has_folder("pictures")
+    assert not store.has_folder("photographs")
+    assert store.size("pictures/0.png") == (tmp_path / "root/pictures/0.png").stat().st_size
+    assert store.size("pictures/7.png") is None
+    assert store.stamp("pictures/0.png") == digest((tmp_path / "root/pictures/0.png").read_bytes())
+    assert store.stamp("pictures/7.png") == "picture_missing"
+    with pytest.raises(Rejected, match="picture_missing"):
+        store.read("pictures/7.png")
+
+
+def test_of_a_huge_file_behind_a_url_only_the_beginning_is_read(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_store, "MAX_FILE_BYTES", 10)
+    for size in (10, 30):
+        (tmp_path / f"{size}.jpg").write_bytes(bytes(size))
+    upload(tmp_path, bucket)
+    store = PictureStore(place(bucket), {})
+    assert store.read("10.jpg") == bytes(10)
+    with pytest.raises(Rejected, match="picture_too_large: 30 bytes, at most 10"):
+        store.read("30.jpg")
+    assert RemotePath(f"{bucket}/30.jpg").read_bytes(11) == bytes(11)
+
+
+def test_an_empty_file_behind_a_url_is_empty_though_it_has_no_range(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As object stores answer."""
+
+    def no_range(path: str, start: int, end: int) -> bytes:
+        raise OSError(f"416: {path} has no bytes {start}-{end}")
+
+    for name, data in (("empty.jpg", b""), ("whole.jpg", b"picture")):
+        (tmp_path / name).write_bytes(data)
+    upload(tmp_path, bucket)
+    monkeypatch.setattr(fsspec.filesystem("memory"), "cat_file", no_range)
+    assert PictureStore(place(bucket), {}).read("empty.jpg") == b""
+    with pytest.raises(OSError, match="416"):
+        PictureStore(place(bucket), {}).read("whole.jpg")
+
+
+def test_a_url_that_nobody_can_read_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = raw_data(tmp_path / "root")
+    words = [*arguments(root, tmp_path / "out", gpt_neox(), workers=0), "--root", "nowhere://bucket"]
+    assert build_shards.main(words) == build_shards.EXIT_USER_ERROR
+    said = capsys.readouterr().err
+    assert said.startswith("error: nowhere://bucket cannot be read: Protocol not known: nowhere")
+    assert said.count("\n") == 1
+    with pytest.raises(UserError):
+        RemotePath("nowhere://bucket/1.jpg").read_bytes(1)
