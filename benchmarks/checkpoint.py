@@ -29,9 +29,9 @@ import torch.distributed as dist
 
 from model.emma import Emma
 from model.errors import UserError
-from pipeline.checkpoint.checkpointer import Checkpoints, Identity
+from pipeline.checkpoint.checkpointer import Checkpointer, Identity
 from pipeline.checkpoint.layout import bytes_of
-from pipeline.distributed.collectives import on_main
+from pipeline.distributed.collectives import broadcast_from_main
 from pipeline.distributed.ranks import Ranks, find_ranks
 from pipeline.engine import build_engine, init_distributed
 from pipeline.recipe import Recipe, load_recipe
@@ -57,7 +57,7 @@ def random_engine(recipe: Recipe, ranks: Ranks) -> Any:
     return build_engine(emma, recipe, ranks)
 
 
-def make_moments(checkpoints: Checkpoints) -> None:
+def make_moments(checkpoints: Checkpointer) -> None:
     for buffer in checkpoints.snapshot.buffers:
         moments = {kind: torch.randn_like(buffer.master) for kind in ("exp_avg", "exp_avg_sq")}
         state = checkpoints.engine.optimizer.optimizer.state
@@ -79,7 +79,7 @@ def read_plainly(path: Path) -> None:
             pass
 
 
-def numbers_of(checkpoints: Checkpoints) -> list[float]:
+def numbers_of(checkpoints: Checkpointer) -> list[float]:
     """A sum of every tensor of the state, to know it by."""
     adam = checkpoints.engine.optimizer.optimizer.state
     tensors = [
@@ -90,7 +90,7 @@ def numbers_of(checkpoints: Checkpoints) -> list[float]:
     return [float(tensor.detach().double().sum()) for tensor in tensors]
 
 
-def forget(checkpoints: Checkpoints) -> None:
+def forget(checkpoints: Checkpointer) -> None:
     for buffer in checkpoints.snapshot.buffers:
         buffer.master.data.zero_()
     checkpoints.engine.optimizer.optimizer.state.clear()
@@ -100,7 +100,7 @@ def measure(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     """Every rank must call it."""
     folder = Path(recipe.run.dir)
     identity = Identity(recipe.identity(), recipe.fingerprint(), shards_sha256="", total_steps=1)
-    checkpoints = Checkpoints(recipe, ranks, identity, random_engine(recipe, ranks))
+    checkpoints = Checkpointer(recipe, ranks, identity, random_engine(recipe, ranks))
     make_moments(checkpoints)
     before = numbers_of(checkpoints)
     size = checkpoints.snapshot.bytes
@@ -145,7 +145,7 @@ def table(results: dict[str, Any]) -> str:
 @contextmanager
 def scratch(ranks: Ranks, parent: Path) -> Iterator[Path]:
     """A new folder, the same on all ranks, gone in the end."""
-    folder = on_main(ranks, lambda: parent / f"checkpoint-benchmark-{uuid.uuid4().hex[:8]}")
+    folder = broadcast_from_main(ranks, lambda: parent / f"checkpoint-benchmark-{uuid.uuid4().hex[:8]}")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield folder

@@ -2,11 +2,10 @@
 
     python -m benchmarks.loader --json loader.json
 
-`pipeline.data.loader` with two loading processes, as a rank has them, against the stock webdataset pipeline with as many.
-That one is a stream: to resume inside an epoch it reads, and throws away, what the run has seen of it. It is spared the
-epochs before (another seed starts each), and the full-size figure assumes that it keeps its rate.
-docs/performance.md keeps the table.
-"""
+`pipeline.data.loader` with two loading processes, as a rank has them, against the stock webdataset pipeline with as
+many. That one is a stream: to resume inside an epoch it reads, and throws away, what the run has seen of it. It is
+spared the epochs before (another seed starts each), and the full-size figure assumes that it keeps its rate.
+docs/performance.md keeps the table."""
 
 from __future__ import annotations
 
@@ -29,9 +28,9 @@ from benchmarks.photographs import write_rows
 from benchmarks.preprocess import MODEL, command
 from pipeline.data.loader import TrainData
 from pipeline.distributed.ranks import Ranks
-from pipeline.recipe import Data, Optim, Recipe
+from pipeline.recipe import DataConfig, OptimConfig, Recipe
 from preprocess import build_shards
-from preprocess.shards.sample import decode_pixels, from_fields
+from preprocess.shards.sample import from_fields, sample_pixels
 from tests.support.golden_tokenizer import gpt_neox
 
 NEEDED_SAMPLES_PER_S = 80  # by eight A100s at half of their peak
@@ -57,8 +56,8 @@ def ours(shards: Path, epochs: int) -> dict[str, float]:
     """One rank alone, on CPU: what a loading process hands over is what a GPU would be given."""
     recipe = Recipe(
         model=MODEL,
-        data=Data(str(shards), str(shards / "tokenizer.json"), epochs=epochs, workers=WORKERS),
-        optim=Optim(global_batch=GLOBAL_BATCH, micro_batch=MICRO_BATCH),
+        data=DataConfig(str(shards), str(shards / "tokenizer.json"), epochs=epochs, workers=WORKERS),
+        optim=OptimConfig(global_batch=GLOBAL_BATCH, micro_batch=MICRO_BATCH),
     )
     ranks = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
     data = TrainData(recipe, ranks)
@@ -86,7 +85,7 @@ def samples_per_s(counts: Iterator[int]) -> float:
 
 def decoded(fields: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     sample = from_fields(fields, fields["__key__"])
-    return sample.tokens, decode_pixels(sample)
+    return sample.tokens, sample_pixels(sample)
 
 
 def padded(rows: list[tuple[np.ndarray, np.ndarray]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -36,7 +36,7 @@ from model.config import preset
 from preprocess import build_shards
 from preprocess.builder.task import TEXTS_AT_ONCE
 from preprocess.images import codec
-from preprocess.images.codec import squash
+from preprocess.images.codec import resize_to_square
 from preprocess.prompts import encode_dialogue, load_tokenizer
 from tests.support.golden_tokenizer import gpt_neox
 
@@ -223,7 +223,7 @@ def parts(root: Path, out: Path, rows: Rows) -> dict[str, float]:
             if row["image"] != picture:
                 picture = row["image"]
                 pixels = timed("decode", codec.decode_rgb, timed("read", (root / picture).read_bytes))
-                encoded = timed("encode", codec.encode_jpeg, timed("resize", squash, pixels, PX))
+                encoded = timed("encode", codec.encode_jpeg, timed("resize", resize_to_square, pixels, PX))
             timed("hash", hashlib.sha256, encoded)
             timed("write", file.write, encoded)
     return {name: value / 1e9 for name, value in took.items()}
@@ -238,7 +238,7 @@ def levels_off(root: Path, most: int = 200) -> dict[int, float]:
     for path in sorted((root / "pictures").iterdir())[:most]:
         data = path.read_bytes()
         exact = Image.open(io.BytesIO(data)).convert("RGB").resize((PX, PX), Image.Resampling.BICUBIC)
-        ours = squash(codec.decode_rgb(data), PX)
+        ours = resize_to_square(codec.decode_rgb(data), PX)
         off.update(np.abs(ours.astype(np.int16) - np.asarray(exact)).ravel().tolist())
     return {levels: count / off.total() for levels, count in sorted(off.items())}
 

@@ -1,7 +1,8 @@
 """Mamba-1 and Mamba-2: mixers and blocks, with mamba_ssm's parameter names and initial values.
 
 A mixer's training pass is one fused kernel on CUDA (mamba_ssm's `Mamba.forward`, `Mamba2.forward`) and the
-composition of `model.kernels.dispatch` elsewhere; `prefill` is that composition on every device, because it must hand over the states.
+composition of `model.kernels.dispatch` elsewhere; `prefill` is that composition on every device, because it must hand
+over the states.
 ZeRO-3: mixers read their children's weights directly, so they (or whole blocks) are what may be marked as leaf
 modules; each is called at most once per forward, with positional tensors.
 """

@@ -21,7 +21,7 @@ SAMPLE_LAYERS = 4  # kept in the second measurement, which tells what one more l
 PASSES = 3  # until ZeRO-3 knows the new order of layers by heart, and gathers the weights of several ahead
 
 
-def keep_what_fits(engine: Any, towers: Towers, recipe: Recipe, heaviest: MicroBatch, budget: float) -> str:
+def fit_kept_layers(engine: Any, towers: Towers, recipe: Recipe, heaviest: MicroBatch, budget: float) -> str:
     """Keep the activations of as many last layers as fit into `budget` GiB; a line about it. Every rank must call it.
 
     Measured on `heaviest`, the largest micro-batch that this rank will see, by forward and backward passes that leave

@@ -28,7 +28,7 @@ from model.emma import Emma
 from model.errors import UserError
 from model.kernels.dispatch import kernel_report
 from model.vision import Towers
-from pipeline.activation_memory import keep_what_fits
+from pipeline.activation_memory import fit_kept_layers
 from pipeline.data.by_source import BySource
 from pipeline.data.loader import GlobalBatch, MicroBatch
 from pipeline.distributed.ranks import Ranks, find_ranks
@@ -102,7 +102,7 @@ def try_size(engine: Any, towers: Towers, recipe: Recipe, size: int, text_tokens
     times = []
     try:
         if recipe.engine.memory_gib:
-            print(keep_what_fits(engine, towers, recipe, batch.micro_batches[0], recipe.engine.memory_gib), flush=True)
+            print(fit_kept_layers(engine, towers, recipe, batch.micro_batches[0], recipe.engine.memory_gib), flush=True)
         for _ in range(WARM_UP + TIMED):
             begun = time.perf_counter()
             with measured_phases(engine, peaks):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from model.errors import UserError
 
-REMEDIES = {  # to try again would not help
+OSERROR_REMEDIES = {  # to try again would not help
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room there",
     errno.EACCES: "ask its owner for the right to it, or give another",
@@ -24,16 +24,16 @@ REMEDIES = {  # to try again would not help
 }
 
 
-class LostDataError(RuntimeError):
+class RetryableError(RuntimeError):
     """This rank's data did not come, though they may be sound: the same command may well succeed elsewhere."""
 
 
-def explained(error: OSError, where: Path | str = "") -> UserError | LostDataError:
+def explained(error: OSError, where: Path | str = "") -> UserError | RetryableError:
     """What people must see to, or else may come right by itself. `where`, if the error does not say."""
     told = ": ".join(str(word) for word in (error.filename or where, error.strerror or error) if word)
-    if remedy := REMEDIES.get(error.errno or 0):
+    if remedy := OSERROR_REMEDIES.get(error.errno or 0):
         return UserError(f"{told}; {remedy}, and run the same command again")
-    return LostDataError(f"{told}, on {socket.gethostname()}")
+    return RetryableError(f"{told}, on {socket.gethostname()}")
 
 
 @contextmanager
@@ -46,14 +46,14 @@ def explaining(where: Path | str) -> Iterator[None]:
 
 
 @contextmanager
-def lost_if_it_fails(what: str) -> Iterator[None]:
+def retryable_io_errors(what: str) -> Iterator[None]:
     """A file that is missing says something about what is there; any other error says that one could not look.
 
-    Raises: FileNotFoundError; LostDataError for every other OSError.
+    Raises: FileNotFoundError; RetryableError for every other OSError.
     """
     try:
         yield
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise LostDataError(f"{what}: the file system of {socket.gethostname()} fails ({error})") from error
+        raise RetryableError(f"{what}: the file system of {socket.gethostname()} fails ({error})") from error

@@ -26,7 +26,7 @@ from model.errors import UserError
 from model.weights import LoadedModel
 from pipeline.generate import complete, load
 from preprocess.atomic import write_json
-from preprocess.images.codec import read_pixels
+from preprocess.images.codec import read_image_file
 from preprocess.prompts import Tokenizer, encode_prompt
 
 BATCH = 64
@@ -77,7 +77,7 @@ def _question(line: str, where: str) -> Question:
     return Question(**{key: row[key] for key in keys})
 
 
-def shuffle_pictures(questions: Sequence[Question], seed: int) -> list[Question]:
+def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
     """Every question about a wrong picture, one that the same kind of question was made for.
 
     Raises: UserError if half of a kind's questions or more are about one picture.
@@ -111,7 +111,7 @@ def ask(
     pixels: dict[str, np.ndarray] = {}
     for question in questions:
         if question.image not in pixels:
-            pixels[question.image] = read_pixels(images / question.image, image_px)
+            pixels[question.image] = read_image_file(images / question.image, image_px)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     progress = _Progress(len(prompts), quiet)
@@ -182,8 +182,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args()
     questions = read_questions(args.questions)
-    if args.shuffle_pictures is not None:
-        questions = shuffle_pictures(questions, args.shuffle_pictures)
+    if args.shuffle_images is not None:
+        questions = shuffle_images(questions, args.shuffle_images)
     answers = ask(*load(args.model, args.device), questions, args.images)
     scores = score(questions, answers)
     print(table(scores))

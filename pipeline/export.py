@@ -28,7 +28,7 @@ from model.vision import Towers
 from model.weights import load_model, save_model
 from pipeline.checkpoint.checkpointer import full_state
 from pipeline.checkpoint.folder import find_damage, folder_name, list_steps, read_manifest
-from pipeline.errors import LostDataError
+from pipeline.errors import RetryableError
 from pipeline.initial_model import initial_model, make_towers, refuse_other_towers
 from pipeline.recipe import Recipe, recipe_of_run
 from pipeline.recipe import load_recipe as read_recipe
@@ -140,5 +140,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, LostDataError, OSError) as error:  # the last is the disk's, and says which file
+    except (UserError, RetryableError, OSError) as error:  # the last is the disk's, and says which file
         sys.exit(f"error: {error}")

@@ -19,7 +19,7 @@ import torch
 
 from model.errors import UserError
 from model.weights import LoadedModel, load_model
-from preprocess.images.codec import read_pixels
+from preprocess.images.codec import read_image_file
 from preprocess.prompts import Conversation, Tokenizer, encode_prompt, load_tokenizer
 
 Pixels = npt.NDArray[np.uint8]
@@ -103,7 +103,7 @@ def main() -> None:
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: expected at least 1")
     model, tokenizer = load(args.model, args.device)
-    picture = read_pixels(args.image, model.config.vision.image_px) if args.image else None
+    picture = read_image_file(args.image, model.config.vision.image_px) if args.image else None
     turns: list[dict[str, str]] = []
     for question in [args.prompt] if args.prompt is not None else iter(lambda: input("> ").strip(), ""):
         turns.append({"from": "human", "value": question})

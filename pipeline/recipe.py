@@ -59,7 +59,7 @@ RANGES = (
 
 
 @dataclass(frozen=True)
-class Data:
+class DataConfig:
     """`window`: global batches that are sorted by length together; 200 keep padding and waiting below 1 %.
 
     `workers`: loading processes per rank.
@@ -75,7 +75,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Optim:
+class OptimConfig:
     """AdamW with linear warm-up and cosine decay to zero; `micro_batch` is per rank and forward pass."""
 
     lr: float = 2e-5
@@ -89,7 +89,7 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class Loss:
+class LossConfig:
     """`text`: mean over the step's supervised tokens or over its samples' means; `align_weight`: null: the preset's."""
 
     text: Literal["token", "sample"] = "token"
@@ -97,7 +97,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Checkpoints:
+class CheckpointConfig:
     """The newest `keep_last` good ones are kept, and for ever those whose step is a multiple of `keep_every` (0: none).
 
     `background`: training goes on while a copy of the state is written; false: it waits.
@@ -110,7 +110,7 @@ class Checkpoints:
 
 
 @dataclass(frozen=True)
-class EngineOptions:
+class EngineConfig:
     """`segment_layers`: activation checkpointing, 0 for none; `keep_layers`: the last ones, not recomputed.
 
     `memory_gib`: instead of `keep_layers`, as many as fit into so much of each GPU's memory, found when a run starts.
@@ -125,14 +125,14 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
-class Log:
+class LogConfig:
     every_steps: int = 10
     wandb: Literal["off", "offline", "online"] = "off"
     project: str = "emma"
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class EvaluateConfig:
     """Held-out losses while training: every `every_steps` steps on `samples` of other `shards`; null: none."""
 
     shards: str | None = None
@@ -141,7 +141,7 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
-class Watchdog:
+class WatchdogConfig:
     """A step longer than `slow_factor` times the usual, and than `least_s`, ends the run, to be tried again; 0: never.
 
     `first_s`: what the start, each of the first steps, a save, an evaluation and wandb's end may take.
@@ -153,7 +153,7 @@ class Watchdog:
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightsConfig:
     """Folder or hub id of the pretrained parts; null: the preset's own; "random": initialised from the seed."""
 
     llm: str | None = None
@@ -161,7 +161,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunConfig:
     dir: str = REQUIRED
 
 
@@ -172,16 +172,16 @@ class Recipe:
     model: str = REQUIRED
     seed: int = 7
     steps: int | None = None
-    data: Data = field(default_factory=Data)
-    optim: Optim = field(default_factory=Optim)
-    loss: Loss = field(default_factory=Loss)
-    checkpoint: Checkpoints = field(default_factory=Checkpoints)
-    engine: EngineOptions = field(default_factory=EngineOptions)
-    log: Log = field(default_factory=Log)
-    evaluate: Evaluate = field(default_factory=Evaluate)
-    watchdog: Watchdog = field(default_factory=Watchdog)
-    weights: Weights = field(default_factory=Weights)
-    run: Run = field(default_factory=Run)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    run: RunConfig = field(default_factory=RunConfig)
 
     @property
     def config(self) -> EmmaConfig:

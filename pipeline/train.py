@@ -30,16 +30,16 @@ import torch.distributed as dist
 from model.emma import Emma
 from model.errors import UserError, first_line
 from model.vision import Towers
-from pipeline.activation_memory import keep_what_fits
-from pipeline.checkpoint.checkpointer import Checkpoints, Identity, Saved
+from pipeline.activation_memory import fit_kept_layers
+from pipeline.checkpoint.checkpointer import Checkpointer, Identity, Saved
 from pipeline.checkpoint.folder import list_steps
 from pipeline.checkpoint.probe import Probe
 from pipeline.data.loader import GlobalBatch, TrainData, loader_died
 from pipeline.data.shard_reader import DamagedShardError
-from pipeline.distributed.collectives import on_main, together
+from pipeline.distributed.collectives import broadcast_from_main, together
 from pipeline.distributed.ranks import Ranks, find_ranks
 from pipeline.engine import build_engine, check_partition, init_distributed, learning_rate
-from pipeline.errors import LostDataError, explained
+from pipeline.errors import RetryableError, explained
 from pipeline.initial_model import RANDOM, empty_model, initial_model, make_towers, refuse_other_towers
 from pipeline.metrics.history import has_event
 from pipeline.metrics.logger import Metrics, append_event
@@ -47,8 +47,8 @@ from pipeline.metrics.spikes import Spikes
 from pipeline.metrics.timers import GarbageCollection, StartUp, TowersClock
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.run.control import Control
-from pipeline.run.folder import Run
-from pipeline.run.out_of_memory import memory_explained
+from pipeline.run.folder import RunFolder
+from pipeline.run.out_of_memory import explain_out_of_memory
 from pipeline.run.preflight import preflight, within
 from pipeline.run.watchdog import EXIT_LOST, Watchdog, bound_collectives
 from pipeline.step import Requests, Seconds, StepReport, optimizer_step
@@ -63,11 +63,11 @@ class DivergedError(RuntimeError):
     """No finite loss or gradient for several steps; the same command would fail again at the same place."""
 
 
-def train(run: Run, ranks: Ranks, start: StartUp) -> int:
+def train(run: RunFolder, ranks: Ranks, start: StartUp) -> int:
     """Run the recipe to its end or to a stop request; the steps done. Every rank calls it."""
     recipe = run.recipe
-    newest = on_main(ranks, lambda: max(list_steps(run.folder / "checkpoints"), default=0))
-    with Watchdog(run, ranks) as watchdog, memory_explained(recipe, ranks):
+    newest = broadcast_from_main(ranks, lambda: max(list_steps(run.folder / "checkpoints"), default=0))
+    with Watchdog(run, ranks) as watchdog, explain_out_of_memory(recipe, ranks):
         [data] = together(ranks, lambda: TrainData(recipe, ranks))
         [heldout] = together(ranks, lambda: HeldOut(recipe, ranks) if recipe.evaluate.shards else None)
         data.expect(newest)
@@ -78,7 +78,7 @@ def train(run: Run, ranks: Ranks, start: StartUp) -> int:
         check_partition(engine)
         start.done("engine")
         probe = Probe(engine, towers, recipe, ranks, data)
-        checkpoints = Checkpoints(recipe, ranks, _identity(recipe, data), engine, probe)
+        checkpoints = Checkpointer(recipe, ranks, _identity(recipe, data), engine, probe)
         step, report = checkpoints.resume()
         start.done("checkpoint")
         fitted = fit_memory(engine, towers, recipe, data)
@@ -87,7 +87,7 @@ def train(run: Run, ranks: Ranks, start: StartUp) -> int:
         with Metrics(recipe, ranks, data) as metrics, watchdog.before_the_end():
             metrics.started(step, start, [*fitted, *report])
             loop = Loop(run, engine, towers, data, heldout, checkpoints, metrics, watchdog)
-            step = loop.go_on(step)
+            step = loop.train_from(step)
             end(run, metrics, step, done=step == data.total_steps)
     return step
 
@@ -96,20 +96,20 @@ def train(run: Run, ranks: Ranks, start: StartUp) -> int:
 class Loop:
     """The steps, and what is done between them; every rank has one."""
 
-    run: Run
+    run: RunFolder
     engine: Any
     towers: Towers
     data: TrainData
     heldout: HeldOut | None
-    checkpoints: Checkpoints
+    checkpoints: Checkpointer
     metrics: Metrics
     watchdog: Watchdog
     spikes: Spikes = field(default_factory=Spikes)
     nonfinite: int = 0  # steps in a row without a finite loss or gradient
 
-    def go_on(self, step: int) -> int:
+    def train_from(self, step: int) -> int:
         """From `step` on; returns the steps done when it ended."""
-        if self._owes_an_evaluation(step):
+        if self._missed_evaluation(step):
             self._evaluate(step)
         clock, towers_s = TowersClock(self.towers, self.engine.device), 0.0
         with GarbageCollection() as garbage:
@@ -164,11 +164,11 @@ class Loop:
     def _evaluation_due(self, step: int) -> bool:
         return self.heldout is not None and (step == self.data.total_steps or self.heldout.due(step))
 
-    def _owes_an_evaluation(self, step: int) -> bool:
+    def _missed_evaluation(self, step: int) -> bool:
         """Whether the start before saved here, and ended before it had evaluated."""
         folder = self.run.folder
         due = step > 0 and self._evaluation_due(step)
-        return due and on_main(self.run.ranks, lambda: not has_event(folder, "heldout", step))
+        return due and broadcast_from_main(self.run.ranks, lambda: not has_event(folder, "heldout", step))
 
     def _evaluate(self, step: int) -> None:
         assert self.heldout is not None
@@ -185,7 +185,7 @@ class Loop:
             self.metrics.event("save", saved.step, **seconds)
 
 
-def end(run: Run, metrics: Metrics, step: int, done: bool) -> None:
+def end(run: RunFolder, metrics: Metrics, step: int, done: bool) -> None:
     """Tell how it ended while the request to stop is still there, and before wandb's last words, which may take long.
 
     The batch script goes by this word, whatever signals it gets until the ranks are gone.
@@ -204,10 +204,10 @@ def fit_memory(engine: Any, towers: Towers, recipe: Recipe, data: TrainData) -> 
     """
     if recipe.engine.memory_gib is None:
         return []
-    return [keep_what_fits(engine, towers, recipe, data.heaviest(), recipe.engine.memory_gib)]
+    return [fit_kept_layers(engine, towers, recipe, data.heaviest(), recipe.engine.memory_gib)]
 
 
-def build_model(run: Run, ranks: Ranks) -> tuple[Emma, Towers, dict[str, Any]]:
+def build_model(run: RunFolder, ranks: Ranks) -> tuple[Emma, Towers, dict[str, Any]]:
     """The model that trains, the frozen towers, and what was loaded.
 
     Only the main rank reads the language model, and only if there is no checkpoint: all trained weights are in that,
@@ -242,7 +242,7 @@ def main() -> None:
     # DeepSpeed calls collectives by names that newer versions of torch deprecate.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     recipe: Recipe | None = None
-    run: Run | None = None
+    run: RunFolder | None = None
     start = StartUp()
     start.done("imports")
     try:
@@ -254,7 +254,7 @@ def main() -> None:
         start.done("meeting")
         for line in preflight(recipe, ranks):
             say(ranks, line)
-        [run] = together(ranks, lambda: Run(recipe, ranks))
+        [run] = together(ranks, lambda: RunFolder(recipe, ranks))
         run.control.stop_on_signals()
         start.done("preflight")
         train(run, ranks, start)
@@ -262,7 +262,7 @@ def main() -> None:
         fail(error, recipe, run, code=2)
     except DivergedError as error:
         fail(error, recipe, run, code=3)
-    except LostDataError as error:
+    except RetryableError as error:
         fail(error, recipe, run, code=EXIT_LOST)
     except Exception as error:
         if isinstance(error, OSError) and error.filename and isinstance(told := explained(error), UserError):
@@ -279,7 +279,7 @@ def say(ranks: Ranks, line: str) -> None:
         print(line, flush=True)
 
 
-def crash(error: Exception, run: Run | None) -> NoReturn:
+def crash(error: Exception, run: RunFolder | None) -> NoReturn:
     """What nobody foresaw: a traceback, and out at once, so that the other ranks hear of it."""
     traceback.print_exception(error)
     reason = f"{type(error).__name__}: {first_line(error)}"
@@ -287,26 +287,26 @@ def crash(error: Exception, run: Run | None) -> NoReturn:
         if run is not None and run.begun_at is not None:
             append_event(run.folder, "failed", None, reason=reason)
         elif run is not None:
-            run.not_begun(f"failed: {reason}")
+            run.record_failed_start(f"failed: {reason}")
     os._exit(1)
 
 
-def fail(error: Exception, recipe: Recipe | None, run: Run | None, code: int) -> NoReturn:
+def fail(error: Exception, recipe: Recipe | None, run: RunFolder | None, code: int) -> NoReturn:
     """One line on the console, a word that says whether to try again, and an exit code. Never a traceback."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in here if a loading process ended
     is_main = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
-    if not (is_main or isinstance(error, (DamagedShardError, LostDataError))):
+    if not (is_main or isinstance(error, (DamagedShardError, RetryableError))):
         # The main rank met it too and speaks; the launcher ends us all as soon as one ends, so let that one be first.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(MAIN_SPEAKS_S)
     print(f"error: {error}", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):  # the disk may be what failed
-        leave_word(str(error), recipe, run, "lost" if code == EXIT_LOST else "failed")
+        write_outcome(str(error), recipe, run, "lost" if code == EXIT_LOST else "failed")
     # Other ranks may wait in a collective for this one: leave without the goodbyes that would wait for them.
     os._exit(code)
 
 
-def leave_word(reason: str, recipe: Recipe | None, run: Run | None, outcome: str) -> None:
+def write_outcome(reason: str, recipe: Recipe | None, run: RunFolder | None, outcome: str) -> None:
     """In the run folder, for status and for the batch script."""
     if run is not None:
         run.end(outcome, None, reason)

@@ -18,29 +18,36 @@ from dataclasses import asdict
 from pathlib import Path
 
 from model.errors import UserError
-from preprocess.annotations.worklist import Worklist, make_worklist, refuse_hopeless_work, row_count_notes
+from preprocess.annotations.worklist import Worklist, check_feasible, make_worklist, row_count_notes
 from preprocess.atomic import canonical_json, file_sha256, publish, published
 from preprocess.builder.finalise import Facts, finalise
 from preprocess.builder.output_folder import (
     DIALOGUES,
     EARLY_REJECTS,
-    clear_scaffold,
-    io_errors_explained,
-    only_builder_of,
+    build_lock,
     refuse_foreign_files,
-    remove_strangers,
+    remove_manifest,
+    remove_orphans,
+    remove_work_files,
+    reusable_manifest,
     standing,
-    standing_manifest,
     sweep,
-    withdraw_manifest,
+    user_oserrors,
 )
 from preprocess.builder.request import Build, check
 from preprocess.builder.sigterm import Terminated, sigterm_raises
 from preprocess.builder.survey import Survey
 from preprocess.builder.task import Done, ShardTask, build_shard
-from preprocess.images.store import PictureStore
+from preprocess.images.store import ImageStore
 from preprocess.progress import LOG_EVERY_S, Progress
-from preprocess.rejects import RejectCounts, TooManyRejectsError, by_source, count_rejects, lost_too_many, reject_lines
+from preprocess.rejects import (
+    RejectCounts,
+    TooManyRejectsError,
+    by_source,
+    count_rejects,
+    reject_lines,
+    sources_over_limit,
+)
 from preprocess.remote_path import place
 from preprocess.shards.manifest import REJECTS, TOKENIZER, WORK, Manifest
 
@@ -66,7 +73,7 @@ exit codes: 0 done, 2 a mistake of the user's (one line says which), 3 too many 
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse(arguments)
     try:
-        with sigterm_raises(), io_errors_explained(parsed.out):
+        with sigterm_raises(), user_oserrors(parsed.out):
             build = check(parsed)
             if parsed.check:
                 look(build)
@@ -122,12 +129,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def look(build: Build) -> None:
     """Reads every row and a few pictures of each source. Raises: UserError for what would stop a build."""
     refuse_foreign_files(build.out)
-    survey, store = Survey(), PictureStore(build.root, build.mix.archives)
+    survey, store = Survey(), ImageStore(build.root, build.mix.archives)
     work = make_worklist(build.mix, build.root, build.samples_per_shard, survey.write, _row_teller())
     notes = row_count_notes(build.mix, work)
     for line in [*survey.report(build.mix, work, store), *notes, *reject_lines(work.rejects)]:
         print(line, flush=True)
-    refuse_hopeless_work(work, store, build.max_reject_ratio)
+    check_feasible(work, store, build.max_reject_ratio)
     _refuse_too_many(build, work.rejects, work.rows, "a build would write down which, before any picture is read")
     tasks = plan(build, work)
     missing = [task for task in tasks if not standing(task)]
@@ -137,14 +144,14 @@ def look(build: Build) -> None:
 def run(build: Build) -> Manifest:
     """Raises: UserError; TooManyRejectsError after rejects.jsonl has been published, and the manifest withdrawn."""
     refuse_foreign_files(build.out)
-    with only_builder_of(build.out):
+    with build_lock(build.out):
         sweep(build.out)
         try:
             manifest, state = _standing_or_built(build, _write_worklist(build))
         except TooManyRejectsError:
-            withdraw_manifest(build.out)
+            remove_manifest(build.out)
             raise
-        clear_scaffold(build.out)
+        remove_work_files(build.out)
         if len(manifest.made_with) > 1:
             print(_mixture(manifest), flush=True)
         print(f"{build.out} {state}: {_summary(manifest)}", flush=True)
@@ -159,7 +166,7 @@ def _write_worklist(build: Build) -> Worklist:
         )
     for note in row_count_notes(build.mix, work):
         print(note, flush=True)
-    refuse_hopeless_work(work, PictureStore(build.root, build.mix.archives), build.max_reject_ratio)
+    check_feasible(work, ImageStore(build.root, build.mix.archives), build.max_reject_ratio)
     return work
 
 
@@ -169,7 +176,7 @@ def _standing_or_built(build: Build, work: Worklist) -> tuple[Manifest, str]:
     tasks = plan(build, work)
     found = {task.name: standing(task, build.compare_pictures) for task in tasks}
     facts = _facts(build, work, tasks)
-    manifest = standing_manifest(build.out, facts.spec_sha256) if all(found.values()) else None
+    manifest = reusable_manifest(build.out, facts.spec_sha256) if all(found.values()) else None
     if not manifest:
         return _build_set(build, tasks, [done for done in found.values() if done], work, facts), "is built"
     _judge(build, count_rejects(build.out / REJECTS), work.rows)
@@ -178,8 +185,8 @@ def _standing_or_built(build: Build, work: Worklist) -> tuple[Manifest, str]:
 
 def _refuse_early(build: Build, work: Worklist) -> None:
     """What is lost already is enough to fail: no picture need be read."""
-    if lost_too_many(work.rejects, work.rows, build.max_reject_ratio):
-        withdraw_manifest(build.out)  # it names the rejects that are replaced now
+    if sources_over_limit(work.rejects, work.rows, build.max_reject_ratio):
+        remove_manifest(build.out)  # it names the rejects that are replaced now
         with (build.out / WORK / EARLY_REJECTS).open("rb") as lines, published(build.out / REJECTS) as file:
             shutil.copyfileobj(lines, file)
         _judge(build, work.rejects, work.rows)
@@ -188,8 +195,8 @@ def _refuse_early(build: Build, work: Worklist) -> None:
 def _build_set(
     build: Build, tasks: Sequence[ShardTask], found: Sequence[Done], work: Worklist, facts: Facts
 ) -> Manifest:
-    withdraw_manifest(build.out)  # until the end
-    remove_strangers(build.out, tasks)
+    remove_manifest(build.out)  # until the end
+    remove_orphans(build.out, tasks)
     publish(build.out / TOKENIZER, build.tokenizer.data)
     rejects = sum((Counter(done.rejects) for done in found), by_source(work.rejects))
     reused = sum(done.dialogues for done in found)
@@ -254,7 +261,7 @@ def _judge(build: Build, rejects: RejectCounts, rows: Mapping[str, int]) -> None
 
 
 def _refuse_too_many(build: Build, rejects: RejectCounts, rows: Mapping[str, int], where: str) -> None:
-    if lost := lost_too_many(rejects, rows, build.max_reject_ratio):
+    if lost := sources_over_limit(rejects, rows, build.max_reject_ratio):
         raise TooManyRejectsError(
             f"more rows were rejected than --max-reject-ratio {build.max_reject_ratio} allows: {lost}; {where}; "
             "mend the data, or raise the ratio, and run again"

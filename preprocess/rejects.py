@@ -101,7 +101,7 @@ def reject_lines(rejects: RejectCounts) -> Iterator[str]:
         yield f"  rejected {count:>7}  {source}: {reason}"
 
 
-def lost_too_many(rejects: RejectCounts, rows: Mapping[str, int], most: float) -> str:
+def sources_over_limit(rejects: RejectCounts, rows: Mapping[str, int], most: float) -> str:
     """The sources that lost more than `most` of their rows, with how many; empty if none did."""
     lost = by_source(rejects)
     return ", ".join(

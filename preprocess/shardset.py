@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from model.errors import UserError
-from preprocess.builder.output_folder import io_errors_explained
+from preprocess.builder.output_folder import user_oserrors
 from preprocess.progress import Progress
 from preprocess.rejects import REASONS
 from preprocess.shards.manifest import Manifest, load_index
@@ -93,7 +93,7 @@ def run_preview(folder: Path, out: Path | None, samples: int) -> str:
         raise UserError(f"--out {path} is a folder, expected the name of a page: give {path / 'preview.html'}")
     if not path.parent.is_dir():
         raise UserError(f"--out {path}: there is no folder {path.parent}; make it, or give another place")
-    with io_errors_explained(path):
+    with user_oserrors(path):
         return write_preview(folder, path, samples)
 
 

@@ -9,7 +9,7 @@ import torch
 from model.errors import UserError
 from pipeline.distributed.collectives import together
 from pipeline.distributed.ranks import Ranks
-from pipeline.errors import LostDataError
+from pipeline.errors import RetryableError
 
 TWO = Ranks(0, 0, 2, torch.device("cpu"))
 
@@ -29,19 +29,19 @@ def os_error(code, path="/data/index.parquet"):
     ("errors", "others", "kind", "said"),
     [
         ([UserError("a mistake")], {}, UserError, ["a mistake"]),
-        ([LostDataError("a bad disk")], {}, LostDataError, ["a bad disk"]),
+        ([RetryableError("a bad disk")], {}, RetryableError, ["a bad disk"]),
         (
-            [LostDataError("a bad disk"), UserError("a mistake")],
+            [RetryableError("a bad disk"), UserError("a mistake")],
             {},
             UserError,
             ["2 problems", "a bad disk", "a mistake"],
         ),
         ([], {"a mistake there": True}, UserError, ["a mistake there"]),
-        ([LostDataError("a bad disk")], {"a mistake there": True}, UserError, ["a bad disk", "a mistake there"]),
-        ([], {"a bad disk there": False}, LostDataError, ["a bad disk there"]),
+        ([RetryableError("a bad disk")], {"a mistake there": True}, UserError, ["a bad disk", "a mistake there"]),
+        ([], {"a bad disk there": False}, RetryableError, ["a bad disk there"]),
         ([os_error(errno.EACCES)], {}, UserError, ["/data/index.parquet: Permission denied; ask its owner"]),
-        ([os_error(errno.EIO)], {}, LostDataError, ["/data/index.parquet: Input/output error, on "]),
-        ([OSError(errno.EIO, "Input/output error")], {}, LostDataError, ["Input/output error, on "]),
+        ([os_error(errno.EIO)], {}, RetryableError, ["/data/index.parquet: Input/output error, on "]),
+        ([OSError(errno.EIO, "Input/output error")], {}, RetryableError, ["Input/output error, on "]),
     ],
 )
 def test_problems_of_all_ranks_are_told_and_a_single_mistake_ends_the_run(monkeypatch, errors, others, kind, said):

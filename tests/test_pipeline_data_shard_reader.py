@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.data.shard_reader import DamagedShardError, ShardReader
 from pipeline.distributed.stall_warning import Patience
-from pipeline.errors import LostDataError
+from pipeline.errors import RetryableError
 
 ROW = 3  # of the first shard
 
@@ -75,7 +75,7 @@ def test_a_file_system_that_fails_is_not_taken_for_damage(copy):
     shard = copy / "shard-00000.tar"
     shard.unlink()
     shard.symlink_to("/proc/self/mem")
-    with pytest.raises(LostDataError, match=f"file system of {socket.gethostname()} fails .*Input/output error"):
+    with pytest.raises(RetryableError, match=f"file system of {socket.gethostname()} fails .*Input/output error"):
         ShardReader(copy).read(ROW)
 
 
@@ -84,7 +84,7 @@ def test_an_index_that_the_disk_fails_to_give_is_not_taken_for_damage_either(cop
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("preprocess.shards.manifest.pq.read_table", fails)
-    with pytest.raises(LostDataError, match=r"cannot read its index.*Input/output error"):
+    with pytest.raises(RetryableError, match=r"cannot read its index.*Input/output error"):
         _ = ShardReader(copy).index
 
 
@@ -113,5 +113,5 @@ def test_a_slow_read_is_kept_with_its_shard_and_its_key(copy):
 
 
 def fails(action: Callable[[], object]) -> None:
-    with pytest.raises((LostDataError, DamagedShardError)):
+    with pytest.raises((RetryableError, DamagedShardError)):
         action()

@@ -21,11 +21,11 @@ from pipeline.evaluate import (
     main,
     read_questions,
     score,
-    shuffle_pictures,
+    shuffle_images,
     table,
 )
 from pipeline.generate import answer
-from preprocess.images.codec import read_pixels
+from preprocess.images.codec import read_image_file
 from preprocess.prompts import load_tokenizer
 from tests.support.launch import run_python, write_byte_tokenizer
 
@@ -61,19 +61,19 @@ def test_shuffled_questions_get_another_picture_of_their_kind_and_keep_the_rest(
     kinds = {"colour": range(20), "shape": range(7), "word": range(20, 24)}
     questions = [asked(f"{i}", kind, answer=f"{kind} {i}") for kind, pictures in kinds.items() for i in pictures]
     questions += [asked("0", "colour", question="And the rim?"), asked("1", "colour", question="And the rim?")]
-    shuffled = shuffle_pictures(questions, seed=0)
+    shuffled = shuffle_images(questions, seed=0)
     assert all(new.image != old.image for new, old in zip(shuffled, questions, strict=True))
     for kind in kinds:
         before, after = (sorted(q.image for q in each if q.kind == kind) for each in (questions, shuffled))
         assert before == after
     assert [(q.kind, q.question, q.answer) for q in shuffled] == [(q.kind, q.question, q.answer) for q in questions]
-    assert shuffled == shuffle_pictures(questions, seed=0)
-    assert shuffled != shuffle_pictures(questions, seed=1)
+    assert shuffled == shuffle_images(questions, seed=0)
+    assert shuffled != shuffle_images(questions, seed=1)
 
 
 def test_a_kind_about_one_picture_cannot_be_shuffled() -> None:
     with pytest.raises(UserError, match="2 of 3 'colour' questions share one picture"):
-        shuffle_pictures([asked("a"), asked("a"), asked("b")], seed=0)
+        shuffle_images([asked("a"), asked("a"), asked("b")], seed=0)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_answers_come_in_the_questions_order_and_do_not_depend_on_their_neighbou
     together = ask(model, tokenizer, questions, images, quiet=True)
     px = model.config.vision.image_px
     alone = [
-        answer(model, tokenizer, [q.question], [read_pixels(images / q.image, px)], max_new_tokens=16)[0].strip()
+        answer(model, tokenizer, [q.question], [read_image_file(images / q.image, px)], max_new_tokens=16)[0].strip()
         for q in questions
     ]
     assert together == alone

@@ -160,7 +160,9 @@ class Run:
         print("the outcome is told" if outcome.exists() else "too early", flush=True)
         time.sleep(900)
 """
-IMPATIENT = "from pipeline import train; from pipeline.metrics import wandb_logger; wandb_logger.FINISH_S = 1; train.main()"
+IMPATIENT = (
+    "from pipeline import train; from pipeline.metrics import wandb_logger; wandb_logger.FINISH_S = 1; train.main()"
+)
 
 
 def test_a_wandb_without_end_comes_after_the_outcome_and_holds_it_up_for_a_while_only(recipe_file, shards, tmp_path):

@@ -7,14 +7,14 @@ import torch
 
 from model.errors import UserError
 from pipeline.distributed.ranks import Ranks
-from pipeline.errors import LostDataError
+from pipeline.errors import RetryableError
 from pipeline.recipe import load_recipe
 from pipeline.run import preflight
-from pipeline.run.out_of_memory import memory_explained, memory_settings
+from pipeline.run.out_of_memory import explain_out_of_memory, memory_settings
 
 RANKS = Ranks(3, 3, 8, torch.device("cpu"))
 STEP, SAVE = {"step": 10, "loss/text": 1.0}, {"event": "save", "step": 4}
-MISTAKE, LOST = (UserError, "lower optim.micro_batch (now 4)"), (LostDataError, "does something else use this node?")
+MISTAKE, LOST = (UserError, "lower optim.micro_batch (now 4)"), (RetryableError, "does something else use this node?")
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_gpu_without_room_ends_in_one_line_and_is_tried_again_only_where_it_ha
     kind, advice = expected
     if lines := told(start):
         tell(lines)
-    with pytest.raises(kind) as raised, memory_explained(recipe, RANKS):
+    with pytest.raises(kind) as raised, explain_out_of_memory(recipe, RANKS):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words")
     line = str(raised.value)
     assert line.startswith("rank 3 on ")
@@ -66,5 +66,5 @@ def test_a_node_that_something_else_has_filled_does_not_end_a_run_that_had_room(
     with pytest.raises(UserError, match="--shm-size"):
         preflight.check_shared_memory(recipe, RANKS)
     tell([start(), STEP])
-    with pytest.raises(LostDataError, match="does something else use this node"):
+    with pytest.raises(RetryableError, match="does something else use this node"):
         preflight.check_shared_memory(recipe, RANKS)

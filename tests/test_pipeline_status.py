@@ -14,7 +14,7 @@ from pipeline.distributed.ranks import Ranks
 from pipeline.metrics.figure import draw
 from pipeline.metrics.history import has_event, read_history, tell
 from pipeline.recipe import load_recipe
-from pipeline.run.folder import Run
+from pipeline.run.folder import RunFolder
 from pipeline.status import state_of, table
 from tests.support.launch import REPOSITORY, run_python
 
@@ -195,7 +195,7 @@ def loading(recipe_file, tmp_path):
     """A start in a folder whose run had been stopped."""
     (tmp_path / "outcome.json").write_text(json.dumps({"outcome": "stopped", "step": 5, "reason": "by SIGUSR1"}))
     recipe = load_recipe(recipe_file, [f"run.dir={tmp_path}"], planning=True)
-    run = Run(recipe, Ranks(0, 0, 1, torch.device("cpu")))
+    run = RunFolder(recipe, Ranks(0, 0, 1, torch.device("cpu")))
     yield run
     run.lock.close()
 
@@ -227,14 +227,14 @@ def test_a_start_that_is_refused_leaves_the_state_as_it_was(loading):
 
 
 def test_of_a_start_that_is_lost_before_its_first_step_the_first_word_counts(loading):
-    loading.not_begun("failed: OSError: no such device")
+    loading.record_failed_start("failed: OSError: no such device")
     loading.end("lost", 0, "rank 1 has ended")
     assert state_later(loading, 0) == "failed: OSError: no such device"
 
 
 def test_a_crash_before_and_after_the_first_step_is_told(recipe_file, shards, tmp_path):
     words = [recipe_file, f"data.shards={shards}", f"run.dir={tmp_path}"]
-    for place in ("build_engine", "Loop.go_on"):
+    for place in ("build_engine", "Loop.train_from"):
         crashing = f"from pipeline import train; train.{place} = lambda *_: 1 / 0; train.main()"
         assert run_python("-c", crashing, *words).returncode == 1
         told = run_python("-m", "pipeline.status", tmp_path).stdout

@@ -19,7 +19,7 @@ from pipeline.checkpoint.checkpointer import full_state
 from pipeline.checkpoint.folder import find_damage, folder_name, list_steps
 from pipeline.distributed.ranks import Ranks
 from pipeline.recipe import load_recipe
-from pipeline.run.folder import Run
+from pipeline.run.folder import RunFolder
 from pipeline.train import fail
 from tests.support.launch import finish, kill_all, run_python, torchrun
 
@@ -201,17 +201,17 @@ def test_of_two_starts_in_the_same_instant_one_is_refused(recipe_file, tmp_path)
     recipe = load_recipe(recipe_file, [f"run.dir={tmp_path / 'run'}"], planning=True)
     together = threading.Barrier(2)
 
-    def start() -> Run | UserError:
+    def start() -> RunFolder | UserError:
         together.wait()
         try:
-            return Run(recipe, Ranks(0, 0, 1, torch.device("cpu")))
+            return RunFolder(recipe, Ranks(0, 0, 1, torch.device("cpu")))
         except UserError as error:
             return error
 
     for _ in range(20):
         with ThreadPoolExecutor() as pool:
             two = [each.result() for each in [pool.submit(start), pool.submit(start)]]
-        [run] = [each for each in two if isinstance(each, Run)]
+        [run] = [each for each in two if isinstance(each, RunFolder)]
         run.lock.close()
         [error] = [each for each in two if isinstance(each, UserError)]
         assert "another process trains here" in str(error)
@@ -309,6 +309,6 @@ def test_a_mistake_ends_with_its_exit_code_though_the_run_folder_takes_no_word_o
 
     monkeypatch.setattr("pipeline.train.os._exit", sys.exit)
     with pytest.raises(SystemExit) as ended:
-        fail(UserError("no room"), None, cast(Run, OnAFullDisk()), code=2)
+        fail(UserError("no room"), None, cast(RunFolder, OnAFullDisk()), code=2)
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: no room\n"

@@ -18,7 +18,7 @@ from pipeline.demo.processes import free_ports
 from pipeline.distributed.ranks import Ranks
 from pipeline.metrics.history import read_history
 from pipeline.recipe import load_recipe
-from pipeline.run.folder import Run
+from pipeline.run.folder import RunFolder
 from pipeline.run.watchdog import EXIT_LOST, FIRST_STEPS, STUCK_S, SUSPENDED_S, Watchdog, state_of
 from pipeline.status import state_of as state_of_run
 from tests.support.launch import REPOSITORY, finish, torchrun
@@ -101,7 +101,7 @@ def watchdog(recipe_file, tmp_path):
     limits = ["watchdog.slow_factor=10", "watchdog.least_s=20", "watchdog.first_s=500"]
     recipe = load_recipe(recipe_file, [*limits, f"run.dir={tmp_path}"], planning=True)
     ranks = Ranks(1, 1, 2, torch.device("cpu"))
-    run = Run(recipe, ranks)
+    run = RunFolder(recipe, ranks)
     run.begun_at = 0
     yield Watchdog(run, ranks)
     faulthandler.cancel_dump_traceback_later()

@@ -186,7 +186,7 @@ def test_a_stopped_job_goes_on_where_it_was(head: RayHead, root: Path, expected:
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished shards were built again"
 
 
-def test_an_interrupted_build_says_that_it_can_go_on(head: RayHead, root: Path, tmp_path: Path) -> None:
+def test_an_interrupted_build_says_that_it_can_run(head: RayHead, root: Path, tmp_path: Path) -> None:
     with held_up(root):
         driver = head.driver(SCRIPT, *command(root, tmp_path / "out"))
         wait_for_shards(driver, tmp_path / "out", 1)

@@ -12,7 +12,7 @@ from preprocess import build_shards
 from preprocess.prompts import Tokenizer
 from preprocess.rejects import REASONS
 from preprocess.shards.manifest import Manifest
-from preprocess.shards.sample import Sample, decode_pixels, from_fields
+from preprocess.shards.sample import Sample, from_fields, sample_pixels
 from preprocess.shards.writer import read_fields
 from preprocess.shardset import main as shardset
 from tests.support.dirty_rows import ALL, Dirt, write_dirt
@@ -58,7 +58,7 @@ def test_dirt_is_repaired_or_rejected_with_its_reason(built: Built, row: int) ->
         assert gpt_neox().decode(sample.tokens.tolist(), skip_special_tokens=False) == dirt.text
     assert (sample.image is None) == (dirt.no_picture or "image" not in _object(dirt))
     for (across, down), colour in dirt.colours.items():
-        pixels = decode_pixels(sample)
+        pixels = sample_pixels(sample)
         found = pixels[int(down * len(pixels)), int(across * len(pixels))]
         assert np.abs(found.astype(int) - colour).max() <= JPEG_LEVELS, (across, down, found)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from skimage import data as photographs
 
 from preprocess.images import codec
-from preprocess.images.codec import decode_rgb, sniff, squash, stored_picture
+from preprocess.images.codec import decode_rgb, encode_stored_image, resize_to_square, sniff
 from preprocess.rejects import Rejected
 from tests.support.dirty_rows import PICTURES, sampled_441
 from tests.support.launch import run_python
@@ -124,8 +124,8 @@ def _largest(name: str, folder: Path) -> Path:
 def test_the_largest_pictures_leave_a_worker_below_its_memory(tmp_path: Path, name: str) -> None:
     """A worker, which has loaded torch, may have 1 GiB: Ray, the tokenizer and recent pictures need some of it."""
     program = (
-        "import sys, pathlib, torch, preprocess.builder.task; from preprocess.images.codec import stored_picture; "
-        "stored_picture(pathlib.Path(sys.argv[1]).read_bytes(), 384, 'jpeg'); "
+        "import sys, pathlib, torch, preprocess.builder.task; from preprocess.images.codec import encode_stored_image; "
+        "encode_stored_image(pathlib.Path(sys.argv[1]).read_bytes(), 384, 'jpeg'); "
         "print(pathlib.Path('/proc/self/status').read_text())"
     )
     done = run_python("-c", program, _largest(name, tmp_path), OMP_NUM_THREADS="1")
@@ -154,7 +154,7 @@ def test_a_picture_is_squashed_as_pillow_squashes_it(width: int, height: int) ->
     noise = np.random.Generator(np.random.Philox(key=1)).integers(0, 2, (height, width, 3)).astype(np.uint8) * 255
     for pixels in (photograph(width, height), noise):
         exact = np.asarray(Image.fromarray(pixels).resize((PX, PX), BICUBIC)).astype(int)
-        off = np.abs(squash(pixels, PX) - exact)
+        off = np.abs(resize_to_square(pixels, PX) - exact)
         assert off.max() <= 2
         assert (off > 1).mean() < 2e-5
         assert (off > 0).mean() < 0.02
@@ -162,21 +162,21 @@ def test_a_picture_is_squashed_as_pillow_squashes_it(width: int, height: int) ->
 
 def test_a_picture_of_the_right_size_is_left_alone() -> None:
     pixels = photograph(PX, PX)
-    assert np.array_equal(squash(pixels, PX), pixels)
+    assert np.array_equal(resize_to_square(pixels, PX), pixels)
 
 
 def test_what_is_stored_is_what_was_squashed() -> None:
     data = jpeg(photograph(640, 480))
-    raw, form = stored_picture(data, PX, "raw")
-    assert (form, sniff(stored_picture(data, PX, "jpeg")[0])) == ("pixels.npy", "jpg")
-    assert np.array_equal(np.load(io.BytesIO(raw)), squash(as_pillow_decodes(data), PX))
+    raw, form = encode_stored_image(data, PX, "raw")
+    assert (form, sniff(encode_stored_image(data, PX, "jpeg")[0])) == ("pixels.npy", "jpg")
+    assert np.array_equal(np.load(io.BytesIO(raw)), resize_to_square(as_pillow_decodes(data), PX))
 
 
 def test_every_instruction_set_gives_the_same_bytes() -> None:
     program = (
-        "import hashlib, numpy; from preprocess.images.codec import squash; "
+        "import hashlib, numpy; from preprocess.images.codec import resize_to_square; "
         "noise = numpy.random.Generator(numpy.random.Philox(key=1)).integers(0, 256, (479, 641, 3), numpy.uint8); "
-        "print(hashlib.sha256(squash(noise, 384)).hexdigest())"
+        "print(hashlib.sha256(resize_to_square(noise, 384)).hexdigest())"
     )
     capabilities = [{"ATEN_CPU_CAPABILITY": "default"}, {}]
     started = [

@@ -12,7 +12,7 @@ import pytest
 
 from model.errors import UserError
 from preprocess.images import store as image_store
-from preprocess.images.store import PictureStore, digest
+from preprocess.images.store import ImageStore, digest
 from preprocess.rejects import Rejected
 
 
@@ -46,7 +46,7 @@ LAYOUTS = {
 def test_a_picture_is_read_from_an_archive_in_place_of_its_folder(tmp_path: Path, layout: str) -> None:
     write, archive, member, archives = LAYOUTS[layout]
     write(tmp_path / archive, {"other.txt": b"no", member: b"picture"})
-    store = PictureStore(tmp_path, archives)
+    store = ImageStore(tmp_path, archives)
     assert store.has_folder("coco/train2017")
     assert store.read("coco/train2017/1.jpg") == b"picture"
     with pytest.raises(Rejected, match="picture_missing: no such member of"):
@@ -61,7 +61,7 @@ def test_a_folder_is_preferred_to_every_archive(tmp_path: Path) -> None:
     write_zip(tmp_path / "named.zip", {"p/1.jpg": b"packed"})
     (tmp_path / "p").mkdir()
     (tmp_path / "p/1.jpg").write_bytes(b"unpacked")
-    assert PictureStore(tmp_path, {"p": "named.zip"}).read("p/1.jpg") == b"unpacked"
+    assert ImageStore(tmp_path, {"p": "named.zip"}).read("p/1.jpg") == b"unpacked"
 
 
 def test_a_folder_may_be_a_link_to_anywhere(tmp_path: Path) -> None:
@@ -69,18 +69,18 @@ def test_a_folder_may_be_a_link_to_anywhere(tmp_path: Path) -> None:
     (tmp_path / "shared/1.jpg").write_bytes(b"picture")
     (tmp_path / "root").mkdir()
     (tmp_path / "root/coco").symlink_to(tmp_path / "shared")
-    assert PictureStore(tmp_path / "root", {}).read("coco/1.jpg") == b"picture"
+    assert ImageStore(tmp_path / "root", {}).read("coco/1.jpg") == b"picture"
 
 
 def test_a_damaged_archive_is_one_clear_line(tmp_path: Path) -> None:
     write_zip(tmp_path / "p.zip", {"1.jpg": b"x" * 100})
     (tmp_path / "p.zip").write_bytes((tmp_path / "p.zip").read_bytes()[:-30])
     with pytest.raises(UserError, match=r"picture archive .*p\.zip is damaged .*fetch it again"):
-        PictureStore(tmp_path, {}).read("p/1.jpg")
+        ImageStore(tmp_path, {}).read("p/1.jpg")
 
 
 def test_an_archive_that_is_not_there_is_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    store = PictureStore(tmp_path, {"p": "gone.zip"})
+    store = ImageStore(tmp_path, {"p": "gone.zip"})
     assert not store.has_folder("p")
     with pytest.raises(Rejected, match="picture_missing"):
         store.read("p/1.jpg")
@@ -90,7 +90,7 @@ def test_a_member_that_was_damaged_costs_its_row_only(tmp_path: Path) -> None:
     write_zip(tmp_path / "p.zip", {"1.jpg": b"picture one", "2.jpg": b"picture two"})
     data = (tmp_path / "p.zip").read_bytes()
     (tmp_path / "p.zip").write_bytes(data.replace(b"picture one", b"pictura one"))
-    store = PictureStore(tmp_path, {})
+    store = ImageStore(tmp_path, {})
     with pytest.raises(Rejected, match="picture_corrupt"):
         store.read("p/1.jpg")
     assert store.read("p/2.jpg") == b"picture two"
@@ -115,11 +115,11 @@ def test_what_the_disk_says_is_told_from_what_the_data_is(
 
     monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(Rejected if reason else OSError, match=reason or "as the disk says"):
-        PictureStore(tmp_path, {}).read("1.jpg")
+        ImageStore(tmp_path, {}).read("1.jpg")
 
 
 def test_a_stamp_changes_when_the_picture_comes_or_is_mended(tmp_path: Path) -> None:
-    store = PictureStore(tmp_path / "root", {})
+    store = ImageStore(tmp_path / "root", {})
     (tmp_path / "root").mkdir()
     stamps = [store.stamp("1.jpg")]
     for data in (b"", b"four", b"five"):
@@ -145,7 +145,7 @@ def test_accents_are_found_however_either_side_spells_them(
     else:
         write = write_zip if packed == "zip" else write_tar
         write(tmp_path / f"{theirs.partition('/')[0]}.{packed}", {theirs: b"picture"})
-    store = PictureStore(tmp_path, {})
+    store = ImageStore(tmp_path, {})
     assert store.has_folder(picture.partition("/")[0])
     assert store.read(picture) == b"picture"
     assert store.size(picture) == len(b"picture")
@@ -158,7 +158,7 @@ def test_names_in_a_zip_that_does_not_say_how_they_are_coded_are_found(tmp_path:
     name = picture.encode(coding)
     write_zip(tmp_path / "p.zip", {"_" * len(name): b"picture"})
     (tmp_path / "p.zip").write_bytes((tmp_path / "p.zip").read_bytes().replace(b"_" * len(name), name))
-    assert PictureStore(tmp_path, {}).read("p/é.jpg") == b"picture"
+    assert ImageStore(tmp_path, {}).read("p/é.jpg") == b"picture"
 
 
 def write_linked_tar(path: Path, links: dict[str, tuple[bytes, str]]) -> None:
@@ -189,7 +189,7 @@ LINKS = {
 def test_a_link_in_a_tar_leads_to_what_the_tar_holds(tmp_path: Path, kind: str) -> None:
     name, link, found = LINKS[kind]
     write_linked_tar(tmp_path / "p.tar", {"a/again.jpg": (tarfile.SYMTYPE, "1.jpg"), name: link})
-    store, picture = PictureStore(tmp_path, {}), "p/" + name.removeprefix("./")
+    store, picture = ImageStore(tmp_path, {}), "p/" + name.removeprefix("./")
     if found:
         assert (store.read(picture), store.size(picture)) == (b"picture", len(b"picture"))
     else:
@@ -203,7 +203,7 @@ def test_of_members_of_one_name_the_last_one_counts_link_or_file(tmp_path: Path)
         file = tarfile.TarInfo("a/2.jpg")
         file.size = len(b"newer")
         archive.addfile(file, io.BytesIO(b"newer"))
-    assert PictureStore(tmp_path, {}).read("p/a/2.jpg") == b"newer"
+    assert ImageStore(tmp_path, {}).read("p/a/2.jpg") == b"newer"
 
 
 @pytest.mark.parametrize("packed", ["zip", "tar", "folder"])
@@ -214,7 +214,7 @@ def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: p
     (tmp_path / "folder/2.jpg").write_bytes(bytes(10))
     write_zip(tmp_path / "zip.zip", {"1.jpg": bytes(11), "2.jpg": bytes(10)})
     write_tar(tmp_path / "tar.tar", {"1.jpg": bytes(11), "2.jpg": bytes(10)})
-    store = PictureStore(tmp_path, {})
+    store = ImageStore(tmp_path, {})
     assert len(store.read(f"{packed}/2.jpg")) == 10
     monkeypatch.setattr(image_store._Archive, "_member", None)
     with pytest.raises(Rejected, match="picture_too_large: 11 bytes, at most 10 are read"):
@@ -226,7 +226,7 @@ def test_a_link_to_itself_is_a_picture_that_is_missing(tmp_path: Path) -> None:
     (tmp_path / "1.jpg").symlink_to("1.jpg")
     (tmp_path / "2.jpg").symlink_to("3.jpg")
     (tmp_path / "3.jpg").symlink_to("2.jpg")
-    store = PictureStore(tmp_path, {})
+    store = ImageStore(tmp_path, {})
     for name in ("1.jpg", "2.jpg"):
         with pytest.raises(Rejected, match="picture_missing"):
             store.read(name)

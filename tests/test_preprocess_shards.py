@@ -13,9 +13,9 @@ from skimage import data as photographs
 
 from model.errors import UserError
 from preprocess.atomic import publish, published
-from preprocess.images.codec import encode_jpeg, encode_raw, squash, stored_picture
+from preprocess.images.codec import encode_jpeg, encode_raw, encode_stored_image, resize_to_square
 from preprocess.shards.manifest import INDEX_SCHEMA, Manifest, load_index
-from preprocess.shards.sample import Sample, decode_pixels, from_fields, from_payloads, to_fields
+from preprocess.shards.sample import Sample, from_fields, from_payloads, sample_pixels, to_fields
 from preprocess.shards.writer import write_shard
 
 COFFEE = photographs.coffee()
@@ -24,8 +24,8 @@ COFFEE = photographs.coffee()
 def samples() -> list[Sample]:
     """One of each kind."""
     tokens = np.array([1, 50_276, 0, 65_535], np.uint16)
-    small = squash(COFFEE, 96)
-    original = stored_picture(encode_jpeg(COFFEE), 96, "original")
+    small = resize_to_square(COFFEE, 96)
+    original = encode_stored_image(encode_jpeg(COFFEE), 96, "original")
     pictures = [(None, None), (encode_jpeg(small), "jpg"), (encode_raw(small), "pixels.npy"), original]
     return [
         Sample(
@@ -60,7 +60,7 @@ def test_the_stock_decoders_understand_the_fields(tmp_path: Path) -> None:
         assert fields["tokens.npy"].tolist() == sample.tokens.tolist()
         assert fields["json"]["spans"] == [list(span) for span in sample.spans]
         if sample.image_format in ("jpg", "pixels.npy"):
-            assert np.array_equal(fields[sample.image_format], decode_pixels(sample))
+            assert np.array_equal(fields[sample.image_format], sample_pixels(sample))
 
 
 def test_the_index_finds_what_the_tar_holds(tmp_path: Path) -> None:
@@ -110,12 +110,12 @@ def test_a_tar_is_what_tarfile_would_write(tmp_path: Path) -> None:
 
 
 def test_pixels_are_kept_as_the_encoding_promises() -> None:
-    exact = squash(COFFEE, 96)
+    exact = resize_to_square(COFFEE, 96)
     _, jpeg, raw, original = samples()
-    assert np.array_equal(decode_pixels(raw), exact)
-    assert np.abs(decode_pixels(jpeg).astype(int) - exact).mean() < 3
-    assert decode_pixels(original).shape == (400, 600, 3)
-    assert np.array_equal(decode_pixels(original, 96), squash(decode_pixels(original), 96))
+    assert np.array_equal(sample_pixels(raw), exact)
+    assert np.abs(sample_pixels(jpeg).astype(int) - exact).mean() < 3
+    assert sample_pixels(original).shape == (400, 600, 3)
+    assert np.array_equal(sample_pixels(original, 96), resize_to_square(sample_pixels(original), 96))
 
 
 def test_no_samples_make_no_file(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from preprocess.builder import task
 from preprocess.builder.request import check
 from preprocess.builder.task import ShardTask, build_shard
 from preprocess.images import cache, codec
-from preprocess.images.cache import ENTRY_BYTES, RecentPictures
-from preprocess.images.store import PictureStore
+from preprocess.images.cache import ENTRY_BYTES, ImageCache
+from preprocess.images.store import ImageStore
 from preprocess.rejects import Rejected
 from preprocess.shards.manifest import TOKENIZER, WORK
 from tests.support.golden_tokenizer import gpt_neox
@@ -51,7 +51,7 @@ def test_a_finished_shard_leaves_nothing_in_memory(tmp_path: Path) -> None:
     gc.disable()
     try:
         done = build_shard(shard)
-        left = [one for one in gc.get_objects() if type(one) in (task._SampleMaker, PictureStore, RecentPictures)]
+        left = [one for one in gc.get_objects() if type(one) in (task._SampleMaker, ImageStore, ImageCache)]
     finally:
         gc.enable()
     assert (done.samples, done.rejects) == (2, {"a": 3})
@@ -97,7 +97,7 @@ def test_a_picture_that_rows_share_is_decoded_once_be_it_good_or_bad(
 
 def test_the_pictures_that_were_met_longest_ago_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "RECENT_BYTES", 3 * (ENTRY_BYTES + 10))
-    pictures = RecentPictures()
+    pictures = ImageCache()
     for name in ("a", "b", "c"):
         pictures.keep(name, (name.encode() * 10, "jpg"))
     assert pictures.get("a") == (b"a" * 10, "jpg")

@@ -33,17 +33,17 @@ from pipeline.checkpoint.folder import (
     folder_name,
     is_whole,
     list_steps,
+    quarantine,
     read_manifest,
     seal,
-    set_aside,
 )
 from pipeline.checkpoint.layout import LAYOUT, Layout, parameter_shapes, tied_names
 from pipeline.checkpoint.probe import Probe
 from pipeline.checkpoint.retention import delete, kept, prune
 from pipeline.checkpoint.snapshot import Snapshot
-from pipeline.distributed.collectives import on_main
+from pipeline.distributed.collectives import broadcast_from_main
 from pipeline.distributed.ranks import Ranks
-from pipeline.errors import REMEDIES, LostDataError, lost_if_it_fails
+from pipeline.errors import OSERROR_REMEDIES, RetryableError, retryable_io_errors
 from pipeline.recipe import Recipe
 from preprocess.atomic import file_sha256, publish, sync_folder, write_json
 
@@ -79,7 +79,7 @@ class Saved:
     whole_s: float
 
 
-class Checkpoints:
+class Checkpointer:
     """The checkpoints of one run folder. Every rank constructs it and calls its methods, at the same steps.
 
     A save is begun by `save`, which returns when the state is copied, and ended by `commit`, once no rank is `writing`.
@@ -104,7 +104,7 @@ class Checkpoints:
         """Begin to save the state after `step` optimizer steps; a checkpoint that is there by this call, if one is."""
         before = self.finish()
         begun = time.monotonic()
-        on_main(self.ranks, lambda: self._check_room(step))
+        broadcast_from_main(self.ranks, lambda: self._check_room(step))
         updates = self.snapshot.take()
         probe = self.probe.measure() if self.probe else {}
         share = self.writer.submit(self._write, self._partial(step))
@@ -127,7 +127,7 @@ class Checkpoints:
     def commit(self) -> Saved:
         """Publish what all ranks wrote; wait for those that are still writing.
 
-        Raises: UserError on all ranks if one could not write and people must see to that, LostDataError if it may be
+        Raises: UserError on all ranks if one could not write and people must see to that, RetryableError if it may be
         tried again. The checkpoints before it are untouched.
         """
         assert self.saving is not None
@@ -135,8 +135,8 @@ class Checkpoints:
         called = time.monotonic()
         try:
             shares = self._gather(saving)
-            on_main(self.ranks, lambda: self._publish(saving, shares))
-        except (UserError, LostDataError):
+            broadcast_from_main(self.ranks, lambda: self._publish(saving, shares))
+        except (UserError, RetryableError):
             if self.ranks.is_main:
                 shutil.rmtree(self._partial(saving.step), ignore_errors=True)
             raise
@@ -217,7 +217,7 @@ class Checkpoints:
 
     def _clean_up(self) -> Iterator[str]:
         """Delete what retention does not keep, and the refused ones, evidence until there is a good one again."""
-        with lost_if_it_fails(f"{self.folder}"):
+        with retryable_io_errors(f"{self.folder}"):
             steps, room = list_steps(self.folder), shutil.disk_usage(self.folder).free >= self._bytes
         keep = kept(steps, self.good, self.options.keep_last, self.options.keep_every, room)
         yield from prune(self.folder / folder_name(step) for step in steps if step not in keep)
@@ -229,19 +229,19 @@ class Checkpoints:
         """Load the newest checkpoint that verifies: (steps done, lines to report).
 
         Raises: UserError on all ranks if there are checkpoints but none is good, or if the newest good one belongs to
-        another training; LostDataError on all ranks if the file system fails, or the probe agrees with none of them.
+        another training; RetryableError on all ranks if the file system fails, or the probe agrees with none of them.
         """
-        report, doubted = on_main(self.ranks, self._sweep), list[Path]()
-        for step in on_main(self.ranks, lambda: list_steps(self.folder)[::-1]):
+        report, doubted = broadcast_from_main(self.ranks, self._sweep), list[Path]()
+        for step in broadcast_from_main(self.ranks, lambda: list_steps(self.folder)[::-1]):
             folder = self.folder / folder_name(step)
-            if flaw := self.take_up(folder):
-                on_main(self.ranks, functools.partial(set_aside, folder, REFUSED))
+            if flaw := self.verify_and_load(folder):
+                broadcast_from_main(self.ranks, functools.partial(quarantine, folder, REFUSED))
                 report.append(f"refused {folder}: {flaw}")
             elif doubt := self.doubt(folder):
                 doubted.append(folder)
                 report.append(f"refused {folder}: {doubt}")
             else:
-                for away in on_main(self.ranks, lambda: [set_aside(each, DOUBTED) for each in doubted]):
+                for away in broadcast_from_main(self.ranks, lambda: [quarantine(each, DOUBTED) for each in doubted]):
                     report.append(
                         f"{away} is sound and stays; to try it elsewhere, rename it back, and move later ones away"
                     )
@@ -249,23 +249,23 @@ class Checkpoints:
                 return step, [*report, f"resuming from {folder}", *self._converted(folder)]
         if doubted:
             told = f"their files are sound, so {socket.gethostname()} may compute wrongly, and they were left in place"
-            raise LostDataError("; ".join([*report, told]))
-        on_main(self.ranks, lambda: self._check_empty(report))
+            raise RetryableError("; ".join([*report, told]))
+        broadcast_from_main(self.ranks, lambda: self._check_empty(report))
         return 0, report
 
-    def take_up(self, folder: Path) -> str | None:
+    def verify_and_load(self, folder: Path) -> str | None:
         """Make a checkpoint the engine's state, or tell what is wrong with it; the same on all ranks."""
-        return on_main(self.ranks, lambda: self._inspect(folder)) or self.load(folder)
+        return broadcast_from_main(self.ranks, lambda: self._inspect(folder)) or self.load(folder)
 
     def _sweep(self) -> list[str]:
         """Remove what kills have left, and set aside what has lost its manifest."""
-        with lost_if_it_fails(f"{self.folder}"):
+        with retryable_io_errors(f"{self.folder}"):
             leftovers = find_leftovers(self.folder)
             bare = [path for path in find_steps(self.folder) if not is_whole(path)]
         stay = list(delete(leftovers))
         gone = [f"removed {path.name}: its {cut} was cut off" for path, cut in leftovers.items() if not path.exists()]
         for path in bare:
-            set_aside(path, REFUSED)
+            quarantine(path, REFUSED)
         return [*gone, *stay, *(f"refused {path}: it has no {MANIFEST}" for path in bare)]
 
     def _inspect(self, folder: Path) -> str | None:
@@ -290,7 +290,7 @@ class Checkpoints:
 
     def load(self, folder: Path) -> str | None:
         """Every rank hashes what the rank of its number wrote, and reads its pieces: at once, if these are the same."""
-        manifest, layout = self._manifest(folder), on_main(self.ranks, lambda: Layout.load(folder))
+        manifest, layout = self._manifest(folder), broadcast_from_main(self.ranks, lambda: Layout.load(folder))
         files = manifest["files"]
         whole = self.snapshot.whole_files(layout, files)
         mine = {name for name in files if _writer(name) % self.ranks.world_size == self.ranks.rank}
@@ -307,20 +307,20 @@ class Checkpoints:
 
     def _manifest(self, folder: Path) -> dict[str, Any]:
         """Read once for all ranks, which then read the same."""
-        return on_main(self.ranks, lambda: read_manifest(folder))
+        return broadcast_from_main(self.ranks, lambda: read_manifest(folder))
 
     def _everywhere(self, look: Callable[[], str | None]) -> str | None:
-        """The flaws that any rank finds. Raises: LostDataError on all ranks if one could not look."""
-        mine: str | LostDataError | None
+        """The flaws that any rank finds. Raises: RetryableError on all ranks if one could not look."""
+        mine: str | RetryableError | None
         try:
             mine = look()
         except (UserError, FileNotFoundError) as error:
             mine = str(error)
-        except LostDataError as error:
+        except RetryableError as error:
             mine = error
         found: list[Any] = [None] * self.ranks.world_size
         dist.all_gather_object(found, mine)
-        for lost in (each for each in found if isinstance(each, LostDataError)):
+        for lost in (each for each in found if isinstance(each, RetryableError)):
             raise lost
         return "; ".join(dict.fromkeys(filter(None, found))) or None
 
@@ -349,11 +349,11 @@ def full_state(folder: Path) -> dict[str, torch.Tensor]:
     return Layout.load(folder).whole(folder, "master")
 
 
-def _unsaved(folder: Path, step: int, error: BaseException) -> UserError | LostDataError:
+def _unsaved(folder: Path, step: int, error: BaseException) -> UserError | RetryableError:
     told = f"{folder}: the checkpoint of step {step} could not be written ({error}); those before it are as they were"
-    if isinstance(error, OSError) and (remedy := REMEDIES.get(error.errno or 0)):
+    if isinstance(error, OSError) and (remedy := OSERROR_REMEDIES.get(error.errno or 0)):
         return UserError(f"{told}; {remedy}, and run the same command again")
-    return LostDataError(told)
+    return RetryableError(told)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:

@@ -20,7 +20,7 @@ import torch
 from model.errors import UserError
 from pipeline.checkpoint.layout import bytes_of
 from pipeline.checkpoint.snapshot import BLOCK_BYTES, THREADS
-from pipeline.errors import LostDataError, lost_if_it_fails
+from pipeline.errors import RetryableError, retryable_io_errors
 from preprocess.atomic import canonical_json, file_sha256
 
 MANIFEST = "manifest.json"
@@ -37,15 +37,15 @@ def folder_name(step: int) -> str:
 def list_steps(folder: Path) -> list[int]:
     """Steps of the published checkpoints, ascending; published means that the manifest is there.
 
-    Raises: LostDataError if the file system fails.
+    Raises: RetryableError if the file system fails.
     """
-    with contextlib.suppress(FileNotFoundError), lost_if_it_fails(f"{folder}"):
+    with contextlib.suppress(FileNotFoundError), retryable_io_errors(f"{folder}"):
         return sorted(int(path.name.removeprefix("step-")) for path in find_steps(folder) if is_whole(path))
     return []
 
 
 def find_steps(folder: Path) -> list[Path]:
-    """Checkpoints by their names. Raises: OSError other than that there is no folder."""
+    """Checkpoint folders by their names. Raises: OSError other than that there is no folder."""
     with contextlib.suppress(FileNotFoundError):
         return [path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name)]
     return []
@@ -61,19 +61,19 @@ def find_leftovers(folder: Path) -> dict[Path, str]:
     return {path: cut for cut, word in (("save", PARTIAL), ("deletion", PRUNED)) for path in folder.glob(f"{word}*")}
 
 
-def set_aside(folder: Path, word: str) -> Path:
+def quarantine(folder: Path, word: str) -> Path:
     """Take a checkpoint out of the way of its successor, and out of what retention counts; where it is then."""
     away = folder.with_name(f"{word}{folder.name}")
-    with lost_if_it_fails(f"{folder}"):
+    with retryable_io_errors(f"{folder}"):
         shutil.rmtree(away, ignore_errors=True)
         folder.rename(away)
     return away
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises: UserError if it is not there, or not as it was written; LostDataError if the file system fails."""
+    """Raises: UserError if it is not there, or not as it was written; RetryableError if the file system fails."""
     try:
-        with lost_if_it_fails(f"{folder}"):
+        with retryable_io_errors(f"{folder}"):
             manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         if manifest.pop("seal") != seal(manifest):
             raise ValueError("its seal does not fit")
@@ -91,7 +91,7 @@ def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or why one could not look; None if all files are as they were written down."""
     try:
         return first_damage(folder, read_manifest(folder)["files"])
-    except (UserError, LostDataError) as error:
+    except (UserError, RetryableError) as error:
         return str(error)
 
 
@@ -100,7 +100,7 @@ def first_damage(
 ) -> str | None:
     """What is wrong with these files, if anything is. Those that `into` has memory for are read into it on the way.
 
-    Raises: LostDataError if the file system fails.
+    Raises: RetryableError if the file system fails.
     """
     memory = into or {}
     with ThreadPoolExecutor(THREADS) as pool:
@@ -110,7 +110,7 @@ def first_damage(
 
 def _damage(path: Path, facts: dict[str, Any], memory: torch.Tensor | None) -> str | None:
     try:
-        with lost_if_it_fails(f"{path}"):
+        with retryable_io_errors(f"{path}"):
             if (size := path.stat().st_size) != facts["bytes"]:
                 return f"{path.name} has {size} bytes, expected {facts['bytes']}"
             if (file_sha256(path) if memory is None else _read_hashed(path, memory)) != facts["sha256"]:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from model.errors import UserError
-from pipeline.errors import lost_if_it_fails
+from pipeline.errors import retryable_io_errors
 from preprocess.atomic import write_json
 
 LAYOUT = "layout.json"
@@ -120,8 +120,8 @@ class Layout:
 
     @classmethod
     def load(cls, folder: Path) -> Layout:
-        """Of a checkpoint whose map was found to be as it was written. Raises: LostDataError."""
-        with lost_if_it_fails(f"{folder}"):
+        """Of a checkpoint whose map was found to be as it was written. Raises: RetryableError."""
+        with retryable_io_errors(f"{folder}"):
             table = json.loads((folder / LAYOUT).read_text())
         files = {file: [Piece(*values) for values in pieces] for file, pieces in table["files"].items()}
         return cls(table["shapes"], table["tied"], files)

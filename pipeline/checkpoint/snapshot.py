@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pipeline.checkpoint.layout import NUMBER_BYTES, Buffer, Layout, Piece, bytes_of, fill, zero_buffers
-from pipeline.errors import lost_if_it_fails
+from pipeline.errors import retryable_io_errors
 from preprocess.atomic import HashingFile, sync
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -88,9 +88,9 @@ class Snapshot:
     def read(self, folder: Path, layout: Layout, but_for: Collection[str]) -> None:
         """Fill the copies from a checkpoint of any number of ranks, without those that these files have filled.
 
-        Raises: UserError if a part is missing; LostDataError if the file system fails.
+        Raises: UserError if a part is missing; RetryableError if the file system fails.
         """
-        with ThreadPoolExecutor(THREADS) as pool, lost_if_it_fails(f"{folder}"):
+        with ThreadPoolExecutor(THREADS) as pool, retryable_io_errors(f"{folder}"):
             tasks = [
                 pool.submit(fill, copy, folder, kind, layout.reads(self.buffers[index].pieces))
                 for (index, kind), copy in self.memory.items()

@@ -25,7 +25,7 @@ from pipeline.data.shard_reader import DamagedShardError, Pixels, ShardReader
 from pipeline.distributed.processes import TELLING_STATES, state_of
 from pipeline.distributed.ranks import Ranks
 from pipeline.distributed.stall_warning import Patience
-from pipeline.errors import LostDataError
+from pipeline.errors import RetryableError
 from pipeline.recipe import Recipe
 from preprocess.prompts import load_tokenizer
 from preprocess.shards.manifest import Manifest
@@ -99,11 +99,11 @@ class MicroBatches(Dataset):
         self.reader, self.plan, self.ranks, self.micro_batch = reader, plan, ranks, micro_batch
         self.per_step = plan.global_batch // (ranks.world_size * micro_batch)
 
-    def __getitem__(self, k: int) -> MicroBatch | DamagedShardError | LostDataError:
+    def __getitem__(self, k: int) -> MicroBatch | DamagedShardError | RetryableError:
         """An error is handed over, not raised: a loading process would bury it under its own traceback."""
         try:
             return self.load(k)
-        except (DamagedShardError, LostDataError) as error:
+        except (DamagedShardError, RetryableError) as error:
             return error
 
     def load(self, k: int) -> MicroBatch:
@@ -172,7 +172,7 @@ class TrainData:
             del loader  # ends its processes, also when an error goes on its way up
 
     def _next(self, loader: Any) -> Any:
-        """Raises: LostDataError if a loading process ends while it hands its tensors over."""
+        """Raises: RetryableError if a loading process ends while it hands its tensors over."""
         try:
             return next(loader)
         except (OSError, EOFError) as error:
@@ -232,7 +232,7 @@ def _outlive_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _unless_lost(item: MicroBatch | DamagedShardError | LostDataError) -> MicroBatch:
+def _unless_lost(item: MicroBatch | DamagedShardError | RetryableError) -> MicroBatch:
     if isinstance(item, Exception):
         raise item
     return item
@@ -248,17 +248,17 @@ def _waiting(rank: int, loader: weakref.ref[Any]) -> str:
     return f"rank {rank} on {socket.gethostname()}: waiting for data{processes}"
 
 
-def loader_died(error: RuntimeError, ranks: Ranks) -> LostDataError | None:
+def loader_died(error: RuntimeError, ranks: Ranks) -> RetryableError | None:
     """What torch raises, wherever the training is, when a loading process ends; None for any other error."""
     if PINNING_DIED in str(error):  # torch's thread met it first
-        return LostDataError(f"rank {ranks.rank} on {socket.gethostname()}: a loading process or its thread ended")
+        return RetryableError(f"rank {ranks.rank} on {socket.gethostname()}: a loading process or its thread ended")
     told = LOADER_DIED.match(str(error))
     return lost_loader(ranks, *told.groups()) if told else None
 
 
-def lost_loader(ranks: Ranks, pid: str, how: str) -> LostDataError:
+def lost_loader(ranks: Ranks, pid: str, how: str) -> RetryableError:
     where = f"rank {ranks.rank} on {socket.gethostname()}"
-    return LostDataError(f"{where}: loading process {pid} {how}; if memory ran out, lower data.workers")
+    return RetryableError(f"{where}: loading process {pid} {how}; if memory ran out, lower data.workers")
 
 
 def loading_bytes(recipe: Recipe) -> int:

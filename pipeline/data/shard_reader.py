@@ -18,11 +18,11 @@ import numpy.typing as npt
 
 from model.errors import UserError
 from pipeline.distributed.stall_warning import Patience
-from pipeline.errors import LostDataError
+from pipeline.errors import RetryableError
 from preprocess.atomic import file_sha256
 from preprocess.rejects import Rejected
 from preprocess.shards.manifest import Manifest, load_index
-from preprocess.shards.sample import Sample, decode_pixels, from_payloads
+from preprocess.shards.sample import Sample, from_payloads, sample_pixels
 
 Pixels = npt.NDArray[np.uint8]
 Stamp = tuple[int, int, int, bool]
@@ -67,7 +67,7 @@ class ShardReader:
         try:
             return load_index(self.folder)
         except OSError as error:
-            raise LostDataError(f"{self.folder}: {socket.gethostname()} cannot read its index ({error})") from error
+            raise RetryableError(f"{self.folder}: {socket.gethostname()} cannot read its index ({error})") from error
 
     @functools.cached_property
     def columns(self) -> dict[str, np.ndarray]:
@@ -77,16 +77,16 @@ class ShardReader:
     def read(self, row: int) -> tuple[Sample, Pixels | None]:
         """A sample and its picture [h, w, 3].
 
-        Raises: DamagedShardError naming shard, key and the remedy; LostDataError if the file system fails.
+        Raises: DamagedShardError naming shard, key and the remedy; RetryableError if the file system fails.
         """
         try:
             tokens, meta, image = self._payloads(row)
             sample = from_payloads(self._key(row), tokens, meta, image or None)
-            return sample, decode_pixels(sample, self.manifest.image["px"]) if image else None
+            return sample, sample_pixels(sample, self.manifest.image["px"]) if image else None
         except (OSError, EOFError, ValueError, KeyError, TypeError, Rejected) as error:
             place = f"{self._path(self.columns['shard'][row])}: sample {self._key(row)} cannot be read"
             if isinstance(error, OSError) and error.errno not in (None, *FOR_PEOPLE):
-                raise LostDataError(f"{place}: the file system of {socket.gethostname()} fails ({error})") from error
+                raise RetryableError(f"{place}: the file system of {socket.gethostname()} fails ({error})") from error
             raise DamagedShardError(
                 f"{place} ({error}); find the damage with `python -m preprocess.shardset verify {self.folder}`, "
                 "delete what it names and build the shards again"

@@ -25,7 +25,7 @@ import torch
 from model.errors import UserError
 from pipeline.demo.processes import Commands, kill_family, ray_head
 from pipeline.demo.report import Results, draw_answers, summary, table
-from pipeline.evaluate import Question, ask, commonest_answers, read_questions, shuffle_pictures
+from pipeline.evaluate import Question, ask, commonest_answers, read_questions, shuffle_images
 from pipeline.generate import load
 from pipeline.metrics.figure import draw as draw_losses
 from pipeline.metrics.history import read_history
@@ -215,7 +215,7 @@ def answer(places: Places, questions: Sequence[Question]) -> dict[str, Sequence[
         "trained": ask(*trained, questions, places.held_out),
         "untrained": ask(*untrained, questions, places.held_out),
         "commonest": commonest_answers(questions),
-        "shuffled": ask(*trained, shuffle_pictures(questions, seed=0), places.held_out),
+        "shuffled": ask(*trained, shuffle_images(questions, seed=0), places.held_out),
     }
 
 

@@ -15,7 +15,7 @@ from pipeline.run.control import Control
 from preprocess.atomic import write_json
 
 
-class Run:
+class RunFolder:
     """One start in a run folder. Every rank has one; only the main rank's writes.
 
     Raises: UserError if the folder cannot be written, or another process trains there.
@@ -60,9 +60,9 @@ class Run:
         elif outcome == "failed":  # refused: the folder is as it was before
             self.starting.unlink(missing_ok=True)
         else:
-            self.not_begun(f"{outcome}: {reason}")
+            self.record_failed_start(f"{outcome}: {reason}")
 
-    def not_begun(self, word: str) -> None:
+    def record_failed_start(self, word: str) -> None:
         """The start ended before its first step. The first rank's word counts: the others' ends come of it."""
         if self.starting.exists() and not self.starting.stat().st_size:
             self.starting.write_text(word + "\n", encoding="utf-8")

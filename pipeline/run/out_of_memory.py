@@ -13,7 +13,7 @@ import torch
 
 from model.errors import UserError, first_line
 from pipeline.distributed.ranks import Ranks
-from pipeline.errors import LostDataError
+from pipeline.errors import RetryableError
 from pipeline.metrics.history import has_stepped_with
 from pipeline.recipe import Recipe
 
@@ -23,16 +23,16 @@ def memory_settings(recipe: Recipe) -> dict[str, Any]:
     return {"micro_batch": recipe.optim.micro_batch, "workers": recipe.data.workers, **asdict(recipe.engine)}
 
 
-def no_room(recipe: Recipe, ranks: Ranks, told: str, remedy: str) -> UserError | LostDataError:
+def out_of_memory_error(recipe: Recipe, ranks: Ranks, told: str, remedy: str) -> UserError | RetryableError:
     """What to raise: to be tried again, elsewhere perhaps, if this run has done a step with these very settings."""
     if has_stepped_with(Path(recipe.run.dir), ranks.world_size, memory_settings(recipe)):
-        return LostDataError(f"{told}; steps of this run have had room: does something else use this node?")
+        return RetryableError(f"{told}; steps of this run have had room: does something else use this node?")
     return UserError(f"{told}; {remedy}")
 
 
 @contextmanager
-def memory_explained(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
-    """In place of CUDA's error, what to do about it. Raises: what `no_room` makes."""
+def explain_out_of_memory(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
+    """In place of CUDA's error, what to do about it. Raises: what `out_of_memory_error` makes."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -41,4 +41,4 @@ def memory_explained(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
             "engine.keep_layers or engine.memory_gib, if they are set"
         )
         told = f"rank {ranks.rank} on {socket.gethostname()}: {first_line(error)}"
-        raise no_room(recipe, ranks, told, remedy) from None
+        raise out_of_memory_error(recipe, ranks, told, remedy) from None

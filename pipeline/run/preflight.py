@@ -37,7 +37,7 @@ from pipeline.flops import CHECKPOINT_BYTES, STATE_BYTES, count_parameters
 from pipeline.initial_model import llm_source, tower_source
 from pipeline.prefetch import language_model
 from pipeline.recipe import Recipe
-from pipeline.run.out_of_memory import no_room
+from pipeline.run.out_of_memory import out_of_memory_error
 from pipeline.run.watchdog import EXIT_LOST
 from preprocess.atomic import file_sha256
 from preprocess.shards.manifest import INDEX, Manifest
@@ -55,7 +55,7 @@ NAMED = 3  # bad shards, in a line that counts them all
 def preflight(recipe: Recipe, ranks: Ranks) -> list[str]:
     """Check everything; what is worth telling. Every rank must call it.
 
-    Raises: UserError on all ranks, with all problems; LostDataError if none of them is the user's.
+    Raises: UserError on all ranks, with all problems; RetryableError if none of them is the user's.
     """
     checks: list[Callable[[Recipe, Ranks], str]] = [check_ranks, check_kernels, check_memory]
     if ranks.local_rank == 0:
@@ -123,7 +123,7 @@ def check_memory(recipe: Recipe, ranks: Ranks) -> str:
             f"rank {ranks.rank} on {socket.gethostname()}: GPU has {free / GIB:.1f} of {whole / GIB:.1f} GiB free, "
             f"the states alone need {needed / GIB:.1f}"
         )
-        raise no_room(recipe, ranks, told, "free the GPU or use more ranks")
+        raise out_of_memory_error(recipe, ranks, told, "free the GPU or use more ranks")
     return f"states {needed / GIB:.1f} GiB of {free / GIB:.1f} GiB free"
 
 
@@ -136,7 +136,7 @@ def check_shared_memory(recipe: Recipe, ranks: Ranks) -> str:
             f"{socket.gethostname()}: {SHARED_MEMORY} has {free / GIB:.2f} GiB free, loading needs {needed / GIB:.2f}"
         )
         remedy = "give the container more (docker --shm-size), or lower data.workers"
-        raise no_room(recipe, ranks, told, remedy)
+        raise out_of_memory_error(recipe, ranks, told, remedy)
     return ""
 
 
@@ -153,7 +153,7 @@ def check_batch(recipe: Recipe, ranks: Ranks) -> str:
 
 def check_shards(recipe: Recipe, ranks: Ranks) -> str:
     with explaining(recipe.data.shards):
-        return look_at_shards(recipe)
+        return inspect_shards(recipe)
 
 
 def check_heldout(recipe: Recipe, ranks: Ranks) -> str:
@@ -162,12 +162,12 @@ def check_heldout(recipe: Recipe, ranks: Ranks) -> str:
     heldout = replace(recipe, data=replace(recipe.data, shards=recipe.evaluate.shards))
     try:
         with explaining(heldout.data.shards):
-            return f"held out: {look_at_shards(heldout)}"
+            return f"held out: {inspect_shards(heldout)}"
     except UserError as error:
         raise UserError(str(error).replace("data.shards", "evaluate.shards", 1)) from None
 
 
-def look_at_shards(recipe: Recipe) -> str:
+def inspect_shards(recipe: Recipe) -> str:
     """They fit the model, every file has its size, and as many as there is time for have their hash."""
     folder = recipe.data.shards
     manifest = Manifest.load(folder)

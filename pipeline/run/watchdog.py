@@ -30,7 +30,7 @@ from pipeline.distributed.processes import TELLING_STATES, state_of
 from pipeline.distributed.ranks import Ranks
 from pipeline.metrics.logger import append_event
 from pipeline.recipe import Recipe
-from pipeline.run.folder import Run
+from pipeline.run.folder import RunFolder
 
 EXIT_LOST = 4  # try again: neither the recipe nor the data is to blame
 FIRST_STEPS = 8  # whose compilation and warming up may take long
@@ -54,7 +54,7 @@ class Watchdog:
     `step_done` sets the time for the next step; `during` gives something else than a step the time that it may take.
     """
 
-    def __init__(self, run: Run, ranks: Ranks):
+    def __init__(self, run: RunFolder, ranks: Ranks):
         self.run, self.ranks, self.options = run, ranks, run.recipe.watchdog
         self.step, self.seconds = 0, deque[float](maxlen=REMEMBERED)
         self.lived = 0.0  # seconds, without those for which the job was suspended

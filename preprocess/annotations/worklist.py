@@ -18,7 +18,7 @@ from model.errors import UserError
 from preprocess.annotations.dialogue import Dialogue, row_id, to_dialogue
 from preprocess.annotations.mix import Mix, Source
 from preprocess.annotations.reader import read_rows
-from preprocess.images.store import PictureStore
+from preprocess.images.store import ImageStore
 from preprocess.rejects import Reject, RejectCounts, Rejected
 from preprocess.remote_path import Place
 
@@ -123,7 +123,7 @@ def to_line(dialogue: Dialogue) -> bytes:
     return json.dumps(line, separators=(",", ":")).encode() + b"\n"
 
 
-def refuse_hopeless_work(work: Worklist, store: PictureStore, max_reject_ratio: float) -> None:
+def check_feasible(work: Worklist, store: ImageStore, max_reject_ratio: float) -> None:
     """Raises: UserError if there are no rows, or missing folders would cost more of them than may be lost."""
     if not work.rows.total():
         raise UserError("the mix's annotation files have no rows: there is nothing to build")

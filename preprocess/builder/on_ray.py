@@ -20,7 +20,7 @@ from ray.util.metrics import Gauge
 
 from model.errors import UserError, first_line
 from preprocess.builder.sigterm import sigterm_kept
-from preprocess.builder.task import ShardTask, build_shard, last_crumb
+from preprocess.builder.task import ShardTask, build_shard, read_last_seen
 from preprocess.progress import Progress
 
 RETRIES = 3  # of a shard whose process died, or could not read or write
@@ -71,7 +71,7 @@ def _explained(error: Exception, task: ShardTask) -> Exception:
     if isinstance(error, OutOfMemoryError):
         advice = "the machine's memory is full: give fewer --workers"
     return UserError(
-        f"{task.name}: its process died {RETRIES + 1} times, the last time at {last_crumb(task)} "
+        f"{task.name}: its process died {RETRIES + 1} times, the last time at {read_last_seen(task)} "
         f"({first_line(error)}); {advice}; what is finished is kept"
     )
 

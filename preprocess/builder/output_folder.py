@@ -15,7 +15,7 @@ from typing import Any
 from model.errors import UserError
 from preprocess.atomic import file_sha256, sync_folder
 from preprocess.builder.task import Done, ShardTask, same_pictures
-from preprocess.images.store import PictureStore
+from preprocess.images.store import ImageStore
 from preprocess.shards.manifest import INDEX, MANIFEST, PROGRESS, REJECTS, TOKENIZER, WORK, Manifest
 
 DIALOGUES, EARLY_REJECTS = "dialogues.jsonl", "rejects.jsonl"  # in the folder of work: what the worklist became
@@ -44,11 +44,11 @@ def _fits(task: ShardTask, sidecar: dict[str, Any]) -> bool:
     size = task.tar.stat().st_size if sidecar["samples"] else 0
     if sidecar["spec_sha256"] != task.spec_sha256 or size != sidecar["bytes"]:
         return False
-    store = PictureStore(task.root, task.archives)
+    store = ImageStore(task.root, task.archives)
     return all(store.stamp(picture) == stamp for picture, stamp in sidecar["rejected_pictures"].items())
 
 
-def standing_manifest(out: Path, spec_sha256: str) -> Manifest | None:
+def reusable_manifest(out: Path, spec_sha256: str) -> Manifest | None:
     """The manifest of an earlier build of the same work, if what was written with it still stands."""
     try:
         manifest = Manifest.load(out)
@@ -60,7 +60,7 @@ def standing_manifest(out: Path, spec_sha256: str) -> Manifest | None:
 
 
 @contextlib.contextmanager
-def only_builder_of(out: Path) -> Iterator[None]:
+def build_lock(out: Path) -> Iterator[None]:
     """Raises: UserError if another process builds into the folder. The lock ends with its process."""
     (out / WORK).mkdir(parents=True, exist_ok=True)
     with (out / WORK / "lock").open("w") as lock:
@@ -74,7 +74,7 @@ def only_builder_of(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def io_errors_explained(out: Path) -> Iterator[None]:
+def user_oserrors(out: Path) -> Iterator[None]:
     """Turns what is the user's business, the disk full or closed to us, into a UserError; Ray hides it in `cause`."""
     try:
         yield
@@ -101,7 +101,7 @@ def refuse_foreign_files(out: Path) -> None:
         )
 
 
-def withdraw_manifest(out: Path) -> None:
+def remove_manifest(out: Path) -> None:
     """From here on this is an unfinished set, also after a loss of power."""
     (out / MANIFEST).unlink(missing_ok=True)
     sync_folder(out)
@@ -114,14 +114,14 @@ def sweep(out: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def clear_scaffold(out: Path) -> None:
+def remove_work_files(out: Path) -> None:
     """What only an unfinished set has."""
     sweep(out)
     for path in (out / PROGRESS, out / WORK / DIALOGUES, out / WORK / EARLY_REJECTS):
         path.unlink(missing_ok=True)
 
 
-def remove_strangers(out: Path, tasks: Sequence[ShardTask]) -> None:
+def remove_orphans(out: Path, tasks: Sequence[ShardTask]) -> None:
     """Removes shards that are not, or no longer, part of the set. Files that no build writes are left alone."""
     ours = {path for task in tasks for path in (task.tar, task.sidecar)}
     for path in out.glob("shard-*"):

@@ -11,7 +11,7 @@ from model.config import EmmaConfig, preset
 from model.errors import UserError
 from preprocess.annotations.mix import Mix, load_mix
 from preprocess.builder.task import Settings
-from preprocess.images.store import PictureStore
+from preprocess.images.store import ImageStore
 from preprocess.prompts import Tokenizer, load_tokenizer
 from preprocess.remote_path import Place
 
@@ -94,7 +94,7 @@ def _check_root(mix: Mix, root: Place) -> None:
 
 
 def _missing(mix: Mix, root: Place) -> Iterator[str]:
-    store = PictureStore(root, mix.archives)
+    store = ImageStore(root, mix.archives)
     for source in mix.sources:
         if not (root / source.annotations).is_file():
             yield f"source {source.name!r}: annotation file {root / source.annotations} is missing"

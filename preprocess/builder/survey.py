@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from preprocess.annotations.mix import Mix
 from preprocess.annotations.worklist import Worklist
 from preprocess.images import codec
-from preprocess.images.store import PictureStore
+from preprocess.images.store import ImageStore
 from preprocess.rejects import Rejected, by_source
 
 LEAST_PICTURES, MOST_FOLDERS = 50, 12  # of each source; less than twice as many pictures are looked at
@@ -42,7 +42,7 @@ class Survey:
             if dialogue["picture"] is not None:
                 self.pictures[dialogue["source"]].offer(dialogue["picture"])
 
-    def report(self, mix: Mix, work: Worklist, store: PictureStore) -> Iterator[str]:
+    def report(self, mix: Mix, work: Worklist, store: ImageStore) -> Iterator[str]:
         """Lines for people; nothing is raised for what is missing."""
         rejects = by_source(work.rejects)
         for source in mix.sources:
@@ -56,7 +56,7 @@ class Survey:
             yield from _looked_at(self.pictures[name].taken, store)
 
 
-def _looked_at(pictures: Sequence[str], store: PictureStore) -> Iterator[str]:
+def _looked_at(pictures: Sequence[str], store: ImageStore) -> Iterator[str]:
     reasons: dict[str, list[str]] = {}
     for picture in pictures:
         try:

@@ -19,8 +19,8 @@ from preprocess import prompts
 from preprocess.annotations.worklist import Range, reject
 from preprocess.atomic import canonical_json, publish, sync_folder
 from preprocess.images import codec
-from preprocess.images.cache import RecentPictures
-from preprocess.images.store import PictureStore, digest
+from preprocess.images.cache import ImageCache
+from preprocess.images.store import ImageStore, digest
 from preprocess.rejects import Reject, Rejected
 from preprocess.remote_path import Place
 from preprocess.shards.sample import Sample
@@ -83,7 +83,7 @@ def build_shard(task: ShardTask) -> Done:
 
     Raises: OSError if reading or writing failed; bad rows never raise.
     """
-    store = PictureStore(task.root, task.archives)
+    store = ImageStore(task.root, task.archives)
     maker = _SampleMaker(task.settings, store, _tokenizer(str(task.tokenizer), task.settings.tokenizer_sha256))
     if task.sidecar.exists():
         task.sidecar.unlink()
@@ -107,7 +107,7 @@ def build_shard(task: ShardTask) -> Done:
 
 def same_pictures(task: ShardTask, sidecar: dict[str, Any]) -> bool:
     """Whether every picture in the shard is as large as when it was built. Asks the file system for each."""
-    store = PictureStore(task.root, task.archives)
+    store = ImageStore(task.root, task.archives)
     rejected = {(entry["source"], entry["row"]) for entry in sidecar["rejects"]}
     dialogues = _read_range(task.dialogues, task.range)
     pictures = {one["picture"] for one in dialogues if (one["source"], one["row"]) not in rejected} - {None}
@@ -131,12 +131,12 @@ def _read_range(path: Path, part: Range) -> Iterator[dict[str, Any]]:
     return (json.loads(line) for line in data.splitlines())
 
 
-def _leave_crumb(crumb: int, dialogue: dict[str, Any]) -> None:
+def _record_last_seen(crumb: int, dialogue: dict[str, Any]) -> None:
     place = f"row {dialogue['row']} of {dialogue['source']}, picture {dialogue['picture']}"
     os.pwrite(crumb, place.encode()[:CRUMB_BYTES].ljust(CRUMB_BYTES), 0)
 
 
-def last_crumb(task: ShardTask) -> str:
+def read_last_seen(task: ShardTask) -> str:
     try:
         return task.crumb.read_text(errors="replace").strip() or "its first row"
     except OSError:
@@ -153,16 +153,16 @@ def _tokenizer(path: str, sha256: str) -> prompts.Tokenizer:
 class _SampleMaker:
     """Dialogues -> samples, keeping account of those that are rejected."""
 
-    def __init__(self, settings: Settings, store: PictureStore, tokenizer: prompts.Tokenizer) -> None:
+    def __init__(self, settings: Settings, store: ImageStore, tokenizer: prompts.Tokenizer) -> None:
         self.settings, self.store, self.tokenizer = settings, store, tokenizer
         self.rejects: list[Reject] = []
         self.rejected_pictures: dict[str, str] = {}  # stamps of what was read, not of what may have come since
         self.sizes: dict[str, int] = {}
-        self.recent = RecentPictures()
+        self.recent = ImageCache()
 
     def samples(self, dialogues: Iterator[dict[str, Any]], first: int, crumb: int) -> Iterator[Sample]:
         for number, (dialogue, encoded) in enumerate(self._encoded(dialogues, crumb), first):
-            _leave_crumb(crumb, dialogue)
+            _record_last_seen(crumb, dialogue)
             try:
                 yield self._sample(f"{number:09d}", dialogue, encoded)
             except Rejected as error:
@@ -176,7 +176,7 @@ class _SampleMaker:
             yield from zip(block, [self._encode(dialogue, crumb) for dialogue in block], strict=True)
 
     def _encode(self, dialogue: dict[str, Any], crumb: int) -> prompts.Encoded:
-        _leave_crumb(crumb, dialogue)
+        _record_last_seen(crumb, dialogue)
         template, most = self.settings.template, self.settings.max_text_tokens
         return prompts.encode_dialogue(dialogue["conversations"], template, self.tokenizer, most)
 
@@ -204,7 +204,7 @@ class _SampleMaker:
         data = None
         try:
             data = self.store.read(path)
-            stored = codec.stored_picture(data, self.settings.image_px, self.settings.encoding)
+            stored = codec.encode_stored_image(data, self.settings.image_px, self.settings.encoding)
         except Rejected as error:
             self.rejected_pictures[path] = error.reason if data is None else digest(data)
             detail = f"{path}: {error.detail}" if error.detail else path

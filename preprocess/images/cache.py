@@ -13,7 +13,7 @@ Stored = tuple[bytes, str]
 Refused = tuple[str, str]  # not the exception: its traceback would keep, in a cycle, whoever raised it
 
 
-class RecentPictures:
+class ImageCache:
     """The last RECENT_BYTES of stored pictures and of rejections; the latest one is kept at any size."""
 
     def __init__(self) -> None:

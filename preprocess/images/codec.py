@@ -168,23 +168,23 @@ def made_with() -> str:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("pillow", "torch"))
 
 
-def stored_picture(data: bytes, image_px: int, encoding: str) -> tuple[bytes, str]:
+def encode_stored_image(data: bytes, image_px: int, encoding: str) -> tuple[bytes, str]:
     """What a shard keeps of a picture file, and the name of its format. Raises: Rejected."""
     pixels = decode_rgb(data, MAX_WORKER_PIXELS)
     if encoding == "original":
         return data, sniff(data)
     if encoding == "raw":
-        return encode_raw(squash(pixels, image_px)), "pixels.npy"
-    return encode_jpeg(squash(pixels, image_px)), "jpg"
+        return encode_raw(resize_to_square(pixels, image_px)), "pixels.npy"
+    return encode_jpeg(resize_to_square(pixels, image_px)), "jpg"
 
 
-def read_pixels(path: Path, image_px: int) -> Pixels:
+def read_image_file(path: Path, image_px: int) -> Pixels:
     """uint8 [h, w, 3] of a picture file, as a model that was trained on a set of JPEGs saw its own.
 
     Raises: UserError if the file is no picture.
     """
     try:
-        return decode_rgb(encode_jpeg(squash(decode_rgb(path.read_bytes()), image_px)))
+        return decode_rgb(encode_jpeg(resize_to_square(decode_rgb(path.read_bytes()), image_px)))
     except OSError as error:
         raise UserError(f"picture {path} cannot be read: {error.strerror}") from None
     except Rejected as error:
@@ -192,14 +192,14 @@ def read_pixels(path: Path, image_px: int) -> Pixels:
 
 
 def stored_pixels(data: bytes, image_px: int | None = None) -> Pixels:
-    """uint8 [h, w, 3] of what `stored_picture` returned; originals need `image_px`, to be squashed."""
+    """uint8 [h, w, 3] of what `encode_stored_image` returned; originals need `image_px`, to be squashed."""
     if data[:6] == b"\x93NUMPY":
         return np.load(io.BytesIO(data), allow_pickle=False)
     pixels = decode_rgb(data)
-    return pixels if image_px is None else squash(pixels, image_px)
+    return pixels if image_px is None else resize_to_square(pixels, image_px)
 
 
-def squash(pixels: Pixels, image_px: int) -> Pixels:
+def resize_to_square(pixels: Pixels, image_px: int) -> Pixels:
     """[h, w, 3] -> [image_px, image_px, 3]; the aspect ratio is not kept."""
     import torch  # here: half a gigabyte that only those who make pictures need
     from torch.nn.functional import interpolate

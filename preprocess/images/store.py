@@ -33,7 +33,7 @@ _NOT_A_FILE_NAME = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
-class PictureStore:
+class ImageStore:
     """Reads pictures by their path under the root. Archives stay open, one handle per process."""
 
     def __init__(self, root: Place, archives: Mapping[str, str]) -> None:

@@ -21,7 +21,7 @@ from preprocess.images.codec import encode_jpeg
 from preprocess.prompts import Tokenizer
 from preprocess.rejects import REASONS, Reject, Rejected, read_rejects
 from preprocess.shards.manifest import REJECTS, TOKENIZER, Manifest, load_index
-from preprocess.shards.sample import Sample, decode_pixels, from_payloads
+from preprocess.shards.sample import Sample, from_payloads, sample_pixels
 
 PAGE = Path(__file__).with_name("preview.html")
 MOST_REJECTS = 500
@@ -129,7 +129,7 @@ def _card(sample: Sample, tokenizer: Tokenizer, image_px: int) -> str:
 
 
 def _data_uri(sample: Sample, image_px: int) -> str:
-    jpeg = encode_jpeg(decode_pixels(sample, image_px))
+    jpeg = encode_jpeg(sample_pixels(sample, image_px))
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 

@@ -21,7 +21,7 @@ from preprocess.atomic import file_sha256
 from preprocess.prompts import Tokenizer
 from preprocess.rejects import REASONS, Rejected
 from preprocess.shards.manifest import INDEX, MANIFEST, REJECTS, TOKENIZER, WORK, Manifest, load_index
-from preprocess.shards.sample import META, TOKENS, Sample, decode_pixels, from_fields
+from preprocess.shards.sample import META, TOKENS, Sample, from_fields, sample_pixels
 from preprocess.shards.writer import read_fields
 
 REMEDY = "delete what is named and run build_shards.py with the same arguments again: only that is built anew"
@@ -177,7 +177,7 @@ def _within_limits(sample: Sample, manifest: Manifest) -> Iterator[str]:
         yield f"spans {sample.spans} are not increasing ranges within {count} tokens"
     if sample.image is not None:
         px = manifest.image["px"]
-        shape = decode_pixels(sample, px if manifest.image["encoding"] == "original" else None).shape
+        shape = sample_pixels(sample, px if manifest.image["encoding"] == "original" else None).shape
         if shape != (px, px, 3):
             yield f"the picture is {shape}, expected {(px, px, 3)}"
 

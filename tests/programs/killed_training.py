@@ -17,7 +17,7 @@ import pipeline.checkpoint.checkpointer
 import pipeline.checkpoint.folder
 import pipeline.checkpoint.snapshot
 from pipeline import train
-from pipeline.checkpoint.checkpointer import Checkpoints
+from pipeline.checkpoint.checkpointer import Checkpointer
 from pipeline.engine import init_distributed  # noqa: F401  (imported before the fork)
 from pipeline.run.watchdog import EXIT_LOST
 
@@ -29,7 +29,7 @@ class Stages:
 
     @staticmethod
     def snapshot_taken():
-        before(Checkpoints, "_write", lambda *_: True)
+        before(Checkpointer, "_write", lambda *_: True)
 
     @staticmethod
     def half_written():
@@ -37,7 +37,7 @@ class Stages:
 
     @staticmethod
     def written():
-        before(Checkpoints, "_publish", lambda *_: True)
+        before(Checkpointer, "_publish", lambda *_: True)
 
     @staticmethod
     def manifest_written():
@@ -99,7 +99,7 @@ def before(owner, name, is_it):
 
 
 def count_saves():
-    save = Checkpoints.save
+    save = Checkpointer.save
 
     def counted(self, step):
         global saves
@@ -107,7 +107,7 @@ def count_saves():
         saves += 1
         return save(self, step)
 
-    setattr(Checkpoints, "save", counted)  # noqa: B010 (the type checker minds the other way)
+    setattr(Checkpointer, "save", counted)  # noqa: B010 (the type checker minds the other way)
 
 
 def live(stage, words):

@@ -23,13 +23,13 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_g
 
 from pipeline import step
 from pipeline.checkpoint import snapshot
-from pipeline.checkpoint.checkpointer import Checkpoints
+from pipeline.checkpoint.checkpointer import Checkpointer
 from pipeline.checkpoint.probe import Probe
 from pipeline.data.loader import TrainData
 from pipeline.distributed.ranks import find_ranks
 from pipeline.engine import build_engine, init_distributed, learning_rate
 from pipeline.recipe import load_recipe
-from pipeline.run.folder import Run
+from pipeline.run.folder import RunFolder
 from pipeline.train import _identity, build_model
 
 row_losses = step.row_losses
@@ -45,10 +45,10 @@ def main() -> None:
     ranks = find_ranks(recipe.engine.device)
     init_distributed(ranks)
     data = TrainData(recipe, ranks)
-    emma, towers, _ = build_model(Run(recipe, ranks), ranks)
+    emma, towers, _ = build_model(RunFolder(recipe, ranks), ranks)
     engine = build_engine(emma, recipe, ranks)
     probe = Probe(engine, towers, recipe, ranks, data)
-    checkpoints = Checkpoints(recipe, ranks, _identity(recipe, data), engine, probe)
+    checkpoints = Checkpointer(recipe, ranks, _identity(recipe, data), engine, probe)
     first, notes = checkpoints.resume()
     disk = hold_up_the_disk() if ours["disk"] == "slow" else None
     untrained = None if first else checkpoints.snapshot.take()
@@ -125,7 +125,7 @@ def hold_up_the_disk() -> threading.Event:
     return free
 
 
-def write_after_the_others(checkpoints: Checkpoints, room: int):
+def write_after_the_others(checkpoints: Checkpointer, room: int):
     """This rank writes when the others have taken some of the room for all."""
     write, until = checkpoints._write, time.monotonic() + HELD_S
 
