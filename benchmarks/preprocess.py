@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.photographs import write_rows
-from model.config import preset
+from model.config import IGNORE_INDEX, preset
 from preprocess import build_shards
 from preprocess.builder.task import TEXTS_AT_ONCE
 from preprocess.images import codec
@@ -107,7 +107,7 @@ def everyday_tokens(tokenizer: Any, conversations: Iterable[Mapping[str, str]]) 
         text = turn["value"].replace("<image>", "").strip()
         new = tokenizer(f"In: {text}\nOut: " if human else f"{text}{tokenizer.eos_token}").input_ids
         ids += new
-        labels += [-100] * len(new) if human else new
+        labels += [IGNORE_INDEX] * len(new) if human else new
     return ids, labels
 
 

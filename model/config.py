@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TOKENIZER = "EleutherAI/gpt-neox-20b"
+EOS_ID, PAD_ID = 0, 1  # in TOKENIZER
+IGNORE_INDEX = -100  # target of positions that carry no loss; same value as in transformers
 
 MambaKind = Literal["mamba1", "mamba2"]
 PUBLISHED_D_STATE: dict[str, int] = {"mamba1": 16, "mamba2": 128}

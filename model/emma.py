@@ -8,13 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from model.alignment import Alignment
-from model.config import EmmaConfig
+from model.config import IGNORE_INDEX, EmmaConfig
 from model.language_model import MambaLM
 from model.mamba import Cache, Mixer
 from model.projector import Projector
 from model.text_loss import token_nll
-
-UNSUPERVISED = -100
 
 
 class Losses(NamedTuple):
@@ -22,9 +20,7 @@ class Losses(NamedTuple):
 
     text_nll: Tensor  # [b] fp32, -log p summed over the row's supervised tokens
     text_tokens: Tensor  # [b] how many those are
-    align_error: (
-        Tensor | None
-    )  # [b] fp32, squared error averaged over patches and values; None without picture or alignment
+    align_error: Tensor | None  # [b] fp32, mean squared error of the image; None without image or alignment
 
 
 class Emma(nn.Module):
@@ -42,8 +38,9 @@ class Emma(nn.Module):
     ) -> Losses:
         """Training losses of one micro-batch, all of whose rows have a picture, or none.
 
-        Shapes: tokens and targets [b, t]; features [b, n, v]; align_target [b, n, p]. Where targets[i, j] is not -100,
-        it is the token at j, predicted from the position before it: the last patch predicts the text's first token.
+        Shapes: tokens and targets [b, t]; features [b, n, v]; align_target [b, n, p]. Unless it is IGNORE_INDEX,
+        targets[i, j] is the token at j, predicted from the position before it: the last patch predicts the text's
+        first token.
         """
         visual, text = self.embed(tokens, features)
         num_visual = visual.shape[1]
@@ -82,7 +79,7 @@ class Emma(nn.Module):
     def _text_loss(self, predicting: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Per-row sums; the head sees supervised positions only, since its logits are the largest tensors of all."""
         targets = targets[:, targets.shape[1] - predicting.shape[1] :]  # text alone: nothing predicts its first token
-        supervised = targets != UNSUPERVISED
+        supervised = targets != IGNORE_INDEX
         logits = self.llm.head(predicting[supervised])  # [supervised tokens, vocab]
         nll = torch.zeros(targets.shape, device=targets.device)
         nll[supervised] = token_nll(logits, targets[supervised])

@@ -12,10 +12,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.config import MambaConfig
+from model.config import EOS_ID, PAD_ID, MambaConfig
 from model.tensors import writing
 
-EOS_ID, PAD_ID = 0, 1
 OURS, THEIRS = "backbone.embedding.", "backbone.embeddings."
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from model.config import IGNORE_INDEX
 from model.emma import Emma
 from model.errors import UserError
 from model.kernels.dispatch import kernel_report
@@ -165,7 +166,7 @@ def imagined_batch(recipe: Recipe, size: int, text_tokens: int, world_size: int)
     config = recipe.config
     tokens = torch.randint(2, config.llm.vocab_size, (size, text_tokens))
     targets = tokens.clone()
-    targets[:, : text_tokens - int(text_tokens * SUPERVISED_SHARE)] = -100
+    targets[:, : text_tokens - int(text_tokens * SUPERVISED_SHARE)] = IGNORE_INDEX
     pixels = torch.randint(0, 256, (size, 3, config.vision.image_px, config.vision.image_px), dtype=torch.uint8)
     micro_batch = MicroBatch(tokens, targets, pixels, torch.ones(size, dtype=torch.bool))
     samples = size * world_size

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.alignment import align_target
-from model.config import PRESETS, EmmaConfig, preset
-from model.emma import UNSUPERVISED, Emma
+from model.config import IGNORE_INDEX, PRESETS, EmmaConfig, preset
+from model.emma import Emma
 from model.vision import Towers
 
 TINY = [name for name in PRESETS if name.startswith("tiny_")]
@@ -23,7 +23,7 @@ def text(length: int = 21) -> tuple[Tensor, Tensor]:
     """Two dialogues with several answers; the second has a shorter one, so the counts differ."""
     tokens = torch.randint(0, 1024, (2, length), generator=torch.Generator().manual_seed(length))
     targets = tokens.clone()
-    targets[:, :5] = targets[0, 9:12] = targets[1, 15:] = UNSUPERVISED
+    targets[:, :5] = targets[0, 9:12] = targets[1, 15:] = IGNORE_INDEX
     return tokens, targets
 
 
@@ -63,7 +63,7 @@ def test_text_losses_are_sums_of_the_next_tokens_log_likelihood(with_picture: bo
     log_p = full_logits(emma, tokens, features).log_softmax(-1)
     offset = 49 if with_picture else 0
     for row in range(2):
-        scored = [j for j in range(21) if targets[row, j] != UNSUPERVISED and offset + j > 0]
+        scored = [j for j in range(21) if targets[row, j] != IGNORE_INDEX and offset + j > 0]
         expected = -sum(log_p[row, offset + j - 1, tokens[row, j]] for j in scored)
         assert losses.text_tokens[row] == len(scored)
         torch.testing.assert_close(losses.text_nll[row], expected, rtol=1e-5, atol=1e-4)
@@ -84,7 +84,7 @@ def test_losses_of_a_row_do_not_depend_on_the_rows_beside_it() -> None:
 def test_right_padding_changes_no_loss() -> None:
     emma, (tokens, targets) = seeded("tiny_v2"), text()
     features, target = picture(emma.config)
-    padded, padded_targets = F.pad(tokens, (0, 13), value=1), F.pad(targets, (0, 13), value=UNSUPERVISED)
+    padded, padded_targets = F.pad(tokens, (0, 13), value=1), F.pad(targets, (0, 13), value=IGNORE_INDEX)
     for found, expected in zip(
         emma(padded, padded_targets, features, target), emma(tokens, targets, features, target), strict=True
     ):
@@ -93,7 +93,7 @@ def test_right_padding_changes_no_loss() -> None:
 
 def test_a_row_without_supervised_tokens_counts_nothing_and_gives_no_nan() -> None:
     emma, (tokens, targets) = seeded("tiny_v2"), text()
-    losses = emma(tokens, torch.full_like(targets, UNSUPERVISED))
+    losses = emma(tokens, torch.full_like(targets, IGNORE_INDEX))
     losses.text_nll.sum().backward()
     assert losses.text_nll.tolist() == [0, 0] and losses.text_tokens.tolist() == [0, 0]
     assert all(p.grad is None or not p.grad.any() for p in emma.parameters())
@@ -177,7 +177,7 @@ def test_a_tiny_model_learns_eight_samples_by_heart_and_its_towers_stand_still(n
     features = towers(pixels)
     target = align_target(emma.config, towers, pixels, features).values
     tokens = torch.randint(2, 1024, (8, 6)) * torch.tensor([0, 0, 0, 1, 1, 1])  # one prompt: the picture must tell
-    targets = tokens.where(tokens > 0, UNSUPERVISED)
+    targets = tokens.where(tokens > 0, IGNORE_INDEX)
     optimizer = torch.optim.AdamW(emma.parameters(), lr=3e-3)
     history = []
     for _ in range(40):

@@ -12,8 +12,9 @@ import pytest
 import torch
 import webdataset
 
+from model.config import IGNORE_INDEX, PAD_ID
 from model.errors import UserError
-from pipeline.data.loader import IGNORED, PAD_ID, TrainData, loader_died
+from pipeline.data.loader import TrainData, loader_died
 from pipeline.data.shard_reader import DamagedShardError, ShardReader
 from pipeline.distributed.ranks import Ranks
 from pipeline.recipe import load_recipe
@@ -39,8 +40,8 @@ def rows_of(data, steps):
     for batch, _ in zip(data.from_step(0), range(steps), strict=False):
         for micro in batch.micro_batches:
             for i in torch.nonzero(micro.real).flatten():
-                tokens = micro.tokens[i][: 1 + int((micro.targets[i] != IGNORED).nonzero().max())]
-                supervised = micro.targets[i][micro.targets[i] != IGNORED]
+                tokens = micro.tokens[i][: 1 + int((micro.targets[i] != IGNORE_INDEX).nonzero().max())]
+                supervised = micro.targets[i][micro.targets[i] != IGNORE_INDEX]
                 pixels = b"" if micro.pixels is None else micro.pixels[i].numpy().tobytes()
                 rows.append((tuple(tokens.tolist()), tuple(supervised.tolist()), pixels))
     return rows
@@ -101,7 +102,7 @@ def test_targets_are_the_supervised_tokens_in_place_and_padding_is_on_the_right(
     for batch in data.from_step(0):
         supervised = 0
         for micro in batch.micro_batches:
-            where = micro.targets != IGNORED
+            where = micro.targets != IGNORE_INDEX
             assert (micro.targets[where] == micro.tokens[where]).all()
             assert not where[~micro.real].any()
             padded = (micro.tokens == PAD_ID).int()

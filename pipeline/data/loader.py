@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from model.config import IGNORE_INDEX, PAD_ID
 from model.errors import UserError
 from pipeline.data.by_source import BySource, Sources
 from pipeline.data.plan import FILLER, Ids, Plan, rank_slices
@@ -31,8 +32,6 @@ from preprocess.prompts import load_tokenizer
 from preprocess.shards.manifest import Manifest
 from preprocess.shards.sample import Sample
 
-IGNORED = -100  # the target of a position that is not supervised
-PAD_ID = 1
 PREFETCHED = 4  # micro-batches that each loading process keeps ready
 HANGS_UP_S = 5.0  # at most, from a lost connection to the end of the process that it led to
 LOADER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) ([^.]+)")  # torch's RuntimeError
@@ -44,7 +43,7 @@ class MicroBatch:
     """What one rank sees in one forward pass. Rows whose `real` is False are filler and count for nothing."""
 
     tokens: torch.Tensor  # [b, t] int64, padded on the right
-    targets: torch.Tensor  # [b, t] int64, IGNORED where not supervised
+    targets: torch.Tensor  # [b, t] int64, IGNORE_INDEX where not supervised
     pixels: torch.Tensor | None  # [b, 3, h, w] uint8; in memory as decoded, colours last, until `to`
     real: torch.Tensor  # [b] bool
     slow: tuple[tuple[str, str, float], ...] = ()  # reads that took long: shard, key, seconds
@@ -80,7 +79,7 @@ class GlobalBatch:
 def collate(rows: list[tuple[Sample, Pixels | None]], real: npt.NDArray[np.bool_]) -> MicroBatch:
     """Rows of one modality, padded on the right to the longest; those that are not `real` are not supervised."""
     shape = (len(rows), max(len(sample.tokens) for sample, _ in rows))
-    tokens, targets = torch.full(shape, PAD_ID), torch.full(shape, IGNORED)
+    tokens, targets = torch.full(shape, PAD_ID), torch.full(shape, IGNORE_INDEX)
     for i, (sample, _) in enumerate(rows):
         ids = torch.from_numpy(sample.tokens.astype(np.int64))
         tokens[i, : len(ids)] = ids
