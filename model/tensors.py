@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 from collections.abc import Collection, Iterator, Mapping
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from model.errors import UserError, first_line
+from model.hashing import file_sha256
 
 PUBLISHED_NAMES = (  # transformers' and mamba_ssm's, whole or in shards, in the order of preference
     "model.safetensors",
@@ -45,7 +45,7 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def record(self) -> dict[str, str]:
         """Path -> sha256, for the run folder."""
-        return {str(path): sha256(path) for path in self.paths}
+        return {str(path): file_sha256(path) for path in self.paths}
 
 
 def open_tensors(*paths: Path) -> TensorFiles:
@@ -120,14 +120,6 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str, tied: Co
             tensor.copy_(given)
     if problems:
         raise UserError(f"{source} does not fit this model: {'; '.join(problems)}")
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 24):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Atomic files: written under a temporary name, synced, renamed; canonical JSON and sha256 sums."""
+"""Atomic files: written under a temporary name, synced, renamed; canonical JSON."""
 
 from __future__ import annotations
 
@@ -66,18 +66,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: IO[bytes]) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def canonical_json(value: Any, indent: int | None = 1) -> bytes:

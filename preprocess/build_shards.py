@@ -18,8 +18,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from model.errors import UserError
+from model.hashing import file_sha256
 from preprocess.annotations.worklist import Worklist, check_feasible, make_worklist, row_count_notes
-from preprocess.atomic import canonical_json, file_sha256, publish, published
+from preprocess.atomic import canonical_json, publish, published
 from preprocess.builder.finalise import Facts, finalise
 from preprocess.builder.output_folder import (
     DIALOGUES,

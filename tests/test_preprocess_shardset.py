@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from model.errors import UserError
-from preprocess.atomic import file_sha256
+from model.hashing import file_sha256
 from preprocess.prompts import load_tokenizer
 from preprocess.rejects import Reject
 from preprocess.shards.manifest import MANIFEST, Manifest, load_index

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from model.errors import UserError
+from model.hashing import file_sha256
 from pipeline.checkpoint.folder import (
     DOUBTED,
     MANIFEST,
@@ -45,7 +46,7 @@ from pipeline.distributed.collectives import broadcast_from_main
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import OSERROR_REMEDIES, RetryableError, retryable_io_errors
 from pipeline.recipe import Recipe
-from preprocess.atomic import file_sha256, publish, sync_folder, write_json
+from preprocess.atomic import publish, sync_folder, write_json
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from model.errors import UserError
+from model.hashing import file_sha256
 from pipeline.checkpoint.layout import bytes_of
 from pipeline.checkpoint.snapshot import BLOCK_BYTES, THREADS
 from pipeline.errors import RetryableError, retryable_io_errors
-from preprocess.atomic import canonical_json, file_sha256
+from preprocess.atomic import canonical_json
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial-"

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from model.errors import UserError
+from model.hashing import file_sha256
 from pipeline.distributed.stall_warning import Patience
 from pipeline.errors import RetryableError
-from preprocess.atomic import file_sha256
 from preprocess.rejects import Rejected
 from preprocess.shards.manifest import Manifest, load_index
 from preprocess.shards.sample import Sample, from_payloads, sample_pixels

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from model.errors import UserError
+from model.hashing import file_sha256
 from model.kernels.dispatch import kernel_report
 from model.vision import tower_file
 from pipeline.checkpoint.folder import REFUSED, find_leftovers, list_steps
@@ -39,7 +40,6 @@ from pipeline.prefetch import language_model
 from pipeline.recipe import Recipe
 from pipeline.run.out_of_memory import out_of_memory_error
 from pipeline.run.watchdog import EXIT_LOST
-from preprocess.atomic import file_sha256
 from preprocess.shards.manifest import INDEX, Manifest
 
 GIB = 1 << 30

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
-from preprocess.atomic import file_sha256, sync_folder
+from model.hashing import file_sha256
+from preprocess.atomic import sync_folder
 from preprocess.builder.task import Done, ShardTask, same_pictures
 from preprocess.images.store import ImageStore
 from preprocess.shards.manifest import INDEX, MANIFEST, PROGRESS, REJECTS, TOKENIZER, WORK, Manifest

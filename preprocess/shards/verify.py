@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from model.errors import UserError
-from preprocess.atomic import file_sha256
+from model.hashing import file_sha256
 from preprocess.prompts import Tokenizer
 from preprocess.rejects import REASONS, Rejected
 from preprocess.shards.manifest import INDEX, MANIFEST, REJECTS, TOKENIZER, WORK, Manifest, load_index
