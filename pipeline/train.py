@@ -36,7 +36,7 @@ from pipeline.checkpoint.folder import list_steps
 from pipeline.checkpoint.probe import Probe
 from pipeline.data.loader import GlobalBatch, TrainData, loader_died
 from pipeline.data.shard_reader import DamagedShardError
-from pipeline.distributed.collectives import broadcast_from_main, together
+from pipeline.distributed.collectives import broadcast_from_main, collectively
 from pipeline.distributed.ranks import Ranks, find_ranks
 from pipeline.engine import build_engine, check_partition, init_distributed, learning_rate
 from pipeline.errors import RetryableError, explained
@@ -68,11 +68,11 @@ def train(run: RunFolder, ranks: Ranks, start: StartUp) -> int:
     recipe = run.recipe
     newest = broadcast_from_main(ranks, lambda: max(list_steps(run.folder / "checkpoints"), default=0))
     with Watchdog(run, ranks) as watchdog, explain_out_of_memory(recipe, ranks):
-        [data] = together(ranks, lambda: TrainData(recipe, ranks))
-        [heldout] = together(ranks, lambda: HeldOut(recipe, ranks) if recipe.evaluate.shards else None)
+        data = collectively(ranks, lambda: TrainData(recipe, ranks))
+        heldout = collectively(ranks, lambda: HeldOut(recipe, ranks) if recipe.evaluate.shards else None)
         data.expect(newest)
         start.done("data")
-        [(emma, towers, weights)] = together(ranks, lambda: build_model(run, ranks))
+        emma, towers, weights = collectively(ranks, lambda: build_model(run, ranks))
         start.done("model")
         engine = build_engine(emma, recipe, ranks)
         check_partition(engine)
@@ -254,7 +254,7 @@ def main() -> None:
         start.done("meeting")
         for line in preflight(recipe, ranks):
             say(ranks, line)
-        [run] = together(ranks, lambda: RunFolder(recipe, ranks))
+        run = collectively(ranks, lambda: RunFolder(recipe, ranks))
         run.control.stop_on_signals()
         start.done("preflight")
         train(run, ranks, start)

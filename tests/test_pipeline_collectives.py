@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.errors import UserError
-from pipeline.distributed.collectives import together
+from pipeline.distributed.collectives import run_checks
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import RetryableError
 
@@ -50,7 +50,7 @@ def test_problems_of_all_ranks_are_told_and_a_single_mistake_ends_the_run(monkey
 
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
     with pytest.raises(kind) as told:
-        together(TWO, lambda: 1, *map(failing, errors))
+        run_checks(TWO, [lambda: 1, *map(failing, errors)])
     assert type(told.value) is kind
     assert not str(told.value).startswith(":")
     for words in said:

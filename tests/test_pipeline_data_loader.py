@@ -179,9 +179,9 @@ def test_a_loading_process_hands_the_error_over(recipe_file, shards, tmp_path):
 # Stops the loading process, kills it once that was told, and tells how the epoch ended; then it waits for more to come.
 ACCIDENTS = """
 import psutil, signal, sys, time, torch
-from pipeline.distributed import stall_warning
 from pipeline.data.loader import TrainData, loader_died
 from pipeline.distributed.ranks import Ranks
+from pipeline.distributed.stall_warning import StallWarning
 from pipeline.recipe import load_recipe
 
 def tell(line):
@@ -189,8 +189,8 @@ def tell(line):
         print(line)
         loading.kill()
 
-patience.SLOW_S, patience.say = 0.5, tell
 data = TrainData(load_recipe(sys.argv[1], sys.argv[2:]), Ranks(0, 0, 1, torch.device("cpu")))
+data.stall_warning = StallWarning(tell, limit_s=0.5)
 batches = data.from_step(0)
 next(batches)
 [loading] = [child for child in psutil.Process().children() if "--multiprocessing-fork" in child.cmdline()]

@@ -12,7 +12,7 @@ from queue import Queue
 import pytest
 
 from pipeline.data.shard_reader import DamagedShardError, ShardReader
-from pipeline.distributed.stall_warning import Patience
+from pipeline.distributed.stall_warning import StallWarning
 from pipeline.errors import RetryableError
 
 ROW = 3  # of the first shard
@@ -94,7 +94,7 @@ def test_a_read_that_takes_long_is_named_while_it_lasts_and_afterwards(copy):
     shard.unlink()
     os.mkfifo(shard)
     reader = ShardReader(copy)
-    reader.patience = Patience(told.put, limit_s=0.01)
+    reader.stall_warning = StallWarning(told.put, limit_s=0.01)
     reading = threading.Thread(target=fails, args=(lambda: reader.read(ROW),), daemon=True)
     reading.start()
     assert told.get(timeout=60) == f"{shard}: reading sample 000000003 takes longer than 0.01 s; still waiting"
@@ -105,7 +105,7 @@ def test_a_read_that_takes_long_is_named_while_it_lasts_and_afterwards(copy):
 
 def test_a_slow_read_is_kept_with_its_shard_and_its_key(copy):
     reader = ShardReader(copy)
-    reader.patience = Patience(lambda line: None, limit_s=0.0)
+    reader.stall_warning = StallWarning(lambda line: None, limit_s=0.0)
     reader.read(ROW)
     [(shard, key, seconds)] = reader.slow
     assert (shard, key) == (str(copy / "shard-00000.tar"), "000000003")

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from pipeline.demo.processes import free_ports
+from pipeline.distributed.processes import process_state
 from pipeline.distributed.ranks import Ranks
 from pipeline.metrics.history import read_history
 from pipeline.recipe import load_recipe
 from pipeline.run.folder import RunFolder
-from pipeline.run.watchdog import EXIT_LOST, FIRST_STEPS, STUCK_S, SUSPENDED_S, Watchdog, state_of
+from pipeline.run.watchdog import EXIT_LOST, FIRST_STEPS, STUCK_S, SUSPENDED_S, Watchdog
 from pipeline.status import state_of as state_of_run
 from tests.support.launch import REPOSITORY, finish, torchrun
 
@@ -210,6 +211,6 @@ def stale(path):
 
 def test_a_process_is_seen_to_be_there_or_not():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert state_of(child.pid) in ("R", "S", "D")
+    assert process_state(child.pid) in ("R", "S", "D")
     child.communicate()
-    assert state_of(child.pid) == ""
+    assert process_state(child.pid) == ""

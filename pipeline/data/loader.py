@@ -23,9 +23,9 @@ from model.errors import UserError
 from pipeline.data.by_source import BySource, Sources
 from pipeline.data.plan import FILLER, Ids, Plan, rank_slices
 from pipeline.data.shard_reader import DamagedShardError, Pixels, ShardReader
-from pipeline.distributed.processes import TELLING_STATES, state_of
+from pipeline.distributed.processes import PROBLEM_STATES, process_state
 from pipeline.distributed.ranks import Ranks
-from pipeline.distributed.stall_warning import Patience
+from pipeline.distributed.stall_warning import StallWarning
 from pipeline.errors import RetryableError
 from pipeline.recipe import Recipe
 from preprocess.prompts import load_tokenizer
@@ -124,7 +124,7 @@ class TrainData:
     def __init__(self, recipe: Recipe, ranks: Ranks):
         self.recipe, self.ranks = recipe, ranks
         self.reader = ShardReader(recipe.data.shards)
-        self.patience = Patience()
+        self.stall_warning = StallWarning()
         check_fit(self.reader.manifest, recipe)
         index = self.reader.index
         self.text_tokens = index.column("num_text_tokens").to_numpy()
@@ -164,7 +164,7 @@ class TrainData:
         try:
             for step in range(first, self.total_steps):
                 asked = time.monotonic()
-                with self.patience.during(what):
+                with self.stall_warning.warn_if_slow(what):
                     micro_batches = [_unless_lost(self._next(loader)) for _ in range(self.dataset.per_step)]
                 yield self._describe(step, micro_batches, time.monotonic() - asked)
         finally:
@@ -241,7 +241,7 @@ def _waiting(rank: int, loader: weakref.ref[Any]) -> str:
     """What a rank waits for: its loading processes, as a person would look for them."""
     named = []
     for process in getattr(loader(), "_workers", ()):
-        state = TELLING_STATES.get(state_of(process.pid))
+        state = PROBLEM_STATES.get(process_state(process.pid))
         named.append(f"{process.pid} ({state})" if state else str(process.pid))
     processes = f" from loading process {', '.join(named)}" if named else ""
     return f"rank {rank} on {socket.gethostname()}: waiting for data{processes}"

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from model.errors import UserError
 from model.hashing import file_sha256
-from pipeline.distributed.stall_warning import Patience
+from pipeline.distributed.stall_warning import StallWarning
 from pipeline.errors import RetryableError
 from preprocess.rejects import Rejected
 from preprocess.shards.manifest import Manifest, load_index
@@ -48,7 +48,7 @@ class ShardReader:
 
     def _begin(self) -> None:
         self.files: dict[int, int] = {}
-        self.patience = Patience()
+        self.stall_warning = StallWarning()
         self.slow: list[tuple[str, str, float]] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class ShardReader:
     def _payloads(self, row: int) -> list[bytes]:
         number = int(self.columns["shard"][row])
         path, key = self._path(number), self._key(row)
-        with self.patience.during(lambda: f"{path}: reading sample {key}") as slow:
+        with self.stall_warning.warn_if_slow(lambda: f"{path}: reading sample {key}") as slow:
             file = self._file(number)
             places = [(self.columns[f"{part}_offset"][row], self.columns[f"{part}_bytes"][row]) for part in PARTS]
             payloads = [_payload(file, int(offset), int(size)) for offset, size in places]

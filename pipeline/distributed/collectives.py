@@ -1,8 +1,8 @@
-"""Ranks that succeed or fail together: what one of them cannot do, all of them hear of and stop."""
+"""Collective calls that succeed or fail on all ranks alike, so that no rank waits for one that has stopped."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -14,38 +14,51 @@ from pipeline.errors import RetryableError, explained
 T = TypeVar("T")
 
 
-def together(ranks: Ranks, *actions: Callable[[], T]) -> list[T]:
-    """What the actions return here, if all of them succeed on every rank. Every rank must call it.
+def collectively(ranks: Ranks, action: Callable[[], T]) -> T:
+    """Run an action on every rank. Return this rank's result, or raise the combined error on all ranks.
 
-    Raises: UserError on all ranks alike, with everything that went wrong on any of them; RetryableError if all of that
-    may come right by itself.
+    Every rank must call it.
+
+    Raises:
+        UserError: if the action failed with one on any rank. The message lists the errors of all ranks.
+        RetryableError: if the action failed on some ranks, and every error is worth a retry.
     """
-    results, problems = [], dict[str, bool]()  # what went wrong: whether people must see to it
-    for action in actions:
+    [result] = run_checks(ranks, [action])
+    return result
+
+
+def run_checks(ranks: Ranks, checks: Sequence[Callable[[], T]]) -> list[T]:
+    """Run this rank's checks, even after one has failed. Return their results, or raise all errors on all ranks.
+
+    Every rank must call it; each may pass other checks. Raises as `collectively` does.
+    """
+    results: list[T] = []
+    errors: dict[str, bool] = {}  # message: whether it is the user's mistake
+    for check in checks:
         try:
-            results.append(action())
+            results.append(check())
         except (UserError, RetryableError, OSError) as error:  # noqa: PERF203
-            told = explained(error) if isinstance(error, OSError) else error
-            problems[str(told)] = isinstance(told, UserError)
-    everywhere: list[dict[str, bool]] = [{} for _ in range(ranks.world_size)]
-    dist.all_gather_object(everywhere, problems)
-    distinct = {told: mistake for each in everywhere for told, mistake in each.items()}
+            known = explained(error) if isinstance(error, OSError) else error
+            errors[str(known)] = isinstance(known, UserError)
+    errors_by_rank: list[dict[str, bool]] = [{} for _ in range(ranks.world_size)]
+    dist.all_gather_object(errors_by_rank, errors)
+    distinct = {message: is_users for rank_errors in errors_by_rank for message, is_users in rank_errors.items()}
     if distinct:
         kind = UserError if any(distinct.values()) else RetryableError
-        many = f"{len(distinct)} problems:\n  " if len(distinct) > 1 else ""
-        raise kind(many + "\n  ".join(distinct))
+        heading = f"{len(distinct)} problems:\n  " if len(distinct) > 1 else ""
+        raise kind(heading + "\n  ".join(distinct))
     return results
 
 
-def broadcast_from_main(ranks: Ranks, decide: Callable[[], T]) -> T:
-    """What `decide` returns on the main rank, or the UserError or RetryableError that it raises there; on all.
+def broadcast_from_main(ranks: Ranks, action: Callable[[], T]) -> T:
+    """Run an action on the main rank, and return its result on every rank. Every rank must call it.
 
-    Every rank must call it.
+    Raises: On all ranks, the UserError or RetryableError that the action raised on the main rank.
     """
     outcome: list[T | UserError | RetryableError | None] = [None]
     if ranks.is_main:
         try:
-            outcome = [decide()]
+            outcome = [action()]
         except (UserError, RetryableError) as error:
             outcome = [error]
     dist.broadcast_object_list(outcome)

@@ -1,12 +1,12 @@
-"""What Linux tells of other processes."""
+"""The state of another process on this machine, as Linux reports it in /proc."""
 
 from pathlib import Path
 
-TELLING_STATES = {"T": "stopped", "Z": "dead", "D": "waiting for a disk"}  # of /proc/PID/stat
+PROBLEM_STATES = {"T": "stopped", "Z": "dead", "D": "waiting for a disk"}  # letters of /proc/PID/stat
 
 
-def state_of(pid: int) -> str:
-    """A letter of Linux's, as T for stopped; nothing for a process that is not there."""
+def process_state(pid: int) -> str:
+    """Return Linux's letter for a process's state, such as T for stopped, or "" if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

@@ -1,4 +1,4 @@
-"""Says so while something takes too long: what never comes back cannot tell afterwards."""
+"""Warning about a slow operation while it is still running, since one that never returns could not report it later."""
 
 from __future__ import annotations
 
@@ -12,41 +12,46 @@ SLOW_S = 10.0
 POLL_S = 0.25
 
 
-def say(line: str) -> None:
+def print_to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-class Patience:
-    """A thread that looks at what this process is waiting for, and says so once it has taken `limit_s`."""
+class StallWarning:
+    """Warn when an operation of this process takes longer than `limit_s`: once during it, and once when it returns.
 
-    def __init__(self, tell: Callable[[str], None] | None = None, limit_s: float | None = None):
-        self.tell = say if tell is None else tell
-        self.limit_s = SLOW_S if limit_s is None else limit_s
-        self.waiting: tuple[Callable[[], str], float] | None = None
+    A background thread watches the operation that is running. `warn` receives each line of text.
+    """
+
+    def __init__(self, warn: Callable[[str], None] = print_to_stderr, limit_s: float = SLOW_S):
+        self.warn, self.limit_s = warn, limit_s
+        self.operation: tuple[Callable[[], str], float] | None = None  # its description, and when it began
         self.thread: threading.Thread | None = None
 
     @contextmanager
-    def during(self, what: Callable[[], str]) -> Iterator[list[float]]:
-        """Around what may take long; the list then holds its seconds if it did. Not to be nested."""
+    def warn_if_slow(self, describe: Callable[[], str]) -> Iterator[list[float]]:
+        """Watch the block. Blocks must not be nested.
+
+        Yields: A list that is empty at first. If the block was slow, its duration in seconds is appended at the end.
+        """
         if self.thread is None:
-            self.thread = threading.Thread(target=self._watch, name="patience", daemon=True)
+            self.thread = threading.Thread(target=self._watch, name="stall warning", daemon=True)
             self.thread.start()
-        begun, slow = time.monotonic(), list[float]()
-        self.waiting = (what, begun)
+        began, slow = time.monotonic(), list[float]()
+        self.operation = (describe, began)
         try:
             yield slow
         finally:
-            self.waiting = None
-            seconds = time.monotonic() - begun
+            self.operation = None
+            seconds = time.monotonic() - began
             if seconds > self.limit_s:
                 slow.append(seconds)
-                self.tell(f"{what()} took {seconds:.0f} s")
+                self.warn(f"{describe()} took {seconds:.0f} s")
 
     def _watch(self) -> None:
-        told = None
+        warned_about = None
         while True:
             time.sleep(POLL_S)
-            waiting = self.waiting
-            if waiting and waiting is not told and time.monotonic() - waiting[1] > self.limit_s:
-                told = waiting
-                self.tell(f"{waiting[0]()} takes longer than {self.limit_s:g} s; still waiting")
+            operation = self.operation
+            if operation and operation is not warned_about and time.monotonic() - operation[1] > self.limit_s:
+                warned_about = operation
+                self.warn(f"{operation[0]()} takes longer than {self.limit_s:g} s; still waiting")

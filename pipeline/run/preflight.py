@@ -30,7 +30,7 @@ from model.kernels.dispatch import kernel_report
 from model.vision import tower_file
 from pipeline.checkpoint.folder import REFUSED, find_leftovers, list_steps
 from pipeline.data.loader import check_fit, loading_bytes
-from pipeline.distributed.collectives import together
+from pipeline.distributed.collectives import run_checks
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine import compose_config
 from pipeline.errors import explaining
@@ -63,7 +63,7 @@ def preflight(recipe: Recipe, ranks: Ranks) -> list[str]:
     if ranks.is_main:
         checks += [check_language_model, check_batch, check_disk]
     with within(LIMIT_S, "the preflight", ranks):
-        return list(filter(None, together(ranks, *(functools.partial(check, recipe, ranks) for check in checks))))
+        return list(filter(None, run_checks(ranks, [functools.partial(check, recipe, ranks) for check in checks])))
 
 
 @contextmanager

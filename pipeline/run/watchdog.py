@@ -26,7 +26,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from model.errors import UserError
-from pipeline.distributed.processes import TELLING_STATES, state_of
+from pipeline.distributed.processes import PROBLEM_STATES, process_state
 from pipeline.distributed.ranks import Ranks
 from pipeline.metrics.logger import append_event
 from pipeline.recipe import Recipe
@@ -66,7 +66,7 @@ class Watchdog:
         began = time.strftime("%Y%m%d-%H%M%S", time.gmtime(everyone[0][2]))
         self.folder = self.run.folder / "stacks" / began
         here = [(rank, pid) for rank, (host, pid, _) in enumerate(everyone) if host == _where()]
-        self.peers = {rank: pid for rank, pid in here if rank != self.ranks.rank and state_of(pid)}
+        self.peers = {rank: pid for rank, pid in here if rank != self.ranks.rank and process_state(pid)}
         self._expect("the start", self.options.first_s)
         faulthandler.enable()  # and a crash in compiled code tells where it was
         threading.Thread(target=self._keep_time, name="watchdog's clock", daemon=True).start()
@@ -156,11 +156,11 @@ class Watchdog:
 
     def _telling(self) -> str:
         """Of ranks on this machine, what their process state gives away."""
-        states = {rank: TELLING_STATES.get(state_of(pid)) for rank, pid in self.peers.items()}
+        states = {rank: PROBLEM_STATES.get(process_state(pid)) for rank, pid in self.peers.items()}
         return "".join(f"; rank {rank} is {state}" for rank, state in states.items() if state)
 
     def _lost_rank(self) -> str | None:
-        gone = [rank for rank, pid in self.peers.items() if state_of(pid) in ("", "Z")]
+        gone = [rank for rank, pid in self.peers.items() if process_state(pid) in ("", "Z")]
         return f"rank {gone[0]} has ended" if gone else None
 
     def _end(self, reason: str) -> NoReturn:
