@@ -44,12 +44,12 @@ from preprocess.progress import LOG_EVERY_S, Progress
 from preprocess.rejects import (
     RejectCounts,
     TooManyRejectsError,
-    by_source,
+    count_by_source,
     count_rejects,
-    reject_lines,
     sources_over_limit,
+    summary_lines,
 )
-from preprocess.remote_path import place
+from preprocess.remote_path import parse_path
 from preprocess.shards.manifest import REJECTS, TOKENIZER, WORK, Manifest
 
 BUILDER = 4  # raise it when the same input must give other bytes: every shard is then built again
@@ -99,7 +99,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("mix", type=Path, nargs="?", default=PAPER_MIX, help=f"TOML that names the sources {default}")
     parser.add_argument("--model", default="emma_v2", help=f"preset: template, picture size, limit of text {default}")
     parser.add_argument(
-        "--root", type=place, default="data/raw", help=f"folder or URL (s3://…) of annotations and pictures {default}"
+        "--root",
+        type=parse_path,
+        default="data/raw",
+        help=f"folder or URL (s3://…) of annotations and pictures {default}",
     )
     parser.add_argument("--out", type=Path, default=Path("data/shards"), help=f"folder of the shard set {default}")
     parser.add_argument(
@@ -131,9 +134,15 @@ def look(build: Build) -> None:
     """Reads every row and a few pictures of each source. Raises: UserError for what would stop a build."""
     refuse_foreign_files(build.out)
     survey, store = Survey(), ImageStore(build.root, build.mix.archives)
-    work = make_worklist(build.mix, build.root, build.samples_per_shard, survey.write, _row_teller())
+    work = make_worklist(
+        build.mix,
+        build.root,
+        samples_per_shard=build.samples_per_shard,
+        write=survey.write,
+        on_rows=_row_teller(),
+    )
     notes = row_count_notes(build.mix, work)
-    for line in [*survey.report(build.mix, work, store), *notes, *reject_lines(work.rejects)]:
+    for line in [*survey.report(build.mix, work, store), *notes, *summary_lines(work.rejects)]:
         print(line, flush=True)
     check_feasible(work, store, build.max_reject_ratio)
     _refuse_too_many(build, work.rejects, work.rows, "a build would write down which, before any picture is read")
@@ -163,7 +172,12 @@ def _write_worklist(build: Build) -> Worklist:
     rejects = build.out / WORK / EARLY_REJECTS
     with published(build.out / WORK / DIALOGUES) as dialogues, published(rejects) as early:
         work = make_worklist(
-            build.mix, build.root, build.samples_per_shard, dialogues.write, _row_teller(), early.write
+            build.mix,
+            build.root,
+            samples_per_shard=build.samples_per_shard,
+            write=dialogues.write,
+            on_rows=_row_teller(),
+            write_reject=early.write,
         )
     for note in row_count_notes(build.mix, work):
         print(note, flush=True)
@@ -199,7 +213,7 @@ def _build_set(
     remove_manifest(build.out)  # until the end
     remove_orphans(build.out, tasks)
     publish(build.out / TOKENIZER, build.tokenizer.data)
-    rejects = sum((Counter(done.rejects) for done in found), by_source(work.rejects))
+    rejects = sum((Counter(done.rejects) for done in found), count_by_source(work.rejects))
     reused = sum(done.dialogues for done in found)
     kept = {done.name for done in found}
     progress = Progress(build.out, work.dialogues, reused, rejects)
@@ -256,7 +270,7 @@ def build_here(tasks: Sequence[ShardTask], progress: Progress) -> None:
 
 def _judge(build: Build, rejects: RejectCounts, rows: Mapping[str, int]) -> None:
     """Tells the rejects that rejects.jsonl lists. Raises: TooManyRejectsError."""
-    for line in reject_lines(rejects):
+    for line in summary_lines(rejects):
         print(line, flush=True)
     _refuse_too_many(build, rejects, rows, f"{build.out / REJECTS} says why")
 

@@ -61,14 +61,14 @@ class Tokenizer:
             raise UserError(f"tokenizer {name} has none of {', '.join(END_OF_TEXT)}: an answer could not end")
         self.eos_id = found[0]
 
-    def encode(self, text: str, enough: int | None = None) -> list[int]:
-        """All ids, or only the first ones of a long text: `enough` of them, and some more, the last of them inexact.
+    def encode(self, text: str, at_least: int | None = None) -> list[int]:
+        """All ids, or only the first ones of a long text: `at_least` of them, and some more, the last of them inexact.
 
         Tokenising takes a hundred times a text's memory. Spare ids, as many again, lie between those that are asked for
         and the cut, so it does not show; a text that has fewer, since its tokens are long, is cut further on.
         """
-        if enough is not None:
-            wanted = enough + max(enough, LEAST_SPARE_TOKENS)
+        if at_least is not None:
+            wanted = at_least + max(at_least, LEAST_SPARE_TOKENS)
             reach = CHARACTERS_PER_TOKEN * wanted
             while reach < len(text):
                 ids = self._ids(text[:reach])
@@ -110,7 +110,7 @@ def _download(hub_id: str) -> bytes:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedDialogue:
     """Token ids, and the [start, end) ranges of them that are supervised: the answers with their end of text."""
 
     tokens: list[int]
@@ -119,7 +119,7 @@ class Encoded:
 
 def encode_dialogue(
     conversations: Conversation, template: str, tokenizer: Tokenizer, max_text_tokens: int | None = None
-) -> Encoded:
+) -> EncodedDialogue:
     """A dialogue of alternating {from: human|gpt, value} turns, cut at the limit.
 
     What is left after the last supervised token is dropped: a question whose answer was cut off teaches nothing.
@@ -134,9 +134,9 @@ def encode_dialogue(
         if max_text_tokens is not None and len(tokens) > max_text_tokens:
             break
     if max_text_tokens is None or len(tokens) <= max_text_tokens:
-        return Encoded(tokens, spans)
+        return EncodedDialogue(tokens, spans)
     spans = [(start, min(end, max_text_tokens)) for start, end in spans if start < max_text_tokens]
-    return Encoded(tokens[: spans[-1][1]] if spans else [], spans)
+    return EncodedDialogue(tokens[: spans[-1][1]] if spans else [], spans)
 
 
 def encode_prompt(conversations: Conversation, template: str, tokenizer: Tokenizer) -> list[int]:
@@ -146,20 +146,20 @@ def encode_prompt(conversations: Conversation, template: str, tokenizer: Tokeniz
 
 
 def _encoded_turns(
-    conversations: Conversation, template: str, tokenizer: Tokenizer, enough: int | None
+    conversations: Conversation, template: str, tokenizer: Tokenizer, at_least: int | None
 ) -> Iterator[tuple[str, list[int]]]:
     for number, turn in enumerate(conversations):
         text = turn["value"].replace(IMAGE_TOKEN, "").strip()
         if turn["from"] == "gpt":
-            yield "gpt", [*tokenizer.encode(text or EMPTY_ANSWER, enough), tokenizer.eos_id]
+            yield "gpt", [*tokenizer.encode(text or EMPTY_ANSWER, at_least), tokenizer.eos_id]
         else:
-            yield "human", _question(text, number, TEMPLATES[template], tokenizer, enough)
+            yield "human", _question(text, number, TEMPLATES[template], tokenizer, at_least)
 
 
-def _question(text: str, number: int, template: _Template, tokenizer: Tokenizer, enough: int | None) -> list[int]:
+def _question(text: str, number: int, template: _Template, tokenizer: Tokenizer, at_least: int | None) -> list[int]:
     tokens: list[int] = []
     lead = BETWEEN_TURNS if number else ""
     for part in template.question:
-        tokens += [tokenizer.eos_id] if part is None else tokenizer.encode(lead + part.replace("{q}", text), enough)
+        tokens += [tokenizer.eos_id] if part is None else tokenizer.encode(lead + part.replace("{q}", text), at_least)
         lead = ""
     return tokens

@@ -1,4 +1,4 @@
-"""Why an input row can end without becoming a sample. docs/data-cleaning.md tells the whole story, repairs included."""
+"""Reject reasons, the rejects.jsonl format, and the limit on rejects per source. Explained in docs/data-cleaning.md."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from typing import Any
 from model.errors import UserError
 
 REASONS = {
-    "broken_json": "the line is not JSON",
+    "broken_json": "the line is not valid JSON",
     "not_an_object": "the row is not a JSON object",
-    "missing_key": "a key that its format needs is not there",
-    "wrong_type": "a value has a type that its format does not allow",
+    "missing_key": "the row lacks a key that its format requires",
+    "wrong_type": "a value has a type that the format does not allow",
     "empty_conversation": "the conversation has no turns",
-    "unknown_speaker": "a turn is neither the human's nor the model's",
+    "unknown_speaker": "a turn is from neither the human nor the model",
     "no_answer": "no question is followed by an answer",
-    "no_supervised_token": "the limit of text tokens cuts every answer off",
-    "image_token_without_picture": "the text speaks of a picture that the row does not have",
-    "several_pictures": "the row has more than one picture",
-    "picture_path_escapes": "the picture's path is absolute, or leaves its folder through '..' or a link",
-    "picture_path_invalid": "the picture's path cannot be the name of a file",
-    "picture_missing": "there is no such file",
-    "picture_unreadable": "the file may not be read",
-    "picture_empty": "the file has no bytes",
-    "picture_unknown_format": "the bytes are none of the picture formats that are read",
-    "picture_truncated": "the file ends before the picture does",
-    "picture_corrupt": "the picture cannot be decoded",
-    "picture_too_large": "the picture has more pixels, or its file more bytes, than are decoded",
-    "picture_unsupported_pixels": "the pixels have no meaning as colours between black and white",
+    "no_supervised_token": "the token limit cuts off every answer",
+    "image_token_without_picture": "the text contains <image>, but the row has no image",
+    "several_pictures": "the row has more than one image",
+    "picture_path_escapes": "the image path is absolute, or leaves its folder through '..' or a link",
+    "picture_path_invalid": "the image path is not a valid file name",
+    "picture_missing": "the image file does not exist",
+    "picture_unreadable": "permission to read the image file is denied",
+    "picture_empty": "the image file is empty",
+    "picture_unknown_format": "the file is not in a supported image format",
+    "picture_truncated": "the image file is truncated",
+    "picture_corrupt": "the image cannot be decoded",
+    "picture_too_large": "the image has too many pixels, or its file too many bytes",
+    "picture_unsupported_pixels": "the pixel type has no defined black and white (floating point or 32-bit integers)",
 }
 
 
-class Rejected(Exception):  # noqa: N818  it is no error of the program
-    """Raised for a row that cannot become a sample; it is bad data, so nothing is retried."""
+class Rejected(Exception):  # noqa: N818  bad input data is not a program error
+    """Raised for a row that cannot become a sample. Bad data stays bad, so the caller must not retry."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         assert reason in REASONS, reason
@@ -47,15 +47,22 @@ class Rejected(Exception):  # noqa: N818  it is no error of the program
         return Rejected, (self.reason, self.detail)
 
 
-@dataclass(frozen=True)
+MAX_DETAIL_CHARACTERS = 300
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reject:
-    """One line of rejects.jsonl. `row` counts from 0 over the source's rows as its weight thins or repeats them."""
+    """One line of rejects.jsonl. `row` counts the source's rows from 0, after its limit and weight are applied."""
 
     source: str
     row: int
     id: str
     reason: str
     detail: str
+
+    @classmethod
+    def from_error(cls, error: Rejected, *, source: str, row: int, id: str) -> Reject:  # noqa: A002
+        return cls(source=source, row=row, id=id, reason=error.reason, detail=error.detail[:MAX_DETAIL_CHARACTERS])
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,47 +72,48 @@ class Reject:
 
 
 def read_rejects(path: Path) -> Iterator[Reject]:
+    """Stream the rejects of a rejects.jsonl file."""
     with path.open("rb") as lines:
         yield from (Reject(**json.loads(line)) for line in lines)
 
 
-RejectCounts = Counter[tuple[str, str]]  # by source and reason
+RejectCounts = Counter[tuple[str, str]]  # (source, reason) -> number of rows
 
 
 class TooManyRejectsError(UserError):
-    """A source lost more of its rows than `--max-reject-ratio` allows."""
+    """Raised when a source loses more of its rows than `--max-reject-ratio` allows."""
 
 
 def count_rejects(path: Path) -> RejectCounts:
+    """Count the rejects of a rejects.jsonl file by source and reason."""
     return Counter((reject.source, reject.reason) for reject in read_rejects(path))
 
 
-def by_source(rejects: RejectCounts) -> Counter[str]:
-    return _sums(rejects, 0)
+def count_by_source(rejects: RejectCounts) -> Counter[str]:
+    return _sum_over(rejects, part=0)
 
 
-def by_reason(rejects: RejectCounts) -> Counter[str]:
-    return _sums(rejects, 1)
+def count_by_reason(rejects: RejectCounts) -> Counter[str]:
+    return _sum_over(rejects, part=1)
 
 
-def _sums(rejects: RejectCounts, part: int) -> Counter[str]:
+def _sum_over(rejects: RejectCounts, *, part: int) -> Counter[str]:
     sums = Counter[str]()
     for kind, count in rejects.items():
         sums[kind[part]] += count
     return sums
 
 
-def reject_lines(rejects: RejectCounts) -> Iterator[str]:
-    """The summary: one line for each reason of each source."""
+def summary_lines(rejects: RejectCounts) -> Iterator[str]:
+    """Yield one line for each source and reason with the number of rejected rows."""
     for (source, reason), count in sorted(rejects.items()):
         yield f"  rejected {count:>7}  {source}: {reason}"
 
 
-def sources_over_limit(rejects: RejectCounts, rows: Mapping[str, int], most: float) -> str:
-    """The sources that lost more than `most` of their rows, with how many; empty if none did."""
-    lost = by_source(rejects)
+def sources_over_limit(rejects: RejectCounts, rows: Mapping[str, int], max_ratio: float) -> str:
+    """Describe the sources that lost more than `max_ratio` of their rows. Return "" if there are none."""
     return ", ".join(
         f"{name} {count / rows[name]:.2%} ({count} of {rows[name]} rows)"
-        for name, count in lost.items()
-        if count > most * rows[name]
+        for name, count in count_by_source(rejects).items()
+        if count > max_ratio * rows[name]
     )

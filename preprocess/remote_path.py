@@ -1,4 +1,4 @@
-"""Where raw data lies: a folder, or a URL that fsspec can read, such as s3://bucket/raw."""
+"""Paths of raw data: local paths, and URLs that fsspec can read, such as s3://bucket/raw."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from model.errors import UserError
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A place behind a URL, with as much of `Path` as reading needs."""
+    """A URL with the part of `pathlib.Path` that reading raw data needs."""
 
     url: str
 
@@ -40,50 +40,54 @@ class RemotePath:
         return False
 
     def is_dir(self) -> bool:
-        files, path = self._found()
-        return files.isdir(path)
+        filesystem, path = self._resolve()
+        return filesystem.isdir(path)
 
     def is_file(self) -> bool:
-        files, path = self._found()
-        return files.isfile(path)
+        filesystem, path = self._resolve()
+        return filesystem.isfile(path)
 
     def size(self) -> int:
-        files, path = self._found()
-        return files.size(path)
+        filesystem, path = self._resolve()
+        return filesystem.size(path)
 
     def open(self, mode: str = "rb") -> IO[bytes]:
-        files, path = self._found()
-        return files.open(path, mode)
+        filesystem, path = self._resolve()
+        return filesystem.open(path, mode)
 
-    def read_bytes(self, most: int) -> bytes:
-        """The first `most` bytes. Raises: OSError, whose errno tells absence from failure; fsspec leaves it out."""
-        files, path = self._found()
+    def read_bytes(self, max_bytes: int) -> bytes:
+        """Read the first `max_bytes` bytes.
+
+        Raises: OSError with an errno, which fsspec leaves out, so that a missing file differs from a failed read.
+        """
+        filesystem, path = self._resolve()
         try:
-            return files.cat_file(path, start=0, end=most)
+            return filesystem.cat_file(path, start=0, end=max_bytes)
         except (FileNotFoundError, IsADirectoryError):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.url) from None
         except PermissionError:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), self.url) from None
         except Exception:
-            if files.size(path) == 0:  # object stores have no range of nothing
+            if filesystem.size(path) == 0:  # object stores refuse a range request for an empty object
                 return b""
             raise
 
-    def _found(self) -> tuple[Any, str]:
-        """The file system, which fsspec keeps for the next time, and the path in it."""
+    def _resolve(self) -> tuple[Any, str]:
+        """Return the fsspec file system, which fsspec caches, and the path inside it."""
         try:
             return fsspec.core.url_to_fs(self.url)
         except (ValueError, ImportError) as error:
             raise UserError(f"{self.url} cannot be read: {error}") from None
 
 
-Place = Path | RemotePath
+AnyPath = Path | RemotePath
 
 
-def place(text: str) -> Place:
+def parse_path(text: str) -> AnyPath:
+    """Return a `RemotePath` if `text` is a URL, otherwise a `Path`."""
     return RemotePath(text) if "://" in text else Path(text)
 
 
-def size_of(file: Place) -> int:
-    """Raises: OSError if there is no such file."""
+def file_size(file: AnyPath) -> int:
+    """Return the size of a file in bytes. Raises: OSError if there is no such file."""
     return file.size() if isinstance(file, RemotePath) else file.stat().st_size

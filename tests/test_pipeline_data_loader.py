@@ -18,7 +18,7 @@ from pipeline.data.loader import TrainData, loader_died
 from pipeline.data.shard_reader import DamagedShardError, ShardReader
 from pipeline.distributed.ranks import Ranks
 from pipeline.recipe import load_recipe
-from preprocess.images.codec import stored_pixels
+from preprocess.images.codec import decode_stored_image
 from tests.support.launch import run_python
 
 
@@ -127,7 +127,7 @@ def test_pixels_are_those_that_were_stored(recipe_file, shards, stock_samples):
     stored, _ = data.reader.read(row)
     batch = next(b for b in data.from_step(0) if row in b.ids)
     pictures = torch.cat([micro.pixels for micro in batch.micro_batches]).permute(0, 2, 3, 1).numpy()
-    assert any((picture == stored_pixels(stored.image)).all() for picture in pictures)
+    assert any((picture == decode_stored_image(stored.image)).all() for picture in pictures)
 
 
 def test_shards_of_another_model_are_refused(recipe_file, shards):

@@ -12,7 +12,7 @@ from skimage import data as photographs
 
 from preprocess import build_shards
 from preprocess.builder import task
-from preprocess.images.codec import made_with
+from preprocess.images.codec import codec_versions
 from preprocess.shards.manifest import Manifest, load_index
 from preprocess.shards.verify import verify
 from tests.support.golden_tokenizer import gpt_neox
@@ -238,7 +238,7 @@ def test_shards_of_other_packages_are_told(
     assert sorted(Manifest.load(tmp_path / "out").made_with.values()) == [1, 11]
     said = capsys.readouterr().out
     assert "note: not all shards were made alike: 1 with pillow 1." in said
-    assert f"; 11 with {made_with()}; for pictures of one make, delete" in said
+    assert f"; 11 with {codec_versions()}; for pictures of one make, delete" in said
 
 
 # -- What is said ----------------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def test_a_check_lists_what_is_missing_and_what_is_bad(tmp_path: Path, capsys: p
         "        picture_missing: 1, for one coco/train2017/1.jpg",
         "note: source 'a' has 3 rows, the mix expects 4",
     ]
-    assert "picture folders are missing" in said.err
+    assert "image folders are missing" in said.err
 
 
 def test_a_check_looks_at_pictures_from_all_over_each_source(

@@ -14,7 +14,7 @@ from PIL import Image
 from skimage import data as photographs
 
 from preprocess.images import codec
-from preprocess.images.codec import decode_rgb, encode_stored_image, resize_to_square, sniff
+from preprocess.images.codec import decode_rgb, detect_format, encode_stored_image, resize_to_square
 from preprocess.rejects import Rejected
 from tests.support.dirty_rows import PICTURES, sampled_441
 from tests.support.launch import run_python
@@ -168,7 +168,7 @@ def test_a_picture_of_the_right_size_is_left_alone() -> None:
 def test_what_is_stored_is_what_was_squashed() -> None:
     data = jpeg(photograph(640, 480))
     raw, form = encode_stored_image(data, PX, "raw")
-    assert (form, sniff(encode_stored_image(data, PX, "jpeg")[0])) == ("pixels.npy", "jpg")
+    assert (form, detect_format(encode_stored_image(data, PX, "jpeg")[0])) == ("pixels.npy", "jpg")
     assert np.array_equal(np.load(io.BytesIO(raw)), resize_to_square(as_pillow_decodes(data), PX))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from model.errors import UserError
 from preprocess.images import store as image_store
-from preprocess.images.store import ImageStore, digest
+from preprocess.images.store import ImageStore, sha256_hex
 from preprocess.rejects import Rejected
 
 
@@ -52,8 +52,8 @@ def test_a_picture_is_read_from_an_archive_in_place_of_its_folder(tmp_path: Path
     with pytest.raises(Rejected, match="picture_missing: no such member of"):
         store.read("coco/train2017/2.jpg")
     assert (store.size("coco/train2017/1.jpg"), store.size("coco/train2017/2.jpg")) == (len(b"picture"), None)
-    stamps = [store.stamp(f"coco/train2017/{number}.jpg") for number in (1, 2)]
-    assert stamps == [digest(b"picture"), "picture_missing"]
+    stamps = [store.fingerprint(f"coco/train2017/{number}.jpg") for number in (1, 2)]
+    assert stamps == [sha256_hex(b"picture"), "picture_missing"]
 
 
 def test_a_folder_is_preferred_to_every_archive(tmp_path: Path) -> None:
@@ -121,14 +121,14 @@ def test_what_the_disk_says_is_told_from_what_the_data_is(
 def test_a_stamp_changes_when_the_picture_comes_or_is_mended(tmp_path: Path) -> None:
     store = ImageStore(tmp_path / "root", {})
     (tmp_path / "root").mkdir()
-    stamps = [store.stamp("1.jpg")]
+    stamps = [store.fingerprint("1.jpg")]
     for data in (b"", b"four", b"five"):
         (tmp_path / "root/1.jpg").write_bytes(data)
-        stamps.append(store.stamp("1.jpg"))
+        stamps.append(store.fingerprint("1.jpg"))
     (tmp_path / "root/1.jpg").unlink()
     (tmp_path / "root/1.jpg").symlink_to(tmp_path / "outside.jpg")
     (tmp_path / "outside.jpg").write_bytes(b"five")
-    stamps.append(store.stamp("1.jpg"))
+    stamps.append(store.fingerprint("1.jpg"))
     assert len(set(stamps)) == len(stamps)
 
 
@@ -219,7 +219,7 @@ def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(image_store._Archive, "_member", None)
     with pytest.raises(Rejected, match="picture_too_large: 11 bytes, at most 10 are read"):
         store.read(f"{packed}/1.jpg")
-    assert store.stamp(f"{packed}/1.jpg") == "picture_too_large"
+    assert store.fingerprint(f"{packed}/1.jpg") == "picture_too_large"
 
 
 def test_a_link_to_itself_is_a_picture_that_is_missing(tmp_path: Path) -> None:
@@ -230,4 +230,4 @@ def test_a_link_to_itself_is_a_picture_that_is_missing(tmp_path: Path) -> None:
     for name in ("1.jpg", "2.jpg"):
         with pytest.raises(Rejected, match="picture_missing"):
             store.read(name)
-        assert (store.stamp(name), store.size(name)) == ("picture_missing", None)
+        assert (store.fingerprint(name), store.size(name)) == ("picture_missing", None)

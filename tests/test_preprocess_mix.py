@@ -88,7 +88,6 @@ def test_the_papers_mix_has_its_three_sources_in_five_files() -> None:
     assert mix.encoding == "jpeg"
 
 
-LRV = Source("lrv", "lrv", "lrv.json", "lrv/lrv-vg")
 ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "number for a picture": (
         {"image_id": 2325435, "question": "Q", "answer": "A", "task": "x"},
@@ -103,13 +102,15 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("kind", ROWS)
 def test_a_row_of_lrv_is_one_question_with_its_answer(kind: str) -> None:
     row, picture = ROWS[kind]
-    dialogue = to_dialogue(LRV, 5, json.loads(json.dumps(row)))
-    assert dialogue.picture == picture
+    dialogue = to_dialogue(
+        json.loads(json.dumps(row)), source="lrv", row=5, row_format="lrv", image_folder="lrv/lrv-vg"
+    )
+    assert dialogue.image == picture
     assert [(turn.speaker, turn.text) for turn in dialogue.turns] == [("human", "Q"), ("gpt", str(row["answer"]))]
     assert (dialogue.source, dialogue.row, dialogue.id) == ("lrv", 5, str(row["image_id"]))
 
 
 def test_a_row_without_id_is_named_by_its_place() -> None:
-    source = Source("talk", "llava", "t.json")
     turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
-    assert to_dialogue(source, 41, {"conversations": turns}).id == "talk-41"
+    dialogue = to_dialogue({"conversations": turns}, source="talk", row=41, row_format="llava", image_folder="")
+    assert dialogue.id == "talk-41"

@@ -35,7 +35,7 @@ def test_a_source_without_rows_is_told_and_adds_nothing(tmp_path: Path, capsys: 
         out = build_in_process(tmp_path / "root", tmp_path / "out", gpt_neox())
         said = capsys.readouterr().out
         assert state in said
-        assert "note: source 'none' has no rows: it adds nothing\n" in said
+        assert "note: source 'none' has no rows, so it adds nothing\n" in said
         assert "note: source 'thinned away' adds nothing: weight 0.001 leaves none of its 240 rows\n" in said
     assert Manifest.load(out).sources["none"] == {"rows": 0, "samples": 0, "rejects": 0}
     assert list(verify(out)) == []
@@ -114,7 +114,14 @@ def test_rejects_are_not_kept_in_memory(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         with published(tmp_path / "rejects.jsonl") as file:
-            work = make_worklist(mix, tmp_path, 10, lambda line: None, lambda rows: None, file.write)
+            work = make_worklist(
+                mix,
+                tmp_path,
+                samples_per_shard=10,
+                write=lambda line: None,
+                on_rows=lambda rows: None,
+                write_reject=file.write,
+            )
         assert tracemalloc.get_traced_memory()[1] < 8e6, "a megabyte of text is read at a time"
     finally:
         tracemalloc.stop()

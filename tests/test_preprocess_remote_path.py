@@ -11,9 +11,9 @@ from PIL import Image
 from model.errors import UserError
 from preprocess import build_shards
 from preprocess.images import store as image_store
-from preprocess.images.store import ImageStore, digest
+from preprocess.images.store import ImageStore, sha256_hex
 from preprocess.rejects import Rejected
-from preprocess.remote_path import RemotePath, place
+from preprocess.remote_path import RemotePath, parse_path
 from tests.support.golden_tokenizer import gpt_neox
 from tests.support.shard_builds import arguments, build_in_process, write_mix
 from tests.test_preprocess_image_store import LAYOUTS
@@ -70,7 +70,7 @@ def test_an_archive_behind_a_url_is_read_in_place(bucket: str, tmp_path: Path, l
     write, archive, member, archives = LAYOUTS[layout]
     write(tmp_path / "root" / archive, {"other.txt": b"no", member: b"picture"})
     upload(tmp_path / "root", bucket)
-    store = ImageStore(place(bucket), archives)
+    store = ImageStore(parse_path(bucket), archives)
     assert store.read("coco/train2017/1.jpg") == b"picture"
     with pytest.raises(Rejected, match="picture_missing: no such member of"):
         store.read("coco/train2017/2.jpg")
@@ -78,13 +78,13 @@ def test_an_archive_behind_a_url_is_read_in_place(bucket: str, tmp_path: Path, l
 
 def test_a_picture_that_is_not_behind_its_url_is_missing(bucket: str, tmp_path: Path) -> None:
     upload(raw_data(tmp_path / "root"), bucket)
-    store = ImageStore(place(bucket), {})
+    store = ImageStore(parse_path(bucket), {})
     assert store.has_folder("pictures")
     assert not store.has_folder("photographs")
     assert store.size("pictures/0.png") == (tmp_path / "root/pictures/0.png").stat().st_size
     assert store.size("pictures/7.png") is None
-    assert store.stamp("pictures/0.png") == digest((tmp_path / "root/pictures/0.png").read_bytes())
-    assert store.stamp("pictures/7.png") == "picture_missing"
+    assert store.fingerprint("pictures/0.png") == sha256_hex((tmp_path / "root/pictures/0.png").read_bytes())
+    assert store.fingerprint("pictures/7.png") == "picture_missing"
     with pytest.raises(Rejected, match="picture_missing"):
         store.read("pictures/7.png")
 
@@ -96,7 +96,7 @@ def test_of_a_huge_file_behind_a_url_only_the_beginning_is_read(
     for size in (10, 30):
         (tmp_path / f"{size}.jpg").write_bytes(bytes(size))
     upload(tmp_path, bucket)
-    store = ImageStore(place(bucket), {})
+    store = ImageStore(parse_path(bucket), {})
     assert store.read("10.jpg") == bytes(10)
     with pytest.raises(Rejected, match="picture_too_large: 30 bytes, at most 10"):
         store.read("30.jpg")
@@ -115,9 +115,9 @@ def test_an_empty_file_behind_a_url_is_empty_though_it_has_no_range(
         (tmp_path / name).write_bytes(data)
     upload(tmp_path, bucket)
     monkeypatch.setattr(fsspec.filesystem("memory"), "cat_file", no_range)
-    assert ImageStore(place(bucket), {}).read("empty.jpg") == b""
+    assert ImageStore(parse_path(bucket), {}).read("empty.jpg") == b""
     with pytest.raises(OSError, match="416"):
-        ImageStore(place(bucket), {}).read("whole.jpg")
+        ImageStore(parse_path(bucket), {}).read("whole.jpg")
 
 
 def test_a_url_that_nobody_can_read_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

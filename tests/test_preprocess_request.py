@@ -68,7 +68,7 @@ def test_a_missing_picture_folder_is_noticed_before_any_work(
     write_mix(tmp_path, [{"name": "llava", "format": "llava", "annotations": "rows.json"}])
     assert build_shards.main(command(tmp_path, tmp_path / "out")) == build_shards.EXIT_USER_ERROR
     said = capsys.readouterr().err
-    assert f"picture folders are missing under {tmp_path}: coco/train2017 (9 rows)" in said
+    assert f"image folders are missing under {tmp_path}: coco/train2017 (9 rows)" in said
     assert not list((tmp_path / "out").glob("shard*"))
 
 

@@ -238,7 +238,10 @@ def test_the_folder_that_one_stands_in_can_be_previewed(copy: Path, monkeypatch:
 
 def test_rejects_of_every_reason_and_source_are_shown(tmp_path: Path) -> None:
     kinds = [("a", "missing_key")] * 1000 + [("a", "no_answer")] + [("b", "broken_json")] * 2
-    lines = [Reject(source, row, "", reason, "").to_line() for row, (source, reason) in enumerate(kinds)]
+    lines = [
+        Reject(source=source, row=row, id="", reason=reason, detail="").to_line()
+        for row, (source, reason) in enumerate(kinds)
+    ]
     (tmp_path / "rejects.jsonl").write_bytes(b"".join(lines))
     chosen = choose_rejects(tmp_path / "rejects.jsonl", 50)
     assert [reject.row for reject in chosen[-4:]] == [999, 1000, 1001, 1002]
@@ -250,7 +253,7 @@ def test_info_tells_the_set_at_a_glance(sound: Path) -> None:
     assert "12 samples in 3 shards" in said
     assert "6 with a picture (1 distinct), 6 text-only" in said
     assert re.search(r"rows +16 +12 +4\n", said)
-    assert "4  picture_missing: there is no such file" in said
+    assert "4  picture_missing: the image file does not exist" in said
 
 
 class Page(HTMLParser):

@@ -37,7 +37,13 @@ def one_task(root: Path, rows: list[dict[str, Any]]) -> ShardTask:
     (build.out / WORK).mkdir(parents=True)
     publish(build.out / TOKENIZER, build.tokenizer.data)
     with (build.out / WORK / "dialogues.jsonl").open("wb") as file:
-        work = make_worklist(build.mix, build.root, build.samples_per_shard, file.write, lambda rows: None)
+        work = make_worklist(
+            build.mix,
+            build.root,
+            samples_per_shard=build.samples_per_shard,
+            write=file.write,
+            on_rows=lambda rows: None,
+        )
     return plan(build, work)[0]
 
 
@@ -59,7 +65,7 @@ def test_a_finished_shard_leaves_nothing_in_memory(tmp_path: Path) -> None:
 
 
 def test_large_originals_are_not_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "RECENT_BYTES", BOUND)
+    monkeypatch.setattr(cache, "CACHE_BYTES", BOUND)
     noise = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), np.uint8)
     for number in range(40):
         Image.fromarray(noise + np.uint8(number)).save(tmp_path / f"{number}.bmp")
@@ -96,16 +102,16 @@ def test_a_picture_that_rows_share_is_decoded_once_be_it_good_or_bad(
 
 
 def test_the_pictures_that_were_met_longest_ago_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "RECENT_BYTES", 3 * (ENTRY_BYTES + 10))
+    monkeypatch.setattr(cache, "CACHE_BYTES", 3 * (ENTRY_BYTES + 10))
     pictures = ImageCache()
     for name in ("a", "b", "c"):
-        pictures.keep(name, (name.encode() * 10, "jpg"))
+        pictures.add(name, (name.encode() * 10, "jpg"))
     assert pictures.get("a") == (b"a" * 10, "jpg")
-    pictures.keep_rejected("d", "picture_empty", "d")
+    pictures.add_rejection("d", "picture_empty", "d")
     assert pictures.get("b") is None
     with pytest.raises(Rejected, match="picture_empty: d"):
         pictures.get("d")
-    pictures.keep("large", (bytes(cache.RECENT_BYTES), "jpg"))
+    pictures.add("large", (bytes(cache.CACHE_BYTES), "jpg"))
     assert pictures.get("large")
     assert [pictures.get(name) for name in "acd"] == [None] * 3
 

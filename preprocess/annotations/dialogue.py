@@ -1,4 +1,7 @@
-"""Rows of the three source formats become dialogues, or are rejected with a reason. Pure functions."""
+"""Annotation formats (llava, lvis, lrv): conversion of a row into a dialogue.
+
+To add a format, write its parser, and add its name to `Format` and `FORMATS`.
+"""
 
 from __future__ import annotations
 
@@ -8,102 +11,137 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from preprocess.annotations.mix import Source
 from preprocess.prompts import IMAGE_TOKEN
 from preprocess.rejects import Rejected
 
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 
-_UNWANTED = re.compile("[\x00\ud800-\udfff]")
+_NUL_OR_SURROGATE = re.compile("[\x00\ud800-\udfff]")
+
+Format = Literal["llava", "lvis", "lrv"]
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Turn:
     speaker: Literal["human", "gpt"]
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Dialogue:
-    """Questions and answers in turn, the first a question and the last an answer. `picture` is relative to the root."""
+    """Alternating questions and answers: the first turn is a question, the last an answer.
+
+    Attributes:
+        source: Name of the source in the mix.
+        row: Number of the row, counted from 0 after the source's limit and weight are applied.
+        id: The row's own id, which need not be unique, or SOURCE-ROW if it has none.
+        image: Path of the image below the root of the raw data, or None for a text-only dialogue.
+    """
 
     source: str
     row: int
     id: str
-    picture: str | None
+    image: str | None
     turns: tuple[Turn, ...]
 
 
-def to_dialogue(source: Source, row: int, value: Any) -> Dialogue:
-    """Raises: Rejected."""
-    if not isinstance(value, dict):
-        raise Rejected("not_an_object", f"found {_kind(value)}")
-    picture, said = _READERS[source.format](value)
-    turns = _in_order(said)
-    if picture is None and any(IMAGE_TOKEN in turn.text for turn in turns):
-        raise Rejected("image_token_without_picture", "the text holds <image>, the row no picture")
-    path = None if picture is None else picture_path(source.images, picture)
-    return Dialogue(source.name, row, row_id(source, row, value), path, turns)
+# -- Formats ---------------------------------------------------------------------------------------------------------
 
 
-def row_id(source: Source, row: int, value: Any) -> str:
-    """The row's own id, which need not be unique, or one made of its place."""
-    key = "image_id" if source.format == "lrv" else "id"
-    found = value.get("id", value.get(key)) if isinstance(value, dict) else None
-    usable = isinstance(found, str | int) and not isinstance(found, bool) and found != ""
-    return clean_text(str(found)) if usable else f"{source.name}-{row}"
-
-
-def clean_text(text: str) -> str:
-    """Without NUL; lone surrogates, which are no characters, become U+FFFD."""
-    return _UNWANTED.sub(lambda found: "" if found[0] == "\x00" else "\ufffd", text)
-
-
-def picture_path(prefix: str, picture: str) -> str:
-    """Raises: Rejected if the path is absolute or climbs out of its folder."""
-    path = PurePosixPath(picture.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", picture):
-        raise Rejected("picture_path_escapes", repr(picture))
-    if _UNWANTED.search(picture):
-        raise Rejected("picture_path_invalid", repr(picture))
-    return str(PurePosixPath(prefix, path))
-
-
-def _llava(row: dict[str, Any]) -> tuple[str | None, list[Turn]]:
+def _parse_llava(row: Row) -> tuple[str | None, list[Turn]]:
     conversation = _get(row, "conversations", list)
     if not conversation:
         raise Rejected("empty_conversation", "conversations is []")
-    return _picture(row.get("image")), [_turn(turn) for turn in conversation]
+    return _image_name(row.get("image")), [_parse_turn(turn) for turn in conversation]
 
 
-def _lrv(row: dict[str, Any]) -> tuple[str | None, list[Turn]]:
+def _parse_lrv(row: Row) -> tuple[str | None, list[Turn]]:
     name = str(_get(row, "image_id", str, int))
-    if PurePosixPath(name).suffix.lower() not in PICTURE_SUFFIXES:
+    if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
         name += ".jpg"
-    question, answer = (_get(row, key, str, int, float) for key in ("question", "answer"))
-    return name, [Turn("human", clean_text(str(question))), Turn("gpt", clean_text(str(answer)))]
+    question, answer = (clean_text(str(_get(row, key, str, int, float))) for key in ("question", "answer"))
+    return name, [Turn(speaker="human", text=question), Turn(speaker="gpt", text=answer)]
 
 
-_READERS: dict[str, Callable[[dict[str, Any]], tuple[str | None, list[Turn]]]] = {
-    "llava": _llava,
-    "lvis": _llava,
-    "lrv": _lrv,
+@dataclass(frozen=True, kw_only=True)
+class RowFormat:
+    """An annotation format.
+
+    Attributes:
+        parse: Returns the image name, or None, and the turns in the order of the row. Raises: Rejected.
+        id_key: Key of the row's id where the row has no "id".
+    """
+
+    parse: Callable[[Row], tuple[str | None, list[Turn]]]
+    id_key: str = "id"
+
+
+FORMATS: dict[Format, RowFormat] = {
+    "llava": RowFormat(parse=_parse_llava),
+    "lvis": RowFormat(parse=_parse_llava),
+    "lrv": RowFormat(parse=_parse_lrv, id_key="image_id"),
 }
 
 
-def _turn(value: Any) -> Turn:
+# -- Rows to dialogues -----------------------------------------------------------------------------------------------
+
+
+def to_dialogue(value: Any, *, source: str, row: int, row_format: Format, image_folder: str) -> Dialogue:
+    """Convert the JSON value of a row into a dialogue, repairing the order of its turns.
+
+    Args:
+        image_folder: Folder below the root of the raw data that the row's image name is relative to.
+
+    Raises:
+        Rejected: If the row cannot become a sample.
+    """
     if not isinstance(value, dict):
-        raise Rejected("wrong_type", f"a turn is {_kind(value)}, expected an object")
+        raise Rejected("not_an_object", f"found {_type_name(value)}")
+    name, turns = FORMATS[row_format].parse(value)
+    turns = _alternate(turns)
+    if name is None and any(IMAGE_TOKEN in turn.text for turn in turns):
+        raise Rejected("image_token_without_picture", "the text contains <image>, but the row has no image")
+    image = None if name is None else image_path(image_folder, name)
+    dialogue_id = row_id(value, source=source, row=row, row_format=row_format)
+    return Dialogue(source=source, row=row, id=dialogue_id, image=image, turns=tuple(turns))
+
+
+def row_id(value: Any, *, source: str, row: int, row_format: Format) -> str:
+    """Return the row's own id, which need not be unique, or SOURCE-ROW if it has none."""
+    own = value.get("id", value.get(FORMATS[row_format].id_key)) if isinstance(value, dict) else None
+    usable = isinstance(own, str | int) and not isinstance(own, bool) and own != ""
+    return clean_text(str(own)) if usable else f"{source}-{row}"
+
+
+def clean_text(text: str) -> str:
+    """Drop NUL characters and replace lone surrogates, which UTF-8 cannot encode, by U+FFFD."""
+    return _NUL_OR_SURROGATE.sub(lambda match: "" if match[0] == "\x00" else "\ufffd", text)
+
+
+def image_path(folder: str, name: str) -> str:
+    """Return `folder/name` with forward slashes. Raises: Rejected if the name is absolute or contains ".."."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name):
+        raise Rejected("picture_path_escapes", repr(name))
+    if _NUL_OR_SURROGATE.search(name):
+        raise Rejected("picture_path_invalid", repr(name))
+    return str(PurePosixPath(folder, path))
+
+
+def _parse_turn(value: Any) -> Turn:
+    if not isinstance(value, dict):
+        raise Rejected("wrong_type", f"a turn is {_type_name(value)}, expected an object")
     speaker = _get(value, "from", str)
     text = clean_text(_get(value, "value", str))
     if speaker not in SPEAKERS:
         raise Rejected("unknown_speaker", f"from is {speaker!r}, expected one of {', '.join(SPEAKERS)}")
-    return Turn(SPEAKERS[speaker], text)  # type: ignore[arg-type]
+    return Turn(speaker=SPEAKERS[speaker], text=text)  # type: ignore[arg-type]
 
 
-def _picture(value: Any) -> str | None:
-    """None, "" and [] mean a row without picture, as a missing key does."""
+def _image_name(value: Any) -> str | None:
+    """Return the image name of an `image` value. None, "" and [] mean no image, as a missing key does."""
     if isinstance(value, list):
         if len(value) > 1:
             raise Rejected("several_pictures", f"image is a list of {len(value)}")
@@ -111,39 +149,44 @@ def _picture(value: Any) -> str | None:
     if value is None or value == "":
         return None
     if not isinstance(value, str):
-        raise Rejected("wrong_type", f"image is {_kind(value)}, expected a string")
+        raise Rejected("wrong_type", f"image is {_type_name(value)}, expected a string")
     return value
 
 
-def _in_order(turns: list[Turn]) -> tuple[Turn, ...]:
-    """Strictly question, answer, question, answer …: turns of one speaker in a row are joined by a newline,
-    answers to nothing are dropped at the start and unanswered questions at the end."""
+def _alternate(turns: list[Turn]) -> list[Turn]:
+    """Make the turns alternate between question and answer.
+
+    Consecutive turns of one speaker are joined by a newline. An answer at the start and a question at the end are
+    dropped. Raises: Rejected if nothing is left.
+    """
     joined: list[Turn] = []
     for turn in turns:
         if joined and joined[-1].speaker == turn.speaker:
-            joined[-1] = Turn(turn.speaker, f"{joined[-1].text}\n{turn.text}")
+            joined[-1] = Turn(speaker=turn.speaker, text=f"{joined[-1].text}\n{turn.text}")
         else:
             joined.append(turn)
     start = 1 if joined[0].speaker == "gpt" else 0
     end = len(joined) - 1 if joined[-1].speaker == "human" else len(joined)
     if end - start < 2:
         raise Rejected("no_answer", f"{len(turns)} turns, none of them an answer to a question")
-    return tuple(joined[start:end])
+    return joined[start:end]
 
 
-def _get(row: dict[str, Any], key: str, *kinds: type) -> Any:
+def _get(row: Row, key: str, *types: type) -> Any:
+    """Return `row[key]`. Raises: Rejected if the key is missing or the value is of none of `types`."""
     if key not in row:
         raise Rejected("missing_key", f"no {key!r} among {', '.join(map(repr, row)) or 'no keys'}")
     value = row[key]
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        raise Rejected("wrong_type", f"{key} is {_kind(value)}, expected {' or '.join(map(_name, kinds))}")
+    if not isinstance(value, types) or isinstance(value, bool):
+        expected = " or ".join(map(_json_name, types))
+        raise Rejected("wrong_type", f"{key} is {_type_name(value)}, expected {expected}")
     return value
 
 
-def _kind(value: Any) -> str:
-    return "null" if value is None else _name(type(value))
+def _type_name(value: Any) -> str:
+    return "null" if value is None else _json_name(type(value))
 
 
-def _name(kind: type) -> str:
+def _json_name(python_type: type) -> str:
     names = {str: "a string", int: "a number", float: "a number", list: "an array", dict: "an object"}
-    return names.get(kind, kind.__name__)
+    return names.get(python_type, python_type.__name__)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from model.errors import UserError
+from preprocess.annotations.dialogue import Format
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-Format = Literal["llava", "lvis", "lrv"]
 Encoding = Literal["jpeg", "raw", "original"]
 
 

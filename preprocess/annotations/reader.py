@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from model.errors import UserError
 from preprocess.rejects import Rejected
-from preprocess.remote_path import Place
+from preprocess.remote_path import AnyPath
 
 CHUNK_BYTES, FIRST_LINE_CHARACTERS = 1 << 20, 1 << 20
 LONGEST_ROW_CHARACTERS, LONGEST_NUMBER = 64 << 20, 32
@@ -26,7 +26,7 @@ _PACKED = {_PARQUET: "Parquet", _GZIP: "gzip", _ZSTD: "zstd", b"PK\3\4": "zip", 
 _DAMAGE = (EOFError, zlib.error, pa.ArrowInvalid, UnicodeDecodeError, OSError)
 
 
-def read_rows(path: Place) -> Iterator[Any | Rejected]:
+def read_rows(path: AnyPath) -> Iterator[Any | Rejected]:
     """Each row as JSON gave it, or why a line of JSONL could not be read; a row's number is its place in the stream.
 
     Raises: UserError if there is no such file, or if the rest of it cannot be told apart (a broken array).
@@ -65,7 +65,7 @@ class _Watched:
         return getattr(self._file, name)
 
 
-def _rows(file: Any, path: Place) -> Iterator[Any | Rejected]:
+def _rows(file: Any, path: AnyPath) -> Iterator[Any | Rejected]:
     magic = file.read(4)
     file.seek(0)
     if magic == _PARQUET:
@@ -121,7 +121,7 @@ def _repaired(value: pa.Scalar) -> Any:
 class _Text:
     """A window of decoded characters that moves through the file and knows its line. Bad UTF-8 becomes U+FFFD."""
 
-    def __init__(self, stream: IO[bytes], path: Place, head: bytes) -> None:
+    def __init__(self, stream: IO[bytes], path: AnyPath, head: bytes) -> None:
         self.stream, self.path = stream, path
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="replace")
         self.window, self.position = self.decoder.decode(head), 0

@@ -1,7 +1,7 @@
-"""Annotation files become one list of dialogues on disk, cut into fixed ranges: one range, one shard, one task.
+"""The worklist: every dialogue of a mix, one JSON line each, cut into ranges that become one shard each.
 
-Every input row ends here either as a line of the list or as a reject. The list is the same for the same input, so a
-range's hash says whether the shard that was built from it still stands.
+Each input row becomes a line of the worklist or a reject. The same input gives the same bytes, so the sha256 of a range
+shows whether the shard that was built from it is still valid.
 """
 
 from __future__ import annotations
@@ -20,14 +20,23 @@ from preprocess.annotations.mix import Mix, Source
 from preprocess.annotations.reader import read_rows
 from preprocess.images.store import ImageStore
 from preprocess.rejects import Reject, RejectCounts, Rejected
-from preprocess.remote_path import Place
+from preprocess.remote_path import AnyPath
 
-DETAIL_CHARACTERS = 300
+ROWS_PER_PROGRESS_CALL = 1000
+MAX_FOLDERS_IN_MESSAGE = 5
 
 
-@dataclass(frozen=True)
-class Range:
-    """Bytes of the list that one shard is built from; `first` counts its first dialogue over the whole list."""
+@dataclass(frozen=True, kw_only=True)
+class DialogueRange:
+    """The part of the worklist that one shard is built from.
+
+    Attributes:
+        first: Number of its first dialogue, counted over the whole worklist.
+        count: Number of its dialogues.
+        offset: Position of its first byte in the worklist.
+        size: Number of its bytes.
+        sha256: Digest of its bytes.
+    """
 
     first: int
     count: int
@@ -36,17 +45,20 @@ class Range:
     sha256: str
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Worklist:
-    """`rows`, `read` and `folders` (of pictures, with the rows that need them) are kept by source.
+    """The ranges of a worklist, and counts by source.
 
-    rows   those that the limit and the weight leave
-    read   those of the file: all of them, unless the limit ended it
+    Attributes:
+        rows: Number of rows after limit and weight are applied.
+        rows_read: Number of rows read from the annotation file: all of them, unless the limit stopped the reading.
+        rejects: Number of rejected rows by source and reason.
+        folders: For each source, the image folders with the number of rows that need each.
     """
 
-    ranges: list[Range] = field(default_factory=list)
+    ranges: list[DialogueRange] = field(default_factory=list)
     rows: Counter[str] = field(default_factory=Counter)
-    read: Counter[str] = field(default_factory=Counter)
+    rows_read: Counter[str] = field(default_factory=Counter)
     rejects: RejectCounts = field(default_factory=Counter)
     folders: dict[str, Counter[str]] = field(default_factory=dict)
 
@@ -57,111 +69,128 @@ class Worklist:
 
 def make_worklist(
     mix: Mix,
-    root: Place,
+    root: AnyPath,
+    *,
     samples_per_shard: int,
     write: Callable[[bytes], Any],
-    tick: Callable[[int], None],
+    on_rows: Callable[[int], None],
     write_reject: Callable[[bytes], Any] = lambda line: None,
 ) -> Worklist:
-    """Streams every source through `write`, and the lines of rows that are rejected already through `write_reject`.
+    """Stream every source of the mix through `write`, holding at most the dialogues of one shard in memory.
 
-    `tick` is told the number of rows read, now and then.
+    Args:
+        write: Receives the lines of one range per call.
+        on_rows: Receives the number of rows so far, once per thousand rows.
+        write_reject: Receives the rejects.jsonl line of each rejected row.
+
+    Raises:
+        UserError: If an annotation file cannot be read.
     """
     work = Worklist()
-    lines = _lines(mix, root, work, tick, write_reject)
+    lines = _lines(mix, root, work, on_rows, write_reject)
     first = offset = 0
     while batch := list(itertools.islice(lines, samples_per_shard)):
         data = b"".join(batch)
         write(data)
-        work.ranges.append(Range(first, len(batch), offset, len(data), hashlib.sha256(data).hexdigest()))
+        digest = hashlib.sha256(data).hexdigest()
+        work.ranges.append(DialogueRange(first=first, count=len(batch), offset=offset, size=len(data), sha256=digest))
         first, offset = first + len(batch), offset + len(data)
     return work
 
 
 def _lines(
-    mix: Mix, root: Place, work: Worklist, tick: Callable[[int], None], write_reject: Callable[[bytes], Any]
+    mix: Mix, root: AnyPath, work: Worklist, on_rows: Callable[[int], None], write_reject: Callable[[bytes], Any]
 ) -> Iterator[bytes]:
     for source in mix.sources:
-        work.rows[source.name] = 0
-        folders = work.folders[source.name] = Counter()
+        name = source.name
+        work.rows[name] = 0
+        folders = work.folders[name] = Counter()
         for row, value in enumerate(_weighted_rows(source, root, work)):
-            work.rows[source.name] += 1
-            if row % 1000 == 0:
-                tick(work.rows.total())
+            work.rows[name] += 1
+            if row % ROWS_PER_PROGRESS_CALL == 0:
+                on_rows(work.rows.total())
             try:
                 if isinstance(value, Rejected):
                     raise value
-                dialogue = to_dialogue(source, row, value)
+                dialogue = to_dialogue(
+                    value, source=name, row=row, row_format=source.format, image_folder=source.images
+                )
             except Rejected as error:
-                work.rejects[source.name, error.reason] += 1
-                write_reject(reject(source.name, row, row_id(source, row, value), error).to_line())
+                work.rejects[name, error.reason] += 1
+                id_ = row_id(value, source=name, row=row, row_format=source.format)
+                write_reject(Reject.from_error(error, source=name, row=row, id=id_).to_line())
                 continue
-            if dialogue.picture:
-                folders[dialogue.picture.rpartition("/")[0] or "."] += 1
-            yield to_line(dialogue)
+            if dialogue.image:
+                folders[dialogue.image.rpartition("/")[0] or "."] += 1
+            yield _to_line(dialogue)
 
 
-def _weighted_rows(source: Source, root: Place, work: Worklist) -> Iterator[Any | Rejected]:
-    """A row's repetitions stand together, so that its picture is decoded once."""
+def _weighted_rows(source: Source, root: AnyPath, work: Worklist) -> Iterator[Any | Rejected]:
+    """Apply limit and weight. Copies of a row are adjacent, so that its image is decoded only once."""
     for row, value in enumerate(itertools.islice(read_rows(root / source.annotations), source.limit)):
-        work.read[source.name] += 1
+        work.rows_read[source.name] += 1
         yield from itertools.repeat(value, source.times(row))
 
 
-def reject(source: str, row: int, id: str, error: Rejected) -> Reject:  # noqa: A002
-    return Reject(source, row, id, error.reason, error.detail[:DETAIL_CHARACTERS])
-
-
-def to_line(dialogue: Dialogue) -> bytes:
+def _to_line(dialogue: Dialogue) -> bytes:
     line = {
         "source": dialogue.source,
         "row": dialogue.row,
         "id": dialogue.id,
-        "picture": dialogue.picture,
+        "picture": dialogue.image,  # enters the range's sha256, so renaming the key would invalidate every shard
         "conversations": [{"from": turn.speaker, "value": turn.text} for turn in dialogue.turns],
     }
     return json.dumps(line, separators=(",", ":")).encode() + b"\n"
 
 
 def check_feasible(work: Worklist, store: ImageStore, max_reject_ratio: float) -> None:
-    """Raises: UserError if there are no rows, or missing folders would cost more of them than may be lost."""
+    """Check that the mix has rows and that missing image folders alone do not exceed the reject limit.
+
+    Raises: UserError.
+    """
     if not work.rows.total():
         raise UserError("the mix's annotation files have no rows: there is nothing to build")
     for source, folders in work.folders.items():
-        missing = {folder: rows for folder, rows in folders.items() if not store.has_folder(folder)}
-        if sum(missing.values()) > max_reject_ratio * work.rows[source]:
-            listed = ", ".join(f"{folder} ({rows} rows)" for folder, rows in Counter(missing).most_common(5))
-            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        missing = Counter({folder: rows for folder, rows in folders.items() if not store.has_folder(folder)})
+        if missing.total() > max_reject_ratio * work.rows[source]:
+            listed = ", ".join(f"{name} ({rows} rows)" for name, rows in missing.most_common(MAX_FOLDERS_IN_MESSAGE))
+            rest = len(missing) - MAX_FOLDERS_IN_MESSAGE
+            more = f" and {rest} more" if rest > 0 else ""
             raise UserError(
-                f"source {source!r}: picture folders are missing under {store.root}: {listed}{more}; put them there, "
-                "as folders or as archives beside their place (NAME.zip, NAME.tar), or mend `images` in the mix"
+                f"source {source!r}: image folders are missing under {store.root}: {listed}{more}. Add them as folders "
+                "or as archives beside their place (NAME.zip, NAME.tar), or correct `images` in the mix"
             )
 
 
 def row_count_notes(mix: Mix, work: Worklist) -> Iterator[str]:
-    """One line for each number of rows that is not what the mix expects, as far as a limit lets it be known."""
-    known = {source.name for source in mix.sources if source.limit is None or work.read[source.name] < source.limit}
+    """Yield a note for each source whose number of rows is not the expected one, as far as its limit allows to know."""
+    complete = {
+        source.name for source in mix.sources if source.limit is None or work.rows_read[source.name] < source.limit
+    }
     for source in mix.sources:
         yield from _shortage_notes(source, work)
         if source.expected_rows is not None:
-            yield from _expected_note(f"source {source.name!r} has", [source.name], source.expected_rows, work, known)
+            subject = f"source {source.name!r} has"
+            yield from _expectation_note(subject, [source.name], source.expected_rows, work, complete)
     for expected in mix.expected:
-        who = f"sources {', '.join(expected.sources)} together have"
-        yield from _expected_note(who, expected.sources, expected.rows, work, known)
+        subject = f"sources {', '.join(expected.sources)} together have"
+        yield from _expectation_note(subject, expected.sources, expected.rows, work, complete)
 
 
 def _shortage_notes(source: Source, work: Worklist) -> Iterator[str]:
-    read = work.read[source.name]
+    read = work.rows_read[source.name]
     if not read:
-        yield f"note: source {source.name!r} has no rows: it adds nothing"
+        yield f"note: source {source.name!r} has no rows, so it adds nothing"
     elif not work.rows[source.name]:
         yield f"note: source {source.name!r} adds nothing: weight {source.weight} leaves none of its {read} rows"
     if source.limit is not None and 0 < read < source.limit:
         yield f"note: source {source.name!r} has {read} rows, fewer than its limit of {source.limit}"
 
 
-def _expected_note(who: str, names: list[str], expected: int, work: Worklist, known: set[str]) -> Iterator[str]:
-    """A file that its limit cut short has at least so many rows."""
-    found, whole = sum(work.read[name] for name in names), known.issuperset(names)
-    if found > expected or (whole and found < expected):
-        yield f"note: {who} {'' if whole else 'at least '}{found} rows, the mix expects {expected}"
+def _expectation_note(
+    subject: str, names: list[str], expected: int, work: Worklist, complete: set[str]
+) -> Iterator[str]:
+    """Yield a note if the sources' rows cannot be the expected number. A file that was not read to its end has more."""
+    rows, all_read = sum(work.rows_read[name] for name in names), complete.issuperset(names)
+    if rows > expected or (all_read and rows < expected):
+        yield f"note: {subject} {'' if all_read else 'at least '}{rows} rows, the mix expects {expected}"

@@ -18,7 +18,7 @@ from model.errors import UserError
 from preprocess.atomic import publish, published
 from preprocess.builder.task import Settings, ShardTask
 from preprocess.prompts import Tokenizer
-from preprocess.rejects import Reject, RejectCounts, by_reason, by_source, read_rejects
+from preprocess.rejects import Reject, RejectCounts, count_by_reason, count_by_source, read_rejects
 from preprocess.shards.manifest import INDEX, INDEX_SCHEMA, MANIFEST, REJECTS, Manifest, ShardEntry
 
 
@@ -120,7 +120,7 @@ def _shard_rejects(tasks: Iterable[ShardTask]) -> Iterator[Reject]:
 
 
 def _manifest(facts: Facts, contents: Contents, lost: Losses) -> Manifest:
-    settings, tokenizer, rejects = facts.settings, facts.tokenizer, by_source(lost.rejects)
+    settings, tokenizer, rejects = facts.settings, facts.tokenizer, count_by_source(lost.rejects)
     return Manifest(
         model=facts.model,
         template=settings.template,
@@ -134,7 +134,7 @@ def _manifest(facts: Facts, contents: Contents, lost: Losses) -> Manifest:
             name: {"rows": rows, "samples": contents.samples[name], "rejects": rejects[name]}
             for name, rows in facts.rows.items()
         },
-        rejects_by_reason=dict(by_reason(lost.rejects)),
+        rejects_by_reason=dict(count_by_reason(lost.rejects)),
         shards=tuple(contents.shards),
         sidecars=contents.sidecars,
         index={"sha256": contents.index_sha256, "rows": contents.samples.total()},

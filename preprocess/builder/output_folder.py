@@ -46,7 +46,7 @@ def _fits(task: ShardTask, sidecar: dict[str, Any]) -> bool:
     if sidecar["spec_sha256"] != task.spec_sha256 or size != sidecar["bytes"]:
         return False
     store = ImageStore(task.root, task.archives)
-    return all(store.stamp(picture) == stamp for picture, stamp in sidecar["rejected_pictures"].items())
+    return all(store.fingerprint(picture) == stamp for picture, stamp in sidecar["rejected_pictures"].items())
 
 
 def reusable_manifest(out: Path, spec_sha256: str) -> Manifest | None:

@@ -13,7 +13,7 @@ from preprocess.annotations.mix import Mix, load_mix
 from preprocess.builder.task import Settings
 from preprocess.images.store import ImageStore
 from preprocess.prompts import Tokenizer, load_tokenizer
-from preprocess.remote_path import Place
+from preprocess.remote_path import AnyPath
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Build:
     mix: Mix
     config: EmmaConfig
     tokenizer: Tokenizer
-    root: Place
+    root: AnyPath
     out: Path
     samples_per_shard: int
     workers: int | None
@@ -86,14 +86,14 @@ def _refuse_lost_paths(parsed: argparse.Namespace) -> None:
                 )
 
 
-def _check_root(mix: Mix, root: Place) -> None:
+def _check_root(mix: Mix, root: AnyPath) -> None:
     if not root.is_dir():
         raise UserError(f"--root {root} is no folder; it must hold the annotations and pictures that the mix names")
     if missing := list(_missing(mix, root)):
         raise UserError("; ".join(missing) + "; put what is missing there, or mend the mix or --root")
 
 
-def _missing(mix: Mix, root: Place) -> Iterator[str]:
+def _missing(mix: Mix, root: AnyPath) -> Iterator[str]:
     store = ImageStore(root, mix.archives)
     for source in mix.sources:
         if not (root / source.annotations).is_file():

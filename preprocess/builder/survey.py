@@ -10,7 +10,7 @@ from preprocess.annotations.mix import Mix
 from preprocess.annotations.worklist import Worklist
 from preprocess.images import codec
 from preprocess.images.store import ImageStore
-from preprocess.rejects import Rejected, by_source
+from preprocess.rejects import Rejected, count_by_source
 
 LEAST_PICTURES, MOST_FOLDERS = 50, 12  # of each source; less than twice as many pictures are looked at
 
@@ -44,7 +44,7 @@ class Survey:
 
     def report(self, mix: Mix, work: Worklist, store: ImageStore) -> Iterator[str]:
         """Lines for people; nothing is raised for what is missing."""
-        rejects = by_source(work.rejects)
+        rejects = count_by_source(work.rejects)
         for source in mix.sources:
             name = source.name
             yield f"{name}: {work.rows[name]} rows, {rejects[name]} rejected before their pictures are looked at"

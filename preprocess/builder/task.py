@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from preprocess import prompts
-from preprocess.annotations.worklist import Range, reject
+from preprocess.annotations.worklist import DialogueRange
 from preprocess.atomic import canonical_json, publish, sync_folder
 from preprocess.images import codec
 from preprocess.images.cache import ImageCache
-from preprocess.images.store import ImageStore, digest
+from preprocess.images.store import ImageStore, sha256_hex
 from preprocess.rejects import Reject, Rejected
-from preprocess.remote_path import Place
+from preprocess.remote_path import AnyPath
 from preprocess.shards.sample import Sample
 from preprocess.shards.writer import write_shard
 
@@ -47,11 +47,11 @@ class ShardTask:
 
     name: str
     spec_sha256: str
-    range: Range
+    range: DialogueRange
     settings: Settings
     dialogues: Path
     tokenizer: Path
-    root: Place
+    root: AnyPath
     archives: dict[str, str]
 
     @property
@@ -94,7 +94,7 @@ def build_shard(task: ShardTask) -> Done:
     sidecar = {
         "spec_sha256": task.spec_sha256,
         **vars(written),
-        "made_with": codec.made_with(),
+        "made_with": codec.codec_versions(),
         "rejects": [rejected.to_json() for rejected in maker.rejects],
         "rejected_pictures": maker.rejected_pictures,
         "pictures_sha256": sizes_sha256(maker.sizes),
@@ -118,7 +118,7 @@ def sizes_sha256(sizes: Mapping[str, int | None]) -> str:
     return hashlib.sha256(canonical_json(sizes)).hexdigest()
 
 
-def _read_range(path: Path, part: Range) -> Iterator[dict[str, Any]]:
+def _read_range(path: Path, part: DialogueRange) -> Iterator[dict[str, Any]]:
     handle = os.open(path, os.O_RDONLY)
     try:
         data = os.pread(handle, part.size, part.offset)
@@ -166,21 +166,22 @@ class _SampleMaker:
             try:
                 yield self._sample(f"{number:09d}", dialogue, encoded)
             except Rejected as error:
-                self.rejects.append(reject(dialogue["source"], dialogue["row"], dialogue["id"], error))
+                origin = {key: dialogue[key] for key in ("source", "row", "id")}
+                self.rejects.append(Reject.from_error(error, **origin))
 
     def _encoded(
         self, dialogues: Iterator[dict[str, Any]], crumb: int
-    ) -> Iterator[tuple[dict[str, Any], prompts.Encoded]]:
+    ) -> Iterator[tuple[dict[str, Any], prompts.EncodedDialogue]]:
         """Several texts, then their pictures: each of these drives the tokenizer out of the processor's cache."""
         while block := list(itertools.islice(dialogues, TEXTS_AT_ONCE)):
             yield from zip(block, [self._encode(dialogue, crumb) for dialogue in block], strict=True)
 
-    def _encode(self, dialogue: dict[str, Any], crumb: int) -> prompts.Encoded:
+    def _encode(self, dialogue: dict[str, Any], crumb: int) -> prompts.EncodedDialogue:
         _record_last_seen(crumb, dialogue)
         template, most = self.settings.template, self.settings.max_text_tokens
         return prompts.encode_dialogue(dialogue["conversations"], template, self.tokenizer, most)
 
-    def _sample(self, key: str, dialogue: dict[str, Any], encoded: prompts.Encoded) -> Sample:
+    def _sample(self, key: str, dialogue: dict[str, Any], encoded: prompts.EncodedDialogue) -> Sample:
         if not encoded.spans:
             most = self.settings.max_text_tokens
             raise Rejected("no_supervised_token", f"no answer begins within {most} tokens")
@@ -206,10 +207,10 @@ class _SampleMaker:
             data = self.store.read(path)
             stored = codec.encode_stored_image(data, self.settings.image_px, self.settings.encoding)
         except Rejected as error:
-            self.rejected_pictures[path] = error.reason if data is None else digest(data)
+            self.rejected_pictures[path] = error.reason if data is None else sha256_hex(data)
             detail = f"{path}: {error.detail}" if error.detail else path
-            self.recent.keep_rejected(path, error.reason, detail)
+            self.recent.add_rejection(path, error.reason, detail)
             raise Rejected(error.reason, detail) from None
         self.sizes[path] = len(data)
-        self.recent.keep(path, stored)
+        self.recent.add(path, stored)
         return stored

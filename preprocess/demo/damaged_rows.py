@@ -25,7 +25,7 @@ def _corrupt_png() -> bytes:
     return bytes(data)
 
 
-def write_pictures(root: Path) -> None:
+def write_images(root: Path) -> None:
     """The picture files that the rows below name, as far as they exist."""
     pictures = {
         "cmyk.jpg": _encoded("JPEG", "CMYK"),

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from model.config import preset
 from model.errors import UserError
-from preprocess.demo.damaged_rows import DAMAGED, REPAIRABLE, write_pictures
+from preprocess.demo.damaged_rows import DAMAGED, REPAIRABLE, write_images
 from preprocess.demo.scenes import Scene, draw_scenes, questions, render
 from preprocess.demo.writing import PHOTOGRAPHS, Turns, text_dialogue
 from preprocess.prompts import IMAGE_TOKEN, TEMPLATES
@@ -67,7 +67,7 @@ def write_mix(root: Path, sizes: Sizes | None = None) -> dict[str, int]:
     }
     texts = [text for rows in sources.values() for row in rows for text in _texts(row)]
     _write_held_out(root / HELD_OUT, _take(_distinct(draw_scenes("held out"), seen), sizes.held_out))
-    write_pictures(root)
+    write_images(root)
     for name, rows in sources.items():
         rows += [*REPAIRABLE[name], *(row for _, row in DAMAGED[name])]
         random.Random(name).shuffle(rows)

@@ -1,4 +1,4 @@
-"""What lately came of pictures, for rows that share one and stand near each other."""
+"""LRU cache of encoded images and of rejections, for rows of one shard that share an image."""
 
 from __future__ import annotations
 
@@ -6,42 +6,42 @@ from collections import OrderedDict
 
 from preprocess.rejects import Rejected
 
-RECENT_BYTES = 64 << 20
-ENTRY_BYTES = 1 << 10  # more than what Python needs to keep one, whatever it holds
+CACHE_BYTES = 64 << 20
+ENTRY_BYTES = 1 << 10  # upper bound of Python's own overhead per entry
 
-Stored = tuple[bytes, str]
-Refused = tuple[str, str]  # not the exception: its traceback would keep, in a cycle, whoever raised it
+EncodedImage = tuple[bytes, str]  # file content, format
+Rejection = tuple[str, str]  # reason, detail; the exception's traceback would keep its callers' variables in memory
 
 
 class ImageCache:
-    """The last RECENT_BYTES of stored pictures and of rejections; the latest one is kept at any size."""
+    """The most recently used images and rejections, up to CACHE_BYTES. The newest entry is kept whatever its size."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[str, tuple[Stored | None, Refused | None]] = OrderedDict()
+        self._entries: OrderedDict[str, tuple[EncodedImage | None, Rejection | None]] = OrderedDict()
         self.bytes = 0
 
-    def get(self, path: str) -> Stored | None:
-        """None if it is not known. Raises: Rejected if it was."""
-        if path not in self._kept:
+    def get(self, path: str) -> EncodedImage | None:
+        """Return the cached image, or None if the path is not cached. Raises: Rejected if a rejection is cached."""
+        if path not in self._entries:
             return None
-        self._kept.move_to_end(path)
-        stored, refused = self._kept[path]
-        if refused:
-            raise Rejected(*refused)
-        return stored
+        self._entries.move_to_end(path)
+        image, rejection = self._entries[path]
+        if rejection:
+            raise Rejected(*rejection)
+        return image
 
-    def keep(self, path: str, stored: Stored) -> None:
-        self._add(path, stored, None)
+    def add(self, path: str, image: EncodedImage) -> None:
+        self._insert(path, image, None)
 
-    def keep_rejected(self, path: str, reason: str, detail: str) -> None:
-        self._add(path, None, (reason, detail))
+    def add_rejection(self, path: str, reason: str, detail: str) -> None:
+        self._insert(path, None, (reason, detail))
 
-    def _add(self, path: str, stored: Stored | None, refused: Refused | None) -> None:
-        self._kept[path] = stored, refused
-        self.bytes += _size(stored)
-        while self.bytes > RECENT_BYTES and len(self._kept) > 1:
-            self.bytes -= _size(self._kept.popitem(last=False)[1][0])
+    def _insert(self, path: str, image: EncodedImage | None, rejection: Rejection | None) -> None:
+        self._entries[path] = image, rejection
+        self.bytes += _size(image)
+        while self.bytes > CACHE_BYTES and len(self._entries) > 1:
+            self.bytes -= _size(self._entries.popitem(last=False)[1][0])
 
 
-def _size(stored: Stored | None) -> int:
-    return ENTRY_BYTES + (len(stored[0]) if stored else 0)
+def _size(image: EncodedImage | None) -> int:
+    return ENTRY_BYTES + (len(image[0]) if image else 0)

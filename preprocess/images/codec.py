@@ -41,7 +41,7 @@ JPEG_QUALITY = 95
 Image.MAX_IMAGE_PIXELS = None  # the limit above is checked instead, before any pixel is decoded
 
 Pixels = npt.NDArray[np.uint8]
-Kind = Literal["jpg", "png", "gif", "webp", "bmp", "tiff"]
+ImageFormat = Literal["jpg", "png", "gif", "webp", "bmp", "tiff"]
 _PIL_FORMATS = {"jpg": "JPEG", "png": "PNG", "gif": "GIF", "webp": "WEBP", "bmp": "BMP", "tiff": "TIFF"}
 _TRUNCATED = ("truncated", "premature end", "not enough image data", "unexpected end")
 _ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>")  # of an object in memory: no two runs have the same
@@ -49,7 +49,7 @@ _TURNS = (b"Exif\0", b"tiff:Orientation")  # what may ask for one, the latter in
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
-def sniff(data: bytes) -> Kind:
+def detect_format(data: bytes) -> ImageFormat:
     """The format by its magic bytes; names lie. Raises: Rejected."""
     if not data:
         raise Rejected("picture_empty")
@@ -70,7 +70,7 @@ def sniff(data: bytes) -> Kind:
 
 def decode_rgb(data: bytes, most: int = MAX_PIXELS) -> Pixels:
     """[h, w, 3], of at most so many pixels. Raises: Rejected."""
-    kind = sniff(data)
+    kind = detect_format(data)
     if kind == "jpg" and (pixels := _plain_jpeg(data, most)) is not None:
         return pixels
     try:
@@ -163,7 +163,7 @@ def encode_raw(pixels: Pixels) -> bytes:
 
 
 @functools.cache
-def made_with() -> str:
+def codec_versions() -> str:
     """The packages that decide a stored picture's bytes: others may differ by a level here and there."""
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("pillow", "torch"))
 
@@ -172,7 +172,7 @@ def encode_stored_image(data: bytes, image_px: int, encoding: str) -> tuple[byte
     """What a shard keeps of a picture file, and the name of its format. Raises: Rejected."""
     pixels = decode_rgb(data, MAX_WORKER_PIXELS)
     if encoding == "original":
-        return data, sniff(data)
+        return data, detect_format(data)
     if encoding == "raw":
         return encode_raw(resize_to_square(pixels, image_px)), "pixels.npy"
     return encode_jpeg(resize_to_square(pixels, image_px)), "jpg"
@@ -191,7 +191,7 @@ def read_image_file(path: Path, image_px: int) -> Pixels:
         raise UserError(f"picture {path} cannot be used: {REASONS[error.reason]} ({error.detail})") from None
 
 
-def stored_pixels(data: bytes, image_px: int | None = None) -> Pixels:
+def decode_stored_image(data: bytes, image_px: int | None = None) -> Pixels:
     """uint8 [h, w, 3] of what `encode_stored_image` returned; originals need `image_px`, to be squashed."""
     if data[:6] == b"\x93NUMPY":
         return np.load(io.BytesIO(data), allow_pickle=False)

@@ -24,7 +24,7 @@ from typing import IO
 
 from model.errors import UserError
 from preprocess.rejects import Rejected
-from preprocess.remote_path import Place, RemotePath, size_of
+from preprocess.remote_path import AnyPath, RemotePath, file_size
 
 MAX_FILE_BYTES = 100_000_000
 MAX_LINKS = 8
@@ -36,13 +36,13 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 class ImageStore:
     """Reads pictures by their path under the root. Archives stay open, one handle per process."""
 
-    def __init__(self, root: Place, archives: Mapping[str, str]) -> None:
+    def __init__(self, root: AnyPath, archives: Mapping[str, str]) -> None:
         self.root, self.archives = root, dict(archives)
         self._archive_of: dict[str, _Archive | None] = {}
 
     def read(self, path: str) -> bytes:
         """Raises: Rejected if the picture is not there, too large or may not be read; OSError if reading failed."""
-        if archive := self.archive_of(path.rpartition("/")[0] or "."):
+        if archive := self._archive_for(path.rpartition("/")[0] or "."):
             return archive.read(path)
         for spelling in _spellings(path):
             try:
@@ -55,26 +55,26 @@ class ImageStore:
                 raise Rejected("picture_path_invalid") from None
         raise Rejected("picture_missing")
 
-    def stamp(self, path: str) -> str:
+    def fingerprint(self, path: str) -> str:
         """The digest of the picture, or why it cannot be read: changes when it comes or is mended, at whatever size."""
         try:
-            return digest(self.read(path))
+            return sha256_hex(self.read(path))
         except Rejected as error:
             return error.reason
 
     def size(self, path: str) -> int | None:
         """Of the picture alone, also where it is the member of an archive; None if it is not there."""
-        if archive := self.archive_of(path.rpartition("/")[0] or "."):
+        if archive := self._archive_for(path.rpartition("/")[0] or "."):
             return archive.size(path)
         for spelling in _spellings(path):
             with contextlib.suppress(OSError, ValueError):
-                return size_of(self.root / spelling)
+                return file_size(self.root / spelling)
         return None
 
     def has_folder(self, folder: str) -> bool:
-        return self._is_folder(folder) or self.archive_of(folder) is not None
+        return self._is_folder(folder) or self._archive_for(folder) is not None
 
-    def archive_of(self, folder: str) -> _Archive | None:
+    def _archive_for(self, folder: str) -> _Archive | None:
         """The archive that stands for the folder or for one above it, unless the folder is there."""
         if folder not in self._archive_of:
             self._archive_of[folder] = self._find_archive(folder)
@@ -107,7 +107,7 @@ class ImageStore:
             return opened.read()
 
 
-def _real(path: Place) -> Path:
+def _real(path: AnyPath) -> Path:
     """Where links lead. `Path.resolve` differs: it raises for a link to itself, depending on the version of Python."""
     return Path(os.path.realpath(str(path)))
 
@@ -117,7 +117,7 @@ def _guard_size(size: int) -> None:
         raise Rejected("picture_too_large", f"{size} bytes, at most {MAX_FILE_BYTES} are read")
 
 
-def digest(data: bytes) -> str:
+def sha256_hex(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
@@ -147,7 +147,7 @@ def _as_reject(error: OSError) -> Exception:
 class _Archive:
     """Pictures by their path under the root, of an archive that stands for `folder`."""
 
-    def __init__(self, path: Place, folder: str) -> None:
+    def __init__(self, path: AnyPath, folder: str) -> None:
         self.path, self.folder = path, PurePosixPath(folder)
         file = path.open("rb")
         try:
@@ -240,5 +240,5 @@ def _followed(links: Mapping[str, str]) -> dict[str, str]:
 
 
 @functools.lru_cache(maxsize=64)
-def _open_archive(path: Place, folder: str) -> _Archive:
+def _open_archive(path: AnyPath, folder: str) -> _Archive:
     return _Archive(path, folder)

@@ -111,4 +111,4 @@ def from_payloads(key: str, tokens: bytes, meta: bytes, image: bytes | None, ima
 def sample_pixels(sample: Sample, image_px: int | None = None) -> np.ndarray:
     """uint8 [h, w, 3] at the model's size; a set of originals needs `image_px`, and they are squashed here."""
     assert sample.image is not None, f"{sample.key} is text-only"
-    return codec.stored_pixels(sample.image, image_px)
+    return codec.decode_stored_image(sample.image, image_px)
