@@ -33,7 +33,7 @@ from pipeline.checkpoint.checkpointer import Checkpointer, Identity
 from pipeline.checkpoint.layout import bytes_of
 from pipeline.distributed.collectives import broadcast_from_main
 from pipeline.distributed.ranks import Ranks, find_ranks
-from pipeline.engine import build_engine, init_distributed
+from pipeline.engine import Engine, build_engine, init_distributed
 from pipeline.recipe import Recipe, load_recipe
 from preprocess.atomic import sync
 
@@ -50,7 +50,7 @@ def timed(action: Callable[[], Any]) -> float:
     return time.monotonic() - begun
 
 
-def random_engine(recipe: Recipe, ranks: Ranks) -> Any:
+def random_engine(recipe: Recipe, ranks: Ranks) -> Engine:
     """An engine whose optimizer has moments, as after a step."""
     with torch.device(ranks.device):
         emma = Emma(recipe.config)

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from model.errors import UserError
 from model.vision import Towers
-from pipeline.checkpoint.layout import zero_buffers
 from pipeline.data.loader import MicroBatch
-from pipeline.engine import clear_gradients
+from pipeline.engine import Engine
 from pipeline.recipe import Recipe
 from pipeline.step import row_losses
+from pipeline.zero import clear_gradients, missing_moment_bytes
 
 GIB = 1 << 30
 SAMPLE_LAYERS = 4  # kept in the second measurement, which tells what one more layer takes
 PASSES = 3  # until ZeRO-3 knows the new order of layers by heart, and gathers the weights of several ahead
 
 
-def fit_kept_layers(engine: Any, towers: Towers, recipe: Recipe, heaviest: MicroBatch, budget: float) -> str:
+def fit_kept_layers(engine: Engine, towers: Towers, recipe: Recipe, heaviest: MicroBatch, budget: float) -> str:
     """Keep the activations of as many last layers as fit into `budget` GiB; a line about it. Every rank must call it.
 
     Measured on `heaviest`, the largest micro-batch that this rank will see, by forward and backward passes that leave
     nothing behind. On a GPU the budget is for all that is allocated, elsewhere for what is held for backward.
     Raises: UserError on all ranks if it is too small even with every layer recomputed.
     """
-    llm, moments = engine.module.llm, moments_to_come(engine)
+    llm, moments = engine.module.llm, missing_moment_bytes(engine) if engine.device.type == "cuda" else 0
 
     def peak_gib(kept: int) -> float:
         llm.keep_layers = kept
@@ -76,15 +75,7 @@ def measure(device: torch.device, run: Callable[[], None]) -> int:
     return sum(held.values())
 
 
-def moments_to_come(engine: Any) -> int:
-    """Bytes of Adam's moments on this GPU, which its first update will make; 0 where there is no GPU."""
-    if engine.device.type != "cuda":
-        return 0
-    adam = engine.optimizer.optimizer
-    return sum(2 * buffer.master.nbytes for buffer in zero_buffers(engine) if not adam.state.get(buffer.master))
-
-
-def _pass(engine: Any, towers: Towers, recipe: Recipe, batch: MicroBatch) -> None:
+def _pass(engine: Engine, towers: Towers, recipe: Recipe, batch: MicroBatch) -> None:
     """Forward and backward as in training, of a loss that weighs nothing: every gradient is zero."""
     text, align = row_losses(engine, towers, recipe, batch.to(engine.device))
     engine.backward(0.0 * (text.sum() + align.sum()))

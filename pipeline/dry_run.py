@@ -33,7 +33,7 @@ from pipeline.activation_memory import fit_kept_layers
 from pipeline.data.by_source import BySource
 from pipeline.data.loader import GlobalBatch, MicroBatch
 from pipeline.distributed.ranks import Ranks, find_ranks
-from pipeline.engine import build_engine, init_distributed
+from pipeline.engine import Engine, build_engine, init_distributed
 from pipeline.flops import flops_per_sample
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.step import optimizer_step
@@ -96,7 +96,7 @@ def limit_memory(device: torch.device, gib: float) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
 
-def try_size(engine: Any, towers: Towers, recipe: Recipe, size: int, text_tokens: int, world_size: int) -> Trial:
+def try_size(engine: Engine, towers: Towers, recipe: Recipe, size: int, text_tokens: int, world_size: int) -> Trial:
     """Steps of one micro-batch each: the median of the timed ones, and the peaks of the phases."""
     batch = imagined_batch(recipe, size, text_tokens, world_size)
     peaks = {"forward": 0.0, "backward": 0.0, "update": 0.0}
@@ -122,14 +122,14 @@ def try_size(engine: Any, towers: Towers, recipe: Recipe, size: int, text_tokens
 class measured_phases:  # noqa: N801 (reads as a verb in its with statement)
     """Notes the peak of allocated memory before the backward pass, up to the update, and in the update."""
 
-    def __init__(self, engine: Any, peaks: dict[str, float]):
+    def __init__(self, engine: Engine, peaks: dict[str, float]):
         self.engine, self.peaks = engine, peaks
 
     def __enter__(self) -> None:
         self.originals = {name: getattr(self.engine, name) for name in ("backward", "step")}
         reset_peak()
-        self.engine.backward = self._noting("forward", self.originals["backward"])
-        self.engine.step = self._noting("backward", self.originals["step"])
+        vars(self.engine)["backward"] = self._noting("forward", self.originals["backward"])
+        vars(self.engine)["step"] = self._noting("backward", self.originals["step"])
 
     def __exit__(self, *_: object) -> None:
         self._note("update")

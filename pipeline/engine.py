@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
-import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from model.emma import Emma
+from model.emma import Emma, Losses
 from model.errors import UserError, first_line
 from pipeline.distributed.ranks import Ranks
+from pipeline.optimizer import build_optimizer
 from pipeline.recipe import Recipe, nearest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -40,6 +41,24 @@ PRECISION: dict[str, dict[str, Any]] = {
 }
 
 
+class Engine(Protocol):
+    """The part of a DeepSpeed engine that the pipeline uses. Only `pipeline/zero.py` looks into its `optimizer`."""
+
+    module: Emma
+    optimizer: Any
+    param_names: Mapping[torch.nn.Parameter, str]
+
+    @property
+    def device(self) -> torch.device: ...
+    def __call__(self, *arguments: Any) -> Losses: ...
+    def train(self) -> Any: ...
+    def eval(self) -> Any: ...
+    def backward(self, loss: torch.Tensor) -> Any: ...
+    def step(self) -> Any: ...
+    def get_global_grad_norm(self) -> float | None: ...
+    def zero_optimization_stage(self) -> int: ...
+
+
 def init_distributed(ranks: Ranks, imagined: bool = False) -> None:
     """Join the process group. Every rank must call it, once. `imagined`: the other ranks are not there (dry runs)."""
     import deepspeed
@@ -59,7 +78,7 @@ def init_distributed(ranks: Ranks, imagined: bool = False) -> None:
     deepspeed.init_distributed(dist_backend=ranks.backend, verbose=False)
 
 
-def build_engine(emma: Emma, recipe: Recipe, ranks: Ranks) -> Any:
+def build_engine(emma: Emma, recipe: Recipe, ranks: Ranks) -> Engine:
     """A DeepSpeed engine around `emma`, whose parameters become sharded. Rank 0's values reach all ranks."""
     import deepspeed
 
@@ -70,13 +89,7 @@ def build_engine(emma: Emma, recipe: Recipe, ranks: Ranks) -> Any:
         deepspeed.utils.set_z3_leaf_modules(
             emma, sorted({type(m) for m in emma.mixers()}, key=lambda kind: kind.__name__)
         )
-    optimizer = torch.optim.AdamW(
-        parameter_groups(emma, recipe.optim.weight_decay),
-        lr=recipe.optim.lr,
-        betas=recipe.optim.betas,
-        eps=recipe.optim.eps,
-        fused=ranks.device.type == "cuda",
-    )
+    optimizer = build_optimizer(emma, recipe.optim, fused=ranks.device.type == "cuda")
     engine, *_ = deepspeed.initialize(model=emma, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
 
@@ -196,57 +209,3 @@ def _complaints(error: Exception) -> list[str]:
 def _config_path(name: str) -> Path:
     """As given, or relative to the checkout, so that a recipe works from any folder."""
     return Path(name) if Path(name).exists() else REPOSITORY / name
-
-
-def parameter_groups(emma: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices; leave norms, biases, embeddings, convolutions and the state-space parameters alone.
-
-    Differs from the public code, which made its groups after sharding had flattened every tensor, and so decayed
-    nothing. For the same reason this must run before `deepspeed.initialize`.
-    """
-    spared = {
-        id(p) for m in emma.modules() if isinstance(m, (torch.nn.Embedding, torch.nn.Conv1d)) for p in m.parameters()
-    }
-    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
-    for parameter in emma.parameters():
-        decays = (
-            parameter.ndim >= 2 and id(parameter) not in spared and not getattr(parameter, "_no_weight_decay", False)
-        )
-        groups[decays].append(parameter)
-    return [
-        {"params": groups[True], "weight_decay": weight_decay},
-        {"params": groups[False], "weight_decay": 0.0},
-    ]
-
-
-def learning_rate(recipe: Recipe, step: int, total_steps: int) -> float:
-    """Of optimizer step `step` (0-based): linear warm-up, then a cosine that would reach zero at `total_steps`.
-
-    Differs from the usual scheduler in that the first step already moves: warm-up counts from one.
-    """
-    warmup = int(recipe.optim.warmup_ratio * total_steps)
-    if step < warmup:
-        return recipe.optim.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    return recipe.optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def clear_gradients(engine: Any) -> None:
-    """Start a step from zero gradients. Every rank must call it before a step's first backward pass.
-
-    Under ZeRO-3 a parameter that takes no part in a step keeps its last gradient, and is updated with it again: a
-    text-only batch would do this to the projector, the fusion and the decoder.
-    """
-    flat = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
-    if flat is not None:
-        flat.zero_()
-
-
-def check_partition(engine: Any) -> None:
-    """Fail loudly if a DeepSpeed version hides the buffer that `clear_gradients` clears."""
-    if engine.zero_optimization_stage() == 3 and not torch.is_tensor(
-        getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
-    ):
-        raise RuntimeError(
-            "this DeepSpeed keeps its ZeRO-3 gradients elsewhere; text-only steps would reuse stale ones"
-        )

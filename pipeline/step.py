@@ -8,8 +8,8 @@ losses, the requests from outside, and what each rank has waited for.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,9 @@ from model.config import EmmaConfig
 from model.emma import Losses
 from model.vision import Towers
 from pipeline.data.loader import GlobalBatch, MicroBatch
-from pipeline.engine import clear_gradients
+from pipeline.engine import Engine
 from pipeline.recipe import Recipe
+from pipeline.zero import clear_gradients
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class StepSums:
 
 
 def optimizer_step(
-    engine: Any,
+    engine: Engine,
     towers: Towers,
     recipe: Recipe,
     batch: GlobalBatch,
@@ -137,9 +138,11 @@ def optimizer_step(
     return _report(engine, recipe, batch, totals, sums)
 
 
-def row_losses(engine: Any, towers: Towers, recipe: Recipe, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+def row_losses(
+    model: Callable[..., Losses], towers: Towers, recipe: Recipe, batch: MicroBatch
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Text and alignment loss of each row, [b] each; those of filler rows are zero."""
-    losses = forward(engine, towers, recipe.config, batch)
+    losses = forward(model, towers, recipe.config, batch)
     text = losses.text_nll
     if recipe.loss.text == "sample":
         text = text / losses.text_tokens.clamp(min=1)
@@ -147,13 +150,13 @@ def row_losses(engine: Any, towers: Towers, recipe: Recipe, batch: MicroBatch) -
     return text * batch.real, align * batch.real
 
 
-def forward(engine: Any, towers: Towers, config: EmmaConfig, batch: MicroBatch) -> Losses:
+def forward(model: Callable[..., Losses], towers: Towers, config: EmmaConfig, batch: MicroBatch) -> Losses:
     """The frozen towers outside the engine, which must not see them, then the model inside."""
     if batch.pixels is None:
-        return engine(batch.tokens, batch.targets)
+        return model(batch.tokens, batch.targets)
     features = towers(batch.pixels)
     target = align_target(config, towers, batch.pixels, features).values if config.alignment else None
-    return engine(batch.tokens, batch.targets, features, target)
+    return model(batch.tokens, batch.targets, features, target)
 
 
 def step_totals(recipe: Recipe, batch: GlobalBatch) -> Totals:
@@ -166,7 +169,7 @@ def text_weights(recipe: Recipe, batch: GlobalBatch) -> npt.NDArray[np.int64]:
     return batch.sources.supervised_tokens if recipe.loss.text == "token" else batch.sources.samples
 
 
-def _report(engine: Any, recipe: Recipe, batch: GlobalBatch, totals: Totals, sums: StepSums) -> StepReport:
+def _report(engine: Engine, recipe: Recipe, batch: GlobalBatch, totals: Totals, sums: StepSums) -> StepReport:
     losses, asked, seconds = sums.reduce()
     text, align = float(losses[0]) / totals.text, float(losses[1]) / totals.images
     has_align = bool(batch.images) and recipe.config.alignment is not None

@@ -38,9 +38,10 @@ from pipeline.data.loader import GlobalBatch, TrainData, loader_died
 from pipeline.data.shard_reader import DamagedShardError
 from pipeline.distributed.collectives import broadcast_from_main, collectively
 from pipeline.distributed.ranks import Ranks, find_ranks
-from pipeline.engine import build_engine, check_partition, init_distributed, learning_rate
+from pipeline.engine import Engine, build_engine, init_distributed
 from pipeline.errors import RetryableError, explained
 from pipeline.initial_model import RANDOM, empty_model, initial_model, make_towers, refuse_other_towers
+from pipeline.lr_schedule import learning_rate
 from pipeline.metrics.history import has_event
 from pipeline.metrics.logger import Metrics, append_event
 from pipeline.metrics.spikes import Spikes
@@ -53,6 +54,7 @@ from pipeline.run.preflight import preflight, within
 from pipeline.run.watchdog import EXIT_LOST, Watchdog, bound_collectives
 from pipeline.step import Requests, Seconds, StepReport, optimizer_step
 from pipeline.validation import HeldOut
+from pipeline.zero import check_partition
 
 MAX_NONFINITE = 3  # steps in a row without a finite loss and gradient, after which the run has failed
 MEETING_S = 600.0  # from the first rank that is there to the last one
@@ -97,7 +99,7 @@ class Loop:
     """The steps, and what is done between them; every rank has one."""
 
     run: RunFolder
-    engine: Any
+    engine: Engine
     towers: Towers
     data: TrainData
     heldout: HeldOut | None
@@ -197,7 +199,7 @@ def end(run: RunFolder, metrics: Metrics, step: int, done: bool) -> None:
         run.control.done("stop")
 
 
-def fit_memory(engine: Any, towers: Towers, recipe: Recipe, data: TrainData) -> list[str]:
+def fit_memory(engine: Engine, towers: Towers, recipe: Recipe, data: TrainData) -> list[str]:
     """Recompute as little as the recipe's memory budget allows, if it has one; what was decided.
 
     Not before the weights are there: measuring with what happens to be in memory could leave a NaN behind.

@@ -13,6 +13,7 @@ from model.errors import UserError
 from model.vision import Towers
 from pipeline.data.loader import GlobalBatch, TrainData
 from pipeline.distributed.ranks import Ranks
+from pipeline.engine import Engine
 from pipeline.recipe import Recipe
 from pipeline.step import StepSums, row_losses, text_weights
 
@@ -38,7 +39,7 @@ class HeldOut:
         return step % self.recipe.evaluate.every_steps == 0
 
     @torch.no_grad()
-    def losses(self, engine: Any, towers: Towers) -> dict[str, Any]:
+    def losses(self, engine: Engine, towers: Towers) -> dict[str, Any]:
         """Means over the samples, by the keys of docs/metrics.md. Every rank must call it."""
         sums = StepSums(len(self.data.sources.names), engine.device)
         batches = []

@@ -11,7 +11,8 @@ import torch
 
 from model.errors import UserError
 from pipeline.checkpoint.folder import folder_name, read_manifest
-from pipeline.checkpoint.layout import Layout, Piece, fill
+from pipeline.checkpoint.layout import Layout, fill
+from pipeline.zero import Piece
 from tests.support.launch import finish, torchrun
 
 STEPS = 12

@@ -7,7 +7,9 @@ import pytest
 from model.config import PRESETS, preset
 from model.emma import Emma
 from model.errors import UserError
-from pipeline.engine import OWNED_BY_RECIPE, compose_config, learning_rate, parameter_groups
+from pipeline.engine import OWNED_BY_RECIPE, compose_config
+from pipeline.lr_schedule import learning_rate
+from pipeline.optimizer import parameter_groups
 from pipeline.recipe import load_recipe
 
 CONFIGS = ("ds_configs/zero3.json", "ds_configs/zero2.json", "ds_configs/zero3_small.json")

@@ -38,14 +38,16 @@ from pipeline.checkpoint.folder import (
     read_manifest,
     seal,
 )
-from pipeline.checkpoint.layout import LAYOUT, Layout, parameter_shapes, tied_names
+from pipeline.checkpoint.layout import LAYOUT, Layout
 from pipeline.checkpoint.probe import Probe
 from pipeline.checkpoint.retention import delete, kept, prune
 from pipeline.checkpoint.snapshot import Snapshot
 from pipeline.distributed.collectives import broadcast_from_main
 from pipeline.distributed.ranks import Ranks
+from pipeline.engine import Engine
 from pipeline.errors import OSERROR_REMEDIES, RetryableError, retryable_io_errors
 from pipeline.recipe import Recipe
+from pipeline.zero import parameter_shapes, tied_names
 from preprocess.atomic import publish, sync_folder, write_json
 
 
@@ -87,7 +89,7 @@ class Checkpointer:
     At most one is under way.
     """
 
-    def __init__(self, recipe: Recipe, ranks: Ranks, identity: Identity, engine: Any, probe: Probe | None = None):
+    def __init__(self, recipe: Recipe, ranks: Ranks, identity: Identity, engine: Engine, probe: Probe | None = None):
         self.options, self.ranks, self.identity, self.engine = recipe.checkpoint, ranks, identity, engine
         self.probe = probe
         self.folder = Path(recipe.run.dir) / "checkpoints"

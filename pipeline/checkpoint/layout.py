@@ -9,87 +9,20 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from model.errors import UserError
 from pipeline.errors import retryable_io_errors
+from pipeline.zero import Piece
 from preprocess.atomic import write_json
 
 LAYOUT = "layout.json"
 NUMBER_BYTES = 4  # master weights and moments are fp32 in every precision that a recipe can ask for
-
-
-@dataclass(frozen=True)
-class Piece:
-    """`count` numbers of the flattened parameter `name`, from its `start` on; they lie at `offset` of a buffer."""
-
-    name: str
-    start: int
-    count: int
-    offset: int
-
-    @property
-    def end(self) -> int:
-        return self.start + self.count
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """One of ZeRO's flat fp32 buffers on this rank, which the optimizer takes for a parameter. Padding is no piece."""
-
-    master: torch.Tensor
-    group: int
-    pieces: tuple[Piece, ...]
-
-
-def zero_buffers(engine: Any) -> list[Buffer]:
-    """All buffers of this rank, in the order of ZeRO's groups."""
-    buffers = _buffers_of_stage_3 if engine.zero_optimization_stage() == 3 else _buffers_of_stage_2
-    return list(buffers(engine.optimizer, engine.param_names))
-
-
-def _buffers_of_stage_3(zero: Any, names: Mapping[Any, str]) -> Iterator[Buffer]:
-    """Every parameter is cut into as many equal parts as there are ranks; only the last part is padded."""
-    rank = dist.get_rank()
-    for index, parameters in enumerate(zero.fp16_groups):
-        pieces, offset = [], 0
-        for parameter in parameters:
-            size = parameter.partition_numel()
-            start = rank * size
-            pieces.append(Piece(names[parameter], start, min(size, parameter.ds_numel - start), offset))
-            offset += size
-        filled = tuple(piece for piece in pieces if piece.count > 0)
-        yield Buffer(zero.fp32_partitioned_groups_flat[index], zero.sub_group_to_group_id[index], filled)
-
-
-def _buffers_of_stage_2(zero: Any, names: Mapping[Any, str]) -> Iterator[Buffer]:
-    """The parameters of a group lie end to end, and that line is cut into as many equal parts as there are ranks."""
-    rank = dist.get_rank()
-    for group, parameters in enumerate(zero.round_robin_bit16_groups):
-        master = zero.single_partition_of_fp32_groups[group]
-        first = rank * master.numel()
-        pieces = []
-        for parameter, at in zip(parameters, zero.round_robin_bit16_offsets[group], strict=True):
-            begin, end = max(at, first), min(at + parameter.numel(), first + master.numel())
-            if begin < end:
-                pieces.append(Piece(names[parameter], begin - at, end - begin, begin - first))
-        yield Buffer(master, group, tuple(pieces))
-
-
-def parameter_shapes(engine: Any) -> dict[str, list[int]]:
-    return {name: list(getattr(p, "ds_shape", p.shape)) for p, name in engine.param_names.items()}
-
-
-def tied_names(engine: Any) -> dict[str, str]:
-    """Second names of parameters -> the first, under which they are saved."""
-    every = engine.module.named_parameters(remove_duplicate=False)
-    return {name: engine.param_names[p] for name, p in every if engine.param_names[p] != name}
 
 
 @dataclass(frozen=True)

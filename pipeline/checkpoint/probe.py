@@ -17,6 +17,7 @@ import torch.distributed as dist
 from model.vision import Towers
 from pipeline.data.loader import TrainData
 from pipeline.distributed.ranks import Ranks
+from pipeline.engine import Engine
 from pipeline.recipe import Recipe
 from pipeline.step import forward
 
@@ -27,7 +28,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "autocast": 1e-2}
 class Probe:
     """Every rank must call `measure` and `compare`, at the same steps."""
 
-    def __init__(self, engine: Any, towers: Towers, recipe: Recipe, ranks: Ranks, data: TrainData):
+    def __init__(self, engine: Engine, towers: Towers, recipe: Recipe, ranks: Ranks, data: TrainData):
         self.engine, self.towers, self.recipe, self.ranks = engine, towers, recipe, ranks
         self.rows = data.dataset
 

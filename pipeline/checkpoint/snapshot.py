@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint.layout import NUMBER_BYTES, Buffer, Layout, Piece, bytes_of, fill, zero_buffers
+from pipeline.checkpoint.layout import NUMBER_BYTES, Layout, bytes_of, fill
+from pipeline.engine import Engine
 from pipeline.errors import retryable_io_errors
+from pipeline.zero import KINDS, Buffer, Piece, adam_state, restore, zero_buffers
 from preprocess.atomic import HashingFile, sync
 
-KINDS = ("master", "exp_avg", "exp_avg_sq")
 THREADS = 4  # of a rank: while one hashes, others keep the disk busy
 BLOCK_BYTES = 16 << 20
 SYNC_BYTES = 256 << 20  # written at most before it is brought to disk, so that little waits in the page cache
@@ -29,7 +30,7 @@ SYNC_BYTES = 256 << 20  # written at most before it is brought to disk, so that 
 class Snapshot:
     """One rank's share of the state of a DeepSpeed engine. Its methods concern this rank alone, except `restore`."""
 
-    def __init__(self, engine: Any):
+    def __init__(self, engine: Engine):
         self.engine = engine
         self.buffers = zero_buffers(engine)
 
@@ -63,7 +64,7 @@ class Snapshot:
                 copy.copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        [updates] = {float(self._adam(buffer).get("step", 0)) for buffer in self.buffers}
+        [updates] = {float(adam_state(self.engine, buffer).get("step", 0)) for buffer in self.buffers}
         return updates
 
     def write(self, folder: Path, rank: int) -> dict[str, dict[str, Any]]:
@@ -101,18 +102,7 @@ class Snapshot:
 
     def restore(self, updates: float) -> None:
         """Make the copies the engine's state. Every rank must call it: gathered weights are made anew."""
-        zero = self.engine.optimizer
-        if self.engine.zero_optimization_stage() == 3:
-            zero.checkpoint_event_prologue()
-        for index, buffer in enumerate(self.buffers):
-            buffer.master.data.copy_(self.memory[index, "master"])
-            zero.optimizer.state[buffer.master] = self._new_adam(index, updates)
-        if self.engine.zero_optimization_stage() == 3:
-            for low, high in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
-                low.data.copy_(high.data)
-            zero.checkpoint_event_epilogue()
-        else:
-            zero.update_lp_params()
+        restore(self.engine, self.buffers, self.memory, updates)
 
     def _files(self, rank: int) -> Iterator[tuple[int, str]]:
         return ((index, f"rank-{rank:05d}.{index:02d}") for index in range(len(self.buffers)))
@@ -121,21 +111,9 @@ class Snapshot:
         """The file that lies as this buffer does, if there is one."""
         return f"{layout.file_of(self.buffers[index].pieces)}.{kind}"
 
-    def _adam(self, buffer: Buffer) -> dict[str, Any]:
-        state: dict[str, Any] = self.engine.optimizer.optimizer.state[buffer.master]
-        return state
-
     def _tensor(self, buffer: Buffer, kind: str) -> torch.Tensor | None:
         """Adam has no moments before its first update."""
-        return buffer.master.detach() if kind == "master" else self._adam(buffer).get(kind)
-
-    def _new_adam(self, index: int, updates: float) -> dict[str, torch.Tensor]:
-        """As AdamW makes it at its first step. Each buffer counts its updates in a tensor of its own."""
-        buffer = self.buffers[index]
-        group = self.engine.optimizer.optimizer.param_groups[buffer.group]
-        device = buffer.master.device if group["fused"] or group["capturable"] else torch.device("cpu")
-        moments = {kind: self.memory[index, kind].to(buffer.master.device, copy=True) for kind in KINDS[1:]}
-        return {"step": torch.tensor(updates, dtype=torch.float32, device=device), **moments}
+        return buffer.master.detach() if kind == "master" else adam_state(self.engine, buffer).get(kind)
 
 
 def whole_pages(count: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ import torch
 
 from pipeline.checkpoint.folder import folder_name, list_steps
 from pipeline.checkpoint.layout import Layout
-from pipeline.checkpoint.snapshot import KINDS
+from pipeline.zero import KINDS
 from tests.programs.killed_training import Stages
 from tests.support.launch import TINY_RECIPE, build_shards, finish, kill_all, torchrun, write_raw_data
 

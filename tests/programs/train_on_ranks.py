@@ -27,7 +27,8 @@ from pipeline.checkpoint.checkpointer import Checkpointer
 from pipeline.checkpoint.probe import Probe
 from pipeline.data.loader import TrainData
 from pipeline.distributed.ranks import find_ranks
-from pipeline.engine import build_engine, init_distributed, learning_rate
+from pipeline.engine import build_engine, init_distributed
+from pipeline.lr_schedule import learning_rate
 from pipeline.recipe import load_recipe
 from pipeline.run.folder import RunFolder
 from pipeline.train import _identity, build_model

@@ -6,8 +6,9 @@ import torch
 
 from pipeline.data.loader import TrainData
 from pipeline.distributed.ranks import Ranks
-from pipeline.engine import learning_rate, parameter_groups
 from pipeline.initial_model import initial_model
+from pipeline.lr_schedule import learning_rate
+from pipeline.optimizer import parameter_groups
 from pipeline.recipe import Recipe
 from pipeline.step import row_losses, step_totals
 
