@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.config import preset
+from model.presets import preset
 from pipeline.data.plan import FILLER, Ids, Plan
 from preprocess.shards.manifest import load_index
 

@@ -17,7 +17,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from model.config import PRESETS, PUBLISHED_D_STATE, EmmaConfig, paper_taps
+from model.config import PUBLISHED_D_STATE, EmmaConfig
+from model.presets import PRESETS, paper_taps
 
 RECIPE = "pipeline/recipes/demo.toml"
 NUM_LAYERS, WIDTH = 8, 512

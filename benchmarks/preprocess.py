@@ -32,7 +32,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.photographs import write_rows
-from model.config import IGNORE_INDEX, preset
+from model.config import IGNORE_INDEX
+from model.presets import preset
 from preprocess import build_shards
 from preprocess.builder.task import TEXTS_AT_ONCE
 from preprocess.images import codec

@@ -28,7 +28,7 @@ import psutil
 from safetensors.torch import save_file
 
 from benchmarks.photographs import dialogue, write_rows
-from model.config import preset
+from model.presets import preset
 from model.vision import Towers
 from pipeline.recipe import load_recipe
 from preprocess import build_shards

@@ -33,7 +33,7 @@ class Alignment(nn.Module):
         assert config.alignment is not None
         self.shift = config.alignment.shift
         self.fusion = FUSIONS[config.alignment.fusion](config)
-        mamba = config.mamba_of(config.alignment.decoder_kind, config.alignment.decoder_width)
+        mamba = config.mamba_blocks(config.alignment.decoder_kind, config.alignment.decoder_width)
         same_width = mamba.d_model == config.llm.d_model
         self.narrow = nn.Identity() if same_width else nn.Linear(config.llm.d_model, mamba.d_model)
         self.decoder = MambaStack(replace(mamba, num_layers=config.alignment.decoder_layers))

@@ -39,7 +39,7 @@ class FusionBlock(nn.Module):
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__()
         assert config.alignment is not None
-        head_dim, mamba = config.alignment.head_dim, config.mamba_of(config.alignment.decoder_kind)
+        head_dim, mamba = config.alignment.head_dim, config.mamba_blocks(config.alignment.decoder_kind)
         self.norm_x, self.norm_y, self.norm = (RMSNorm(mamba.d_model, mamba.norm_eps) for _ in range(3))
         self.attention = CrossAttention(mamba.d_model, head_dim)
         self.mixer = MIXERS[mamba.kind](mamba)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -126,7 +126,7 @@ def _scan_flops(config: MambaConfig, length: int) -> float:
 
 def _tower_flops(tower: TowerConfig, vision: VisionConfig) -> float:
     """Forward pass of the blocks that run. The hidden width of timm's SigLIP is its own, so weights are counted."""
-    blocks = _count(_towers(VisionConfig((tower,), vision.image_px, vision.patch_px)))
+    blocks = _count(_towers(replace(vision, towers=(tower,))))
     attention = tower.num_blocks * 2 * MULTIPLY_ADD * vision.num_patches**2 * tower.width
     return MULTIPLY_ADD * blocks * vision.num_patches + attention
 

@@ -20,8 +20,9 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from model.config import EmmaConfig, preset
+from model.config import EmmaConfig
 from model.errors import UserError
+from model.presets import preset
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -61,6 +61,7 @@ def test_a_package_imports_only_itself_and_what_stands_before_it(path):
             "model.config",
             "model.errors",
             "model.hashing",
+            "model.presets",
         }
 
 
@@ -76,7 +77,7 @@ def test_a_heavy_dependency_has_one_door(dependency):
 
 
 def test_the_presets_are_readable_without_torch():
-    program = "import sys, model.config, preprocess.prompts; sys.exit('torch' in sys.modules)"
+    program = "import sys, model.presets, preprocess.prompts; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=False).returncode == 0
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from model.alignment import Alignment, align_target, draw_back
-from model.config import AlignmentConfig, EmmaConfig, preset
+from model.config import AlignmentConfig, EmmaConfig
+from model.presets import preset
 from model.vision import Towers
 
 CONFIG = preset("tiny_v2")

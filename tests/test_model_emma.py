@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.alignment import align_target
-from model.config import IGNORE_INDEX, PRESETS, EmmaConfig, preset
+from model.config import IGNORE_INDEX, EmmaConfig
 from model.emma import Emma
+from model.presets import PRESETS, preset
 from model.vision import Towers
 
 TINY = [name for name in PRESETS if name.startswith("tiny_")]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.config import preset
 from model.fusion import Cascade, Concatenation, CrossAttention, sine_cosine
+from model.presets import preset
 
 CONFIG = preset("tiny_v1")
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.alignment import align_target
-from model.config import PRESETS, MambaConfig, preset
+from model.config import MambaConfig
 from model.emma import Emma
 from model.kernels.dispatch import kernel_report
 from model.language_model import MambaLM
+from model.presets import PRESETS, preset
 from model.vision import Towers
 
 pytestmark = [

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Mamba2ForCausalLM, MambaForCausalLM
 
-from model.config import MambaConfig, MambaKind, preset
+from model.config import MambaConfig, MambaKind
 from model.language_model import MambaLM, plan_segments
 from model.mamba import NO_WEIGHT_DECAY, Mixer
+from model.presets import preset
 from model.transformers_layout import transformers_config
 
 KINDS: tuple[MambaKind, ...] = ("mamba1", "mamba2")
@@ -19,7 +20,15 @@ LENGTHS = (1, 7, 33, 64, 65)
 
 
 def small(kind: MambaKind, **changes: Any) -> MambaConfig:
-    config = MambaConfig(kind, 64, 3, 96, d_state={"mamba1": 8, "mamba2": 32}[kind], head_dim=32, chunk_size=32)
+    config = MambaConfig(
+        kind=kind,
+        d_model=64,
+        num_layers=3,
+        vocab_size=96,
+        d_state={"mamba1": 8, "mamba2": 32}[kind],
+        head_dim=32,
+        chunk_size=32,
+    )
     return replace(config, **changes)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from model.config import preset
+from model.presets import preset
 from model.projector import CrossScan, Projector
 
 

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from model.config import TowerConfig, preset
+from model.config import TowerConfig
 from model.errors import UserError
+from model.presets import preset
 from model.vision import Towers
 
 VISION = preset("tiny_v2").vision

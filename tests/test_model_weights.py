@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.config import PRESETS, config_from_dict, preset
+from model.config import config_from_dict
 from model.emma import Emma
 from model.errors import UserError
+from model.presets import PRESETS, preset
 from model.vision import Towers
 from model.weights import load_language_model, load_model, save_model
 

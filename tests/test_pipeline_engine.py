@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from model.config import PRESETS, preset
 from model.emma import Emma
 from model.errors import UserError
+from model.presets import PRESETS, preset
 from pipeline.engine import OWNED_BY_RECIPE, compose_config
 from pipeline.lr_schedule import learning_rate
 from pipeline.optimizer import parameter_groups

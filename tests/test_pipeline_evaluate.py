@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from model.config import preset
 from model.emma import Emma
 from model.errors import UserError
+from model.presets import preset
 from model.vision import Towers
 from model.weights import load_model, save_model
 from pipeline.evaluate import (

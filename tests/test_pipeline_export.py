@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import preset
 from model.emma import Emma
 from model.errors import UserError
+from model.presets import preset
 from pipeline.checkpoint.checkpointer import full_state
 from pipeline.checkpoint.folder import folder_name
 from pipeline.export import check_state, export_run

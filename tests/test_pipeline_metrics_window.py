@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import preset
+from model.presets import preset
 from pipeline.data.by_source import Sources
 from pipeline.distributed.ranks import Ranks
 from pipeline.flops import flops_per_sample

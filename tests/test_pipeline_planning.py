@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from model.config import preset
+from model.presets import preset
 from pipeline.describe import describe, table
 from pipeline.dry_run import longest_text
 from pipeline.flops import count_parameters, flops_per_sample

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model.config import preset
 from model.emma import Emma
 from model.errors import UserError
+from model.presets import preset
 from model.vision import Towers
 from pipeline.initial_model import initial_model, make_towers, refuse_other_towers
 from pipeline.recipe import load_recipe

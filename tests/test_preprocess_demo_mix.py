@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from model.config import preset
 from model.errors import UserError
+from model.presets import preset
 from preprocess import build_shards
 from preprocess.demo.damaged_rows import DAMAGED, REPAIRABLE
 from preprocess.demo.mix import HELD_OUT, MODEL, QUESTIONS, TOKENIZER, Sizes, write_mix

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.config import EmmaConfig, preset
+from model.config import EmmaConfig
 from model.errors import UserError
+from model.presets import preset
 from preprocess.annotations.mix import Mix, load_mix
 from preprocess.builder.task import Settings
 from preprocess.images.store import ImageStore

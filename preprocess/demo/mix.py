@@ -21,8 +21,8 @@ from typing import Any
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from model.config import preset
 from model.errors import UserError
+from model.presets import preset
 from preprocess.demo.damaged_rows import DAMAGED, REPAIRABLE, write_images
 from preprocess.demo.scenes import Scene, draw_scenes, questions, render
 from preprocess.demo.writing import PHOTOGRAPHS, Turns, text_dialogue

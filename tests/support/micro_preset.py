@@ -7,7 +7,7 @@ import runpy
 import sys
 from dataclasses import replace
 
-from model.config import PRESETS, alignment_weight, paper_taps
+from model.presets import PRESETS, alignment_weight, paper_taps
 
 NAME = "micro_v2"
 
