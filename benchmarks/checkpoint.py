@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from model.emma import Emma
-from model.errors import UserError
+from model.errors import run_cli
 from pipeline.checkpoint.checkpointer import Checkpointer, Identity
 from pipeline.checkpoint.layout import bytes_of
 from pipeline.distributed.collectives import broadcast_from_main
@@ -175,7 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_cli(main)

@@ -1,10 +1,98 @@
-"""The one exception that is the user's business, not a bug."""
+"""Errors that end a command with one line and an exit code, and the meaning of operating-system errors."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterable
+from enum import IntEnum
+from pathlib import Path
+from typing import NoReturn
 
 
-class UserError(ValueError):
-    """A mistake that the user can mend. The message says where, what was found, what was expected and what to do."""
+class ExitCode(IntEnum):
+    """Exit codes of every command. Python itself exits with 1 after a traceback."""
+
+    OK = 0
+    DAMAGED = 1  # the data that was checked is damaged
+    USER_ERROR = 2  # a mistake that the user can fix
+    FAILED = 3  # too many rejects, or a failed training; running the same command again would fail again
+    RETRY = 4  # transient failure; running the same command again may succeed
+    INTERRUPTED = 130  # by Ctrl-C
+    TERMINATED = 143  # by SIGTERM
+
+
+class CommandError(Exception):
+    """Base class of errors that a command reports as one line, without a traceback."""
+
+    exit_code = ExitCode.FAILED
+
+
+class UserError(CommandError, ValueError):
+    """A mistake that the user can fix. The message says where, what was found, what was expected and what to do."""
+
+    exit_code = ExitCode.USER_ERROR
+
+
+OSERROR_REMEDIES = {  # errors that retrying does not fix
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit on file sizes",
+    errno.EACCES: "ask its owner for permission, or choose another path",
+    errno.EPERM: "ask its owner for permission, or choose another path",
+    errno.EROFS: "choose a writable path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "check the path",
+    errno.EEXIST: "check the path",
+    errno.ELOOP: "check the path",
+    errno.ENAMETOOLONG: "check the path",
+}
+
+
+def oserror_remedy(error: BaseException) -> str | None:
+    """Return what the user can do about an operating-system error, or None if only a retry can help."""
+    return OSERROR_REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
+
+
+def oserror_text(error: OSError, path: Path | str = "") -> str:
+    """Describe an operating-system error as `path: reason`. `path` is used if the error does not name a file."""
+    return ": ".join(str(part) for part in (error.filename or path, error.strerror or error) if part)
 
 
 def first_line(error: BaseException) -> str:
-    """What another package's error says, short enough to stand inside a message of ours."""
+    """Return the first line of another package's error message, so that it fits into one of ours."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `, did you mean 'x'` for the known name that is nearest to `name`, or nothing if none is near."""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {matches[0]!r}" if matches else ""
+
+
+def run_cli(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command and exit. Print a `CommandError` or an operating-system error as one line, without a traceback."""
+    try:
+        code = main() or ExitCode.OK
+        sys.stdout.flush()
+    except CommandError as error:
+        code = _report(str(error), error.exit_code)
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = ExitCode.OK
+    except OSError as error:
+        if error.errno is None:
+            raise
+        remedy = oserror_remedy(error) or ("check the path" if error.errno == errno.ENOENT else None)
+        code = _report(f"{oserror_text(error)}; {remedy or 'try again'}", ExitCode(2 if remedy else 4))
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        code = ExitCode.INTERRUPTED
+    sys.exit(code)
+
+
+def _report(message: str, code: ExitCode) -> ExitCode:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code

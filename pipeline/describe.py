@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from model.errors import UserError
+from model.errors import UserError, run_cli
 from pipeline.flops import CHECKPOINT_BYTES, STATE_BYTES, count_parameters, flops_per_sample
 from pipeline.metrics.throughput import PEAK_FLOPS
 from pipeline.recipe import Recipe, load_recipe
@@ -115,7 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_cli(main)

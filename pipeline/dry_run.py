@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ import torch
 
 from model.config import IGNORE_INDEX
 from model.emma import Emma
-from model.errors import UserError
+from model.errors import run_cli
 from model.kernels.dispatch import kernel_report
 from model.vision import Towers
 from pipeline.activation_memory import fit_kept_layers
@@ -235,7 +234,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:  # the latter is the disk's, and says which file
-        sys.exit(f"error: {error}")
+    run_cli(main)

@@ -1,59 +1,51 @@
-"""Files of a training, beside what shards do already: JSON that is whole or absent, large files, and what a file system
-that fails is called."""
+"""Errors that training tells apart: mistakes of the user, and transient failures that a retry may fix."""
 
 from __future__ import annotations
 
-import errno
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from model.errors import UserError
-
-OSERROR_REMEDIES = {  # to try again would not help
-    errno.ENOSPC: "make room there",
-    errno.EDQUOT: "make room there",
-    errno.EACCES: "ask its owner for the right to it, or give another",
-    errno.EPERM: "ask its owner for the right to it, or give another",
-    errno.EROFS: "give a place that can be written",
-    errno.ENOTDIR: "look at the path",
-    errno.EISDIR: "look at the path",
-    errno.ELOOP: "look at the path",
-    errno.ENAMETOOLONG: "look at the path",
-}
+from model.errors import CommandError, ExitCode, UserError, oserror_remedy, oserror_text
 
 
-class RetryableError(RuntimeError):
-    """This rank's data did not come, though they may be sound: the same command may well succeed elsewhere."""
+class RetryableError(CommandError, RuntimeError):
+    """Transient failure, such as of a disk or of a node: running the same command again may succeed."""
+
+    exit_code = ExitCode.RETRY
 
 
-def explained(error: OSError, where: Path | str = "") -> UserError | RetryableError:
-    """What people must see to, or else may come right by itself. `where`, if the error does not say."""
-    told = ": ".join(str(word) for word in (error.filename or where, error.strerror or error) if word)
-    if remedy := OSERROR_REMEDIES.get(error.errno or 0):
-        return UserError(f"{told}; {remedy}, and run the same command again")
-    return RetryableError(f"{told}, on {socket.gethostname()}")
+def from_oserror(error: OSError, path: Path | str = "") -> UserError | RetryableError:
+    """Turn an OSError into the error to raise: the user's if the user can fix it, otherwise a retryable one.
+
+    Args:
+        path: named in the message if the error names no file, as those of reading and writing do not.
+    """
+    message = oserror_text(error, path)
+    if remedy := oserror_remedy(error):
+        return UserError(f"{message}; {remedy}, and run the same command again")
+    return RetryableError(f"{message}, on {socket.gethostname()}")
 
 
 @contextmanager
-def explaining(where: Path | str) -> Iterator[None]:
-    """Raises: for each OSError what `explained` makes of it; reading and writing, unlike opening, name no file."""
+def convert_oserrors(path: Path | str) -> Iterator[None]:
+    """Raise what `from_oserror` returns for each OSError inside the block."""
     try:
         yield
     except OSError as error:
-        raise explained(error, where) from error
+        raise from_oserror(error, path) from error
 
 
 @contextmanager
-def retryable_io_errors(what: str) -> Iterator[None]:
-    """A file that is missing says something about what is there; any other error says that one could not look.
+def retryable_oserrors(path: Path | str) -> Iterator[None]:
+    """Raise RetryableError for each OSError inside the block, except FileNotFoundError.
 
-    Raises: FileNotFoundError; RetryableError for every other OSError.
+    A missing file is a fact about the data, whereas any other error means that the data could not be examined.
     """
     try:
         yield
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise RetryableError(f"{what}: the file system of {socket.gethostname()} fails ({error})") from error
+        raise RetryableError(f"{path}: the file system of {socket.gethostname()} fails ({error})") from error

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from model.errors import UserError
+from model.errors import UserError, run_cli
 from model.weights import LoadedModel
 from pipeline.generate import complete, load
 from preprocess.atomic import write_json
@@ -177,7 +176,8 @@ def main() -> None:
     parser.add_argument("model", help="a folder that pipeline.export wrote")
     parser.add_argument("questions", type=Path, help="JSONL of image, question, answer, kind")
     parser.add_argument("--images", type=Path, required=True, help="the folder that `image` is relative to")
-    parser.add_argument("--shuffle-pictures", type=int, metavar="SEED", help="ask about wrong pictures, as a control")
+    parser.add_argument("--shuffle-images", type=int, metavar="SEED", help="ask about wrong images, as a control")
+    parser.add_argument("--shuffle-pictures", dest="shuffle_images", type=int, help=argparse.SUPPRESS)  # its old name
     parser.add_argument("--json", type=Path, metavar="FILE", help="write scores and answers there")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args()
@@ -192,7 +192,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:  # the latter is the disk's, and says which file
-        sys.exit(f"error: {error}")
+    run_cli(main)

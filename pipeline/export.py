@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,12 @@ import torch
 
 from model.config import EmmaConfig
 from model.emma import Emma
-from model.errors import UserError
+from model.errors import UserError, run_cli
 from model.transformers_layout import save_language_model
 from model.vision import Towers
 from model.weights import load_model, save_model
 from pipeline.checkpoint.checkpointer import full_state
 from pipeline.checkpoint.folder import find_damage, folder_name, list_steps, read_manifest
-from pipeline.errors import RetryableError
 from pipeline.initial_model import initial_model, make_towers, refuse_other_towers
 from pipeline.recipe import Recipe, recipe_of_run
 from pipeline.recipe import load_recipe as read_recipe
@@ -138,7 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, RetryableError, OSError) as error:  # the last is the disk's, and says which file
-        sys.exit(f"error: {error}")
+    run_cli(main)

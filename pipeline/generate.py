@@ -8,7 +8,6 @@ python -m pipeline.generate MODEL --image photo.jpg                             
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from model.errors import UserError
+from model.errors import UserError, run_cli
 from model.weights import LoadedModel, load_model
 from preprocess.images.codec import read_image_file
 from preprocess.prompts import Conversation, Tokenizer, encode_prompt, load_tokenizer
@@ -105,11 +104,20 @@ def main() -> None:
     model, tokenizer = load(args.model, args.device)
     picture = read_image_file(args.image, model.config.vision.image_px) if args.image else None
     turns: list[dict[str, str]] = []
-    for question in [args.prompt] if args.prompt is not None else iter(lambda: input("> ").strip(), ""):
+    for question in [args.prompt] if args.prompt is not None else iter(_ask_user, ""):
         turns.append({"from": "human", "value": question})
         said = _reply(model, tokenizer, turns, picture, args.max_new_tokens)
         turns.append({"from": "gpt", "value": said})
         print(said, flush=True)
+
+
+def _ask_user() -> str:
+    """Read one question from the terminal. Return an empty string at the end of the input or on Ctrl-C."""
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return ""
 
 
 def _reply(
@@ -120,9 +128,4 @@ def _reply(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except (EOFError, KeyboardInterrupt):
-        print()
+    run_cli(main)

@@ -9,11 +9,10 @@ Downloads land in the hub's cache (HF_HOME): let the compute nodes see the same,
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from model.errors import UserError
+from model.errors import UserError, run_cli
 from model.tensors import open_published
 from model.vision import HUB, Towers, hub_file
 from model.weights import hub_folder
@@ -77,7 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_cli(main)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model.config import EmmaConfig
-from model.errors import UserError
+from model.errors import UserError, run_cli
 from model.presets import preset
 
 if sys.version_info >= (3, 11):
@@ -361,7 +361,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_cli(main)

@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-from model.errors import UserError
+from model.errors import run_cli
 from pipeline.metrics.figure import draw
 from pipeline.metrics.history import ENDS, SLOW_RANK, History, finite, hours, read_history
 
@@ -163,7 +162,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head -1` has read enough
-    try:
-        main()
-    except (UserError, OSError) as error:  # the latter is the disk's, and says which file
-        sys.exit(f"error: {error}")
+    run_cli(main)

@@ -39,7 +39,7 @@ from pipeline.data.shard_reader import DamagedShardError
 from pipeline.distributed.collectives import broadcast_from_main, collectively
 from pipeline.distributed.ranks import Ranks, find_ranks
 from pipeline.engine import Engine, build_engine, init_distributed
-from pipeline.errors import RetryableError, explained
+from pipeline.errors import RetryableError, from_oserror
 from pipeline.initial_model import RANDOM, empty_model, initial_model, make_towers, refuse_other_towers
 from pipeline.lr_schedule import learning_rate
 from pipeline.metrics.history import has_event
@@ -267,7 +267,7 @@ def main() -> None:
     except RetryableError as error:
         fail(error, recipe, run, code=EXIT_LOST)
     except Exception as error:
-        if isinstance(error, OSError) and error.filename and isinstance(told := explained(error), UserError):
+        if isinstance(error, OSError) and error.filename and isinstance(told := from_oserror(error), UserError):
             fail(told, recipe, run, code=2)
         if isinstance(error, RuntimeError) and (lost := loader_died(error, ranks)):
             fail(lost, recipe, run, code=EXIT_LOST)

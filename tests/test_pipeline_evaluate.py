@@ -168,7 +168,7 @@ def test_a_place_that_takes_no_result_is_one_line_after_the_table(
     path, out = tmp_path / "questions.jsonl", tmp_path / "absent/result.json"
     path.write_text(json.dumps(vars(asked("a.png"))) + "\n")
     done = run_python("-m", "pipeline.evaluate", model_folder, path, "--images", images, "--json", out)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "all" in done.stdout
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert str(out) in done.stderr.splitlines()[-1]

@@ -88,7 +88,7 @@ def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
     victim = next((copy / "checkpoints").rglob("*.master"))
     victim.write_bytes(victim.read_bytes()[:-1])
     done = run_python("-m", "pipeline.export", copy, tmp_path / "out")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "no good checkpoint" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
@@ -117,7 +117,7 @@ def test_a_disk_that_does_not_give_a_checkpoint_is_one_line(run, tmp_path):
 
 
 def assert_one_line(done, said):
-    assert done.returncode == 1
+    assert done.returncode == 2
     [line] = done.stderr.strip().splitlines()
     assert line.startswith("error: ")
     assert said in line

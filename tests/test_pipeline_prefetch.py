@@ -58,7 +58,7 @@ def test_all_that_is_missing_is_named_at_once_and_a_model_of_another_size_is_fou
     llm.mkdir()
     save_file({"backbone.embeddings.weight": torch.zeros(7, 2)}, llm / "model.safetensors")
     done = run_python("-m", "pipeline.prefetch", *wrong, f"weights.llm={llm}")
-    assert done.returncode == 1
+    assert done.returncode == 2
     for said in ("3 of 3 parts", "an embedding of 7 rows", "no weights of tower dinov2", "/no/where"):
         assert said in done.stderr
     assert "Traceback" not in done.stderr

@@ -258,7 +258,7 @@ def test_a_loss_that_is_not_finite_is_null_in_the_json(tmp_path):
 def test_a_place_that_takes_no_figure_is_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, LINES)))
     done = run_python("-m", "pipeline.status", tmp_path, "--png", tmp_path / "absent/loss.png")
-    assert done.returncode == 1
+    assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert "absent/loss.png" in line

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from model.errors import UserError
+from model.errors import UserError, oserror_remedy
 from model.hashing import file_sha256
 from pipeline.checkpoint.folder import (
     DOUBTED,
@@ -45,7 +45,7 @@ from pipeline.checkpoint.snapshot import Snapshot
 from pipeline.distributed.collectives import broadcast_from_main
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine import Engine
-from pipeline.errors import OSERROR_REMEDIES, RetryableError, retryable_io_errors
+from pipeline.errors import RetryableError, retryable_oserrors
 from pipeline.recipe import Recipe
 from pipeline.zero import parameter_shapes, tied_names
 from preprocess.atomic import publish, sync_folder, write_json
@@ -220,7 +220,7 @@ class Checkpointer:
 
     def _clean_up(self) -> Iterator[str]:
         """Delete what retention does not keep, and the refused ones, evidence until there is a good one again."""
-        with retryable_io_errors(f"{self.folder}"):
+        with retryable_oserrors(f"{self.folder}"):
             steps, room = list_steps(self.folder), shutil.disk_usage(self.folder).free >= self._bytes
         keep = kept(steps, self.good, self.options.keep_last, self.options.keep_every, room)
         yield from prune(self.folder / folder_name(step) for step in steps if step not in keep)
@@ -262,7 +262,7 @@ class Checkpointer:
 
     def _sweep(self) -> list[str]:
         """Remove what kills have left, and set aside what has lost its manifest."""
-        with retryable_io_errors(f"{self.folder}"):
+        with retryable_oserrors(f"{self.folder}"):
             leftovers = find_leftovers(self.folder)
             bare = [path for path in find_steps(self.folder) if not is_whole(path)]
         stay = list(delete(leftovers))
@@ -354,7 +354,7 @@ def full_state(folder: Path) -> dict[str, torch.Tensor]:
 
 def _unsaved(folder: Path, step: int, error: BaseException) -> UserError | RetryableError:
     told = f"{folder}: the checkpoint of step {step} could not be written ({error}); those before it are as they were"
-    if isinstance(error, OSError) and (remedy := OSERROR_REMEDIES.get(error.errno or 0)):
+    if remedy := oserror_remedy(error):
         return UserError(f"{told}; {remedy}, and run the same command again")
     return RetryableError(told)
 

@@ -21,7 +21,7 @@ from model.errors import UserError
 from model.hashing import file_sha256
 from pipeline.checkpoint.layout import bytes_of
 from pipeline.checkpoint.snapshot import BLOCK_BYTES, THREADS
-from pipeline.errors import RetryableError, retryable_io_errors
+from pipeline.errors import RetryableError, retryable_oserrors
 from preprocess.atomic import canonical_json
 
 MANIFEST = "manifest.json"
@@ -40,7 +40,7 @@ def list_steps(folder: Path) -> list[int]:
 
     Raises: RetryableError if the file system fails.
     """
-    with contextlib.suppress(FileNotFoundError), retryable_io_errors(f"{folder}"):
+    with contextlib.suppress(FileNotFoundError), retryable_oserrors(f"{folder}"):
         return sorted(int(path.name.removeprefix("step-")) for path in find_steps(folder) if is_whole(path))
     return []
 
@@ -65,7 +65,7 @@ def find_leftovers(folder: Path) -> dict[Path, str]:
 def quarantine(folder: Path, word: str) -> Path:
     """Take a checkpoint out of the way of its successor, and out of what retention counts; where it is then."""
     away = folder.with_name(f"{word}{folder.name}")
-    with retryable_io_errors(f"{folder}"):
+    with retryable_oserrors(f"{folder}"):
         shutil.rmtree(away, ignore_errors=True)
         folder.rename(away)
     return away
@@ -74,7 +74,7 @@ def quarantine(folder: Path, word: str) -> Path:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises: UserError if it is not there, or not as it was written; RetryableError if the file system fails."""
     try:
-        with retryable_io_errors(f"{folder}"):
+        with retryable_oserrors(f"{folder}"):
             manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         if manifest.pop("seal") != seal(manifest):
             raise ValueError("its seal does not fit")
@@ -111,7 +111,7 @@ def first_damage(
 
 def _damage(path: Path, facts: dict[str, Any], memory: torch.Tensor | None) -> str | None:
     try:
-        with retryable_io_errors(f"{path}"):
+        with retryable_oserrors(f"{path}"):
             if (size := path.stat().st_size) != facts["bytes"]:
                 return f"{path.name} has {size} bytes, expected {facts['bytes']}"
             if (file_sha256(path) if memory is None else _read_hashed(path, memory)) != facts["sha256"]:

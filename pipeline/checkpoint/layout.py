@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from model.errors import UserError
-from pipeline.errors import retryable_io_errors
+from pipeline.errors import retryable_oserrors
 from pipeline.zero import Piece
 from preprocess.atomic import write_json
 
@@ -54,7 +54,7 @@ class Layout:
     @classmethod
     def load(cls, folder: Path) -> Layout:
         """Of a checkpoint whose map was found to be as it was written. Raises: RetryableError."""
-        with retryable_io_errors(f"{folder}"):
+        with retryable_oserrors(f"{folder}"):
             table = json.loads((folder / LAYOUT).read_text())
         files = {file: [Piece(*values) for values in pieces] for file, pieces in table["files"].items()}
         return cls(table["shapes"], table["tied"], files)

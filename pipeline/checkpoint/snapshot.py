@@ -18,7 +18,7 @@ import torch
 
 from pipeline.checkpoint.layout import NUMBER_BYTES, Layout, bytes_of, fill
 from pipeline.engine import Engine
-from pipeline.errors import retryable_io_errors
+from pipeline.errors import retryable_oserrors
 from pipeline.zero import KINDS, Buffer, Piece, adam_state, restore, zero_buffers
 from preprocess.atomic import HashingFile, sync
 
@@ -91,7 +91,7 @@ class Snapshot:
 
         Raises: UserError if a part is missing; RetryableError if the file system fails.
         """
-        with ThreadPoolExecutor(THREADS) as pool, retryable_io_errors(f"{folder}"):
+        with ThreadPoolExecutor(THREADS) as pool, retryable_oserrors(f"{folder}"):
             tasks = [
                 pool.submit(fill, copy, folder, kind, layout.reads(self.buffers[index].pieces))
                 for (index, kind), copy in self.memory.items()

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from model.errors import UserError
+from model.errors import UserError, run_cli
 from pipeline.demo.processes import Commands, kill_family, ray_head
 from pipeline.demo.report import Results, draw_answers, summary, table
 from pipeline.evaluate import Question, ask, commonest_answers, read_questions, shuffle_images
@@ -243,7 +243,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_cli(main)

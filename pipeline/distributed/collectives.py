@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from model.errors import UserError
 from pipeline.distributed.ranks import Ranks
-from pipeline.errors import RetryableError, explained
+from pipeline.errors import RetryableError, from_oserror
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ def run_checks(ranks: Ranks, checks: Sequence[Callable[[], T]]) -> list[T]:
         try:
             results.append(check())
         except (UserError, RetryableError, OSError) as error:  # noqa: PERF203
-            known = explained(error) if isinstance(error, OSError) else error
+            known = from_oserror(error) if isinstance(error, OSError) else error
             errors[str(known)] = isinstance(known, UserError)
     errors_by_rank: list[dict[str, bool]] = [{} for _ in range(ranks.world_size)]
     dist.all_gather_object(errors_by_rank, errors)

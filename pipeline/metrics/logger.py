@@ -15,7 +15,7 @@ import torch
 
 from pipeline.data.loader import GlobalBatch, TrainData
 from pipeline.distributed.ranks import Ranks
-from pipeline.errors import explaining
+from pipeline.errors import convert_oserrors
 from pipeline.metrics.history import SLOW_RANK, finite, hours, seconds_left
 from pipeline.metrics.throughput import peak_of_ranks
 from pipeline.metrics.timers import StartUp
@@ -48,7 +48,7 @@ class Metrics:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.ranks.is_main:
             try:
-                with explaining(self.path):
+                with convert_oserrors(self.path):
                     self.file.close()
             finally:
                 if self.wandb is not None:
@@ -140,7 +140,7 @@ class Metrics:
         return seconds_left(self.data.total_steps - step, step_s, self.paused_s, step - self.first_step)
 
     def _write(self, values: dict[str, Any]) -> None:
-        with explaining(self.path):
+        with convert_oserrors(self.path):
             self.file.write(_json_line(values))
 
     def _to_wandb(self, step: int, values: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ from pipeline.data.loader import check_fit, loading_bytes
 from pipeline.distributed.collectives import run_checks
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine import compose_config
-from pipeline.errors import explaining
+from pipeline.errors import convert_oserrors
 from pipeline.flops import CHECKPOINT_BYTES, STATE_BYTES, count_parameters
 from pipeline.initial_model import llm_source, tower_source
 from pipeline.prefetch import language_model
@@ -152,7 +152,7 @@ def check_batch(recipe: Recipe, ranks: Ranks) -> str:
 
 
 def check_shards(recipe: Recipe, ranks: Ranks) -> str:
-    with explaining(recipe.data.shards):
+    with convert_oserrors(recipe.data.shards):
         return inspect_shards(recipe)
 
 
@@ -161,7 +161,7 @@ def check_heldout(recipe: Recipe, ranks: Ranks) -> str:
         return ""
     heldout = replace(recipe, data=replace(recipe.data, shards=recipe.evaluate.shards))
     try:
-        with explaining(heldout.data.shards):
+        with convert_oserrors(heldout.data.shards):
             return f"held out: {inspect_shards(heldout)}"
     except UserError as error:
         raise UserError(str(error).replace("data.shards", "evaluate.shards", 1)) from None

@@ -12,7 +12,6 @@ import argparse
 import importlib.resources
 import json
 import random
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from model.errors import UserError
+from model.errors import UserError, run_cli
 from model.presets import preset
 from preprocess.demo.damaged_rows import DAMAGED, REPAIRABLE, write_images
 from preprocess.demo.scenes import Scene, draw_scenes, questions, render
@@ -219,7 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_cli(main)
