@@ -11,11 +11,11 @@ from model.errors import UserError
 from model.vision import Towers
 from pipeline.data.loader import MicroBatch
 from pipeline.engine import Engine
+from pipeline.flops import GIB
 from pipeline.recipe import Recipe
 from pipeline.step import row_losses
 from pipeline.zero import clear_gradients, missing_moment_bytes
 
-GIB = 1 << 30
 SAMPLE_LAYERS = 4  # kept in the second measurement, which tells what one more layer takes
 PASSES = 3  # until ZeRO-3 knows the new order of layers by heart, and gathers the weights of several ahead
 

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError, run_cli
-from pipeline.flops import CHECKPOINT_BYTES, STATE_BYTES, count_parameters, flops_per_sample
+from pipeline.flops import CHECKPOINT_BYTES, GIB, STATE_BYTES, count_parameters, flops_per_sample
 from pipeline.metrics.throughput import PEAK_FLOPS
 from pipeline.recipe import Recipe, load_recipe
 from preprocess.shards.manifest import Manifest
 
 PAPER_ROWS, PAPER_TEXT_ONLY = 1_230_800, 40_688
 TYPICAL_TEXT, TYPICAL_SUPERVISED = 295, 150  # where no shards say better
-GIB = 1 << 30
 
 
 def describe(recipe: Recipe, ranks: int, mfu: float) -> dict[str, Any]:

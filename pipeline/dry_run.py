@@ -33,12 +33,11 @@ from pipeline.data.by_source import BySource
 from pipeline.data.loader import GlobalBatch, MicroBatch
 from pipeline.distributed.ranks import Ranks, find_ranks
 from pipeline.engine import Engine, build_engine, init_distributed
-from pipeline.flops import flops_per_sample
+from pipeline.flops import GIB, flops_per_sample
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.step import optimizer_step
 from preprocess.shards.manifest import load_index
 
-GIB = 1 << 30
 SUPERVISED_SHARE = 0.5  # of the text
 WARM_UP, TIMED = 2, 3
 

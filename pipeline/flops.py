@@ -11,6 +11,7 @@ from model.config import EmmaConfig, MambaConfig, TowerConfig, VisionConfig
 from model.emma import Emma
 from model.vision import Towers
 
+GIB = 1 << 30  # bytes
 MULTIPLY_ADD = 2
 CHECKPOINT_BYTES = 12  # of a trainable parameter: fp32 master weights and Adam's two moments
 STATE_BYTES = {"bf16": 18, "autocast": 16, "fp32": 16}  # of one in training: gradients too; ZeRO-3 shares them all

@@ -16,11 +16,10 @@ from model.errors import UserError, run_cli
 from model.tensors import open_published
 from model.vision import HUB, Towers, hub_file
 from model.weights import hub_folder
+from pipeline.flops import GIB
 from pipeline.initial_model import RANDOM, llm_source, tower_source
 from pipeline.recipe import Recipe, load_recipe
 from preprocess.prompts import load_tokenizer
-
-GIB = 1 << 30
 
 
 def needs(recipe: Recipe) -> Iterator[tuple[str, str, Callable[[], str]]]:

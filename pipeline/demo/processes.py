@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 
 from model.errors import UserError
+from pipeline.engine import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 RAY_START_S, RAY_STOP_S = 90, 15
 OBJECT_STORE_BYTES = 200_000_000
 

@@ -16,6 +16,7 @@ import torch
 from pipeline.data.loader import GlobalBatch, TrainData
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import convert_oserrors
+from pipeline.flops import GIB
 from pipeline.metrics.history import SLOW_RANK, finite, hours, seconds_left
 from pipeline.metrics.throughput import peak_of_ranks
 from pipeline.metrics.timers import StartUp
@@ -25,7 +26,6 @@ from pipeline.recipe import Recipe
 from pipeline.run.out_of_memory import memory_settings
 from pipeline.step import StepReport
 
-GIB = 1 << 30
 LONG = 60  # characters of a fact; a longer one is not for the console
 
 

@@ -34,7 +34,7 @@ from pipeline.distributed.collectives import run_checks
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine import compose_config
 from pipeline.errors import convert_oserrors
-from pipeline.flops import CHECKPOINT_BYTES, STATE_BYTES, count_parameters
+from pipeline.flops import CHECKPOINT_BYTES, GIB, STATE_BYTES, count_parameters
 from pipeline.initial_model import llm_source, tower_source
 from pipeline.prefetch import language_model
 from pipeline.recipe import Recipe
@@ -42,7 +42,6 @@ from pipeline.run.out_of_memory import out_of_memory_error
 from pipeline.run.watchdog import EXIT_LOST
 from preprocess.shards.manifest import INDEX, Manifest
 
-GIB = 1 << 30
 ROOM_FOR = 2  # checkpoints, beside those that retention keeps: one being written, one to spare
 HASHING_S = 15.0  # for a sample of the shards
 CHUNK_BYTES = 8 << 20
