@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import TINY_RECIPE, build_shards, write_raw_data
 from tests.support.slurm import SlurmCluster, missing_programs
+from tests.support.tiny_data import TINY_RECIPE, build_shards, write_raw_data
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: several tests run at a time
 

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.checkpoint.checkpointer import full_state
 from pipeline.checkpoint.folder import folder_name
-from tests.support.launch import REPOSITORY, run_python
+from tests.support.launch import REPOSITORY, fork_python
 
 STEPS = 3
 
@@ -19,7 +19,7 @@ def number(pattern, text):
 
 def rehearse(recipe_file, budget):
     words = [recipe_file, "engine.segment_layers=2", f"engine.memory_gib={budget}", "--ranks", "1"]
-    return run_python("-m", "pipeline.dry_run", *words, "--micro-batches", "4")
+    return fork_python("-m", "pipeline.dry_run", *words, "--micro-batches", "4")
 
 
 def test_more_memory_keeps_more_layers_and_the_peak_stays_within(recipe_file):
@@ -46,7 +46,7 @@ def test_measuring_leaves_no_trace_under_zero_2(recipe_file, shards, tmp_path):
     words = [recipe_file, f"data.shards={shards}", f"steps={STEPS}", config, "optim.micro_batch=2"]
     states = []
     for name, *overrides in (["plain"], ["budget", "engine.segment_layers=2", "engine.memory_gib=1"]):
-        done = run_python("-m", "pipeline.train", *words, f"run.dir={tmp_path / name}", *overrides)
+        done = fork_python("-m", "pipeline.train", *words, f"run.dir={tmp_path / name}", *overrides)
         assert done.returncode == 0, done.stdout + done.stderr
         states.append(full_state(tmp_path / name / "checkpoints" / folder_name(STEPS)))
     assert "6 keep" in done.stdout

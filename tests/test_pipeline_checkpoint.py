@@ -16,7 +16,7 @@ from model.errors import UserError
 from pipeline.checkpoint.checkpointer import full_state
 from pipeline.checkpoint.folder import MANIFEST, find_damage, first_damage, folder_name, list_steps, read_manifest, seal
 from pipeline.checkpoint.probe import _same
-from tests.support.launch import finish, run_python, torchrun
+from tests.support.launch import finish, fork_python, fork_ranks
 
 STEPS = 12
 STAGES = [  # tests.programs.soak_training has all that kill
@@ -34,7 +34,7 @@ def words(recipe_file, shards, run, *overrides):
 def straight(recipe_file, shards, tmp_path_factory):
     """One rank, from the first step to the last, waiting for every save."""
     run = tmp_path_factory.mktemp("straight") / "run"
-    done = run_python("-m", "pipeline.train", *words(recipe_file, shards, run, "checkpoint.background=false"))
+    done = fork_python("-m", "pipeline.train", *words(recipe_file, shards, run, "checkpoint.background=false"))
     assert done.returncode == 0, done.stderr
     return run
 
@@ -48,7 +48,7 @@ def test_killed_at_every_stage_or_failed_by_its_disk_one_life_after_the_other_it
     recipe_file, shards, straight, tmp_path
 ):
     run = tmp_path / "run"
-    done = run_python(
+    done = fork_python(
         "-m", "tests.programs.killed_training", ",".join(STAGES), *words(recipe_file, shards, run), timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -85,13 +85,13 @@ def test_a_state_that_computes_something_else_is_refused_and_the_one_before_is_l
     rewrite_probe(oldest, lambda text: {"text": text * (1 + 5e-5), "where": elsewhere})
     before = sorted(path.name for path in (run / "checkpoints").iterdir())
 
-    nowhere = run_python("-m", "pipeline.train", *words(recipe_file, shards, run))
+    nowhere = fork_python("-m", "pipeline.train", *words(recipe_file, shards, run))
     assert nowhere.returncode == 4, nowhere.stderr
     assert "their files are sound" in nowhere.stderr
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
 
     rewrite_probe(oldest, lambda text: {"text": text / (1 + 5e-5) * (1 + 5e-6)})
-    done = run_python("-m", "pipeline.train", *words(recipe_file, shards, run))
+    done = fork_python("-m", "pipeline.train", *words(recipe_file, shards, run))
     assert done.returncode == 0, done.stderr
     assert f"refused {newest}: the text loss of the probe is {probe['text']!r}" in done.stdout
     assert f"refused {middle}" in done.stdout
@@ -132,7 +132,7 @@ def json_of(data):
 def test_the_benchmark_saves_and_loads_what_it_times(tmp_path):
     figures = tmp_path / "figures.json"
     program = ["-m", "benchmarks.checkpoint", tmp_path / "scratch", "pipeline/recipes/demo.toml", "--json", figures]
-    done = run_python(*program)
+    done = fork_python(*program)
     assert "| verify and load, on resuming |" in done.stdout, done.stderr
     assert json.loads(figures.read_text())["equal"]
     assert list((tmp_path / "scratch").iterdir()) == []
@@ -157,7 +157,7 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_the_checkpoints_before_are_as
     with small_disk(tmp_path / "disk", megabytes=96) as disk:
         run = disk / "run"
         told = words(recipe_file, shards, run, "checkpoint.every_steps=4", f"fill={disk / 'other'}")
-        said = finish(torchrun(2, ["tests/programs/train_on_ranks.py", tmp_path / "kept.pt", *told]), code=None)
+        said = finish(fork_ranks(2, ["tests/programs/train_on_ranks.py", tmp_path / "kept.pt", *told]), code=None)
         assert "UserError" in said
         assert "the checkpoint of step 8 could not be written" in said
         assert "No space left on device" in said
@@ -173,7 +173,7 @@ def test_a_checkpoint_that_lost_its_manifest_is_refused_aloud_and_goes_with_the_
     shutil.copytree(straight, run)
     newest = run / "checkpoints" / folder_name(STEPS)
     (newest / MANIFEST).unlink()
-    done = run_python("-m", "pipeline.train", *words(recipe_file, shards, run))
+    done = fork_python("-m", "pipeline.train", *words(recipe_file, shards, run))
     assert done.returncode == 0, done.stderr
     assert f"refused {newest}: it has no {MANIFEST}" in done.stdout
     assert f"resuming from {run / 'checkpoints' / folder_name(STEPS - 1)}" in done.stdout

@@ -13,7 +13,7 @@ from model.errors import UserError
 from pipeline.checkpoint.folder import folder_name, read_manifest
 from pipeline.checkpoint.layout import Layout, fill
 from pipeline.zero import Piece
-from tests.support.launch import finish, torchrun
+from tests.support.launch import finish, fork_ranks
 
 STEPS = 12
 ZERO = {2: "ds_configs/zero2.json", 3: "ds_configs/zero3_small.json"}
@@ -31,7 +31,7 @@ def run_ranks(recipe_file, shards, run, ranks, stage, until, *words):
         f"steps={STEPS}",
     ]
     split = [f"engine.ds_config={ZERO[stage]}", f"optim.micro_batch={8 // max(ranks, 2)}"]
-    finish(torchrun(ranks, [*program, *split, f"until={until}", "keep=states", *words]))
+    finish(fork_ranks(ranks, [*program, *split, f"until={until}", "keep=states", *words]))
     return torch.load(out, weights_only=False)
 
 

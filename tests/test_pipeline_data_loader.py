@@ -19,7 +19,7 @@ from pipeline.data.shard_reader import DamagedShardError, ShardReader
 from pipeline.distributed.ranks import Ranks
 from pipeline.recipe import load_recipe
 from preprocess.images.codec import decode_stored_image
-from tests.support.launch import run_python
+from tests.support.launch import fork_python
 
 
 def train_data(recipe_file, shards, world_size=1, rank=0, *overrides):
@@ -206,7 +206,7 @@ except RuntimeError as error:
 
 def test_a_loading_process_that_hangs_and_one_that_is_killed_are_named(recipe_file, shards):
     overrides = (f"data.shards={shards}", "run.dir=none", "data.workers=1")
-    done = run_python("-c", ACCIDENTS, recipe_file, *overrides)
+    done = fork_python("-c", ACCIDENTS, recipe_file, *overrides)
     assert done.returncode == 0, done.stderr
     pid, hangs, killed = done.stdout.splitlines()
     where = f"rank 0 on {socket.gethostname()}"

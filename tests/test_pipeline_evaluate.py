@@ -27,7 +27,8 @@ from pipeline.evaluate import (
 from pipeline.generate import answer
 from preprocess.images.codec import read_image_file
 from preprocess.prompts import load_tokenizer
-from tests.support.launch import run_python, write_byte_tokenizer
+from tests.support.launch import fork_python
+from tests.support.tiny_data import write_byte_tokenizer
 
 
 def asked(image: str, kind: str = "colour", answer: str = "red", question: str = "What colour is it?") -> Question:
@@ -167,7 +168,7 @@ def test_a_place_that_takes_no_result_is_one_line_after_the_table(
 ) -> None:
     path, out = tmp_path / "questions.jsonl", tmp_path / "absent/result.json"
     path.write_text(json.dumps(vars(asked("a.png"))) + "\n")
-    done = run_python("-m", "pipeline.evaluate", model_folder, path, "--images", images, "--json", out)
+    done = fork_python("-m", "pipeline.evaluate", model_folder, path, "--images", images, "--json", out)
     assert done.returncode == 2
     assert "all" in done.stdout
     assert done.stderr.splitlines()[-1].startswith("error: ")

@@ -15,7 +15,7 @@ from pipeline.checkpoint.folder import folder_name
 from pipeline.export import check_state, export_run
 from pipeline.generate import answer, load
 from preprocess.prompts import encode_dialogue, encode_prompt, load_tokenizer
-from tests.support.launch import finish, run_python, torchrun
+from tests.support.launch import finish, fork_python, fork_ranks
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +23,14 @@ def run(recipe_file, shards, tmp_path_factory):
     """Trained on two ranks, so that the checkpoint's tensors are in pieces."""
     folder = tmp_path_factory.mktemp("run") / "run"
     program = ["-m", "pipeline.train", recipe_file, f"data.shards={shards}", f"run.dir={folder}", "steps=4"]
-    finish(torchrun(2, program))
+    finish(fork_ranks(2, program))
     return folder
 
 
 @pytest.fixture(scope="module")
 def exported(run, tmp_path_factory):
     out = tmp_path_factory.mktemp("models") / "tiny"
-    done = run_python("-m", "pipeline.export", run, out, "--language-model", out.with_name("lm"))
+    done = fork_python("-m", "pipeline.export", run, out, "--language-model", out.with_name("lm"))
     assert done.returncode == 0, done.stderr
     assert "step 4" in done.stdout
     return out
@@ -87,7 +87,7 @@ def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
     shutil.copytree(run, copy)
     victim = next((copy / "checkpoints").rglob("*.master"))
     victim.write_bytes(victim.read_bytes()[:-1])
-    done = run_python("-m", "pipeline.export", copy, tmp_path / "out")
+    done = fork_python("-m", "pipeline.export", copy, tmp_path / "out")
     assert done.returncode == 2
     assert "no good checkpoint" in done.stderr
     assert "Traceback" not in done.stderr
@@ -100,7 +100,7 @@ EXPORT = "runpy.run_module('pipeline.export', run_name='__main__')"
 
 def test_a_disk_that_takes_no_more_is_one_line_and_a_folder_that_says_it_is_no_model(run, tmp_path):
     """A limit on the size of files stands for the full disk."""
-    done = run_python("-c", LIMITED + EXPORT, run, tmp_path / "out")
+    done = fork_python("-c", LIMITED + EXPORT, run, tmp_path / "out")
     assert_one_line(done, f"{tmp_path / 'out'}: the model could not be written")
     with pytest.raises(UserError):
         load(tmp_path / "out", "cpu")
@@ -112,7 +112,7 @@ def test_a_disk_that_does_not_give_a_checkpoint_is_one_line(run, tmp_path):
     manifest.unlink()
     manifest.mkdir()  # as good as an error of the disk: it is there, and cannot be read
     step = manifest.parent.name.removeprefix("step-")
-    done = run_python("-m", "pipeline.export", tmp_path / "run", tmp_path / "out", "--step", step)
+    done = fork_python("-m", "pipeline.export", tmp_path / "run", tmp_path / "out", "--step", step)
     assert_one_line(done, "manifest.json")
 
 
@@ -165,7 +165,7 @@ def recompute_all(model, tokenizer, question, picture, max_new_tokens):
 def test_generate_answers_on_the_command_line(exported, raw_mix):
     picture = raw_mix.parent / "pictures" / "0.png"
     words = [exported, "--image", picture, "--prompt", "Which colour?", "--max-new-tokens", "4", "--device", "cpu"]
-    done = run_python("-m", "pipeline.generate", *words)
+    done = fork_python("-m", "pipeline.generate", *words)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 1
 
@@ -177,12 +177,12 @@ def test_generate_says_what_is_wrong_in_one_line(exported, raw_mix, tmp_path):
         ([exported, "--image", raw_mix, "--prompt", "x"], "mix.toml"),
     ]
     for words, said in cases:
-        assert_one_line(run_python("-m", "pipeline.generate", *words), said)
+        assert_one_line(fork_python("-m", "pipeline.generate", *words), said)
 
 
 def test_an_untrained_model_is_exported_from_a_recipe(recipe_file, shards, tmp_path):
     words = ["--untrained", recipe_file, tmp_path / "start", f"data.shards={shards}", "run.dir=unused"]
-    done = run_python("-m", "pipeline.export", *words)
+    done = fork_python("-m", "pipeline.export", *words)
     assert done.returncode == 0, done.stderr
     model, _ = load(tmp_path / "start", "cpu")
     torch.manual_seed(7)

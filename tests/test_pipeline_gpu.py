@@ -15,8 +15,9 @@ from pipeline.data.loader import ShardReader
 from pipeline.generate import answer
 from pipeline.recipe import load_recipe
 from preprocess.prompts import load_tokenizer
-from tests.support.launch import build_shards, finish, run_python, torchrun
+from tests.support.launch import finish, run_python, torchrun
 from tests.support.plain_torch import train_plainly
+from tests.support.tiny_data import build_shards
 
 pytestmark = [
     pytest.mark.gpu,

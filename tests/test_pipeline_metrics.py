@@ -22,7 +22,7 @@ from pipeline.metrics.logger import Metrics, append_event
 from pipeline.metrics.timers import StartUp
 from pipeline.recipe import load_recipe
 from pipeline.step import Seconds, StepReport
-from tests.support.launch import REPOSITORY, finish, run_python, torchrun
+from tests.support.launch import REPOSITORY, finish, fork_python, fork_ranks, run_python
 
 STEPS = 6
 CONSOLE_LINE = 200  # characters
@@ -41,7 +41,7 @@ def evaluated(recipe_file, shards, tmp_path_factory):
     """A run of two ranks that looks at held-out shards, and what it said."""
     run = tmp_path_factory.mktemp("evaluated") / "run"
     heldout = [f"evaluate.shards={shards}", "evaluate.every_steps=4", "evaluate.samples=999"]
-    return run, finish(torchrun(2, words(recipe_file, shards, run, f"steps={STEPS}", *heldout)))
+    return run, finish(fork_ranks(2, words(recipe_file, shards, run, f"steps={STEPS}", *heldout)))
 
 
 def test_held_out_losses_are_over_all_samples(evaluated):
@@ -132,7 +132,7 @@ def test_wandb_has_every_step_though_its_helper_died_and_the_run_was_resumed(rec
     assert (told["outcome"], told["reason"]) == ("stopped", "by SIGTERM")
     identity = (run / "wandb_id").read_text()
 
-    done = run_python(*command)
+    done = fork_python(*command)
     assert done.returncode == 0, done.stderr
     assert "going on without it" not in done.stdout
     files = list(run.glob(f"wandb/offline-run-*-{identity}/*.wandb"))

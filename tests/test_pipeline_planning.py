@@ -9,7 +9,7 @@ from pipeline.describe import describe, table
 from pipeline.dry_run import longest_text
 from pipeline.flops import count_parameters, flops_per_sample
 from pipeline.recipe import load_recipe
-from tests.support.launch import run_python
+from tests.support.launch import fork_python
 
 
 @pytest.mark.parametrize(("name", "llm", "trainable"), [("v1", 2_768_345_600, 3.19e9), ("v2", 2_702_599_680, 3.11e9)])
@@ -45,7 +45,9 @@ def test_the_recipes_shards_give_steps_and_lengths(recipe_file, shards):
 
 def test_a_rehearsal_says_what_fits_and_how_fast(recipe_file, tmp_path):
     out = tmp_path / "trials.json"
-    done = run_python("-m", "pipeline.dry_run", recipe_file, "--ranks", "2", "--micro-batches", "1", "4", "--json", out)
+    done = fork_python(
+        "-m", "pipeline.dry_run", recipe_file, "--ranks", "2", "--micro-batches", "1", "4", "--json", out
+    )
     assert done.returncode == 0, done.stderr
     assert "largest that fits: 4" in done.stdout
     assert [trial["micro_batch"] for trial in json.loads(out.read_text())] == [1, 4]

@@ -12,7 +12,8 @@ from model.presets import preset
 from model.vision import Towers
 from pipeline.initial_model import initial_model, make_towers, refuse_other_towers
 from pipeline.recipe import load_recipe
-from tests.support.launch import run_python, write_byte_tokenizer
+from tests.support.launch import fork_python
+from tests.support.tiny_data import write_byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def words(recipe_file, published, towers="towers"):
 
 
 def test_what_is_there_is_listed_with_its_size(recipe_file, published):
-    done = run_python("-m", "pipeline.prefetch", *words(recipe_file, published))
+    done = fork_python("-m", "pipeline.prefetch", *words(recipe_file, published))
     assert done.returncode == 0, done.stderr
     for said in ("language model", "towers", "258 entries", "everything is here"):
         assert said in done.stdout
@@ -57,7 +58,7 @@ def test_all_that_is_missing_is_named_at_once_and_a_model_of_another_size_is_fou
     llm = tmp_path / "llm"
     llm.mkdir()
     save_file({"backbone.embeddings.weight": torch.zeros(7, 2)}, llm / "model.safetensors")
-    done = run_python("-m", "pipeline.prefetch", *wrong, f"weights.llm={llm}")
+    done = fork_python("-m", "pipeline.prefetch", *wrong, f"weights.llm={llm}")
     assert done.returncode == 2
     for said in ("3 of 3 parts", "an embedding of 7 rows", "no weights of tower dinov2", "/no/where"):
         assert said in done.stderr

@@ -14,7 +14,7 @@ from pipeline.distributed.ranks import Ranks
 from pipeline.flops import CHECKPOINT_BYTES, count_parameters
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.run import preflight
-from tests.support.launch import finish, run_python, torchrun
+from tests.support.launch import finish, fork_python, fork_ranks
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 
@@ -57,7 +57,7 @@ def test_all_problems_of_all_nodes_are_told_at_once_on_every_rank(recipe_file, c
     (copy / "shard-00001.tar").unlink()
     wrong = ["optim.micro_batch=3", "evaluate.shards=/no/held-out", "weights.llm=/no/llm", "weights.towers=no_towers"]
     words = [recipe_file, f"data.shards={copy}", f"run.dir={tmp_path}/run", *wrong]
-    told = finish(torchrun(2, [program, tmp_path, *words]))
+    told = finish(fork_ranks(2, [program, tmp_path, *words]))
     for rank in (0, 1):
         lines = told.split(f"<rank {rank}>")[1].split("</>")[0].splitlines()
         assert lines[0] == f"{len(lines) - 1} problems:"
@@ -167,7 +167,7 @@ with within(0.1, "the preflight", Ranks(3, 3, 8, torch.device("cpu"))):
 
 
 def test_a_preflight_that_hangs_ends_with_a_line_and_is_to_be_tried_again():
-    done = run_python("-c", HANGING)
+    done = fork_python("-c", HANGING)
     assert done.returncode == 4
     assert done.stderr.startswith("error: rank 3 of 8 on ")
     assert "the preflight takes longer than 0.1 s" in done.stderr

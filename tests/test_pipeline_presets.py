@@ -7,7 +7,8 @@ import pytest
 
 from pipeline.export import export_run
 from pipeline.generate import answer, load
-from tests.support.launch import build_shards, run_python
+from tests.support.launch import fork_python
+from tests.support.tiny_data import build_shards
 
 VARIANTS = [
     "tiny_v1",
@@ -31,7 +32,7 @@ def test_a_preset_trains_saves_resumes_exports_and_answers(recipe_file, zephyr_s
     train = ["-m", "pipeline.train", *words, "steps=3"]
     (run / "control").mkdir(parents=True)
     (run / "control/stop").touch()  # under SLURM, a request that stands when training starts is not taken away
-    for done in (run_python(*train, EMMA_JOB="1"), run_python(*train)):
+    for done in (fork_python(*train, EMMA_JOB="1"), fork_python(*train)):
         assert done.returncode == 0, done.stderr
     facts = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps_seen = [line["step"] for line in facts if "event" not in line]

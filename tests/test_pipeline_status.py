@@ -16,7 +16,7 @@ from pipeline.metrics.history import has_event, read_history, tell
 from pipeline.recipe import load_recipe
 from pipeline.run.folder import RunFolder
 from pipeline.status import state_of, table
-from tests.support.launch import REPOSITORY, run_python
+from tests.support.launch import REPOSITORY, fork_python, run_python
 
 SPEEDS = {"speed/samples_per_s": 1.6, "speed/tokens_per_s": 1600.0, "speed/mfu": 0.4, "data/padding_ratio": 0.01}
 SLOW = {"ranks/slowest": 3, "ranks/slowest_ratio": 1.5}
@@ -236,7 +236,7 @@ def test_a_crash_before_and_after_the_first_step_is_told(recipe_file, shards, tm
     words = [recipe_file, f"data.shards={shards}", f"run.dir={tmp_path}"]
     for place in ("build_engine", "Loop.train_from"):
         crashing = f"from pipeline import train; train.{place} = lambda *_: 1 / 0; train.main()"
-        assert run_python("-c", crashing, *words).returncode == 1
+        assert fork_python("-c", crashing, *words).returncode == 1
         told = run_python("-m", "pipeline.status", tmp_path).stdout
         assert told.startswith(f"{tmp_path}: failed: ZeroDivisionError: division by zero"), place
 

@@ -8,7 +8,7 @@ import torch
 from pipeline.checkpoint.folder import folder_name
 from pipeline.checkpoint.layout import Layout
 from pipeline.recipe import load_recipe
-from tests.support.launch import finish, torchrun
+from tests.support.launch import finish, fork_ranks
 from tests.support.plain_torch import train_plainly
 
 STEPS = 6  # of one epoch: pictures and text alone, and an incomplete last batch of both
@@ -33,7 +33,7 @@ def reference(base, tmp_path_factory):
 def run_ranks(tmp_path, ranks, base, *overrides):
     out = tmp_path / f"gradients-{ranks}.pt"
     program = ["tests/programs/train_on_ranks.py", out, *base, f"run.dir={tmp_path / 'run'}", *overrides]
-    finish(torchrun(ranks, program))
+    finish(fork_ranks(ranks, program))
     return torch.load(out, weights_only=False)
 
 

@@ -21,7 +21,7 @@ from pipeline.distributed.ranks import Ranks
 from pipeline.recipe import load_recipe
 from pipeline.run.folder import RunFolder
 from pipeline.train import fail
-from tests.support.launch import finish, kill_all, run_python, torchrun
+from tests.support.launch import finish, fork_python, fork_ranks, kill_all, run_python, torchrun
 
 STEPS = 12  # two epochs
 
@@ -93,13 +93,13 @@ def test_a_memory_budget_changes_what_is_recomputed_and_nothing_that_is_learnt(
     recipe_file, shards, undisturbed, tmp_path
 ):
     budget = ["engine.segment_layers=2", "engine.memory_gib=1"]
-    assert "6 keep" in finish(torchrun(2, command(recipe_file, shards, tmp_path / "run", *budget)))
+    assert "6 keep" in finish(fork_ranks(2, command(recipe_file, shards, tmp_path / "run", *budget)))
     assert_same_end(tmp_path / "run", undisturbed)
 
 
 def test_killed_in_the_middle_the_same_command_ends_with_the_same_bits(recipe_file, shards, undisturbed, tmp_path):
     run = tmp_path / "run"
-    process = torchrun(2, command(recipe_file, shards, run))
+    process = fork_ranks(2, command(recipe_file, shards, run))
     wait_for(lambda: list_steps(run / "checkpoints"), process)
     kill_all(process)
     assert max(losses(run)) < STEPS
@@ -109,7 +109,7 @@ def test_killed_in_the_middle_the_same_command_ends_with_the_same_bits(recipe_fi
     (cut_off / "rank-00000.00.master").write_bytes(b"half")
 
     heldout = [f"evaluate.shards={shards}", "evaluate.every_steps=5"]  # it changes no bit either
-    output = finish(torchrun(2, command(recipe_file, shards, run, *heldout)))
+    output = finish(fork_ranks(2, command(recipe_file, shards, run, *heldout)))
     assert "its save was cut off" in output
     assert "heldout at step" in output
     assert "resuming from" in output
@@ -121,14 +121,14 @@ def test_a_damaged_checkpoint_is_refused_with_its_reason_and_the_one_before_is_t
     recipe_file, shards, undisturbed, tmp_path
 ):
     run = tmp_path / "run"
-    finish(torchrun(2, command(recipe_file, shards, run)))
+    finish(fork_ranks(2, command(recipe_file, shards, run)))
     checkpoints = run / "checkpoints"
     moments = checkpoints / folder_name(STEPS) / "rank-00001.00.exp_avg"
     flip_one_bit(moments)
     (checkpoints / folder_name(8) / "rank-00000.01.master").rename(checkpoints / "elsewhere")
     (run / "outcome.json").unlink()
 
-    output = finish(torchrun(2, command(recipe_file, shards, run)))
+    output = finish(fork_ranks(2, command(recipe_file, shards, run)))
     assert f"{moments.name} has changed" in output
     assert "is missing" in output
     assert f"resuming from {checkpoints / folder_name(4)}" in output
@@ -144,7 +144,7 @@ def flip_one_bit(path: Path) -> None:
 
 def test_a_stop_request_is_agreed_on_saved_and_resumed_at_the_next_step(recipe_file, shards, undisturbed, tmp_path):
     run = tmp_path / "run"
-    process = torchrun(2, command(recipe_file, shards, run))
+    process = fork_ranks(2, command(recipe_file, shards, run))
     wait_for(lambda: losses(run), process)
     (run / "control/stop").touch()
     finish(process)
@@ -155,7 +155,7 @@ def test_a_stop_request_is_agreed_on_saved_and_resumed_at_the_next_step(recipe_f
     assert list_steps(run / "checkpoints")[-1] == stopped["step"]
 
     heldout = [f"evaluate.shards={shards}", "evaluate.every_steps=1", "evaluate.samples=8"]
-    finish(torchrun(2, command(recipe_file, shards, run, *heldout)))
+    finish(fork_ranks(2, command(recipe_file, shards, run, *heldout)))
     evaluated = [line["step"] for line in lines(run) if line.get("event") == "heldout"]
     assert evaluated == list(range(stopped["step"], STEPS + 1)), "the stop's is made up for"
     assert len(losses(run)) == len([line for line in lines(run) if "event" not in line]), "a step was redone"
@@ -164,7 +164,7 @@ def test_a_stop_request_is_agreed_on_saved_and_resumed_at_the_next_step(recipe_f
 
 def test_another_training_in_the_same_folder_is_refused_and_changes_nothing(recipe_file, shards, undisturbed):
     before = [(undisturbed / name).read_bytes() for name in ("recipe.json", "outcome.json", "metrics.jsonl")]
-    told = finish(torchrun(2, command(recipe_file, shards, undisturbed, "optim.lr=3e-3", "seed=8")), code=None)
+    told = finish(fork_ranks(2, command(recipe_file, shards, undisturbed, "optim.lr=3e-3", "seed=8")), code=None)
     assert "optim.lr was 0.001, now 0.003" in told
     assert "seed was 7, now 8" in told
     assert [(undisturbed / name).read_bytes() for name in ("recipe.json", "outcome.json", "metrics.jsonl")] == before
@@ -173,10 +173,10 @@ def test_another_training_in_the_same_folder_is_refused_and_changes_nothing(reci
 def test_a_run_that_lost_all_its_checkpoints_never_starts_afresh_by_itself(recipe_file, shards, tmp_path):
     run = tmp_path / "run"
     words = command(recipe_file, shards, run, "steps=1")
-    assert run_python(*words).returncode == 0
+    assert fork_python(*words).returncode == 0
     flip_one_bit(next(run.rglob("*.exp_avg_sq")))
     for _ in range(2):
-        line = one_line(run_python(*words), code=2)
+        line = one_line(fork_python(*words), code=2)
         assert "holds no good checkpoint" in line
         assert "move it away" in line
         assert not (run / "control/starting").exists()
@@ -188,7 +188,7 @@ def test_a_second_training_in_a_folder_where_one_is_going_on_is_refused(recipe_f
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for job in ("77", "78"):
-            second = run_python(*command(recipe_file, shards, run), EMMA_JOB=job)
+            second = fork_python(*command(recipe_file, shards, run), EMMA_JOB=job)
             assert "another process trains here" in one_line(second, code=2)
     assert not (run / "metrics.jsonl").exists()
     told = [line.split("\t") for line in (run / "control/refused").read_text().splitlines()]
@@ -260,7 +260,7 @@ def test_a_users_mistakes_are_one_line_each(recipe_file, shards, tmp_path):
         (["engine.device=cuda"], shards, "run", ["no GPU"]),
     ]
     for overrides, data, run, said in mistakes:
-        line = one_line(run_python(*command(recipe_file, data, tmp_path / run, *overrides)), code=2)
+        line = one_line(fork_python(*command(recipe_file, data, tmp_path / run, *overrides)), code=2)
         for words in said:
             assert words in line
 
@@ -269,7 +269,7 @@ def test_a_shard_that_was_replaced_is_found_before_training_begins(recipe_file, 
     replaced = tmp_path / "shards"
     shutil.copytree(shards, replaced)
     flip_one_bit(replaced / "shard-00001.tar")
-    line = one_line(run_python(*command(recipe_file, replaced, tmp_path / "run")), code=2)
+    line = one_line(fork_python(*command(recipe_file, replaced, tmp_path / "run")), code=2)
     assert "shard-00001.tar: its content is not what the manifest says" in line
     assert "preprocess.shardset verify" in line
 
@@ -277,14 +277,14 @@ def test_a_shard_that_was_replaced_is_found_before_training_begins(recipe_file, 
 def test_all_problems_are_told_at_once(recipe_file, tmp_path):
     (tmp_path / "empty").mkdir()
     words = command(recipe_file, tmp_path / "empty", tmp_path / "run", "optim.micro_batch=3", "weights.llm=/no/where")
-    told = run_python(*words).stderr
+    told = fork_python(*words).stderr
     for said in ("3 problems", "micro_batch 3", "manifest.json", "/no/where"):
         assert said in told
 
 
 def test_a_run_without_a_finite_loss_fails_for_good(recipe_file, shards, tmp_path):
     run = tmp_path / "run"
-    done = run_python(*command(recipe_file, shards, run, "optim.lr=1e30", "optim.clip=0.0"))
+    done = fork_python(*command(recipe_file, shards, run, "optim.lr=1e30", "optim.clip=0.0"))
     assert "no finite loss" in one_line(done, code=3)
     assert outcome(run)["outcome"] == "failed"
 
@@ -293,7 +293,7 @@ def test_a_disk_that_is_full_when_a_line_is_written_is_one_line_and_no_crash(rec
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").symlink_to("/dev/full")
-    line = one_line(run_python(*command(recipe_file, shards, run)), code=2)
+    line = one_line(fork_python(*command(recipe_file, shards, run)), code=2)
     assert (
         line == f"error: {run}/metrics.jsonl: No space left on device; make room there, and run the same command again"
     )

@@ -21,8 +21,8 @@ from preprocess.shards.manifest import MANIFEST, Manifest, load_index
 from preprocess.shards.preview import choose_rejects, choose_rows
 from preprocess.shards.verify import verify
 from preprocess.shardset import EXIT_DAMAGED, EXIT_USER_ERROR, info, main
-from tests.support.launch import write_byte_tokenizer
 from tests.support.shard_builds import build_in_process, write_mix
+from tests.support.tiny_data import write_byte_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import pytest
 
 from preprocess.shards.manifest import Manifest
-from tests.support.launch import write_byte_tokenizer
+from tests.support.tiny_data import write_byte_tokenizer
 
 SCRIPT = "slurm/preprocess.sh"
 

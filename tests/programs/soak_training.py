@@ -27,7 +27,8 @@ from pipeline.checkpoint.folder import folder_name, list_steps
 from pipeline.checkpoint.layout import Layout
 from pipeline.zero import KINDS
 from tests.programs.killed_training import Stages
-from tests.support.launch import TINY_RECIPE, build_shards, finish, kill_all, torchrun, write_raw_data
+from tests.support.launch import finish, kill_all, torchrun
+from tests.support.tiny_data import TINY_RECIPE, build_shards, write_raw_data
 
 STEPS = 24  # four epochs
 STAGES = [name for name in vars(Stages) if not name.startswith("_")]
