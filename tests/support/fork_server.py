@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import IO
 
 REPOSITORY = Path(__file__).parents[2]
 IMPORTED = ("torch", "timm", "deepspeed", "deepspeed.runtime.zero.muon.original_muon", "tokenizers")
@@ -75,7 +76,7 @@ class ForkedProgram:
             os.kill(self.pid, signal.SIGKILL)
 
 
-def _read_and_close(file: tempfile._TemporaryFileWrapper[bytes]) -> str:
+def _read_and_close(file: IO[bytes]) -> str:
     with file:
         file.seek(0)
         return file.read().decode()
@@ -162,7 +163,12 @@ def launch_ranks(count: int) -> None:
             return
         pids.add(pid)
     failed = False
-    signal.signal(signal.SIGALRM, lambda *_: [os.kill(pid, signal.SIGKILL) for pid in pids])
+
+    def kill_remaining(*_: object) -> None:
+        for remaining in pids:
+            os.kill(remaining, signal.SIGKILL)
+
+    signal.signal(signal.SIGALRM, kill_remaining)
     while pids:
         pid, status = os.wait()
         pids.remove(pid)
