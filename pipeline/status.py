@@ -15,8 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from model.errors import run_cli
-from pipeline.metrics.figure import draw
-from pipeline.metrics.history import ENDS, SLOW_RANK, History, finite, hours, read_history
+from pipeline.metrics.history import ENDS, SLOW_RANK_RATIO, History, finite, format_duration, read_history
 
 QUIET_S = 120.0  # a run whose watchdog gives no sign of life for this long is taken for dead
 START_S = 1800.0  # the same for a start that loads, or a run of a version without such signs: a watchdog's default
@@ -45,7 +44,7 @@ def state_of_silence(alive: Path, history: History, now: float) -> str:
         last, limit_s = max(history.last_time, alive.stat().st_mtime), QUIET_S
     except FileNotFoundError:  # an earlier version's
         last, limit_s = history.last_time, START_S
-    return "running" if now - last < limit_s else f"dead: silent for {hours(now - last)}"
+    return "running" if now - last < limit_s else f"dead: silent for {format_duration(now - last)}"
 
 
 def state_of_start(run: Path, now: float) -> str | None:
@@ -55,11 +54,11 @@ def state_of_start(run: Path, now: float) -> str | None:
         word, since_s = mark.read_text(encoding="utf-8").strip(), now - mark.stat().st_mtime
     except FileNotFoundError:
         return None
-    return word or ("starting" if since_s < START_S else f"dead: it began to start {hours(since_s)} ago")
+    return word or ("starting" if since_s < START_S else f"dead: it began to start {format_duration(since_s)} ago")
 
 
 def table(run: Path, history: History, now: float) -> str:
-    left = f", {hours(history.left_s)} left" if history.step_s else ""
+    left = f", {format_duration(history.left_s)} left" if history.step_s else ""
     lines = [f"{run}: {state_of(run, history, now)}, step {history.step} of {history.total_steps}{left}"]
     for part in (_lately, _wall_time, _starts, _sources, _warnings):
         lines += part(history)
@@ -76,17 +75,19 @@ def _lately(history: History) -> list[str]:
         facts.append(f"MFU {last['speed/mfu']:.1%}")
     facts += [f"padding {last['data/padding_ratio']:.1%}", f"step {last['time/step_s']:.2f} s"]
     facts.append(f"{last['time/data_wait_s']:.3f} s of it waiting for data")
-    if (last.get("ranks/slowest_ratio") or 1.0) >= SLOW_RANK:
+    if (last.get("ranks/slowest_ratio") or 1.0) >= SLOW_RANK_RATIO:
         facts.append(f"rank {last['ranks/slowest']} takes {last['ranks/slowest_ratio']:.2f} times as long as others")
     return ["lately " + ", ".join(facts)]
 
 
 def _wall_time(history: History) -> list[str]:
     ledger = history.ledger
-    lines = [f"{'wall time':<18} {hours(ledger.total):>10}"]
+    lines = [f"{'wall time':<18} {format_duration(ledger.total):>10}"]
     for name, seconds in sorted(ledger.parts.items(), key=lambda part: -part[1]):
         if seconds >= 0.5:
-            lines.append(f"  {name.replace('_', ' '):<16} {hours(seconds):>10}  {seconds / ledger.total:6.1%}")
+            lines.append(
+                f"  {name.replace('_', ' '):<16} {format_duration(seconds):>10}  {seconds / ledger.total:6.1%}"
+            )
     return lines
 
 
@@ -152,7 +153,9 @@ def main() -> None:
         return
     history = read_history(args.run)
     if args.png:
-        draw(history, args.png)
+        from pipeline.metrics.figures import draw_run  # imports matplotlib, which takes a second
+
+        draw_run(history, args.png)
     if args.json:
         facts = {**asdict(history), "state": state_of(args.run, history, now), "goodput": history.ledger.goodput}
         print(json.dumps(finite(facts), indent=2))

@@ -34,7 +34,7 @@ from pipeline.activation_memory import fit_kept_layers
 from pipeline.checkpoint.checkpointer import Checkpointer, Identity, Saved
 from pipeline.checkpoint.folder import list_steps
 from pipeline.checkpoint.probe import Probe
-from pipeline.data.loader import GlobalBatch, TrainData, loader_died
+from pipeline.data.loader import GlobalBatch, TrainData, worker_death
 from pipeline.data.shard_reader import DamagedShardError
 from pipeline.distributed.collectives import broadcast_from_main, collectively
 from pipeline.distributed.ranks import Ranks, find_ranks
@@ -43,9 +43,9 @@ from pipeline.errors import RetryableError, from_oserror
 from pipeline.initial_model import RANDOM, empty_model, initial_model, make_towers, refuse_other_towers
 from pipeline.lr_schedule import learning_rate
 from pipeline.metrics.history import has_event
-from pipeline.metrics.logger import Metrics, append_event
-from pipeline.metrics.spikes import Spikes
-from pipeline.metrics.timers import GarbageCollection, StartUp, TowersClock
+from pipeline.metrics.logger import MetricsLogger, append_event
+from pipeline.metrics.spikes import SpikeDetector
+from pipeline.metrics.timers import GarbageCollection, StartupTimer, TowerTimer
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.run.control import Control
 from pipeline.run.folder import RunFolder
@@ -53,7 +53,7 @@ from pipeline.run.out_of_memory import explain_out_of_memory
 from pipeline.run.preflight import preflight, within
 from pipeline.run.watchdog import EXIT_LOST, Watchdog, bound_collectives
 from pipeline.step import Requests, Seconds, StepReport, optimizer_step
-from pipeline.validation import HeldOut
+from pipeline.validation import Validation
 from pipeline.zero import check_partition
 
 MAX_NONFINITE = 3  # steps in a row without a finite loss and gradient, after which the run has failed
@@ -65,30 +65,30 @@ class DivergedError(RuntimeError):
     """No finite loss or gradient for several steps; the same command would fail again at the same place."""
 
 
-def train(run: RunFolder, ranks: Ranks, start: StartUp) -> int:
+def train(run: RunFolder, ranks: Ranks, start: StartupTimer) -> int:
     """Run the recipe to its end or to a stop request; the steps done. Every rank calls it."""
     recipe = run.recipe
     newest = broadcast_from_main(ranks, lambda: max(list_steps(run.folder / "checkpoints"), default=0))
     with Watchdog(run, ranks) as watchdog, explain_out_of_memory(recipe, ranks):
         data = collectively(ranks, lambda: TrainData(recipe, ranks))
-        heldout = collectively(ranks, lambda: HeldOut(recipe, ranks) if recipe.evaluate.shards else None)
-        data.expect(newest)
-        start.done("data")
+        validation = collectively(ranks, lambda: Validation(recipe, ranks) if recipe.evaluate.shards else None)
+        data.start_workers(newest)
+        start.phase_done("data")
         emma, towers, weights = collectively(ranks, lambda: build_model(run, ranks))
-        start.done("model")
+        start.phase_done("model")
         engine = build_engine(emma, recipe, ranks)
         check_partition(engine)
-        start.done("engine")
+        start.phase_done("engine")
         probe = Probe(engine, towers, recipe, ranks, data)
         checkpoints = Checkpointer(recipe, ranks, _identity(recipe, data), engine, probe)
         step, report = checkpoints.resume()
-        start.done("checkpoint")
+        start.phase_done("checkpoint")
         fitted = fit_memory(engine, towers, recipe, data)
-        start.done("memory")
+        start.phase_done("memory")
         run.begin(step, weights)
-        with Metrics(recipe, ranks, data) as metrics, watchdog.before_the_end():
-            metrics.started(step, start, [*fitted, *report])
-            loop = Loop(run, engine, towers, data, heldout, checkpoints, metrics, watchdog)
+        with MetricsLogger(recipe, ranks, data) as metrics, watchdog.before_the_end():
+            metrics.log_start(step, start, [*fitted, *report])
+            loop = Loop(run, engine, towers, data, validation, checkpoints, metrics, watchdog)
             step = loop.train_from(step)
             end(run, metrics, step, done=step == data.total_steps)
     return step
@@ -102,38 +102,38 @@ class Loop:
     engine: Engine
     towers: Towers
     data: TrainData
-    heldout: HeldOut | None
+    validation: Validation | None
     checkpoints: Checkpointer
-    metrics: Metrics
+    metrics: MetricsLogger
     watchdog: Watchdog
-    spikes: Spikes = field(default_factory=Spikes)
+    spikes: SpikeDetector = field(default_factory=SpikeDetector)
     nonfinite: int = 0  # steps in a row without a finite loss or gradient
 
     def train_from(self, step: int) -> int:
         """From `step` on; returns the steps done when it ended."""
         if self._missed_evaluation(step):
             self._evaluate(step)
-        clock, towers_s = TowersClock(self.towers, self.engine.device), 0.0
+        clock, towers_s = TowerTimer(self.towers, self.engine.device), 0.0
         with GarbageCollection() as garbage:
             for batch in self.data.from_step(step):
                 lr = learning_rate(self.run.recipe, step, self.data.total_steps)
                 requests = Requests(*self.run.control.requests(), self.checkpoints.writing)
-                spent = Seconds(batch.wait_s, towers_s, garbage.take())
+                spent = Seconds(batch.wait_s, towers_s, garbage.pop_seconds())
                 report = optimizer_step(self.engine, self.towers, self.run.recipe, batch, lr, requests, spent)
-                towers_s = clock.take()  # now that the device has done the step; the next reduction tells of it
+                towers_s = clock.pop_seconds()  # now that the device has done the step; the next reduction tells of it
                 step += 1
                 self.watchdog.step_done(step)
-                self.metrics.log(step, batch, report, lr)
+                self.metrics.log_step(step, batch, report, lr)
                 if self.checkpoints.under_way and not report.writing:
                     self._save(self.checkpoints.commit)
                 self._look_for_trouble(step, batch, report)
                 # Not after a step that updated nothing: what led here is better kept than overwritten.
                 if report.finite or step == self.data.total_steps:
                     self._save_and_evaluate(step, report)
-                    clock.take()  # an evaluation's, or a probe's, are no step's
+                    clock.pop_seconds()  # an evaluation's, or a probe's, are no step's
                 if report.stop and report.finite:
                     break
-                garbage.after(step)
+                garbage.after_step(step)
         return step
 
     def _look_for_trouble(self, step: int, batch: GlobalBatch, report: StepReport) -> None:
@@ -141,13 +141,13 @@ class Loop:
         for shard, key, seconds in batch.slow:
             facts = {"rank": self.run.ranks.rank, "shard": shard, "key": key, "seconds": round(seconds, 1)}
             append_event(self.run.folder, "slow_read", step, **facts)
-        for spike in self.spikes.look(report, batch.images > 0):
-            self.metrics.event("spike", step, **spike.facts(), samples=batch.ids.tolist())
+        for spike in self.spikes.check(report, has_images=batch.images > 0):
+            self.metrics.log_event("spike", step, **spike.facts(), samples=batch.ids.tolist())
         if report.finite:
             self.nonfinite = 0
             return
         self.nonfinite += 1
-        self.metrics.event("nonfinite", step, samples=batch.ids.tolist())
+        self.metrics.log_event("nonfinite", step, samples=batch.ids.tolist())
         if self.nonfinite == MAX_NONFINITE:
             self._save(self.checkpoints.finish)
             raise DivergedError(f"no finite loss or gradient in steps {step - MAX_NONFINITE + 1} to {step}")
@@ -164,7 +164,7 @@ class Loop:
             self._evaluate(step)
 
     def _evaluation_due(self, step: int) -> bool:
-        return self.heldout is not None and (step == self.data.total_steps or self.heldout.due(step))
+        return self.validation is not None and (step == self.data.total_steps or self.validation.due(step))
 
     def _missed_evaluation(self, step: int) -> bool:
         """Whether the start before saved here, and ended before it had evaluated."""
@@ -173,28 +173,29 @@ class Loop:
         return due and broadcast_from_main(self.run.ranks, lambda: not has_event(folder, "heldout", step))
 
     def _evaluate(self, step: int) -> None:
-        assert self.heldout is not None
-        with self.watchdog.during("the evaluation"), self.metrics.pause("heldout", step) as facts:
-            facts |= self.heldout.losses(self.engine, self.towers)
-        self.metrics.log_heldout(step, facts)
+        assert self.validation is not None
+        begun = time.monotonic()
+        with self.watchdog.during("the evaluation"), self.metrics.exclude_time("heldout"):
+            losses = self.validation.losses(self.engine, self.towers)
+        self.metrics.log_validation(step, losses, seconds=time.monotonic() - begun)
 
     def _save(self, act: Callable[[], Saved | None]) -> None:
         """Do a part of saving, and tell of the checkpoint that is there by it."""
-        with self.watchdog.during("the save"), self.metrics.stalled("save"):
+        with self.watchdog.during("the save"), self.metrics.exclude_time("save"):
             saved = act()
         if saved:
             seconds = {"seconds": round(saved.stall_s, 2), "whole_s": round(saved.whole_s, 2)}
-            self.metrics.event("save", saved.step, **seconds)
+            self.metrics.log_event("save", saved.step, **seconds)
 
 
-def end(run: RunFolder, metrics: Metrics, step: int, done: bool) -> None:
+def end(run: RunFolder, metrics: MetricsLogger, step: int, done: bool) -> None:
     """Tell how it ended while the request to stop is still there, and before wandb's last words, which may take long.
 
     The batch script goes by this word, whatever signals it gets until the ranks are gone.
     """
     if run.ranks.is_main:
         outcome, reason = ("done", "") if done else ("stopped", run.control.who_asked_to_stop())
-        metrics.event(outcome, step, **({"reason": reason} if reason else {}))
+        metrics.log_event(outcome, step, **({"reason": reason} if reason else {}))
         run.end(outcome, step, reason)
         run.control.done("stop")
 
@@ -206,7 +207,7 @@ def fit_memory(engine: Engine, towers: Towers, recipe: Recipe, data: TrainData) 
     """
     if recipe.engine.memory_gib is None:
         return []
-    return [fit_kept_layers(engine, towers, recipe, data.heaviest(), recipe.engine.memory_gib)]
+    return [fit_kept_layers(engine, towers, recipe, data.heaviest_micro_batch(), recipe.engine.memory_gib)]
 
 
 def build_model(run: RunFolder, ranks: Ranks) -> tuple[Emma, Towers, dict[str, Any]]:
@@ -245,20 +246,20 @@ def main() -> None:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     recipe: Recipe | None = None
     run: RunFolder | None = None
-    start = StartUp()
-    start.done("imports")
+    start = StartupTimer()
+    start.phase_done("imports")
     try:
         recipe = load_recipe(args.recipe, args.overrides)
         ranks = find_ranks(recipe.engine.device)
         bound_collectives(recipe)
         with within(MEETING_S, "the meeting of the ranks", ranks):
             init_distributed(ranks)
-        start.done("meeting")
+        start.phase_done("meeting")
         for line in preflight(recipe, ranks):
             say(ranks, line)
         run = collectively(ranks, lambda: RunFolder(recipe, ranks))
         run.control.stop_on_signals()
-        start.done("preflight")
+        start.phase_done("preflight")
         train(run, ranks, start)
     except UserError as error:
         fail(error, recipe, run, code=2)
@@ -269,7 +270,7 @@ def main() -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.filename and isinstance(told := from_oserror(error), UserError):
             fail(told, recipe, run, code=2)
-        if isinstance(error, RuntimeError) and (lost := loader_died(error, ranks)):
+        if isinstance(error, RuntimeError) and (lost := worker_death(error, ranks)):
             fail(lost, recipe, run, code=EXIT_LOST)
         crash(error, run)
     dist.barrier()

@@ -18,7 +18,7 @@ from pipeline.recipe import Recipe
 from pipeline.step import StepSums, row_losses, text_weights
 
 
-class HeldOut:
+class Validation:
     """The first global batches that a training on the held-out shards would see: the same ones every time.
 
     Raises: UserError if the shards do not fit the recipe's model.

@@ -25,7 +25,7 @@ DOORS = {
     "fsspec": {"preprocess/remote_path.py"},
     "deepspeed": {"pipeline/engine.py"},
     "wandb": {"pipeline/metrics/wandb_logger.py"},
-    "matplotlib": {"pipeline/demo/report.py", "pipeline/metrics/figure.py"},
+    "matplotlib": {"pipeline/metrics/figures.py"},
 }
 
 

@@ -14,7 +14,7 @@ import webdataset
 
 from model.config import IGNORE_INDEX, PAD_ID
 from model.errors import UserError
-from pipeline.data.loader import TrainData, loader_died
+from pipeline.data.loader import TrainData, worker_death
 from pipeline.data.shard_reader import DamagedShardError, ShardReader
 from pipeline.distributed.ranks import Ranks
 from pipeline.recipe import load_recipe
@@ -77,7 +77,7 @@ def test_an_epoch_begun_in_the_middle_goes_on_where_it_would_have(recipe_file, s
 def test_loading_processes_that_start_early_serve_the_step_that_was_expected_and_no_other(recipe_file, shards, first):
     whole = list(train_data(recipe_file, shards).from_step(0))
     data = train_data(recipe_file, shards, 1, 0, "data.workers=2")
-    data.expect(3)
+    data.start_workers(3)
     assert data._expected is not None
     _, early = data._expected
     batches = data.from_step(first)
@@ -179,7 +179,7 @@ def test_a_loading_process_hands_the_error_over(recipe_file, shards, tmp_path):
 # Stops the loading process, kills it once that was told, and tells how the epoch ended; then it waits for more to come.
 ACCIDENTS = """
 import psutil, signal, sys, time, torch
-from pipeline.data.loader import TrainData, loader_died
+from pipeline.data.loader import TrainData, worker_death
 from pipeline.distributed.ranks import Ranks
 from pipeline.distributed.stall_warning import StallWarning
 from pipeline.recipe import load_recipe
@@ -200,7 +200,7 @@ try:
     list(batches)
 except RuntimeError as error:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    print(loader_died(error, data.ranks) or error)
+    print(worker_death(error, data.ranks) or error)
 """
 
 
@@ -216,4 +216,4 @@ def test_a_loading_process_that_hangs_and_one_that_is_killed_are_named(recipe_fi
 
 
 def test_another_error_is_not_a_loading_process_that_died():
-    assert loader_died(RuntimeError("any other"), Ranks(0, 0, 1, torch.device("cpu"))) is None
+    assert worker_death(RuntimeError("any other"), Ranks(0, 0, 1, torch.device("cpu"))) is None

@@ -22,7 +22,7 @@ from preprocess.demo.scenes import draw_scenes, questions, render
 
 HISTORY = History(
     ledger=Ledger(training=24.0, waiting_for_data=1.0),
-    starts=[Start(0, 0.0, ""), Start(20, 15.0, "killed or crashed")],
+    starts=[Start(step=0, time=0.0, before=""), Start(step=20, time=15.0, before="killed or crashed")],
     losses={step: (2 / step, None if step % 3 == 0 else 1 / step) for step in range(1, 51)},
     step=50,
 )

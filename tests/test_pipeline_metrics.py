@@ -18,8 +18,8 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from pipeline.data.loader import TrainData
 from pipeline.distributed.ranks import Ranks
-from pipeline.metrics.logger import Metrics, append_event
-from pipeline.metrics.timers import StartUp
+from pipeline.metrics.logger import MetricsLogger, append_event
+from pipeline.metrics.timers import StartupTimer
 from pipeline.recipe import load_recipe
 from pipeline.step import Seconds, StepReport
 from tests.support.launch import REPOSITORY, finish, fork_python, fork_ranks, run_python
@@ -83,14 +83,24 @@ def test_a_step_after_which_the_run_may_end_has_a_line_though_none_is_due(recipe
     recipe = load_recipe(recipe_file, [f"data.shards={shards}", f"run.dir={tmp_path}", "log.every_steps=4"])
     ranks = Ranks(0, 0, 1, torch.device("cpu"))
     data = TrainData(recipe, ranks)
-    with Metrics(recipe, ranks, data) as metrics:
-        metrics.started(0, StartUp(), [])
+    with MetricsLogger(recipe, ranks, data) as metrics:
+        metrics.log_start(0, StartupTimer(), [])
         batches = list(itertools.islice(data.from_step(0), 3))
         for step, batch in enumerate(batches, 1):
             asked = why if step == 3 else ""
             loss = math.nan if asked == "nonfinite" else 1.0
-            told = StepReport(loss, None, loss, 1.0, asked == "stop", asked == "save", False, np.ones(1), [Seconds()])
-            metrics.log(step, batch, told, lr=1e-3)
+            told = StepReport(
+                text=loss,
+                align=None,
+                total=loss,
+                grad_norm=1.0,
+                stop=asked == "stop",
+                save=asked == "save",
+                writing=False,
+                text_by_source=np.ones(1),
+                seconds=[Seconds()],
+            )
+            metrics.log_step(step, batch, told, lr=1e-3)
     [line] = [line for line in lines(tmp_path) if "event" not in line]
     assert line["step"] == 3
     assert line["data/samples/squares"] == sum(batch.samples for batch in batches)
@@ -134,7 +144,7 @@ def test_wandb_has_every_step_though_its_helper_died_and_the_run_was_resumed(rec
 
     done = fork_python(*command)
     assert done.returncode == 0, done.stderr
-    assert "going on without it" not in done.stdout
+    assert "continues without it" not in done.stdout
     files = list(run.glob(f"wandb/offline-run-*-{identity}/*.wandb"))
     assert len(list(run.glob("wandb/offline-run-*"))) == len(files)
     assert {step for file in files for step in logged_steps(file.read_bytes())} == set(range(1, steps + 1))
@@ -172,7 +182,10 @@ def test_a_wandb_without_end_comes_after_the_outcome_and_holds_it_up_for_a_while
     done = run_python("-c", IMPATIENT, *recipe, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "the outcome is told" in done.stdout
-    assert f"wandb: not all was sent within 1 s; `wandb sync {run}/wandb/run-*` sends the rest" in done.stdout
+    assert (
+        f"wandb: the upload did not finish within 1 s; run `wandb sync {run}/wandb/run-*` to upload the rest"
+        in done.stdout
+    )
 
 
 def logged_steps(data):

@@ -10,8 +10,8 @@ from model.presets import preset
 from pipeline.data.by_source import Sources
 from pipeline.distributed.ranks import Ranks
 from pipeline.flops import flops_per_sample
-from pipeline.metrics.throughput import UsefulFlops, peak_flops, peak_of_ranks
-from pipeline.metrics.timers import COLLECT_EVERY, GarbageCollection, TowersClock
+from pipeline.metrics.throughput import UsefulFlops, peak_flops, peak_flops_of_ranks
+from pipeline.metrics.timers import COLLECT_EVERY, GarbageCollection, TowerTimer
 from pipeline.metrics.window import Window, slowest_rank
 from pipeline.recipe import load_recipe
 from pipeline.step import Seconds, StepReport
@@ -34,7 +34,21 @@ ALONE = (Seconds(),)
 
 
 def report(by_source, seconds=ALONE, total=1.0):
-    return StepReport(total, None, total, 1.0, False, False, False, np.array(by_source, float), list(seconds))
+    return StepReport(
+        text=total,
+        align=None,
+        total=total,
+        grad_norm=1.0,
+        stop=False,
+        save=False,
+        writing=False,
+        text_by_source=np.array(by_source, float),
+        seconds=list(seconds),
+    )
+
+
+def seconds(data_wait, towers, gc):
+    return Seconds(data_wait=data_wait, towers=towers, gc=gc)
 
 
 @pytest.fixture
@@ -42,8 +56,8 @@ def recipe(recipe_file):
     return load_recipe(recipe_file, planning=True)
 
 
-def window(recipe, peak=None):
-    return Window(recipe, ["a", "b"], peak)
+def window(recipe, peak_flops=None):
+    return Window(recipe, ["a", "b"], peak_flops=peak_flops)
 
 
 @pytest.mark.parametrize(("mean", "loss"), [("token", (6 + 2) / (3 + 1)), ("sample", (6 + 2) / (2 + 1))])
@@ -66,8 +80,8 @@ def test_a_step_that_was_not_finite_does_not_spoil_the_interval(recipe):
 
 def test_waits_are_those_of_the_slowest_rank_of_each_step(recipe):
     each = window(recipe)
-    each.add(batch([1, 1], [1, 1]), report([1, 1], [Seconds(0.1, 1, 0), Seconds(0.3, 3, 0.5)]))
-    each.add(batch([1, 1], [1, 1]), report([1, 1], [Seconds(0.5, 1, 0), Seconds(0.1, 1, 0)]))
+    each.add(batch([1, 1], [1, 1]), report([1, 1], [seconds(0.1, 1, 0), seconds(0.3, 3, 0.5)]))
+    each.add(batch([1, 1], [1, 1]), report([1, 1], [seconds(0.5, 1, 0), seconds(0.1, 1, 0)]))
     values = each.close()
     assert values["time/data_wait_s"] == pytest.approx((0.3 + 0.5) / 2)
     assert values["time/gc_s"] == 0.5
@@ -82,13 +96,13 @@ def test_the_slowest_rank_is_compared_with_the_median_and_text_alone_tells_nothi
 def test_saving_is_no_steps_time(recipe, monkeypatch):
     times = iter([0.0, 11.0, 11.0])
     monkeypatch.setattr("pipeline.metrics.window.time.monotonic", lambda: next(times))
-    each = window(recipe, peak=1e9)
+    each = window(recipe, peak_flops=1e9)
     each.add(batch([1, 1], [5, 5], tokens=100), report([1, 1]))
-    each.pause("save", 6.0)
+    each.exclude("save", 6.0)
     values = each.close()
     assert (values["time/step_s"], values["time/save_stall_s"]) == (5, 6)
     assert values["speed/tokens_per_s"] == 20
-    assert values["speed/mfu"] == UsefulFlops(recipe.config).of(batch([1, 1], [5, 5], tokens=100)) / 5e9
+    assert values["speed/mfu"] == UsefulFlops(recipe.config).of_batch(batch([1, 1], [5, 5], tokens=100)) / 5e9
 
 
 @pytest.mark.parametrize("model", ["tiny_v1", "tiny_v2"])
@@ -97,9 +111,9 @@ def test_useful_operations_are_those_of_the_cost_model(model):
     flops, patches = UsefulFlops(config), config.vision.num_patches
     both = batch([3, 1], [12, 4], images=4, tokens=4 * (30 + patches))
     one = flops_per_sample(config, text_tokens=30, supervised=4, segment_layers=0, keep_layers=0)
-    assert flops.of(both) == pytest.approx(4 * one.useful)
-    text_only = flops.of(batch([3, 1], [12, 4], tokens=4 * 30))
-    assert 0 < text_only < flops.of(both) - 4 * one.towers
+    assert flops.of_batch(both) == pytest.approx(4 * one.useful)
+    text_only = flops.of_batch(batch([3, 1], [12, 4], tokens=4 * 30))
+    assert 0 < text_only < flops.of_batch(both) - 4 * one.towers
 
 
 @pytest.mark.parametrize(
@@ -120,7 +134,7 @@ def test_a_devices_peak_is_found_by_its_name(name, peak):
 
 
 def test_the_cpu_has_no_peak():
-    assert peak_of_ranks(Ranks(0, 0, 2, torch.device("cpu"))) is None
+    assert peak_flops_of_ranks(Ranks(rank=0, local_rank=0, world_size=2, device=torch.device("cpu"))) is None
 
 
 def test_a_step_is_divided_by_source(shards):
@@ -145,10 +159,10 @@ def test_garbage_is_collected_at_fixed_steps_and_at_no_others():
             assert not gc.isenabled()
             for step in range(1, COLLECT_EVERY + 1):
                 assert not collected, f"step {step}"
-                garbage.after(step)
+                garbage.after_step(step)
             assert collected == ["start", "stop"]
-            assert garbage.take() > 0
-            assert garbage.take() == 0
+            assert garbage.pop_seconds() > 0
+            assert garbage.pop_seconds() == 0
         assert gc.isenabled()
     finally:
         gc.callbacks.pop()
@@ -156,10 +170,10 @@ def test_garbage_is_collected_at_fixed_steps_and_at_no_others():
 
 def test_the_towers_are_timed_and_nothing_else():
     towers = torch.nn.Linear(2, 2)
-    clock = TowersClock(towers, torch.device("cpu"))
-    assert clock.take() == 0
+    clock = TowerTimer(towers, torch.device("cpu"))
+    assert clock.pop_seconds() == 0
     towers(torch.zeros(1, 2))
     towers(torch.zeros(1, 2))
     assert len(clock.laps) == 2
-    assert clock.take() > 0
-    assert clock.take() == 0
+    assert clock.pop_seconds() > 0
+    assert clock.pop_seconds() == 0

@@ -62,7 +62,7 @@ def test_a_gpu_without_room_ends_in_one_line_and_is_tried_again_only_where_it_ha
 
 def test_a_node_that_something_else_has_filled_does_not_end_a_run_that_had_room(run, monkeypatch):
     recipe, start, tell = run
-    monkeypatch.setattr(preflight, "loading_bytes", lambda _: 1 << 60)
+    monkeypatch.setattr(preflight, "prefetched_bytes", lambda _: 1 << 60)
     with pytest.raises(UserError, match="--shm-size"):
         preflight.check_shared_memory(recipe, RANKS)
     tell([start(), STEP])

@@ -9,21 +9,31 @@ import torch
 from pipeline.data.loader import TrainData
 from pipeline.distributed.ranks import Ranks
 from pipeline.initial_model import initial_model
-from pipeline.metrics.spikes import LEAST, RECENT, WINDOW, Spikes
+from pipeline.metrics.spikes import MEDIAN_STEPS, MIN_NOISE_STEPS, NOISE_STEPS, SpikeDetector
 from pipeline.recipe import load_recipe
 from pipeline.step import StepReport, row_losses
 
-FIRST = RECENT + LEAST  # the first step that may be a spike
+FIRST = MEDIAN_STEPS + MIN_NOISE_STEPS  # the first step that may be a spike
 
 
 def report(total, grad_norm=1.0):
-    return StepReport(total, None, total, grad_norm, False, False, False, np.zeros(1), [])
+    return StepReport(
+        text=total,
+        align=None,
+        total=total,
+        grad_norm=grad_norm,
+        stop=False,
+        save=False,
+        writing=False,
+        text_by_source=np.zeros(1),
+        seconds=[],
+    )
 
 
 def found(totals, grad_norms=None, has_images=True):
-    spikes = Spikes()
+    spikes = SpikeDetector()
     norms = [1.0] * len(totals) if grad_norms is None else grad_norms
-    steps = (spikes.look(report(*both), has_images) for both in zip(totals, norms, strict=True))
+    steps = (spikes.check(report(*both), has_images=has_images) for both in zip(totals, norms, strict=True))
     return {step: [spike.key for spike in each] for step, each in enumerate(steps) if each}
 
 
@@ -36,33 +46,33 @@ def test_a_normal_noisy_run_is_silent():
 
 
 def test_a_spike_is_told_with_its_value_and_what_is_usual():
-    spikes = Spikes()
-    for step in range(WINDOW):
-        assert spikes.look(report(1 + 0.01 * (-1) ** step), True) == []
-    [spike] = spikes.look(report(3.0), True)
+    spikes = SpikeDetector()
+    for step in range(NOISE_STEPS):
+        assert spikes.check(report(1 + 0.01 * (-1) ** step), has_images=True) == []
+    [spike] = spikes.check(report(3.0), has_images=True)
     assert (spike.key, spike.value) == ("loss/total", 3.0)
     assert spike.usual == pytest.approx(1, abs=0.011)
     assert spike.z > 20
-    assert spikes.look(report(1.0), True) == []
+    assert spikes.check(report(1.0), has_images=True) == []
 
 
 def test_one_spike_does_not_hide_the_next():
-    losses = [1.0] * 3 * WINDOW
+    losses = [1.0] * 3 * NOISE_STEPS
     losses[FIRST::40] = [4.0] * len(losses[FIRST::40])
-    assert list(found(losses)) == list(range(FIRST, 3 * WINDOW, 40))
+    assert list(found(losses)) == list(range(FIRST, 3 * NOISE_STEPS, 40))
 
 
 def test_a_kind_of_batch_that_is_rare_but_returns_is_no_spike():
-    losses = [1.0] * 3 * WINDOW
+    losses = [1.0] * 3 * NOISE_STEPS
     losses[5::12] = [2.0] * len(losses[5::12])
     assert found(losses) == {}
     assert found([*losses, 30.0]) == {len(losses): ["loss/total"]}
 
 
 def test_a_new_level_is_soon_usual():
-    steps = list(found([1.0] * WINDOW + [2.0] * WINDOW))
-    assert WINDOW in steps
-    assert max(steps) <= WINDOW + RECENT // 2
+    steps = list(found([1.0] * NOISE_STEPS + [2.0] * NOISE_STEPS))
+    assert NOISE_STEPS in steps
+    assert max(steps) <= NOISE_STEPS + MEDIAN_STEPS // 2
 
 
 def test_neither_the_first_steps_nor_a_quiet_window_make_a_spike_of_little():
@@ -78,10 +88,10 @@ def test_a_gradient_that_explodes_is_told_and_one_that_is_not_finite_is_another_
 
 
 def test_steps_with_pictures_and_steps_without_are_not_compared():
-    spikes = Spikes()
-    for _ in range(WINDOW):
-        assert spikes.look(report(1.0), True) == []
-        assert spikes.look(report(7.0), False) == []
+    spikes = SpikeDetector()
+    for _ in range(NOISE_STEPS):
+        assert spikes.check(report(1.0), has_images=True) == []
+        assert spikes.check(report(7.0), has_images=False) == []
 
 
 def test_a_poisoned_batch_in_a_real_training_stands_out(recipe_file, shards, tmp_path):
@@ -89,7 +99,7 @@ def test_a_poisoned_batch_in_a_real_training_stands_out(recipe_file, shards, tmp
     data = TrainData(recipe, Ranks(0, 0, 1, torch.device("cpu")))
     batch = next(batch for batch in data.from_step(0) if not batch.images)
     emma, towers, _ = initial_model(recipe)
-    optimizer, spikes = torch.optim.AdamW(emma.parameters(), 3e-4), Spikes()
+    optimizer, spikes = torch.optim.AdamW(emma.parameters(), 3e-4), SpikeDetector()
 
     def step():
         optimizer.zero_grad()
@@ -97,7 +107,7 @@ def test_a_poisoned_batch_in_a_real_training_stands_out(recipe_file, shards, tmp
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(emma.parameters(), recipe.optim.clip)
         optimizer.step()
-        return {spike.key for spike in spikes.look(report(loss.item(), norm.item()), False)}
+        return {spike.key for spike in spikes.check(report(loss.item(), norm.item()), has_images=False)}
 
     [part] = batch.micro_batches
     assert not any(step() for _ in range(FIRST + 8))

@@ -11,8 +11,8 @@ import torch
 
 from model.errors import UserError
 from pipeline.distributed.ranks import Ranks
-from pipeline.metrics.figure import draw
-from pipeline.metrics.history import has_event, read_history, tell
+from pipeline.metrics.figures import draw_run
+from pipeline.metrics.history import has_event, read_history, replay
 from pipeline.recipe import load_recipe
 from pipeline.run.folder import RunFolder
 from pipeline.status import state_of, table
@@ -58,7 +58,7 @@ LINES = [
 
 
 def test_every_second_is_named_once():
-    ledger = tell(LINES).ledger
+    ledger = replay(LINES).ledger
     assert ledger.total == 119
     assert ledger.starting == 10 + 5 + 4 + 2
     assert ledger.resuming == 3
@@ -75,14 +75,14 @@ def test_every_second_is_named_once():
 
 
 def test_a_stop_between_two_lines_and_a_save_count_as_steps_done():
-    assert tell([*LINES[:3], event("save", 3, 124, seconds=1)]).step == 3
-    assert tell([*LINES[:3], event("stopped", 3, 124)]).step == 3
+    assert replay([*LINES[:3], event("save", 3, 124, seconds=1)]).step == 3
+    assert replay([*LINES[:3], event("stopped", 3, 124)]).step == 3
 
 
 def test_the_time_left_is_at_the_rate_of_this_start_with_its_saves():
     start = event("resume", 2, 130, began=125, total_steps=8)
     save = event("save", 4, 143, seconds=3)
-    assert tell([*LINES[:3], start, step_line(4, 140, 5), save]).left_s == 4 * (5 + 3 / 2)
+    assert replay([*LINES[:3], start, step_line(4, 140, 5), save]).left_s == 4 * (5 + 3 / 2)
 
 
 def test_an_event_is_found_at_its_step(tmp_path):
@@ -92,7 +92,7 @@ def test_an_event_is_found_at_its_step(tmp_path):
 
 
 def test_restarts_tell_how_the_start_before_had_ended():
-    starts = tell(LINES).starts
+    starts = replay(LINES).starts
     assert [(start.step, start.before) for start in starts] == [
         (0, ""),
         (2, "killed or crashed"),
@@ -102,7 +102,7 @@ def test_restarts_tell_how_the_start_before_had_ended():
 
 
 def test_the_table_tells_what_there_is_to_know(tmp_path):
-    told = table(tmp_path, tell(LINES), now=219)
+    told = table(tmp_path, replay(LINES), now=219)
     for words in (
         "step 6 of 6, 0:00:00 left",
         "lately 1.6 samples/s, 1600 tok/s, MFU 40.0%, padding 1.0%",
@@ -121,7 +121,7 @@ def test_the_table_tells_what_there_is_to_know(tmp_path):
 def test_what_was_redone_is_told_once():
     spike = event("spike", 3, 30, key="loss/total", value=3.0, usual=1.0, z=9.0, samples=[1])
     again = event("resume", 2, 40, began=40, total_steps=6)
-    history = tell([event("start", 0, 0, began=0, total_steps=6), spike, again, spike | {"time": 50}])
+    history = replay([event("start", 0, 0, began=0, total_steps=6), spike, again, spike | {"time": 50}])
     assert len(history.spikes) == 1
 
 
@@ -132,7 +132,7 @@ def test_a_log_line_that_covers_old_and_new_steps_is_divided():
         event("resume", 2, 20, began=20, total_steps=9),
         step_line(6, 24, 1),
     ]
-    ledger = tell(lines).ledger
+    ledger = replay(lines).ledger
     assert (ledger.training, ledger.redone_steps) == (4 + 2, 2)
 
 
@@ -150,14 +150,14 @@ def test_a_log_line_that_covers_old_and_new_steps_is_divided():
 def test_the_state_is_read_off_the_outcome_and_the_silence(tmp_path, outcome, silent_s, state):
     if outcome:
         (tmp_path / "outcome.json").write_text(json.dumps(outcome))
-    history = tell(LINES[:4])
+    history = replay(LINES[:4])
     assert state_of(tmp_path, history, now=history.last_time + silent_s) == state
     assert state in table(tmp_path, history, now=history.last_time + silent_s)
 
 
 @pytest.mark.parametrize("lines", [LINES[:1], LINES[:4]], ids=["in its first step", "in a save or an evaluation"])
 def test_what_takes_long_is_no_death_while_the_watchdog_lives(tmp_path, lines):
-    history, alive = tell(lines), tmp_path / "control/alive"
+    history, alive = replay(lines), tmp_path / "control/alive"
     alive.parent.mkdir()
     alive.touch()
     os.utime(alive, times=(history.last_time + 3600,) * 2)
@@ -170,23 +170,23 @@ def test_the_sign_of_life_of_an_earlier_start_does_not_make_a_later_one_dead(tmp
     alive.parent.mkdir()
     alive.touch()
     os.utime(alive, times=(0, 0))
-    history = tell(LINES[:5])
+    history = replay(LINES[:5])
     assert state_of(tmp_path, history, now=history.last_time + 100) == "running"
 
 
 def test_the_time_left_is_told_only_once_a_step_was_timed(tmp_path):
     begun = event("start", 0, 110, began=100, total_steps=1000)
-    assert table(tmp_path, tell([begun]), now=240).splitlines()[0] == f"{tmp_path}: running, step 0 of 1000"
+    assert table(tmp_path, replay([begun]), now=240).splitlines()[0] == f"{tmp_path}: running, step 0 of 1000"
 
 
 def test_a_crash_is_told_with_its_reason_whatever_the_other_ranks_made_of_it(tmp_path):
     crash = event("failed", None, 134, reason="RuntimeError: out of memory")
-    history = tell([*LINES[:4], crash])
+    history = replay([*LINES[:4], crash])
     assert state_of(tmp_path, history, now=135) == state_of(tmp_path, history, now=9999)
     assert state_of(tmp_path, history, now=135) == "failed: RuntimeError: out of memory"
     lost = {"outcome": "lost", "step": 4, "reason": "rank 1 has ended"}
     (tmp_path / "outcome.json").write_text(json.dumps(lost))
-    history = tell([*LINES[:4], crash, event("lost", 4, 135, reason="rank 1 has ended")])
+    history = replay([*LINES[:4], crash, event("lost", 4, 135, reason="rank 1 has ended")])
     assert state_of(tmp_path, history, now=136) == "failed: RuntimeError: out of memory"
 
 
@@ -201,7 +201,7 @@ def loading(recipe_file, tmp_path):
 
 
 def state_later(run, seconds):
-    return state_of(run.folder, tell(LINES[:9]), now=time.time() + seconds)
+    return state_of(run.folder, replay(LINES[:9]), now=time.time() + seconds)
 
 
 def test_a_start_that_loads_is_neither_stopped_nor_dead_but_not_for_ever(loading):
@@ -242,9 +242,9 @@ def test_a_crash_before_and_after_the_first_step_is_told(recipe_file, shards, tm
 
 
 def test_how_long_the_last_start_took_is_told_by_phase(tmp_path):
-    told = table(tmp_path, tell(LINES[:10]), now=208)
+    told = table(tmp_path, replay(LINES[:10]), now=208)
     assert "last start 4.0 s: imports 1.0, checkpoint 3.0\n" in told + "\n"
-    assert "last start" not in table(tmp_path, tell(LINES[:9]), now=208), "an earlier version tells of no phases"
+    assert "last start" not in table(tmp_path, replay(LINES[:9]), now=208), "an earlier version tells of no phases"
 
 
 def test_a_loss_that_is_not_finite_is_null_in_the_json(tmp_path):
@@ -280,14 +280,14 @@ def test_a_line_that_was_cut_off_by_a_kill_is_passed_over(tmp_path):
     assert read_history(tmp_path).step == 4
     later = "\n".join(map(json.dumps, LINES[4:]))
     (tmp_path / "metrics.jsonl").write_text(text + '\n{"step": 5, "ti\n' + later)
-    assert read_history(tmp_path).ledger == tell(LINES).ledger
+    assert read_history(tmp_path).ledger == replay(LINES).ledger
 
 
 def test_a_folder_that_is_no_run_is_said_so(tmp_path):
-    with pytest.raises(UserError, match="no run to tell of"):
+    with pytest.raises(UserError, match="no run found in this folder"):
         read_history(tmp_path)
 
 
 def test_the_losses_are_drawn(tmp_path):
-    draw(tell(LINES), tmp_path / "loss.png")
+    draw_run(replay(LINES), tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -125,7 +125,7 @@ class TrainData:
         self.recipe, self.ranks = recipe, ranks
         self.reader = ShardReader(recipe.data.shards)
         self.stall_warning = StallWarning()
-        check_fit(self.reader.manifest, recipe)
+        check_shards_match_model(self.reader.manifest, recipe)
         index = self.reader.index
         self.text_tokens = index.column("num_text_tokens").to_numpy()
         self.supervised = index.column("num_supervised_tokens").to_numpy()
@@ -145,12 +145,12 @@ class TrainData:
     def total_steps(self) -> int:
         return self.recipe.steps or self.recipe.data.epochs * self.plan.steps_per_epoch
 
-    def heaviest(self) -> MicroBatch:
+    def heaviest_micro_batch(self) -> MicroBatch:
         """This rank's largest micro-batch of the whole run: the plan has the longest samples come first."""
         parts = (self.dataset.load(k) for k in range(self.dataset.per_step))
         return max(parts, key=lambda part: part.tokens.numel())
 
-    def expect(self, first: int) -> None:
+    def start_workers(self, first: int) -> None:
         """Start the loading processes for `from_step(first)` already: they take seconds, in which others may work."""
         self._expected = (first, self._start(first))
 
@@ -177,7 +177,7 @@ class TrainData:
         except (OSError, EOFError) as error:
             processes = {process.sentinel: process.pid for process in loader._workers}
             ended = ", ".join(str(processes[sentinel]) for sentinel in wait(list(processes), timeout=HANGS_UP_S))
-            raise lost_loader(self.ranks, ended, f"ended ({error})") from error
+            raise _worker_lost(self.ranks, ended, f"ended ({error})") from error
 
     def _start(self, first: int) -> Any:
         """The loading processes, and Python's that looks after them. A SIGUSR1 to the whole job is for the rank."""
@@ -247,27 +247,27 @@ def _waiting(rank: int, loader: weakref.ref[Any]) -> str:
     return f"rank {rank} on {socket.gethostname()}: waiting for data{processes}"
 
 
-def loader_died(error: RuntimeError, ranks: Ranks) -> RetryableError | None:
+def worker_death(error: RuntimeError, ranks: Ranks) -> RetryableError | None:
     """What torch raises, wherever the training is, when a loading process ends; None for any other error."""
     if PINNING_DIED in str(error):  # torch's thread met it first
         return RetryableError(f"rank {ranks.rank} on {socket.gethostname()}: a loading process or its thread ended")
     told = LOADER_DIED.match(str(error))
-    return lost_loader(ranks, *told.groups()) if told else None
+    return _worker_lost(ranks, *told.groups()) if told else None
 
 
-def lost_loader(ranks: Ranks, pid: str, how: str) -> RetryableError:
+def _worker_lost(ranks: Ranks, pid: str, how: str) -> RetryableError:
     where = f"rank {ranks.rank} on {socket.gethostname()}"
     return RetryableError(f"{where}: loading process {pid} {how}; if memory ran out, lower data.workers")
 
 
-def loading_bytes(recipe: Recipe) -> int:
+def prefetched_bytes(recipe: Recipe) -> int:
     """Of one rank's micro-batches with pictures that its loading processes keep ready, in shared memory."""
     config = recipe.config
     sample = 3 * config.vision.image_px**2 + 2 * 8 * config.max_text_tokens
     return recipe.data.workers * PREFETCHED * recipe.optim.micro_batch * sample
 
 
-def check_fit(manifest: Manifest, recipe: Recipe) -> None:
+def check_shards_match_model(manifest: Manifest, recipe: Recipe) -> None:
     """The shards must hold what the model reads: its picture size, its prompt format, ids within its embedding."""
     config = recipe.config
     facts = {

@@ -24,10 +24,10 @@ import torch
 
 from model.errors import UserError, run_cli
 from pipeline.demo.processes import Commands, kill_family, ray_head
-from pipeline.demo.report import Results, draw_answers, summary, table
+from pipeline.demo.report import SHEET_COLUMNS, Results, sample_answers, summary, table
 from pipeline.evaluate import Question, ask, commonest_answers, read_questions, shuffle_images
 from pipeline.generate import load
-from pipeline.metrics.figure import draw as draw_losses
+from pipeline.metrics.figures import draw_answers, draw_run
 from pipeline.metrics.history import read_history
 from pipeline.recipe import load_recipe
 from preprocess.atomic import write_json
@@ -222,8 +222,8 @@ def answer(places: Places, questions: Sequence[Question]) -> dict[str, Sequence[
 def finish(results: Results, places: Places) -> None:
     """Write the report. Raises: UserError if the model did not learn."""
     write_json(places.root / "summary.json", summary(results))
-    draw_losses(results.history, places.root / "loss.png")
-    draw_answers(results, places.held_out, places.root / "answers.png")
+    draw_run(results.history, places.root / "loss.png")
+    draw_answers(sample_answers(results, places.held_out), places.root / "answers.png", columns=SHEET_COLUMNS)
     print(f"\n{table(results)}\n\n{places.root}: summary.json, loss.png, answers.png, model/ (ask it yourself:")
     print(f"  python -m pipeline.generate {places.model} --image PICTURE --prompt QUESTION)", flush=True)
     if results.margin < LEAST_MARGIN:

@@ -9,11 +9,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from matplotlib.figure import Figure
-
 from pipeline.evaluate import Question, score
+from pipeline.metrics.figures import AnsweredQuestion
 from pipeline.metrics.history import History
-from preprocess.images.codec import decode_rgb
 
 FIRST_STEPS, LAST_STEPS = 1, 20  # whose mean is a term's first and last loss
 SHEET_ROWS, SHEET_COLUMNS = 3, 5
@@ -114,25 +112,22 @@ def _by_kind(scores: dict[str, float]) -> str:
     return ", ".join(f"{kind} {value:.0%}" for kind, value in scores.items())
 
 
-def draw_answers(results: Results, images: Path, path: Path) -> None:
-    """Held-out pictures, by lot but every kind in turn, each with its question, the model's answer and the truth."""
-    figure = Figure(figsize=(2.6 * SHEET_COLUMNS, 3.2 * SHEET_ROWS), layout="constrained")
-    grid = figure.subplots(SHEET_ROWS, SHEET_COLUMNS)
-    for axes, i in zip(grid.flat, _lot(results.questions, grid.size), strict=True):
-        question, said = results.questions[i], results.answers["trained"][i]
-        axes.imshow(decode_rgb((images / question.image).read_bytes()))
-        axes.axis("off")
-        right = said == question.answer
-        axes.set_title(
-            f"{question.question}\n{said} ({'correct' if right else f'truth: {question.answer}'})",
-            color="tab:green" if right else "tab:red",
-            fontsize=10,
+def sample_answers(results: Results, images: Path) -> list[AnsweredQuestion]:
+    """Return a random sample of the held-out questions with the trained model's answers, each kind in turn."""
+    indices = _sample_by_kind(results.questions, SHEET_ROWS * SHEET_COLUMNS)
+    return [
+        AnsweredQuestion(
+            image=images / results.questions[i].image,
+            question=results.questions[i].question,
+            answer=results.answers["trained"][i],
+            truth=results.questions[i].answer,
         )
-    figure.savefig(path, dpi=90)
+        for i in indices
+    ]
 
 
-def _lot(questions: Sequence[Question], count: int) -> list[int]:
-    """Indices of `count` questions: the kinds in turn, by lot within each."""
+def _sample_by_kind(questions: Sequence[Question], count: int) -> list[int]:
+    """Return the indices of `count` random questions, taking the kinds in turn."""
     rng = random.Random(0)
     kinds = sorted({question.kind for question in questions})
     piles = [[i for i, question in enumerate(questions) if question.kind == kind] for kind in kinds]

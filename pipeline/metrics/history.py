@@ -1,4 +1,4 @@
-"""What a run folder tells of a run: the lines of metrics.jsonl over all its starts, put together."""
+"""Run history: replays `metrics.jsonl` over all starts of a run into losses, restarts and a ledger of wall time."""
 
 from __future__ import annotations
 
@@ -12,16 +12,23 @@ from typing import Any
 
 from model.errors import UserError
 
-ENDS = ("done", "stopped")
-SLOW_RANK = 1.25  # times the median rank's time: worth telling
-TEXT_OF_SOURCE, SAMPLES_OF_SOURCE = "loss/text/", "data/samples/"
+STARTS = ("start", "resume")  # events at which a training loop begins
+ENDS = ("done", "stopped")  # events of an orderly end
+SLOW_RANK_RATIO = 1.25  # a rank is reported as slow from this multiple of the median rank's time on
+TEXT_LOSS, SAMPLES = "loss/text/", "data/samples/"  # prefixes of keys that end with a source's name
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Ledger:
-    """Seconds of wall time by what they went into, from the first start to the last sign of life.
+    """Seconds of wall time by what they were spent on, from the first start to the last line.
 
-    `queued` is between an orderly end and the next start, `down` the same after a death, that nobody saw perhaps.
+    Attributes:
+        training: steps done for the first time, without their waits for data.
+        redone_steps: steps that were done again after a crash.
+        starting: from the start of the process to the training loop, without loading the checkpoint.
+        resuming: loading the checkpoint.
+        queued: from a recorded end (stopped, lost or failed) to the next start.
+        down: from an unrecorded crash to the next start.
     """
 
     training: float = 0.0
@@ -37,19 +44,26 @@ class Ledger:
 
     @property
     def parts(self) -> dict[str, float]:
-        """All of the total."""
-        named = {name: seconds for name, seconds in asdict(self).items() if name != "total"}
-        return {**named, "other": max(0.0, self.total - sum(named.values()))}
+        """The seconds of each part, with `other` for the rest of the total."""
+        parts = {name: seconds for name, seconds in asdict(self).items() if name != "total"}
+        return {**parts, "other": max(0.0, self.total - sum(parts.values()))}
 
     @property
     def goodput(self) -> float:
-        """Share of the wall time in which steps were done that had not been done before."""
+        """Share of the wall time that was spent on steps done for the first time."""
         return self.training / self.total if self.total else 0.0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Start:
-    """One start of the command: from which step, when, how the one before had ended, seconds by phase to the loop."""
+    """One start of the training command.
+
+    Attributes:
+        step: steps done when it began.
+        time: when its process started, in seconds since 1970.
+        before: how the previous start ended; empty for the first one.
+        phases: seconds of each phase up to the training loop.
+    """
 
     step: int
     time: float
@@ -57,136 +71,169 @@ class Start:
     phases: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass
-class SpikeSeen:
+@dataclass(kw_only=True)
+class LoggedSpike:
+    """A `spike` event of `metrics.jsonl`."""
+
     step: int
     key: str
     value: float
     z: float
 
 
-@dataclass
+@dataclass(kw_only=True)
 class History:
-    """By step, later lines winning over those of steps that were redone."""
+    """A run over all its starts. Of a step that was done twice, the later line counts.
+
+    Attributes:
+        losses: (text, align) by step; align is None for a text-only step.
+        heldout: the same, of the validations.
+        sources: (text loss, samples) by source and step.
+        heldout_sources: text loss of the last validation by source.
+        spikes: by step and key.
+        nonfinite: steps without a finite loss or gradient.
+        step_s: seconds per step in the last line.
+        paused_s: seconds of saving and validation since the last start.
+        last_event: how the last start ended, as far as it recorded that.
+    """
 
     ledger: Ledger = field(default_factory=Ledger)
     starts: list[Start] = field(default_factory=list)
-    losses: dict[int, tuple[float, float | None]] = field(default_factory=dict)  # text, align
-    heldout: dict[int, tuple[float, float | None]] = field(default_factory=dict)  # the same of held-out samples
-    sources: dict[str, dict[int, tuple[float | None, int]]] = field(default_factory=dict)  # name: step: text, samples
-    heldout_sources: dict[str, float | None] = field(default_factory=dict)  # text, at the last evaluation
-    spikes: dict[str, SpikeSeen] = field(default_factory=dict)  # by step and key
+    losses: dict[int, tuple[float, float | None]] = field(default_factory=dict)
+    heldout: dict[int, tuple[float, float | None]] = field(default_factory=dict)
+    sources: dict[str, dict[int, tuple[float | None, int]]] = field(default_factory=dict)
+    heldout_sources: dict[str, float | None] = field(default_factory=dict)
+    spikes: dict[str, LoggedSpike] = field(default_factory=dict)
     nonfinite: list[int] = field(default_factory=list)
     step: int = 0
     total_steps: int = 0
     step_s: float = 0.0
-    paused_s: float = 0.0  # saving and evaluating, since the last start
+    paused_s: float = 0.0
     last_line: dict[str, Any] = field(default_factory=dict)
     last_time: float = 0.0
     last_event: str = ""
 
     @property
     def left_s(self) -> float:
+        """Estimated seconds to the end of the run."""
         done = self.step - (self.starts[-1].step if self.starts else 0)
         return seconds_left(self.total_steps - self.step, self.step_s, self.paused_s, done)
 
 
 def read_history(run: Path) -> History:
-    """Raises: UserError if the folder holds no run."""
+    """Read the history of a run folder. Raises: UserError if the folder holds no run."""
     try:
         text = (run / "metrics.jsonl").read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{run}: no run to tell of: {error}") from None
+        raise UserError(f"{run}: no run found in this folder: {error}") from None
     lines = [line for line in map(_parse, text.splitlines()) if line is not None]
     if not lines:
-        raise UserError(f"{run}: its metrics.jsonl holds nothing yet")
+        raise UserError(f"{run}: metrics.jsonl has no complete line yet")
     try:
-        return tell(lines)
+        return replay(lines)
     except KeyError as error:
-        raise UserError(f"{run}: metrics.jsonl is of another version: no key {error}") from None
+        raise UserError(f"{run}: metrics.jsonl was written by another version: it has no key {error}") from None
 
 
 def has_event(run: Path, name: str, step: int) -> bool:
-    """Whether some start of a run told of it."""
-    return any(line.get("event") == name and line["step"] == step for line in _lines(run))
+    """Return whether any start of a run logged this event at this step."""
+    return any(line.get("event") == name and line["step"] == step for line in _read_lines(run))
 
 
-def has_stepped_with(run: Path, world_size: int, settings: dict[str, Any]) -> bool:
-    """Whether some start on so many ranks, with these settings for memory, has told of a step. Raises: OSError.
+def has_stepped_with(run: Path, *, world_size: int, settings: dict[str, Any]) -> bool:
+    """Return whether any start with this world size and these memory settings logged a step. Raises: OSError.
 
-    One of an earlier version, which did not write them down, is taken to have had them.
+    Starts of older versions did not log their settings; they count as having had the same ones.
     """
-    alike = False
-    for line in _lines(run):
-        if line.get("event") in ("start", "resume"):
-            alike = line.get("world_size") == world_size and line.get("settings", settings) == settings
-        elif alike and ("event" not in line or line["event"] == "save"):
+    matches = False
+    for line in _read_lines(run):
+        if line.get("event") in STARTS:
+            matches = line.get("world_size") == world_size and line.get("settings", settings) == settings
+        elif matches and ("event" not in line or line["event"] == "save"):
             return True
     return False
 
 
-def _lines(run: Path) -> Iterator[dict[str, Any]]:
-    """No lines before the first start."""
-    with contextlib.suppress(FileNotFoundError):
+def _read_lines(run: Path) -> Iterator[dict[str, Any]]:
+    with contextlib.suppress(FileNotFoundError):  # before the first start
         text = (run / "metrics.jsonl").read_text(encoding="utf-8")
         yield from (line for line in map(_parse, text.splitlines()) if line is not None)
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-    """None for a line that a kill has cut off."""
+    """Parse a line. None for a line that a kill cut off."""
     try:
         return json.loads(line)
     except ValueError:
         return None
 
 
-def tell(lines: list[dict[str, Any]]) -> History:
-    """The history behind the lines, in the order in which they were written."""
-    history, here = History(), 0  # `here`: the step that this start has reached
+def replay(lines: list[dict[str, Any]]) -> History:
+    """Build the history from the lines of `metrics.jsonl`, in the order in which they were written."""
+    history, reached = History(), 0  # `reached`: the last step that the current start logged
     for line in lines:
         match line.get("event"):
             case "start" | "resume":
-                _begin(history, line)
-                here = line["step"]
+                _replay_start(history, line)
+                reached = line["step"]
             case None:
-                _advance(history, line, here)
-                here = line["step"]
+                _replay_step(history, line, reached)
+                reached = line["step"]
             case event:
-                _note(history, event, line)
-        # What a start says after it failed or lost a rank comes of that.
-        if line.get("event") in ("start", "resume") or not history.last_event:
-            history.last_event = _ending(line)
+                _replay_event(history, event, line)
+        # The first recorded end of a start is the cause; errors that it logs after that are consequences.
+        if line.get("event") in STARTS or not history.last_event:
+            history.last_event = _end_of_start(line)
         history.last_time = line["time"]
     history.ledger.total = history.last_time - (lines[0].get("began") or lines[0]["time"])
     return history
 
 
-def _ending(line: dict[str, Any]) -> str:
-    """What a start that says nothing after this line has ended by; nothing for no ending."""
+def _end_of_start(line: dict[str, Any]) -> str:
+    """Return how a start ended if this line records its end, otherwise an empty string."""
     event = line.get("event")
     if event in ENDS:
         return str(event)
     return f"{event}: {line['reason']}" if event in ("lost", "failed") else ""
 
 
-def _begin(history: History, line: dict[str, Any]) -> None:
+def _replay_start(history: History, line: dict[str, Any]) -> None:
     began, phases = line["began"], line.get("start_s", {})
-    resuming = phases.get("checkpoint", 0.0)
+    before = ""
     if history.starts:
+        before = history.last_event or "killed or crashed"
         gap = max(0.0, began - history.last_time)
         if history.last_event:
             history.ledger.queued += gap
         else:
             history.ledger.down += gap
-    before = history.last_event or "killed or crashed"
-    history.starts.append(Start(line["step"], began, before if history.starts else "", phases))
+    history.starts.append(Start(step=line["step"], time=began, before=before, phases=phases))
+    resuming = phases.get("checkpoint", 0.0)
     history.ledger.resuming += resuming
     history.ledger.starting += line["time"] - began - resuming
     history.total_steps, history.step = line["total_steps"], line["step"]
     history.paused_s = 0.0
 
 
-def _note(history: History, event: str, line: dict[str, Any]) -> None:
+def _replay_step(history: History, line: dict[str, Any], reached: int) -> None:
+    """Add the steps `reached + 1` to `line["step"]`. Steps that an earlier start had done count as redone."""
+    step, count = line["step"], line["step"] - reached
+    redone = max(0, min(step, max(history.losses, default=0)) - reached)
+    waited = line["time/data_wait_s"] * count
+    busy = line["time/step_s"] * count - waited
+    history.ledger.waiting_for_data += waited
+    history.ledger.redone_steps += busy * redone / count
+    history.ledger.training += busy * (count - redone) / count
+    history.losses[step] = _nan_if_null(line["loss/text"]), line["loss/align"]
+    for key in line:
+        if key.startswith(TEXT_LOSS):
+            name = key.removeprefix(TEXT_LOSS)
+            history.sources.setdefault(name, {})[step] = line[key], line[f"{SAMPLES}{name}"]
+    history.step, history.step_s = step, line["time/step_s"]
+    history.last_line = line
+
+
+def _replay_event(history: History, event: str, line: dict[str, Any]) -> None:
     step = line["step"]
     if event in ("save", *ENDS):
         history.step = max(history.step, step)
@@ -196,51 +243,41 @@ def _note(history: History, event: str, line: dict[str, Any]) -> None:
     elif event == "heldout":
         history.ledger.evaluating += line["seconds"]
         history.paused_s += line["seconds"]
-        history.heldout[step] = _number(line["heldout/loss/text"]), line["heldout/loss/align"]
-        prefix = f"heldout/{TEXT_OF_SOURCE}"
+        history.heldout[step] = _nan_if_null(line["heldout/loss/text"]), line["heldout/loss/align"]
+        prefix = f"heldout/{TEXT_LOSS}"
         history.heldout_sources = {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
     elif event == "spike":
-        history.spikes[f"{step} {line['key']}"] = SpikeSeen(step, line["key"], line["value"], line["z"])
+        spike = LoggedSpike(step=step, key=line["key"], value=line["value"], z=line["z"])
+        history.spikes[f"{step} {line['key']}"] = spike
     elif event == "nonfinite" and step not in history.nonfinite:
         history.nonfinite.append(step)
 
 
-def _advance(history: History, line: dict[str, Any], here: int) -> None:
-    """Steps `here + 1` to `line["step"]` were done; those that an earlier start had done already count as redone."""
-    step, count = line["step"], line["step"] - here
-    redone = max(0, min(step, max(history.losses, default=0)) - here)
-    waited = line["time/data_wait_s"] * count
-    history.ledger.waiting_for_data += waited
-    history.ledger.redone_steps += (line["time/step_s"] * count - waited) * redone / count
-    history.ledger.training += (line["time/step_s"] * count - waited) * (count - redone) / count
-    history.losses[step] = _number(line["loss/text"]), line["loss/align"]
-    for key in line:
-        if key.startswith(TEXT_OF_SOURCE):
-            name = key.removeprefix(TEXT_OF_SOURCE)
-            history.sources.setdefault(name, {})[step] = line[key], line[f"{SAMPLES_OF_SOURCE}{name}"]
-    history.step, history.step_s = step, line["time/step_s"]
-    history.last_line = line
-
-
 def seconds_left(steps: int, step_s: float, paused_s: float, done: int) -> float:
-    """Of `steps` at the present rate, with as much saving and evaluating as in the `done` ones of this start."""
+    """Estimate the seconds for the remaining `steps`.
+
+    Args:
+        step_s: seconds per step.
+        paused_s: seconds of saving and validation during the last `done` steps.
+    """
     return steps * (step_s + paused_s / max(1, done))
 
 
-def hours(seconds: float) -> str:
-    whole, rest = divmod(round(seconds), 3600)
-    return f"{whole}:{rest // 60:02}:{rest % 60:02}"
+def format_duration(seconds: float) -> str:
+    """Format seconds as h:mm:ss."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
 
 
-def finite(facts: Any) -> Any:
-    """With None for each number that JSON has no word for, at any depth."""
-    if isinstance(facts, dict):
-        return {key: finite(value) for key, value in facts.items()}
-    if isinstance(facts, list | tuple):
-        return [finite(value) for value in facts]
-    return None if isinstance(facts, float) and not math.isfinite(facts) else facts
+def finite(values: Any) -> Any:
+    """Replace nan and infinity by None, at any depth, because JSON cannot represent them."""
+    if isinstance(values, dict):
+        return {key: finite(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
-def _number(value: float | None) -> float:
-    """The way back."""
+def _nan_if_null(value: float | None) -> float:
+    """Inverse of `finite`: None becomes nan."""
     return float("nan") if value is None else value

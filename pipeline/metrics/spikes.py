@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient stands out from those before: their samples are worth a look; nothing else is done."""
+"""Spike detection: finds steps whose loss or gradient norm stands out from the steps before."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from typing import Any
 
 from pipeline.step import StepReport
 
-RECENT = 16  # steps of one modality whose median is what is usual
-WINDOW = 128  # of them: how far they were from what was usual then, is the noise that a step is compared with
-LEAST = 48  # of them before anything stands out
-Z = 7.0
-# Of the logarithm's spread: what a quiet window may not go below, so that it takes a third more loss (e ** (Z * 0.041))
-# or two and a half times the gradient to stand out.
-LEAST_SPREAD = {"loss/total": 0.041, "optim/grad_norm": 0.131}
-TAIL, TAIL_TO_STD = 0.95, 1 / 1.645  # of a normal distribution
+MEDIAN_STEPS = 16  # last steps of one modality, whose median is the usual value
+NOISE_STEPS = 128  # last steps whose deviations from the usual value give the noise
+MIN_NOISE_STEPS = 48  # no step is a spike before the noise is known from this many
+Z_THRESHOLD = 7.0
+# Lower bound of the noise, as a standard deviation of the logarithm. A spike is therefore at least a third more loss
+# (e ** (7 * 0.041) = 1.33) or two and a half times the gradient norm, however quiet the steps before were.
+MIN_NOISE = {"loss/total": 0.041, "optim/grad_norm": 0.131}
+# The noise is estimated from this quantile, which in a normal distribution lies 1.645 standard deviations up.
+QUANTILE, QUANTILE_TO_STD = 0.95, 1 / 1.645
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Spike:
-    """`usual`: the median of the last steps; `z`: how far above it, in standard deviations of the logarithm's noise."""
+    """A value that stands out.
+
+    Attributes:
+        usual: median of the last steps.
+        z: distance of the value's logarithm from that of `usual`, in standard deviations of the noise.
+    """
 
     key: str
     value: float
@@ -31,40 +37,41 @@ class Spike:
     z: float
 
     def facts(self) -> dict[str, Any]:
+        """Return the values that a `spike` event logs."""
         return {"key": self.key, "value": self.value, "usual": round(self.usual, 4), "z": round(self.z, 1)}
 
 
-class Spikes:
-    """Compares each step's loss and gradient norm with the last ones of the same modality.
+class SpikeDetector:
+    """Compare the loss and the gradient norm of each step with the last steps of the same modality.
 
-    Logarithms, since both are positive and vary by factors. The noise is the upper tail's: batches are alike in length,
-    so that some kinds of answers, and their losses, are rare but no accident. A quantile, since a spike must not hide
-    the next one. A new level is usual after a few steps.
+    Values are compared as logarithms, because both are positive and vary by factors. The noise is a quantile of the
+    deviations upwards: some kinds of answers are rare and have a higher loss, which is no spike, and a quantile,
+    unlike a standard deviation, is hardly moved by one spike, so that the next one is found too.
     """
 
     def __init__(self) -> None:
-        self.recent: dict[tuple[str, bool], deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
-        self.above: dict[tuple[str, bool], deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
+        self.values: dict[tuple[str, bool], deque[float]] = defaultdict(lambda: deque(maxlen=MEDIAN_STEPS))
+        self.deviations: dict[tuple[str, bool], deque[float]] = defaultdict(lambda: deque(maxlen=NOISE_STEPS))
 
-    def look(self, report: StepReport, has_images: bool) -> list[Spike]:
-        """What stands out in this step, if it is finite; the step then belongs to the window."""
+    def check(self, report: StepReport, *, has_images: bool) -> list[Spike]:
+        """Return the spikes of this step, then add the step to the history. Steps that are not finite are ignored."""
         if not report.finite:
             return []
-        found = []
+        spikes = []
         for key, value in (("loss/total", report.total), ("optim/grad_norm", report.grad_norm)):
-            recent, noise = self.recent[key, has_images], self.above[key, has_images]
+            values, deviations = self.values[key, has_images], self.deviations[key, has_images]
             logarithm = math.log(max(value, 1e-30))
-            if len(recent) == RECENT:
-                usual = median(recent)
-                z = (logarithm - usual) / max(_spread(noise), LEAST_SPREAD[key])
-                if z > Z and len(noise) >= LEAST:
-                    found.append(Spike(key, value, math.exp(usual), z))
-                noise.append(logarithm - usual)
-            recent.append(logarithm)
-        return found
+            if len(values) == MEDIAN_STEPS:
+                usual = median(values)
+                z = (logarithm - usual) / max(_noise(deviations), MIN_NOISE[key])
+                if z > Z_THRESHOLD and len(deviations) >= MIN_NOISE_STEPS:
+                    spikes.append(Spike(key=key, value=value, usual=math.exp(usual), z=z))
+                deviations.append(logarithm - usual)
+            values.append(logarithm)
+        return spikes
 
 
-def _spread(noise: Iterable[float]) -> float:
-    """The standard deviation of a normal distribution with this upper tail."""
-    ordered = sorted(noise)
-    return ordered[int(TAIL * len(ordered))] * TAIL_TO_STD if ordered else 0.0
+def _noise(deviations: Iterable[float]) -> float:
+    """Return the standard deviation of the normal distribution that has this upper quantile."""
+    ordered = sorted(deviations)
+    return ordered[int(QUANTILE * len(ordered))] * QUANTILE_TO_STD if ordered else 0.0

@@ -1,4 +1,4 @@
-"""How much of the hardware a run uses: useful operations of its batches, over what the devices could do."""
+"""Model FLOP utilisation (MFU): useful operations of the batches, and peak operations per second of the devices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.data.loader import GlobalBatch
 from pipeline.distributed.ranks import Ranks
 from pipeline.flops import flops_per_sample, mamba_layer_flops
 
-# Dense bf16 operations per second, by the makers' data sheets; the longest of these words in a device's name counts.
+# Dense bf16 operations per second, from the vendors' data sheets. The longest name found in a device's name is used.
 PEAK_FLOPS = {
     "A10": 125e12,
     "A30": 165e12,
@@ -29,20 +29,20 @@ PEAK_FLOPS = {
     "L40S": 362e12,
     "RTX 4090": 165.2e12,
     "RTX A6000": 154.8e12,
-    "MI250X": 191.5e12,  # each of its two devices
+    "MI250X": 191.5e12,  # for each of its two devices
     "MI300X": 1307.4e12,
 }
 
 
 def peak_flops(device_name: str) -> float | None:
-    """None for a device that the table does not know."""
+    """Return a device's peak operations per second, or None for a device that is not in the table."""
     words = f" {device_name.replace('-', ' ')} "
-    known = [name for name in PEAK_FLOPS if f" {name} " in words]
-    return PEAK_FLOPS[max(known, key=len)] if known else None
+    matches = [name for name in PEAK_FLOPS if f" {name} " in words]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
-def peak_of_ranks(ranks: Ranks) -> float | None:
-    """Of all ranks together, taking their devices for alike; None on the CPU and on unknown devices."""
+def peak_flops_of_ranks(ranks: Ranks) -> float | None:
+    """Return the peak of all ranks together, assuming equal devices. None on the CPU and on unknown devices."""
     if ranks.device.type != "cuda":
         return None
     peak = peak_flops(torch.cuda.get_device_name(ranks.device))
@@ -50,23 +50,25 @@ def peak_of_ranks(ranks: Ranks) -> float | None:
 
 
 class UsefulFlops:
-    """Operations that a batch needs: nothing for padding, nothing for recomputing."""
+    """Count the operations that a batch needs, without padding and recomputation."""
 
     def __init__(self, config: EmmaConfig):
         self.llm = config.llm
-        picture = flops_per_sample(config, text_tokens=0, supervised=0, segment_layers=0, keep_layers=0)
-        self.per_supervised = (
-            flops_per_sample(config, text_tokens=0, supervised=1, segment_layers=0, keep_layers=0).useful
-            - picture.useful
-        )
-        # A picture's positions are counted with the text's, which follow in the same sequence.
-        self.per_picture = picture.useful - self._language(config.vision.num_patches, config.vision.num_patches)
+        image = flops_per_sample(config, text_tokens=0, supervised=0, segment_layers=0, keep_layers=0)
+        image_and_one = flops_per_sample(config, text_tokens=0, supervised=1, segment_layers=0, keep_layers=0)
+        self.per_supervised_token = image_and_one.useful - image.useful
+        # Without the language model's share, because `of_batch` counts visual and text tokens as one sequence.
+        num_patches = config.vision.num_patches
+        self.per_image = image.useful - self._language_model(num_patches, length=num_patches)
 
-    def of(self, batch: GlobalBatch) -> float:
-        """Of the whole global batch; its sequences are taken to be of one length, which windows make nearly true."""
-        language = self._language(batch.tokens, round(batch.tokens / batch.samples))
-        return language + self.per_picture * batch.images + self.per_supervised * batch.supervised_tokens
+    def of_batch(self, batch: GlobalBatch) -> float:
+        """Return the operations of a global batch.
 
-    def _language(self, positions: int, length: int) -> float:
-        """Forward and backward passes of the layers over `positions`, in sequences of `length`."""
-        return 3 * self.llm.num_layers * mamba_layer_flops(self.llm, length) / length * positions
+        All its sequences count with the mean length, which is nearly exact because batches are sorted by length.
+        """
+        language_model = self._language_model(batch.tokens, length=round(batch.tokens / batch.samples))
+        return language_model + self.per_image * batch.images + self.per_supervised_token * batch.supervised_tokens
+
+    def _language_model(self, tokens: int, *, length: int) -> float:
+        """Return the operations of a forward and backward pass over `tokens`, in sequences of `length`."""
+        return 3 * self.llm.num_layers * mamba_layer_flops(self.llm, length) / length * tokens

@@ -1,4 +1,4 @@
-"""What holds a rank up while it trains: garbage collection, and a device that is slower than the others."""
+"""Timers of training: start-up phases, the frozen towers, and garbage collection at the same steps on all ranks."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ COLLECT_EVERY = 50  # steps
 
 
 class GarbageCollection:
-    """Context manager: garbage is collected at the same steps on all ranks.
+    """Context manager that collects garbage at the same steps on all ranks, and times it.
 
-    By itself Python would stop each rank at a moment of its own, and every stop would hold up all of them.
+    Automatic collection would stop each rank at another moment, and all other ranks would wait for it each time.
     """
 
     def __enter__(self) -> GarbageCollection:
         self.seconds = 0.0
         gc.collect()
-        gc.freeze()  # the model and the engine stay: they need not be looked through again
+        gc.freeze()  # the model and the engine live until the end, so later collections can skip them
         gc.disable()
         return self
 
@@ -32,23 +32,24 @@ class GarbageCollection:
         gc.enable()
         gc.unfreeze()
 
-    def after(self, step: int) -> None:
-        """Every rank must call it after every step."""
+    def after_step(self, step: int) -> None:
+        """Collect garbage if it is due. Every rank must call this after every step."""
         if step % COLLECT_EVERY == 0:
             begun = time.perf_counter()
             gc.collect()
             self.seconds += time.perf_counter() - begun
 
-    def take(self) -> float:
-        """Seconds since it was last asked."""
+    def pop_seconds(self) -> float:
+        """Return the seconds spent since the last call."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
 
 
-class TowersClock:
-    """Seconds that the frozen towers took on this rank's device.
+class TowerTimer:
+    """Time the frozen towers on this rank's device, to find slow ranks.
 
-    They tell a slow rank from one that waits: outside the engine, without a collective, the same work on every rank.
+    The towers do the same work on every rank and run without a collective, so a long time means a slow device. The
+    time of a whole step is nearly the same on all ranks, because the fast ranks wait for the slow ones.
     """
 
     def __init__(self, towers: nn.Module, device: torch.device):
@@ -65,23 +66,26 @@ class TowersClock:
         self.laps.append((self.begun, self._now()))
 
     def _now(self) -> Any:
-        """On a GPU an event in its queue: the host runs ahead of the device."""
+        """Return the time, on a GPU as an event in its queue, because the host runs ahead of the device."""
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def take(self) -> float:
-        """Of the laps since it was last asked; the device must have finished them."""
+    def pop_seconds(self) -> float:
+        """Return the seconds since the last call. The device must have finished the work."""
         laps, self.laps = self.laps, []
         if self.on_gpu:
             return sum(begun.elapsed_time(ended) for begun, ended in laps) / 1000
         return sum(ended - begun for begun, ended in laps)
 
 
-def process_began() -> float:
-    """Seconds since 1970, before Python was loaded: imports from a shared file system can take long."""
+def process_start_time() -> float:
+    """Return when this process started, in seconds since 1970.
+
+    That is before the first import, which can take long from a shared file system.
+    """
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     except OSError:
@@ -89,19 +93,19 @@ def process_began() -> float:
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
 
 
-class StartUp:
-    """Seconds of one phase after the other, from the process's start on."""
+class StartupTimer:
+    """Time the consecutive phases of a start, from the start of the process."""
 
     def __init__(self) -> None:
-        self.began = self._last = process_began()
+        self.began = self._last = process_start_time()
         self.seconds: dict[str, float] = {}
 
-    def done(self, phase: str) -> None:
-        """`phase` ends now, and the next one begins."""
+    def phase_done(self, phase: str) -> None:
+        """End `phase` and begin the next one."""
         now = time.time()
         self.seconds[phase] = round(now - self._last, 3)
         self._last = now
 
     def __str__(self) -> str:
         parts = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
-        return f"{self._last - self.began:.1f} s from the process's start: {parts}"
+        return f"{self._last - self.began:.1f} s after the process started: {parts}"

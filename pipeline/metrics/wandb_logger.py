@@ -1,6 +1,6 @@
-"""Weights & Biases, offline or online: one wandb run per run folder, however often it is resumed.
+"""Weights & Biases logging: one wandb run per run folder, across all resumes, online or offline.
 
-Whatever ails it, the training does not depend on it; metrics.jsonl is the record.
+No failure of wandb ends or blocks the training, because `metrics.jsonl` is the record.
 """
 
 from __future__ import annotations
@@ -19,40 +19,44 @@ from typing import Any
 
 from pipeline.recipe import Recipe
 
-# The helper process that wandb starts dies of a preemption's SIGTERM, while we go on to save and stop.
-HELPERS = 3  # that may be lost before we go on without
-FINISH_S = 60.0  # for its last words: without a network they would take until the job's time limit
-SENT_AGAIN = 256  # lines: the last ones of a helper that died may not be written; wandb takes no step twice
+# SLURM's SIGTERM on preemption kills wandb's helper process, while the training goes on to save a checkpoint.
+MAX_HELPER_DEATHS = 3  # after one more, logging goes on without wandb
+FINISH_S = 60.0  # limit for the upload at the end; without a network, wandb would try until the job's time limit
+RESENT_LINES = 256  # a helper that dies may not have written its last lines; wandb ignores steps that it already has
 
 
-class WandbRun:
-    """A wandb run that is opened again if its helper process dies."""
+class WandbLogger:
+    """Log to wandb, and reopen the run if wandb's helper process dies."""
 
     def __init__(self, recipe: Recipe):
         self.recipe, self.folder = recipe, Path(recipe.run.dir)
-        self.sent: deque[tuple[int, dict[str, Any]]] = deque(maxlen=SENT_AGAIN)
-        self.lost = 0
+        self.sent: deque[tuple[int, dict[str, Any]]] = deque(maxlen=RESENT_LINES)
+        self.helper_deaths = 0
         self.run: Any = None
         self._try(self._open)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
+        """Log the values that are not None. wandb ignores a step that it already has."""
         if self.run is None:
             return
         self.sent.append((step, {key: value for key, value in values.items() if value is not None}))
         self._try(lambda: self.run.log(self.sent[-1][1], step=step))
 
     def finish(self, exit_code: int) -> None:
+        """Close the run. Wait for the upload for at most `FINISH_S`."""
         if self.run is None:
             return
-        last_words = threading.Thread(
-            target=lambda: self._try(lambda: self.run.finish(exit_code=exit_code)), daemon=True
-        )
-        last_words.start()
-        last_words.join(FINISH_S)
-        if last_words.is_alive():
-            unsent = f"not all was sent within {FINISH_S:.0f} s; `wandb sync {self.folder}/wandb/run-*` sends the rest"
-            print(f"wandb: {unsent}", flush=True)
-            atexit.register(_leave)  # before what wandb registered, which would wait for the same
+        upload = threading.Thread(target=lambda: self._try(lambda: self.run.finish(exit_code=exit_code)), daemon=True)
+        upload.start()
+        upload.join(FINISH_S)
+        if upload.is_alive():
+            print(
+                f"wandb: the upload did not finish within {FINISH_S:.0f} s; "
+                f"run `wandb sync {self.folder}/wandb/run-*` to upload the rest",
+                flush=True,
+            )
+            # Handlers run last in, first out: this one ends the process before wandb's own, which waits for the upload.
+            atexit.register(_exit_now)
 
     def _open(self) -> None:
         import wandb
@@ -71,33 +75,33 @@ class WandbRun:
             settings=wandb.Settings(silent=True),
         )
 
-    def _try(self, what: Callable[[], Any]) -> None:
+    def _try(self, action: Callable[[], Any]) -> None:
         try:
-            what()
+            action()
         except ConnectionError as error:
-            self.lost += 1
-            self._give_up(error) if self.lost > HELPERS else self._try(self._open_again)
+            self.helper_deaths += 1
+            self._give_up(error) if self.helper_deaths > MAX_HELPER_DEATHS else self._try(self._reopen)
         except Exception as error:
             self._give_up(error)
 
-    def _open_again(self) -> None:
-        """With a new helper. The old one's goodbye is an error, and its address must not be found."""
+    def _reopen(self) -> None:
+        """Open the run with a new helper process, and send it the last lines again."""
         import wandb
 
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError):  # raised because the old helper does not answer
             wandb.teardown()
-        os.environ.pop("WANDB_SERVICE", None)
+        os.environ.pop("WANDB_SERVICE", None)  # the address of the old helper
         self._open()
         for step, values in self.sent:
             self.run.log(values, step=step)
 
     def _give_up(self, error: Exception) -> None:
-        print(f"wandb: {error}; going on without it", flush=True)
+        print(f"wandb: {error}; the training continues without it", flush=True)
         self.run = None
 
 
-def _leave() -> None:
-    """End this process with the exit code that it would have had."""
+def _exit_now() -> None:
+    """End this process at once, with the exit code that it would have had."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1 if hasattr(sys, "last_value") else 0)

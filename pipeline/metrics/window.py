@@ -1,4 +1,4 @@
-"""What happened between two log lines: rates, waits, and losses by source. docs/metrics.md lists the keys."""
+"""Averages over the steps between two log lines: rates, waits and losses by source. docs/metrics.md lists the keys."""
 
 from __future__ import annotations
 
@@ -15,71 +15,78 @@ from pipeline.step import StepReport, text_weights
 
 
 class Window:
-    """Sums over steps; `close` makes a line's values of them and begins anew.
+    """Sum over the steps since the last log line. `close` returns the averages and starts the next window.
 
-    sources  names, in the order of a report's `text_by_source`
-    peak     operations per second of all ranks' devices; None if not known
+    Args:
+        sources: names of the data sources, in the order of `StepReport.text_by_source`.
+        peak_flops: operations per second that the devices of all ranks can do together; None if unknown.
     """
 
-    def __init__(self, recipe: Recipe, sources: list[str], peak: float | None):
-        self.recipe, self.sources, self.peak = recipe, sources, peak
+    def __init__(self, recipe: Recipe, sources: list[str], *, peak_flops: float | None):
+        self.recipe, self.sources, self.peak_flops = recipe, sources, peak_flops
         self.flops = UsefulFlops(recipe.config)
         self.restart()
 
     def restart(self) -> None:
-        self.began, self.steps, self.paused = time.monotonic(), 0, {"save": 0.0, "heldout": 0.0}
+        self.began, self.steps, self.excluded = time.monotonic(), 0, {"save": 0.0, "heldout": 0.0}
         self.samples = self.tokens = 0
-        self.padding = self.useful = self.data_wait = self.gc = 0.0
-        self.towers = np.zeros(1)  # by rank, once a step has told how many there are
-        self.text, self.weights, self.by_source = (np.zeros(len(self.sources)) for _ in range(3))
+        self.padding = self.useful_flops = self.data_wait = self.gc = 0.0
+        self.towers = np.zeros(1)  # [ranks] from the first step on
+        self.text, self.text_weights, self.samples_by_source = (np.zeros(len(self.sources)) for _ in range(3))
 
     def add(self, batch: GlobalBatch, report: StepReport) -> None:
-        """One step. Each wait counts as long as that of the rank that all others waited for."""
+        """Add one step. Each wait is that of the slowest rank, because all other ranks wait for it."""
         self.steps += 1
         self.samples += batch.samples
         self.tokens += batch.tokens
         self.padding += batch.padding_ratio
-        self.useful += self.flops.of(batch)
+        self.useful_flops += self.flops.of_batch(batch)
         self.data_wait += max(rank.data_wait for rank in report.seconds)
         self.gc += max(rank.gc for rank in report.seconds)
         self.towers = self.towers + np.array([rank.towers for rank in report.seconds])
-        self.by_source += batch.sources.samples
+        self.samples_by_source += batch.sources.samples
         if report.finite:
             self.text += report.text_by_source
-            self.weights += text_weights(self.recipe, batch)
+            self.text_weights += text_weights(self.recipe, batch)
 
-    def pause(self, what: str, seconds: float) -> None:
-        """Time that was no step's: saving or evaluating."""
-        self.paused[what] += seconds
+    def exclude(self, name: str, seconds: float) -> None:
+        """Exclude the time of a save or a validation from the step time."""
+        self.excluded[name] += seconds
 
     def close(self) -> dict[str, Any]:
-        whole = time.monotonic() - self.began
-        seconds = whole - sum(self.paused.values())
+        """Return the values of a log line, and start the next window."""
+        seconds = time.monotonic() - self.began - sum(self.excluded.values())
         values = {
             "speed/samples_per_s": self.samples / seconds,
             "speed/tokens_per_s": self.tokens / seconds,
-            "speed/mfu": self.useful / (seconds * self.peak) if self.peak else None,
+            "speed/mfu": self.useful_flops / (seconds * self.peak_flops) if self.peak_flops else None,
             "time/step_s": seconds / self.steps,
             "time/data_wait_s": self.data_wait / self.steps,
             "time/gc_s": self.gc,
-            "time/save_stall_s": self.paused["save"],
+            "time/save_stall_s": self.excluded["save"],
             "data/padding_ratio": self.padding / self.steps,
             **slowest_rank(self.towers.tolist()),
-            **self._by_source(),
+            **self._values_by_source(),
         }
         self.restart()
         return values
 
-    def _by_source(self) -> dict[str, Any]:
-        means = [float(text / weight) if weight else None for text, weight in zip(self.text, self.weights, strict=True)]
-        losses = {f"loss/text/{name}": mean for name, mean in zip(self.sources, means, strict=True)}
-        counts = {f"data/samples/{name}": int(n) for name, n in zip(self.sources, self.by_source, strict=True)}
-        return losses | counts
+    def _values_by_source(self) -> dict[str, Any]:
+        sums = zip(self.text, self.text_weights, strict=True)
+        losses = [float(text / weight) if weight else None for text, weight in sums]
+        return {
+            **{f"loss/text/{name}": loss for name, loss in zip(self.sources, losses, strict=True)},
+            **{f"data/samples/{name}": int(n) for name, n in zip(self.sources, self.samples_by_source, strict=True)},
+        }
 
 
-def slowest_rank(towers: list[float]) -> dict[str, Any]:
-    """Which rank took longest for the work that is the same on all, and how many times the median rank's time."""
-    usual = median_low(towers)
-    if not usual:  # text alone, or one rank's first step
+def slowest_rank(tower_seconds: list[float]) -> dict[str, Any]:
+    """Compare the ranks by the time of their frozen towers, which do the same work on every rank.
+
+    Returns the slowest rank and the ratio of its time to the median rank's. Both are None if the towers did not run.
+    """
+    typical = median_low(tower_seconds)
+    if not typical:
         return {"ranks/slowest": None, "ranks/slowest_ratio": None}
-    return {"ranks/slowest": towers.index(max(towers)), "ranks/slowest_ratio": max(towers) / usual}
+    slowest = max(tower_seconds)
+    return {"ranks/slowest": tower_seconds.index(slowest), "ranks/slowest_ratio": slowest / typical}

@@ -25,7 +25,7 @@ def memory_settings(recipe: Recipe) -> dict[str, Any]:
 
 def out_of_memory_error(recipe: Recipe, ranks: Ranks, told: str, remedy: str) -> UserError | RetryableError:
     """What to raise: to be tried again, elsewhere perhaps, if this run has done a step with these very settings."""
-    if has_stepped_with(Path(recipe.run.dir), ranks.world_size, memory_settings(recipe)):
+    if has_stepped_with(Path(recipe.run.dir), world_size=ranks.world_size, settings=memory_settings(recipe)):
         return RetryableError(f"{told}; steps of this run have had room: does something else use this node?")
     return UserError(f"{told}; {remedy}")
 

@@ -29,7 +29,7 @@ from model.hashing import file_sha256
 from model.kernels.dispatch import kernel_report
 from model.vision import tower_file
 from pipeline.checkpoint.folder import REFUSED, find_leftovers, list_steps
-from pipeline.data.loader import check_fit, loading_bytes
+from pipeline.data.loader import check_shards_match_model, prefetched_bytes
 from pipeline.distributed.collectives import run_checks
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine import compose_config
@@ -128,7 +128,7 @@ def check_memory(recipe: Recipe, ranks: Ranks) -> str:
 
 def check_shared_memory(recipe: Recipe, ranks: Ranks) -> str:
     """Containers have little of it by default, and loading processes die when it is full."""
-    needed = loading_bytes(recipe) * local_ranks(ranks)
+    needed = prefetched_bytes(recipe) * local_ranks(ranks)
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else needed
     if free < needed:
         told = (
@@ -170,7 +170,7 @@ def inspect_shards(recipe: Recipe) -> str:
     """They fit the model, every file has its size, and as many as there is time for have their hash."""
     folder = recipe.data.shards
     manifest = Manifest.load(folder)
-    check_fit(manifest, recipe)
+    check_shards_match_model(manifest, recipe)
     repair = f"find all damage with `python -m preprocess.shardset verify {folder}` and build the shards again"
     index = Path(folder) / INDEX
     if not index.exists() or file_sha256(index) != manifest.index["sha256"]:
