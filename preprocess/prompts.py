@@ -1,7 +1,7 @@
-"""Chat templates, and which tokens of them are supervised. Training and generation share this one code path.
+"""Chat templates, tokenization and supervised spans, shared by preprocessing, training and generation.
 
-Turns are tokenised one by one, so the boundary between a prompt and its answer never moves. Message text that spells a
-special token is encoded as the ordinary text it is; the templates' own end of text is put in by id.
+Turns are tokenized one by one, so the boundary between a prompt and its answer never moves. Message text that spells a
+special token is encoded as ordinary text; the end-of-text tokens of a template are added by id.
 """
 
 from __future__ import annotations
@@ -21,97 +21,106 @@ IMAGE_TOKEN = "<image>"
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 Template = Literal["zephyr", "base"]
-Conversation = Sequence[Mapping[str, str]]
+Conversation = Sequence[Mapping[str, str]]  # alternating {"from": "human" | "gpt", "value": text}
 
-
-@dataclass(frozen=True)
-class _Template:
-    """What stands around a question; an answer is followed by the end of text in both. None marks the end of text."""
-
-    question: tuple[str | None, ...]
-
-
-TEMPLATES = {
-    "zephyr": _Template(("<|user|>\n{q}", None, "\n<|assistant|>\n")),
-    "base": _Template(("In: {q}\nOut: ",)),
+# The parts of a question's text; None is the end-of-text token. An answer always ends with that token.
+TEMPLATES: dict[str, tuple[str | None, ...]] = {
+    "zephyr": ("<|user|>\n{q}", None, "\n<|assistant|>\n"),
+    "base": ("In: {q}\nOut: ",),
 }
 BETWEEN_TURNS = "\n"
 EMPTY_ANSWER = " "
-CHARACTERS_PER_TOKEN, LEAST_SPARE_TOKENS = 16, 256
+CHARACTERS_PER_TOKEN, MIN_SPARE_TOKENS = 16, 256
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` that adds nothing by itself. The bytes of its tokenizer.json identify it."""
+    """A `tokenizers.Tokenizer` that adds no special tokens, and the sha256 of its tokenizer.json.
+
+    Args:
+        data: Content of a tokenizer.json.
+        name: Name for messages and the manifest.
+
+    Raises:
+        UserError: If the data is not a tokenizer, or the tokenizer has no end-of-text token.
+    """
 
     def __init__(self, data: bytes, name: str) -> None:
-        """Raises: UserError if the bytes are no tokenizer, or it has no token that ends a text."""
         self.data, self.name = data, name
         self.sha256 = hashlib.sha256(data).hexdigest()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # the package raises the bare class
+        except Exception as error:  # the package raises Exception itself
             raise UserError(f"tokenizer {name} cannot be read: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        found = [vocabulary[token] for token in END_OF_TEXT if token in vocabulary]
-        if not found:
-            raise UserError(f"tokenizer {name} has none of {', '.join(END_OF_TEXT)}: an answer could not end")
-        self.eos_id = found[0]
+        eos_ids = [vocabulary[token] for token in END_OF_TEXT if token in vocabulary]
+        if not eos_ids:
+            raise UserError(
+                f"tokenizer {name} has no end-of-text token (expected one of {', '.join(END_OF_TEXT)}). "
+                "Use a tokenizer that has one"
+            )
+        self.eos_id = eos_ids[0]
 
-    def encode(self, text: str, at_least: int | None = None) -> list[int]:
-        """All ids, or only the first ones of a long text: `at_least` of them, and some more, the last of them inexact.
+    def encode(self, text: str, *, max_exact: int | None = None) -> list[int]:
+        """Return the ids of a text.
 
-        Tokenising takes a hundred times a text's memory. Spare ids, as many again, lie between those that are asked for
-        and the cut, so it does not show; a text that has fewer, since its tokens are long, is cut further on.
+        Args:
+            max_exact: If given, tokenize only the beginning of a long text. The first `max_exact` ids are those of the
+                whole text; ids after them may differ. This saves memory: tokenizing takes 100 times the text's size.
         """
-        if at_least is not None:
-            wanted = at_least + max(at_least, LEAST_SPARE_TOKENS)
-            reach = CHARACTERS_PER_TOKEN * wanted
-            while reach < len(text):
-                ids = self._ids(text[:reach])
+        if max_exact is not None:
+            # Cutting a text can change the ids before the cut, so at least as many spare ids are kept before it.
+            wanted = max_exact + max(max_exact, MIN_SPARE_TOKENS)
+            length = CHARACTERS_PER_TOKEN * wanted
+            while length < len(text):
+                ids = self._encode_whole(text[:length])
                 if len(ids) >= wanted:
                     return ids
-                reach *= 4
-        return self._ids(text)
+                length *= 4
+        return self._encode_whole(text)
 
-    def _ids(self, text: str) -> list[int]:
-        # "Fast" leaves out the offsets of the tokens, which nobody asks for.
+    def _encode_whole(self, text: str) -> list[int]:
+        # encode_batch_fast does not compute the offsets of the tokens.
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
-    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
 
 
 def load_tokenizer(name_or_folder: str | Path) -> Tokenizer:
-    """From a folder with a tokenizer.json, such a file, or the hub. Raises: UserError."""
+    """Load a tokenizer from a tokenizer.json, a folder that holds one, or the Hugging Face hub. Raises: UserError."""
     path = Path(name_or_folder)
     path = path / "tokenizer.json" if path.is_dir() else path
     if path.is_file():
         return Tokenizer(path.read_bytes(), Path(name_or_folder).absolute().name)
     if path.name == "tokenizer.json" or path.is_absolute():
-        raise UserError(f"there is no tokenizer {path}; give a folder with a tokenizer.json, or a hub id")
+        raise UserError(f"there is no tokenizer {path}. Give a folder with a tokenizer.json, or a hub id")
     return Tokenizer(_download(str(name_or_folder)), str(name_or_folder))
 
 
 def _download(hub_id: str) -> bytes:
-    """From the hub's cache on this machine, else over the network."""
+    """Return the tokenizer.json from the local hub cache, or download it."""
     try:
         cached = huggingface_hub.try_to_load_from_cache(hub_id, "tokenizer.json")
         path = cached if isinstance(cached, str) else huggingface_hub.hf_hub_download(hub_id, "tokenizer.json")
         return Path(path).read_bytes()
-    except Exception as error:  # offline, unknown, private: the packages below raise a dozen classes
+    except Exception as error:  # offline, unknown id or private: many unrelated classes
         raise UserError(
-            f"tokenizer {hub_id!r} is neither a folder with a tokenizer.json nor on the hub ({first_line(error)}); "
-            "on a machine without network, download it elsewhere and give its folder"
+            f"tokenizer {hub_id!r} is neither a folder with a tokenizer.json nor on the hub ({first_line(error)}). "
+            "Without network access, download it on another machine and give its folder"
         ) from None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EncodedDialogue:
-    """Token ids, and the [start, end) ranges of them that are supervised: the answers with their end of text."""
+    """Token ids of a dialogue.
+
+    Attributes:
+        spans: The [start, end) ranges of `tokens` that are supervised: each answer with its end-of-text token.
+    """
 
     tokens: list[int]
     spans: list[tuple[int, int]]
@@ -120,10 +129,10 @@ class EncodedDialogue:
 def encode_dialogue(
     conversations: Conversation, template: str, tokenizer: Tokenizer, max_text_tokens: int | None = None
 ) -> EncodedDialogue:
-    """A dialogue of alternating {from: human|gpt, value} turns, cut at the limit.
+    """Tokenize a dialogue and cut it after `max_text_tokens`.
 
-    What is left after the last supervised token is dropped: a question whose answer was cut off teaches nothing.
-    Without any supervised token the result is empty.
+    Tokens after the last supervised one are dropped, because a question without its answer teaches nothing. The result
+    is empty if no supervised token is left.
     """
     tokens: list[int] = []
     spans: list[tuple[int, int]] = []
@@ -133,33 +142,41 @@ def encode_dialogue(
         tokens += turn
         if max_text_tokens is not None and len(tokens) > max_text_tokens:
             break
-    if max_text_tokens is None or len(tokens) <= max_text_tokens:
-        return EncodedDialogue(tokens, spans)
-    spans = [(start, min(end, max_text_tokens)) for start, end in spans if start < max_text_tokens]
-    return EncodedDialogue(tokens[: spans[-1][1]] if spans else [], spans)
+    if max_text_tokens is not None and len(tokens) > max_text_tokens:
+        spans = [(start, min(end, max_text_tokens)) for start, end in spans if start < max_text_tokens]
+        tokens = tokens[: spans[-1][1]] if spans else []
+    return EncodedDialogue(tokens=tokens, spans=spans)
 
 
 def encode_prompt(conversations: Conversation, template: str, tokenizer: Tokenizer) -> list[int]:
-    """The prefix of the training ids that ends where the model must answer; the last turn is the human's."""
+    """Return the ids up to the point where the model must answer: a prefix of the ids in training.
+
+    The last turn must be the human's.
+    """
     assert conversations[-1]["from"] == "human", "a prompt ends with a question"
     return encode_dialogue(conversations, template, tokenizer).tokens
 
 
 def _encoded_turns(
-    conversations: Conversation, template: str, tokenizer: Tokenizer, at_least: int | None
+    conversations: Conversation, template: str, tokenizer: Tokenizer, max_tokens: int | None
 ) -> Iterator[tuple[str, list[int]]]:
     for number, turn in enumerate(conversations):
         text = turn["value"].replace(IMAGE_TOKEN, "").strip()
         if turn["from"] == "gpt":
-            yield "gpt", [*tokenizer.encode(text or EMPTY_ANSWER, at_least), tokenizer.eos_id]
+            yield "gpt", [*tokenizer.encode(text or EMPTY_ANSWER, max_exact=max_tokens), tokenizer.eos_id]
         else:
-            yield "human", _question(text, number, TEMPLATES[template], tokenizer, at_least)
+            lead = BETWEEN_TURNS if number else ""
+            yield "human", _encode_question(lead, text, TEMPLATES[template], tokenizer, max_tokens)
 
 
-def _question(text: str, number: int, template: _Template, tokenizer: Tokenizer, at_least: int | None) -> list[int]:
+def _encode_question(
+    lead: str, text: str, parts: tuple[str | None, ...], tokenizer: Tokenizer, max_tokens: int | None
+) -> list[int]:
     tokens: list[int] = []
-    lead = BETWEEN_TURNS if number else ""
-    for part in template.question:
-        tokens += [tokenizer.eos_id] if part is None else tokenizer.encode(lead + part.replace("{q}", text), at_least)
+    for part in parts:
+        if part is None:
+            tokens.append(tokenizer.eos_id)
+        else:
+            tokens += tokenizer.encode(lead + part.replace("{q}", text), max_exact=max_tokens)
         lead = ""
     return tokens

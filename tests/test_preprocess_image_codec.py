@@ -51,7 +51,7 @@ JPEGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", JPEGS)
 def test_plain_jpegs_are_decoded_quickly_and_to_pillows_pixels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = jpeg(photograph(203, 155), **JPEGS[kind])
-    monkeypatch.setattr(codec, "_by_pillow", None)
+    monkeypatch.setattr(codec, "_decode_with_pillow", None)
     assert np.array_equal(decode_rgb(data), as_pillow_decodes(data))
 
 
@@ -62,14 +62,16 @@ def test_without_the_quick_decoder_the_pixels_are_the_same(monkeypatch: pytest.M
     assert np.array_equal(decode_rgb(data), quick)
 
 
-def test_a_jpeg_with_damage_that_pillow_passes_over_is_decoded_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_jpeg_with_damage_that_pillow_passes_over_is_decoded_by_pillow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Decoders differ in what they make of broken data."""
     data = bytearray(jpeg(photograph(203, 155)))
     middle = len(data) // 2
     data[middle : middle + 2] = b"\xff\xd3"  # a restart where none was agreed upon: libjpeg warns, and goes on
     expected = as_pillow_decodes(bytes(data))
     assert np.array_equal(decode_rgb(bytes(data)), expected)
-    monkeypatch.setattr(codec, "_by_pillow", lambda picture: None)
+    monkeypatch.setattr(codec, "_decode_with_pillow", lambda image: None)
     assert decode_rgb(bytes(data)) is None
 
 
@@ -115,7 +117,7 @@ def _largest(name: str, folder: Path) -> Path:
         "largest.webp": ("RGBA", {"quality": 1, "method": 0}),
     }
     mode, options = modes[name]
-    most = int(codec.MAX_WORKER_PIXELS / (codec.WEBP_FACTOR if name.endswith("webp") else 1))
+    most = int(codec.MAX_WORKER_PIXELS / (codec.FORMATS["webp"].memory_per_pixel if name.endswith("webp") else 1))
     Image.new(mode, (8000, most // 8000), (9, 9, 9, 9)).save(folder / name, exif=exif, **options)
     return folder / name
 

@@ -12,6 +12,7 @@ import pytest
 
 from model.errors import UserError
 from preprocess.images import store as image_store
+from preprocess.images.archive import Archive
 from preprocess.images.store import ImageStore, sha256_hex
 from preprocess.rejects import Rejected
 
@@ -75,7 +76,7 @@ def test_a_folder_may_be_a_link_to_anywhere(tmp_path: Path) -> None:
 def test_a_damaged_archive_is_one_clear_line(tmp_path: Path) -> None:
     write_zip(tmp_path / "p.zip", {"1.jpg": b"x" * 100})
     (tmp_path / "p.zip").write_bytes((tmp_path / "p.zip").read_bytes()[:-30])
-    with pytest.raises(UserError, match=r"picture archive .*p\.zip is damaged .*fetch it again"):
+    with pytest.raises(UserError, match=r"image archive .*p\.zip is damaged .*download it again"):
         ImageStore(tmp_path, {}).read("p/1.jpg")
 
 
@@ -216,7 +217,7 @@ def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: p
     write_tar(tmp_path / "tar.tar", {"1.jpg": bytes(11), "2.jpg": bytes(10)})
     store = ImageStore(tmp_path, {})
     assert len(store.read(f"{packed}/2.jpg")) == 10
-    monkeypatch.setattr(image_store._Archive, "_member", None)
+    monkeypatch.setattr(Archive, "read", None)
     with pytest.raises(Rejected, match="picture_too_large: 11 bytes, at most 10 are read"):
         store.read(f"{packed}/1.jpg")
     assert store.fingerprint(f"{packed}/1.jpg") == "picture_too_large"

@@ -121,13 +121,13 @@ def test_the_limit_cuts_the_end_and_leaves_no_unanswered_question(limit: int, le
 def listen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every text that is tokenised from now on."""
     met: list[str] = []
-    tokenise = Tokenizer._ids
+    tokenise = Tokenizer._encode_whole
 
     def listening(tokenizer: Tokenizer, text: str) -> list[int]:
         met.append(text)
         return tokenise(tokenizer, text)
 
-    monkeypatch.setattr(Tokenizer, "_ids", listening)
+    monkeypatch.setattr(Tokenizer, "_encode_whole", listening)
     return met
 
 
@@ -151,7 +151,7 @@ def test_a_long_text_is_cut_before_it_is_tokenised_and_nobody_can_tell(
     monkeypatch: pytest.MonkeyPatch, kind: str, limit: int
 ) -> None:
     long = LONG_TEXTS[kind] * (60_000 // len(LONG_TEXTS[kind])) + "."
-    assert gpt_neox().encode(long, limit)[:limit] == gpt_neox().encode(long)[:limit]
+    assert gpt_neox().encode(long, max_exact=limit)[:limit] == gpt_neox().encode(long)[:limit]
     dialogues = [turns("Q", long), turns("Q", "A", long, "B"), turns("Q", "A", "Q", long, long, "C")]
     whole = [encode_dialogue(one, "zephyr", gpt_neox()) for one in dialogues]
     met = listen(monkeypatch)
@@ -169,7 +169,7 @@ def test_a_text_of_which_a_tokenizer_drops_almost_all_is_read_on(tmp_path: Path)
     settings["normalizer"] = {"type": "Replace", "pattern": {"Regex": "~+"}, "content": ""}
     tokenizer = Tokenizer(json.dumps(settings).encode(), "dropping")
     text = "~" * 100_000 + "one two three four five six"
-    assert tokenizer.encode(text, 3)[:3] == gpt_neox().encode("one two three")
+    assert tokenizer.encode(text, max_exact=3)[:3] == gpt_neox().encode("one two three")
 
 
 def test_turns_after_the_limit_are_not_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +188,7 @@ def test_the_tokenizer_says_who_it_is() -> None:
     [
         ("{}", "cannot be read"),
         (None, "there is no tokenizer"),
-        (tokenizers.Tokenizer(tokenizers.models.BPE()).to_str(), "could not end"),
+        (tokenizers.Tokenizer(tokenizers.models.BPE()).to_str(), "has no end-of-text token"),
     ],
 )
 def test_a_bad_tokenizer_is_one_clear_line(tmp_path: Path, content: str | None, complaint: str) -> None:

@@ -88,9 +88,9 @@ def test_a_picture_that_rows_share_is_decoded_once_be_it_good_or_bad(
     met = []
     decode = codec.decode_rgb
 
-    def counted(data: bytes, *limits: int) -> np.ndarray:
+    def counted(data: bytes, **limits: int) -> np.ndarray:
         met.append(len(data))
-        return decode(data, *limits)
+        return decode(data, **limits)
 
     monkeypatch.setattr(codec, "decode_rgb", counted)
     rows = [dialogue_row(1) | {"image": name} for name in ("good.bmp", "bad.bmp") * 3]

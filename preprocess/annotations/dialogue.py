@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
+from preprocess.images.codec import IMAGE_SUFFIXES
 from preprocess.prompts import IMAGE_TOKEN
 from preprocess.rejects import Rejected
 
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 
 _NUL_OR_SURROGATE = re.compile("[\x00\ud800-\udfff]")
 

@@ -187,7 +187,7 @@ def _texts(row: Row) -> Iterator[str]:
 
 def _question(text: str) -> str:
     template = TEMPLATES[preset(MODEL).template]
-    return "".join(part.replace("{q}", text) for part in template.question if part)
+    return "".join(part.replace("{q}", text) for part in template if part)
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path) -> None:

@@ -1,13 +1,15 @@
-"""A file's bytes become the picture that the model sees: RGB, squashed to a square. Written rules for every dirt.
+"""Image codec: decode image files to RGB, resize them to a square, and encode them for shards.
 
-colours         greyscale is repeated; palette, CMYK and others are converted; embedded colour profiles are ignored
-transparency    is laid on white, as a page would show it
-16 bits         are divided by 257; wider or floating-point pixels are refused
-animations      give their first frame
-orientation     that EXIF, or XMP in its place, asks for is applied
-size            every picture is squashed, bicubic and antialiased; the aspect ratio is not kept
+To add an image format, add an entry to `FORMATS`. What decoding does with unusual files:
 
-Plain JPEGs are decoded by simplejpeg where it is installed: the same pixels as Pillow's, in less time.
+colours         Greyscale is repeated in all channels; palette and CMYK are converted; colour profiles are ignored.
+transparency    Transparent pixels are blended with white, as a web page would show them.
+16 bits         Values are divided by 257. Wider integers and floating-point pixels are rejected.
+animations      The first frame is used.
+orientation     The rotation that EXIF, or XMP in its place, asks for is applied.
+size            Every image is resized with bicubic antialiasing; the aspect ratio is not kept.
+
+simplejpeg, if installed, decodes plain JPEGs: it gives the same pixels as Pillow in less time.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import importlib.metadata
 import io
 import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,145 +34,188 @@ try:
 except ImportError:
     simplejpeg = None
 
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFormat:
+    """An image format that can be decoded.
+
+    Attributes:
+        magic: Pattern of the file's first bytes.
+        pillow: Pillow's name of the format.
+        suffixes: Suffixes of file names, in lower case.
+        memory_per_pixel: Memory that decoding needs, relative to other formats.
+    """
+
+    magic: re.Pattern[bytes]
+    pillow: str
+    suffixes: tuple[str, ...]
+    memory_per_pixel: float = 1.0
+
+
+FORMATS = {
+    "jpg": ImageFormat(magic=re.compile(rb"\xff\xd8\xff"), pillow="JPEG", suffixes=(".jpg", ".jpeg")),
+    "png": ImageFormat(magic=re.compile(rb"\x89PNG\r\n\x1a\n"), pillow="PNG", suffixes=(".png",)),
+    "gif": ImageFormat(magic=re.compile(rb"GIF8[79]a"), pillow="GIF", suffixes=(".gif",)),
+    "webp": ImageFormat(
+        magic=re.compile(rb"RIFF.{4}WEBP", re.DOTALL), pillow="WEBP", suffixes=(".webp",), memory_per_pixel=4 / 3
+    ),
+    "bmp": ImageFormat(magic=re.compile(rb"BM"), pillow="BMP", suffixes=(".bmp",)),
+    "tiff": ImageFormat(magic=re.compile(rb"II\*\x00|MM\x00\*"), pillow="TIFF", suffixes=(".tif", ".tiff")),
+}
+IMAGE_SUFFIXES = tuple(suffix for image_format in FORMATS.values() for suffix in image_format.suffixes)
+
 MAX_PIXELS = 64_000_000
-MAX_WORKER_PIXELS = 25_000_000  # so that a worker stays below 1 GiB
-WEBP_FACTOR = 4 / 3  # more memory per pixel than other formats take
+MAX_WORKER_PIXELS = 25_000_000  # keeps a Ray worker below 1 GiB
 STRIP_PIXELS = 1 << 20
 JPEG_QUALITY = 95
 
-Image.MAX_IMAGE_PIXELS = None  # the limit above is checked instead, before any pixel is decoded
+Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked instead, before any pixel is decoded
 
 Pixels = npt.NDArray[np.uint8]
-ImageFormat = Literal["jpg", "png", "gif", "webp", "bmp", "tiff"]
-_PIL_FORMATS = {"jpg": "JPEG", "png": "PNG", "gif": "GIF", "webp": "WEBP", "bmp": "BMP", "tiff": "TIFF"}
 _TRUNCATED = ("truncated", "premature end", "not enough image data", "unexpected end")
-_ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>")  # of an object in memory: no two runs have the same
-_TURNS = (b"Exif\0", b"tiff:Orientation")  # what may ask for one, the latter in an XMP packet
-_SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+_OBJECT_ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>")  # differs from run to run, unlike the rest of a message
+_ORIENTATION_MARKS = (b"Exif\0", b"tiff:Orientation")  # EXIF, and its equivalent in an XMP packet
+_SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
-def detect_format(data: bytes) -> ImageFormat:
-    """The format by its magic bytes; names lie. Raises: Rejected."""
+# -- Decoding --------------------------------------------------------------------------------------------------------
+
+
+def detect_format(data: bytes) -> str:
+    """Return the key in `FORMATS` by the file's first bytes, since file names can be wrong. Raises: Rejected."""
     if not data:
         raise Rejected("picture_empty")
-    if data[:3] == b"\xff\xd8\xff":
-        return "jpg"
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return "png"
-    if data[:6] in (b"GIF87a", b"GIF89a"):
-        return "gif"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    if data[:2] == b"BM":
-        return "bmp"
-    if data[:4] in (b"II*\x00", b"MM\x00*"):
-        return "tiff"
+    for name, image_format in FORMATS.items():
+        if image_format.magic.match(data):
+            return name
     raise Rejected("picture_unknown_format", f"starts with {data[:8]!r}")
 
 
-def decode_rgb(data: bytes, most: int = MAX_PIXELS) -> Pixels:
-    """[h, w, 3], of at most so many pixels. Raises: Rejected."""
-    kind = detect_format(data)
-    if kind == "jpg" and (pixels := _plain_jpeg(data, most)) is not None:
+def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """Decode an image file to RGB [h, w, 3]. Raises: Rejected if it is damaged or has more than `max_pixels`."""
+    name = detect_format(data)
+    if name == "jpg" and (pixels := _decode_plain_jpeg(data, max_pixels)) is not None:
         return pixels
+    image_format = FORMATS[name]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of oddities in files that it reads well
-            with Image.open(io.BytesIO(data), formats=[_PIL_FORMATS[kind]]) as picture:
-                _guard_size(picture, int(most / WEBP_FACTOR) if kind == "webp" else most)
-                return _by_pillow(picture)
+            warnings.simplefilter("ignore")  # Pillow warns about oddities in files that it decodes correctly
+            with Image.open(io.BytesIO(data), formats=[image_format.pillow]) as image:
+                _check_pixel_count(image, int(max_pixels / image_format.memory_per_pixel))
+                return _decode_with_pillow(image)
     except (Rejected, MemoryError):
         raise
-    except Exception as error:  # what decoders raise for broken bytes has no common class
-        said = _ADDRESS.sub("", str(error))
-        reason = "picture_truncated" if any(sign in said.lower() for sign in _TRUNCATED) else "picture_corrupt"
-        raise Rejected(reason, f"{kind}: {said}") from None
+    except Exception as error:  # decoders have no common base class for errors
+        message = _OBJECT_ADDRESS.sub("", str(error))
+        truncated = any(sign in message.lower() for sign in _TRUNCATED)
+        raise Rejected("picture_truncated" if truncated else "picture_corrupt", f"{name}: {message}") from None
 
 
-def _plain_jpeg(data: bytes, most: int) -> Pixels | None:
-    """None for all that is odd in the least: Pillow takes it, and says what is wrong with it."""
-    if simplejpeg is None or any(sign in data for sign in _TURNS):
+def _decode_plain_jpeg(data: bytes, max_pixels: int) -> Pixels | None:
+    """Decode with simplejpeg. Return None for any unusual or damaged file, because Pillow reports errors better."""
+    if simplejpeg is None or any(mark in data for mark in _ORIENTATION_MARKS):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if colours not in ("YCbCr", "RGB") or height * width > most:
+        if colours not in ("YCbCr", "RGB") or height * width > max_pixels:
             return None
         return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True)
     except MemoryError:
         raise
-    except Exception:  # a KeyError for samplings that it has no name for, and who knows what else
+    except Exception:  # not only ValueError: an unknown chroma subsampling raises KeyError
         return None
 
 
-def _by_pillow(picture: Image.Image) -> Pixels:
-    """Strip by strip: conversions of a whole picture would hold it several times over."""
-    picture.load()
-    ImageOps.exif_transpose(picture, in_place=True)
-    width, height = picture.size
+def _decode_with_pillow(image: Image.Image) -> Pixels:
+    """Decode and convert in strips, because converting a whole image would hold several copies of it in memory."""
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    width, height = image.size
     pixels = np.empty((height, width, 3), np.uint8)
     rows = max(1, STRIP_PIXELS // width)
     for top in range(0, height, rows):
-        strip = picture.crop((0, top, width, min(top + rows, height)))
+        strip = image.crop((0, top, width, min(top + rows, height)))
         pixels[top : top + rows] = np.asarray(_to_rgb(strip))
     return pixels
 
 
-def _guard_size(picture: Image.Image, most: int) -> None:
-    width, height = picture.size
-    if width * height > most:
-        raise Rejected("picture_too_large", f"{width}×{height} pixels, at most {most} are decoded")
+def _check_pixel_count(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise Rejected("picture_too_large", f"{width}×{height} pixels, at most {max_pixels} are decoded")
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode == "RGB" and "transparency" not in picture.info:
-        return picture
-    if picture.mode in _SIXTEEN_BITS or picture.mode == "I":
-        picture = _eight_bits(picture)
-    if picture.mode == "F":
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode in _SIXTEEN_BIT_MODES or image.mode == "I":
+        image = _to_eight_bits(image)
+    if image.mode == "F":
         raise Rejected("picture_unsupported_pixels", "floating-point pixels")
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        return _on_white(picture.convert("RGBA"))
-    return picture.convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        return _blend_with_white(image.convert("RGBA"))
+    return image.convert("RGB")
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    values = np.asarray(picture)
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
     if values.min() < 0 or values.max() > 0xFFFF:
         raise Rejected("picture_unsupported_pixels", f"values from {values.min()} to {values.max()}")
     levels = (values.astype(np.uint16) // 257).astype(np.uint8)
-    if isinstance(transparent := picture.info.get("transparency"), int):
+    if isinstance(transparent := image.info.get("transparency"), int):
         levels[values == transparent] = 255
     return Image.fromarray(levels)
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
-    page = Image.new("RGB", picture.size, "white")
-    page.paste(picture, mask=picture.getchannel("A"))
-    return page
+def _blend_with_white(image: Image.Image) -> Image.Image:
+    background = Image.new("RGB", image.size, "white")
+    background.paste(image, mask=image.getchannel("A"))
+    return background
+
+
+# -- Resizing --------------------------------------------------------------------------------------------------------
+
+
+def resize_to_square(pixels: Pixels, image_px: int) -> Pixels:
+    """Resize [h, w, 3] to [image_px, image_px, 3]. The aspect ratio is not kept."""
+    import torch  # imported here because it takes 0.5 GB, which planning and verifying do not need
+    from torch.nn.functional import interpolate
+
+    height, width, _ = pixels.shape
+    if height == width == image_px:
+        return pixels
+    image = torch.from_numpy(np.require(pixels, requirements="W"))[None].permute(0, 3, 1, 2)  # [1, 3, h, w]
+    if _columns_first(height, width, image_px):
+        image = interpolate(image, (image_px, width), mode="bicubic", antialias=True)
+    image = interpolate(image, (image_px, image_px), mode="bicubic", antialias=True)
+    return image[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def _columns_first(height: int, width: int, image_px: int) -> bool:
+    """Return whether Pillow 13 filters columns before rows. The order matters because each pass rounds and clips."""
+    return height > image_px and height - image_px > 2 * (width - image_px)
+
+
+# -- Encoding --------------------------------------------------------------------------------------------------------
 
 
 def encode_jpeg(pixels: Pixels) -> bytes:
-    """Without chroma subsampling: patches are small, and colours are asked about."""
+    """Encode as JPEG without chroma subsampling, because patches are small and questions ask about colours."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()
 
 
 def encode_raw(pixels: Pixels) -> bytes:
+    """Encode as an .npy file."""
     buffer = io.BytesIO()
     np.save(buffer, pixels, allow_pickle=False)
     return buffer.getvalue()
 
 
-@functools.cache
-def codec_versions() -> str:
-    """The packages that decide a stored picture's bytes: others may differ by a level here and there."""
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("pillow", "torch"))
-
-
 def encode_stored_image(data: bytes, image_px: int, encoding: str) -> tuple[bytes, str]:
-    """What a shard keeps of a picture file, and the name of its format. Raises: Rejected."""
-    pixels = decode_rgb(data, MAX_WORKER_PIXELS)
+    """Convert an image file to what a shard stores: file content and format name. Raises: Rejected."""
+    pixels = decode_rgb(data, max_pixels=MAX_WORKER_PIXELS)
     if encoding == "original":
         return data, detect_format(data)
     if encoding == "raw":
@@ -178,42 +223,32 @@ def encode_stored_image(data: bytes, image_px: int, encoding: str) -> tuple[byte
     return encode_jpeg(resize_to_square(pixels, image_px)), "jpg"
 
 
-def read_image_file(path: Path, image_px: int) -> Pixels:
-    """uint8 [h, w, 3] of a picture file, as a model that was trained on a set of JPEGs saw its own.
-
-    Raises: UserError if the file is no picture.
-    """
-    try:
-        return decode_rgb(encode_jpeg(resize_to_square(decode_rgb(path.read_bytes()), image_px)))
-    except OSError as error:
-        raise UserError(f"picture {path} cannot be read: {error.strerror}") from None
-    except Rejected as error:
-        raise UserError(f"picture {path} cannot be used: {REASONS[error.reason]} ({error.detail})") from None
-
-
 def decode_stored_image(data: bytes, image_px: int | None = None) -> Pixels:
-    """uint8 [h, w, 3] of what `encode_stored_image` returned; originals need `image_px`, to be squashed."""
+    """Inverse of `encode_stored_image`: return RGB [h, w, 3]. Pass `image_px` to resize images stored as originals."""
     if data[:6] == b"\x93NUMPY":
         return np.load(io.BytesIO(data), allow_pickle=False)
     pixels = decode_rgb(data)
     return pixels if image_px is None else resize_to_square(pixels, image_px)
 
 
-def resize_to_square(pixels: Pixels, image_px: int) -> Pixels:
-    """[h, w, 3] -> [image_px, image_px, 3]; the aspect ratio is not kept."""
-    import torch  # here: half a gigabyte that only those who make pictures need
-    from torch.nn.functional import interpolate
-
-    height, width, _ = pixels.shape
-    if height == width == image_px:
-        return pixels
-    picture = torch.from_numpy(np.require(pixels, requirements="W"))[None].permute(0, 3, 1, 2)  # [1, 3, h, w]
-    if _columns_first(height, width, image_px):
-        picture = interpolate(picture, (image_px, width), mode="bicubic", antialias=True)
-    picture = interpolate(picture, (image_px, image_px), mode="bicubic", antialias=True)
-    return picture[0].permute(1, 2, 0).contiguous().numpy()
+@functools.cache
+def codec_versions() -> str:
+    """Return the versions of the packages that determine a stored image's bytes. Other versions can differ slightly."""
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("pillow", "torch"))
 
 
-def _columns_first(height: int, width: int, image_px: int) -> bool:
-    """Whether Pillow 13 filters columns before rows. Levels are rounded and clipped in between, so the order shows."""
-    return height > image_px and height - image_px > 2 * (width - image_px)
+# -- Inference -------------------------------------------------------------------------------------------------------
+
+
+def read_image_file(path: Path, image_px: int) -> Pixels:
+    """Load an image file as the model saw images in training from JPEG shards: uint8 [image_px, image_px, 3].
+
+    Raises:
+        UserError: If the file cannot be read or is not an image.
+    """
+    try:
+        return decode_rgb(encode_jpeg(resize_to_square(decode_rgb(path.read_bytes()), image_px)))
+    except OSError as error:
+        raise UserError(f"image {path} cannot be read: {error.strerror}") from None
+    except Rejected as error:
+        raise UserError(f"image {path} cannot be used: {REASONS[error.reason]} ({error.detail})") from None

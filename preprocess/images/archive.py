@@ -1,0 +1,126 @@
+"""Zip and tar archives that hold the images of a folder, read without unpacking them."""
+
+from __future__ import annotations
+
+import functools
+import posixpath
+import tarfile
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import IO
+
+from model.errors import UserError
+from preprocess.rejects import Rejected
+from preprocess.remote_path import AnyPath
+
+MAX_LINKS = 8
+
+
+class Archive:
+    """An archive that replaces `folder`. Paths are relative to the root of the raw data, as image paths are.
+
+    Raises: UserError if the archive is damaged.
+    """
+
+    def __init__(self, path: AnyPath, folder: str) -> None:
+        self.path, self.folder = path, PurePosixPath(folder)
+        file = path.open("rb")
+        try:
+            self._contents: _Zip | _Tar = _Zip(file) if zipfile.is_zipfile(file) else _Tar(file)
+        except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+            file.close()
+            raise UserError(f"image archive {path} is damaged ({error}); download it again") from None
+
+    def find(self, path: str) -> str | None:
+        """Return the name of the member that holds the image, or None if there is none.
+
+        The archive may hold the folder's content with or without the folder itself.
+        """
+        inside = PurePosixPath(path).relative_to(self.folder)
+        candidates = (str(inside), str(self.folder.name / inside), f"./{inside}")
+        names = (spelling for candidate in candidates for spelling in unicode_spellings(candidate))
+        return next((name for name in names if name in self._contents.members), None)
+
+    def size(self, member: str) -> int:
+        return self._contents.size(member)
+
+    def read(self, member: str) -> bytes:
+        """Raises: Rejected if the member is damaged; OSError if reading failed."""
+        try:
+            return self._contents.read(member)
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            raise Rejected("picture_corrupt", f"in {self.path.name}: {error}") from None
+
+
+@functools.lru_cache(maxsize=64)
+def open_archive(path: AnyPath, folder: str) -> Archive:
+    """Open an archive once per process, because listing the members of a large one takes seconds."""
+    return Archive(path, folder)
+
+
+def unicode_spellings(path: str) -> list[str]:
+    """Return the path as written, and with its accents composed (NFC) and decomposed (NFD), without duplicates."""
+    return list(dict.fromkeys([path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path)]))
+
+
+class _Zip:
+    def __init__(self, file: IO[bytes]) -> None:
+        self._zip = zipfile.ZipFile(file)
+        self.members = {_decoded_name(member): member for member in self._zip.infolist()}
+
+    def read(self, name: str) -> bytes:
+        return self._zip.read(self.members[name])
+
+    def size(self, name: str) -> int:
+        return self.members[name].file_size
+
+
+def _decoded_name(member: zipfile.ZipInfo) -> str:
+    """Decode the name as UTF-8 if possible: macOS writes UTF-8 without the flag, and zipfile then assumes cp437."""
+    if member.flag_bits & 0x800 or member.filename.isascii():
+        return member.filename
+    try:
+        return member.filename.encode("cp437").decode()
+    except UnicodeError:
+        return member.filename
+
+
+class _Tar:
+    """Offsets and sizes of the members of an uncompressed tar. Names are normalised; links point to their targets."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        file.seek(0)
+        self.members: dict[str, tuple[int, int]] = {}  # name -> size, offset
+        links: dict[str, str] = {}
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                name = posixpath.normpath(member.name)
+                if member.isfile():
+                    self.members[name] = member.size, member.offset_data
+                    links.pop(name, None)  # the last member of a name replaces earlier ones
+                elif member.islnk():
+                    links[name] = posixpath.normpath(member.linkname)
+                elif member.issym():
+                    links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+        targets = _resolve_links(links)
+        self.members |= {link: self.members[name] for link, name in targets.items() if name in self.members}
+
+    def read(self, name: str) -> bytes:
+        size, offset = self.members[name]
+        self._file.seek(offset)
+        return self._file.read(size)
+
+    def size(self, name: str) -> int:
+        return self.members[name][0]
+
+
+def _resolve_links(links: Mapping[str, str]) -> dict[str, str]:
+    """Return each link's target after following at most MAX_LINKS links, so that circular links end, too."""
+    targets = dict(links)
+    for _ in range(MAX_LINKS):
+        targets = {link: links.get(name, name) for link, name in targets.items()}
+    return targets
