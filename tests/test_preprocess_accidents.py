@@ -23,7 +23,7 @@ from preprocess import build_shards
 from tests.programs import soak_shards
 from tests.support.golden_tokenizer import gpt_neox
 from tests.support.launch import run_python
-from tests.support.ray_head import RayHead, ray_head, wait_until, workers_below
+from tests.support.ray_cluster import RayCluster, ray_cluster, wait_until, workers_of_node
 from tests.support.shard_builds import arguments, build_in_process, contents, dialogue_row, write_mix
 
 SCRIPT = "preprocess/build_shards.py"
@@ -33,9 +33,9 @@ STOPPED = "stopped; what is finished is kept, and the same command goes on from 
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[RayHead]:
-    with ray_head() as head:
-        yield head
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    with ray_cluster(tmp_path_factory.mktemp("ray")) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -91,18 +91,18 @@ def finish(driver: subprocess.Popen[str]) -> str:
 
 
 def test_a_killed_worker_is_replaced_and_monitors_are_told_how_far_the_build_is(
-    head: RayHead, root: Path, expected: Path, tmp_path: Path
+    cluster: RayCluster, root: Path, expected: Path, tmp_path: Path
 ) -> None:
     with held_up(root):
-        driver = head.driver(SCRIPT, *command(root, tmp_path / "out"))
+        driver = cluster.driver(SCRIPT, *command(root, tmp_path / "out"))
         told: dict[str, float] = {}
 
         def told_of_all_but_one() -> bool:
-            told.update(head.metrics("ray_emma_"))
+            told.update(cluster.metrics("ray_emma_"))
             return told.get("ray_emma_dialogues_done") == ALL_BUT_ONE * SAMPLES_PER_SHARD
 
         wait_until(told_of_all_but_one, driver)
-        for pid in head.workers("build_shard"):
+        for pid in cluster.workers("build_shard"):
             os.kill(pid, signal.SIGKILL)
     finish(driver)
     assert contents(tmp_path / "out") == contents(expected)
@@ -110,16 +110,16 @@ def test_a_killed_worker_is_replaced_and_monitors_are_told_how_far_the_build_is(
     assert min(told["ray_emma_dialogues_per_s"], told["ray_emma_seconds_left"]) > 0
 
 
-def test_a_picture_that_makes_every_process_crash_is_named(head: RayHead, root: Path, tmp_path: Path) -> None:
+def test_a_picture_that_makes_every_process_crash_is_named(cluster: RayCluster, root: Path, tmp_path: Path) -> None:
     crumb = tmp_path / "out/.work/shard-00029.crumb.tmp"
     with held_up(root):
-        driver = head.driver(SCRIPT, *command(root, tmp_path / "out"))
+        driver = cluster.driver(SCRIPT, *command(root, tmp_path / "out"))
         wait_for_shards(driver, tmp_path / "out", ALL_BUT_ONE)  # so that nobody else is killed
         for death in range(4):
             wait_until(lambda: crumb.exists() and "590.jpg" in crumb.read_text(), driver)
             if death < 3:
                 crumb.unlink()
-            for pid in head.workers("build_shard"):
+            for pid in cluster.workers("build_shard"):
                 os.kill(pid, signal.SIGSEGV)
         said, _ = driver.communicate(timeout=60)
     assert driver.returncode == build_shards.EXIT_USER_ERROR, said
@@ -142,53 +142,53 @@ def test_processes_that_are_killed_for_memory_are_not_started_for_ever(tmp_path:
     assert "the machine's memory is full: give fewer --workers" in done.stderr.splitlines()[-1]
 
 
-def test_a_machine_that_leaves_is_done_without(head: RayHead, root: Path, expected: Path, tmp_path: Path) -> None:
-    node = head.add_node()
+def test_a_machine_that_leaves_is_done_without(cluster: RayCluster, root: Path, expected: Path, tmp_path: Path) -> None:
+    node = cluster.add_node()
     with held_up(root):
-        driver = head.driver(SCRIPT, *command(root, tmp_path / "out"))
-        wait_until(lambda: workers_below(node, "build_shard"), driver)
-        head.lose_node(node)
+        driver = cluster.driver(SCRIPT, *command(root, tmp_path / "out"))
+        wait_until(lambda: workers_of_node(node, "build_shard"), driver)
+        cluster.lose_node(node)
         wait_for_shards(driver, tmp_path / "out", ALL_BUT_ONE)
     finish(driver)
     assert contents(tmp_path / "out") == contents(expected)
 
 
-def test_a_killed_build_goes_on_where_it_was(head: RayHead, root: Path, expected: Path, tmp_path: Path) -> None:
+def test_a_killed_build_goes_on_where_it_was(cluster: RayCluster, root: Path, expected: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with held_up(root):
-        driver = head.driver(SCRIPT, *command(root, out))
+        driver = cluster.driver(SCRIPT, *command(root, out))
         wait_for_shards(driver, out, ALL_BUT_ONE)
         driver.kill()
         driver.communicate()
-        wait_until(lambda: not head.workers("build_shard"))  # Ray ends the tasks of a dead driver
+        wait_until(lambda: not cluster.workers("build_shard"))  # Ray ends the tasks of a dead driver
     (out / f"shard-00029.tar.{uuid.uuid4().hex}.tmp").write_text("left by a killed worker")
     finished = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.json")}
     assert not (out / "manifest.json").exists()
-    said = finish(head.driver(SCRIPT, *command(root, out)))
+    said = finish(cluster.driver(SCRIPT, *command(root, out)))
     assert contents(out) == contents(expected)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished shards were built again"
     assert f"{len(finished) * SAMPLES_PER_SHARD}/{NUM_ROWS} dialogues" in said
 
 
-def test_a_stopped_job_goes_on_where_it_was(head: RayHead, root: Path, expected: Path, tmp_path: Path) -> None:
+def test_a_stopped_job_goes_on_where_it_was(cluster: RayCluster, root: Path, expected: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = command(root, out, workers=1)
     with held_up(root):
-        head.submit("submit", "--no-wait", "--submission-id", "stopped", "--", SCRIPT, *words)
+        cluster.submit("submit", "--no-wait", "--submission-id", "stopped", "--", SCRIPT, *words)
         wait_until(lambda: list(out.glob("shard-*.json")))
-        assert head.submit("stop", "stopped").returncode == 0
-    assert STOPPED in head.submit("logs", "stopped").stdout
-    assert head.statuses().count("STOPPED") == 1
+        assert cluster.submit("stop", "stopped").returncode == 0
+    assert STOPPED in cluster.submit("logs", "stopped").stdout
+    assert cluster.statuses().count("STOPPED") == 1
     finished = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.json")}
     assert not (out / "manifest.json").exists()
-    assert head.submit("submit", "--", SCRIPT, *words).returncode == 0
+    assert cluster.submit("submit", "--", SCRIPT, *words).returncode == 0
     assert contents(out) == contents(expected)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished shards were built again"
 
 
-def test_an_interrupted_build_says_that_it_can_run(head: RayHead, root: Path, tmp_path: Path) -> None:
+def test_an_interrupted_build_says_that_it_can_run(cluster: RayCluster, root: Path, tmp_path: Path) -> None:
     with held_up(root):
-        driver = head.driver(SCRIPT, *command(root, tmp_path / "out"))
+        driver = cluster.driver(SCRIPT, *command(root, tmp_path / "out"))
         wait_for_shards(driver, tmp_path / "out", 1)
         driver.send_signal(signal.SIGINT)
         said, _ = driver.communicate(timeout=60)
@@ -199,12 +199,14 @@ def test_an_interrupted_build_says_that_it_can_run(head: RayHead, root: Path, tm
 
 
 @pytest.mark.parametrize("where", ["in this process", "on a Ray of its own", "on a cluster"])
-def test_a_terminated_build_ends_as_an_interrupted_one(head: RayHead, root: Path, tmp_path: Path, where: str) -> None:
+def test_a_terminated_build_ends_as_an_interrupted_one(
+    cluster: RayCluster, root: Path, tmp_path: Path, where: str
+) -> None:
     out = tmp_path / "out"
     own = {"RAY_ADDRESS": ""} if where == "on a Ray of its own" else {}
     words = command(root, out, workers=0) if where == "in this process" else command(root, out)
     with held_up(root):
-        driver = head.driver(SCRIPT, *words, **own)
+        driver = cluster.driver(SCRIPT, *words, **own)
         wait_for_shards(driver, out, 1)
         driver.terminate()
         said, _ = driver.communicate(timeout=60)

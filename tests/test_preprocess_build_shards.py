@@ -17,7 +17,7 @@ from preprocess.shards.manifest import Manifest, load_index
 from preprocess.shards.verify import verify
 from tests.support.golden_tokenizer import gpt_neox
 from tests.support.launch import run_python
-from tests.support.ray_head import RayHead, ray_head
+from tests.support.ray_cluster import RayCluster, ray_cluster
 from tests.support.shard_builds import PHOTOGRAPHS, arguments, build_in_process, contents, dialogue_row, write_mix
 
 SCRIPT = "preprocess/build_shards.py"
@@ -47,9 +47,9 @@ def expected(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[RayHead]:
-    with ray_head() as head:
-        yield head
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    with ray_cluster(tmp_path_factory.mktemp("ray")) as cluster:
+        yield cluster
 
 
 def command(root: Path, out: Path, **options: Any) -> list[str]:
@@ -59,14 +59,16 @@ def command(root: Path, out: Path, **options: Any) -> list[str]:
 # -- The same bytes --------------------------------------------------------------------------------------------------
 
 
-def test_both_ways_of_submitting_build_the_same_set(head: RayHead, root: Path, expected: Path, tmp_path: Path) -> None:
-    uploaded = head.submit("submit", "--working-dir", ".", "--", "python", SCRIPT, *command(root, tmp_path / "a"))
+def test_both_ways_of_submitting_build_the_same_set(
+    cluster: RayCluster, root: Path, expected: Path, tmp_path: Path
+) -> None:
+    uploaded = cluster.submit("submit", "--working-dir", ".", "--", "python", SCRIPT, *command(root, tmp_path / "a"))
     assert uploaded.returncode == 0, uploaded.stdout + uploaded.stderr
-    bare = head.submit("submit", "--", SCRIPT, *command(root, tmp_path / "b", workers=1))
+    bare = cluster.submit("submit", "--", SCRIPT, *command(root, tmp_path / "b", workers=1))
     assert bare.returncode == 0, bare.stdout + bare.stderr
     assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(expected)
     assert "rejected       1  photographs: picture_missing" in uploaded.stdout
-    assert head.statuses() == ["SUCCEEDED", "SUCCEEDED"]
+    assert cluster.statuses() == ["SUCCEEDED", "SUCCEEDED"]
 
 
 def test_eight_workers_build_the_same_set(root: Path, expected: Path, tmp_path: Path) -> None:
@@ -75,13 +77,13 @@ def test_eight_workers_build_the_same_set(root: Path, expected: Path, tmp_path: 
     assert contents(tmp_path / "out") == contents(expected)
 
 
-def test_a_failed_build_fails_its_job(head: RayHead, root: Path, tmp_path: Path) -> None:
-    done = head.submit("submit", "--", SCRIPT, *command(root, tmp_path / "out", max_reject_ratio=0.001))
+def test_a_failed_build_fails_its_job(cluster: RayCluster, root: Path, tmp_path: Path) -> None:
+    done = cluster.submit("submit", "--", SCRIPT, *command(root, tmp_path / "out", max_reject_ratio=0.001))
     assert done.returncode == 1
     assert "more rows were rejected than --max-reject-ratio 0.001 allows: photographs 0.42% (1 of 240" in done.stdout
     assert "exit code 3" in done.stdout + done.stderr
     assert not (tmp_path / "out/manifest.json").exists()
-    assert head.statuses().count("FAILED") == 1
+    assert cluster.statuses().count("FAILED") == 1
 
 
 # -- Accidents -------------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from model.errors import UserError, run_cli
-from pipeline.demo.processes import Commands, kill_family, ray_head
+from pipeline.demo.processes import Commands, kill_family
+from pipeline.demo.ray_head import ray_head
 from pipeline.demo.report import SHEET_COLUMNS, Results, sample_answers, summary, table
 from pipeline.evaluate import Question, ask, commonest_answers, read_questions, shuffle_images
 from pipeline.generate import load
@@ -128,13 +129,14 @@ def build_shards(commands: Commands, places: Places) -> float:
     program: list[str | Path] = ["python", "preprocess/build_shards.py", MIX, "--model", MODEL]
     program += ["--root", places.raw, "--out", places.shards, "--tokenizer", places.raw / TOKENIZER]
     program += ["--samples-per-shard", str(SAMPLES_PER_SHARD)]
-    with ray_head(places.logs) as environment:
+    print("  $ ray start --head --block …", flush=True)
+    with ray_head(places.logs / "ray_head.log") as head:
         began = time.monotonic()
         submit = ["ray", "job", "submit", "--submission-id", JOB, "--working-dir", ".", "--", *program]
-        commands.run("ray_job", submit, keep=lambda line: not RAY_NOISE.search(line), **environment)
+        commands.run("ray_job", submit, keep=lambda line: not RAY_NOISE.search(line), **head.environment)
         job_s = time.monotonic() - began
         # A job that was stopped leaves `submit` without an error; its status tells.
-        status = commands.run("ray_status", ["ray", "job", "status", JOB], keep=lambda _: False, **environment)
+        status = commands.run("ray_status", ["ray", "job", "status", JOB], keep=lambda _: False, **head.environment)
     if not any("succeeded" in line for line in status):
         raise UserError(f"the Ray job did not succeed; {places.logs} tells more")
     print("  the job succeeded; rows that it rejected:")

@@ -1,17 +1,14 @@
-"""The programs that the demo runs, as a user would type them: commands, a Ray head, a training that is killed."""
+"""Helpers to run commands as a user would type them, kill a process with its children, and find free ports."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-import secrets
-import shutil
-import signal
+import random
 import socket
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -19,9 +16,6 @@ import psutil
 
 from model.errors import UserError
 from pipeline.engine import REPOSITORY
-
-RAY_START_S, RAY_STOP_S = 90, 15
-OBJECT_STORE_BYTES = 200_000_000
 
 Words = Sequence[str | Path]
 
@@ -109,73 +103,16 @@ def kill_family(pid: int) -> int:
     return 1 + len(children)
 
 
-# -- Ray ---------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def ray_head(logs: Path) -> Iterator[dict[str, str]]:
-    """A Ray head with a job server, on free ports; the environment in which `ray job` finds it.
-
-    It is ended by its own process id: `ray stop` would end every Ray of the host.
-    """
-    scratch = tempfile.mkdtemp(prefix="emma-", dir="/tmp")  # short: the paths of Ray's sockets may have 107 characters
-    port, dashboard, client, agent = free_ports(4)
-    options: dict[str, str | int] = {"port": port, "dashboard-port": dashboard, "ray-client-server-port": client}
-    options |= {"dashboard-agent-listen-port": agent, "min-worker-port": 0, "max-worker-port": 0}
-    options |= {"object-store-memory": OBJECT_STORE_BYTES, "temp-dir": scratch, "log-color": "false"}
-    flags = [f"--{name}={value}" for name, value in options.items()]
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    log = logs / "ray_head.log"
-    with log.open("w", encoding="utf-8") as file:
-        print("  $ ray start --head --block …", flush=True)
-        head = subprocess.Popen(
-            ["ray", "start", "--head", "--block", "--disable-usage-stats", *flags],
-            cwd=REPOSITORY,
-            env={name: value for name, value in with_our_programs(token).items() if name != "RAY_ADDRESS"},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    environment = {**token, "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-    try:
-        _wait_for_jobs(head, environment, log)
-        yield environment
-    finally:
-        _end(head)
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _wait_for_jobs(head: subprocess.Popen[bytes], environment: Mapping[str, str], log: Path) -> None:
-    deadline = time.monotonic() + RAY_START_S
-    while not _answers(environment):
-        if head.poll() is not None or time.monotonic() > deadline:
-            state = "ended" if head.poll() is not None else f"does not answer after {RAY_START_S} s"
-            raise UserError(f"the Ray head {state}; {log} tells more")
-        time.sleep(0.5)
-
-
-def _answers(environment: Mapping[str, str]) -> bool:
-    asked = ["ray", "job", "list"]
-    done = subprocess.run(asked, env=with_our_programs(environment), capture_output=True, check=False)
-    return done.returncode == 0
-
-
-def _end(head: subprocess.Popen[bytes]) -> None:
-    family = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
-    head.send_signal(signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        head.wait(timeout=RAY_STOP_S)
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    head.kill()
-    head.wait()
-
-
 def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens on, all different."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Return different free ports below the ephemeral range, which any connection may take before a server does."""
+    candidates = random.sample(range(10_000, 20_000), 10_000)
+    return list(itertools.islice(filter(_is_free, candidates), count))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as listener:
+        try:
+            listener.bind(("", port))
+        except OSError:
+            return False
+    return True

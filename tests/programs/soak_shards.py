@@ -30,7 +30,7 @@ from skimage import data as photographs
 from preprocess.build_shards import EXIT_USER_ERROR
 from tests.support.golden_tokenizer import gpt_neox
 from tests.support.launch import run_python
-from tests.support.ray_head import RayHead, ray_head, wait_until
+from tests.support.ray_cluster import RayCluster, ray_cluster, wait_until
 from tests.support.shard_builds import arguments, build_in_process, write_mix
 
 NAMES = ("astronaut", "camera", "chelsea", "coffee", "rocket", "text")
@@ -61,27 +61,27 @@ def finished(out: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.json")}
 
 
-def kill(victim: str, head: RayHead, driver: subprocess.Popen[str]) -> bool:
+def kill(victim: str, cluster: RayCluster, driver: subprocess.Popen[str]) -> bool:
     """Whether somebody was hit who lived, while the build did."""
     if driver.poll() is not None:
         return False
     if victim == "worker":
-        return kill_workers(head, driver)
+        return kill_workers(cluster, driver)
     if victim == "node":
-        node = head.nodes[0]
+        node = cluster.nodes[0]
         lived = node.poll() is None
-        head.lose_node(node)
+        cluster.lose_node(node)
         return lived
     if victim == "head":
-        head.kill()  # the driver would wait for it until its patience ends
+        cluster.head.kill()  # the driver would wait for it until its patience ends
     driver.kill()
     return driver.wait() == -signal.SIGKILL
 
 
-def kill_workers(head: RayHead, driver: subprocess.Popen[str]) -> bool:
+def kill_workers(cluster: RayCluster, driver: subprocess.Popen[str]) -> bool:
     """Waits for some to be at work: between two shards, and while Ray starts, there are none."""
     while driver.poll() is None:
-        if sum(map(hit_living, head.workers("build_shard"))):
+        if sum(map(hit_living, cluster.workers("build_shard"))):
             return True
         time.sleep(0.02)
     return False
@@ -98,15 +98,15 @@ def hit_living(pid: int) -> bool:
     return True
 
 
-def one_life(head: RayHead, command: list[str], victim: str, after_s: float) -> tuple[bool, bool]:
+def one_life(cluster: RayCluster, command: list[str], victim: str, after_s: float) -> tuple[bool, bool]:
     """Whether the build reached its end, and whether somebody was killed before."""
-    driver = head.driver("preprocess/build_shards.py", *command)
+    driver = cluster.driver("preprocess/build_shards.py", *command)
     with contextlib.suppress(subprocess.TimeoutExpired):
         driver.wait(timeout=after_s)
-    hit = kill(victim, head, driver)
+    hit = kill(victim, cluster, driver)
     said, _ = driver.communicate(timeout=300)
     assert driver.returncode == (-signal.SIGKILL if hit and victim not in SURVIVED else 0), said
-    wait_until(lambda: not head.workers("build_shard"))
+    wait_until(lambda: not cluster.workers("build_shard"))
     return driver.returncode == 0, hit
 
 
@@ -130,12 +130,12 @@ def one_build(out: Path, command: list[str], rng: random.Random, killed: Counter
     """From nothing to the end, however many lives that takes. A new head for each one that is killed."""
     done, seen = False, dict[str, int]()
     while not done:
-        with ray_head() as head:
-            while not done and head.process.poll() is None:
-                if not head.nodes:
-                    head.add_node()
+        with ray_cluster(out.parent) as cluster:
+            while not done and cluster.head_is_alive:
+                if not cluster.nodes:
+                    cluster.add_node()
                 victim = min(rng.sample(VICTIMS, len(VICTIMS)), key=lambda name: killed[name])
-                done, hit = one_life(head, command, victim, rng.uniform(2.0, 9.0))
+                done, hit = one_life(cluster, command, victim, rng.uniform(2.0, 9.0))
                 again = {name for name, at in seen.items() if finished(out).get(name) != at}
                 assert not again, f"built again: {again}"
                 seen = finished(out)

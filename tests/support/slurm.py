@@ -6,11 +6,9 @@ No systemd, no root, no fixed port: the daemons live in a folder of their own an
 from __future__ import annotations
 
 import getpass
-import itertools
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
+
+from pipeline.demo.processes import free_ports
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
@@ -216,18 +216,3 @@ def wait_until(condition: Callable[[], T | None], what: str, timeout_s: float = 
             return value
         time.sleep(POLL_S)
     raise AssertionError(f"waited {timeout_s:.0f} s in vain for {what}")
-
-
-def free_ports(count: int) -> list[int]:
-    """Below the ephemeral ones, which any connection may take before a daemon does, and below training's and Ray's."""
-    anywhere = random.sample(range(10_000, 20_000), 10_000)
-    return list(itertools.islice(filter(_is_free, anywhere), count))
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as listener:
-        try:
-            listener.bind(("", port))
-        except OSError:
-            return False
-    return True

@@ -1,0 +1,132 @@
+"""A real Ray cluster for tests: the demo's Ray head, more nodes that tests can kill, and programs that run on it."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+
+from pipeline.demo import ray_head as demo
+from pipeline.demo.processes import free_ports, kill_family, with_our_programs
+from tests.support.launch import REPOSITORY
+
+NODE_CPUS = 2
+START_S, PATIENCE_S = 60, 120
+NODE_OPTIONS: demo.Options = {"num-cpus": NODE_CPUS, "object-store-memory": 100_000_000}
+FAST_REPORTS = {"RAY_health_check_period_ms": "500", "RAY_metrics_report_interval_ms": "500"}
+
+
+class RayCluster:
+    """A head and its additional nodes."""
+
+    def __init__(self, head: demo.RayHead) -> None:
+        self.head = head
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        self.environment = with_our_programs(head.environment)
+
+    @property
+    def head_is_alive(self) -> bool:
+        return self.head.process.poll() is None
+
+    def add_node(self) -> subprocess.Popen[bytes]:
+        """Start a node that Ray takes for a second machine, and wait until Ray counts its CPUs."""
+        agent, metrics = free_ports(2)
+        ports = {"dashboard-agent-listen-port": agent, "metrics-export-port": metrics}
+        self.nodes.append(self.head.start_node(f"--address=127.0.0.1:{self.head.port}", {**NODE_OPTIONS, **ports}))
+        too_few = f"ray.cluster_resources().get('CPU', 0) < {NODE_CPUS * (1 + len(self.nodes))}"
+        program = f"import ray, time; ray.init('127.0.0.1:{self.head.port}', logging_level='error')\n"
+        waited = self.run(sys.executable, "-c", f"{program}while {too_few}: time.sleep(0.1)", timeout=START_S)
+        assert waited.returncode == 0, waited.stderr
+        return self.nodes[-1]
+
+    def lose_node(self, node: subprocess.Popen[bytes]) -> None:
+        """Kill all processes of a node at once, as a power failure does."""
+        self.nodes.remove(node)
+        kill_family(node.pid)
+        node.wait()
+
+    def submit(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
+        """Run `ray job WORDS` in the checkout."""
+        return self.run("ray", "job", *words)
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """Return the last value of each metric that the head exports, or nothing before its agent listens."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.head.metrics_port}/metrics", timeout=30) as page:
+                lines = [line for line in page.read().decode().splitlines() if line.startswith(prefix)]
+        except OSError:
+            return {}
+        return {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+    def statuses(self) -> list[str]:
+        """Return the status of each job of this cluster."""
+        program = "from ray.job_submission import JobSubmissionClient as Client; "
+        program += "print(*(job.status for job in Client().list_jobs()))"
+        return self.run(sys.executable, "-c", program).stdout.split()
+
+    def run(self, *words: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """Run a command in the checkout that finds this cluster's job server."""
+        return subprocess.run(
+            [str(word) for word in words],
+            cwd=REPOSITORY,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def driver(self, *words: str | Path, **environment: str) -> subprocess.Popen[str]:
+        """Start a Python program on this cluster as a process of its own, so that a test can kill it."""
+        return subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            cwd=REPOSITORY,
+            env={**self.environment, "RAY_ADDRESS": f"127.0.0.1:{self.head.port}", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def workers(self, task: str) -> list[int]:
+        """Return the process ids of all workers that run this Ray task now."""
+        return [pid for node in (self.head.process, *self.nodes) for pid in workers_of_node(node, task)]
+
+
+def workers_of_node(node: subprocess.Popen[bytes], task: str) -> list[int]:
+    """Return the process ids of a node's workers that run this Ray task now."""
+    pids = []
+    for process in psutil.Process(node.pid).children(recursive=True) if node.poll() is None else ():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name().startswith(f"ray::{task}"):
+                pids.append(process.pid)
+    return pids
+
+
+def wait_until(done: Callable[[], object], driver: subprocess.Popen[str] | None = None) -> None:
+    """Wait for a condition. Fail after a time limit, or if the driver ends before."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not done():
+        assert driver is None or driver.poll() is None, f"the build ended too early: {driver.communicate()[0]}"
+        if time.monotonic() > deadline:
+            if driver:
+                driver.kill()
+            raise TimeoutError(f"the condition did not hold within {PATIENCE_S} s")
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def ray_cluster(logs: Path) -> Iterator[RayCluster]:
+    """Start a cluster of one node for the duration of the block."""
+    with demo.ray_head(logs / "ray.log", options=NODE_OPTIONS, settings=FAST_REPORTS) as head:
+        cluster = RayCluster(head)
+        try:
+            yield cluster
+        finally:
+            for node in list(cluster.nodes):
+                cluster.lose_node(node)
