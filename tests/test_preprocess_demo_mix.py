@@ -4,6 +4,7 @@ import itertools
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,12 +23,12 @@ from preprocess.demo.scenes import (
     SHAPES,
     WORDS,
     Scene,
-    centre_of,
+    cell_centre,
     draw_scenes,
     questions,
     render,
 )
-from preprocess.demo.writing import PHOTOGRAPHS
+from preprocess.demo.writing import photograph_dialogues
 from preprocess.images.codec import decode_rgb
 from preprocess.prompts import Tokenizer, load_tokenizer
 
@@ -64,6 +65,10 @@ def held_out(root: Path) -> list[dict]:
     return [json.loads(line) for line in (root / HELD_OUT / QUESTIONS).read_text().splitlines()]
 
 
+def red_scene(**options: Any) -> Scene:
+    return Scene(background=(168, 168, 168), colour="red", paint=COLOURS["red"], jitter=(0, 0), **options)
+
+
 def answers(scene: Scene) -> dict[str, str]:
     return {question.kind: question.answer for question in questions(scene)}
 
@@ -75,7 +80,7 @@ def painted(scene: Scene) -> np.ndarray:
 
 def share_painted(scene: Scene, row: int, column: int) -> float:
     """Of the pixels within the cell's largest shape."""
-    x, y = map(round, centre_of(scene, (row, column)))
+    x, y = map(round, cell_centre(scene, (row, column)))
     half = CELL_PX // 2
     return float(painted(scene)[y - half : y + half, x - half : x + half].mean())
 
@@ -112,16 +117,13 @@ def test_a_count_is_the_number_of_cells_and_a_position_the_place_of_the_only_one
 
 
 def test_every_shape_looks_different() -> None:
-    pictures = [
-        render(Scene((168, 168, 168), "red", COLOURS["red"], (0, 0), shape, 24, ((1, 1),))).tobytes()
-        for shape in SHAPES
-    ]
+    pictures = [render(red_scene(shape=shape, radius=24, cells=((1, 1),))).tobytes() for shape in SHAPES]
     assert len(set(pictures)) == len(SHAPES)
 
 
 def test_a_printed_word_fits_into_the_picture() -> None:
     for word in WORDS:
-        ink = painted(Scene((168, 168, 168), "red", COLOURS["red"], (0, 0), word=word))
+        ink = painted(red_scene(word=word))
         assert ink.sum() > 2000
         assert not ink[[0, -1]].any()
         assert not ink[:, [0, -1]].any()
@@ -188,7 +190,7 @@ def test_the_real_sets_formats_are_met(root: Path) -> None:
 
 
 def test_the_photographs_are_those_that_ship_with_the_package(root: Path) -> None:
-    for name in PHOTOGRAPHS:
+    for name in photograph_dialogues():
         assert min(decode_rgb((root / "photographs" / name).read_bytes()).shape[:2]) > 100
 
 

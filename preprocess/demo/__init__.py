@@ -1,1 +1,1 @@
-"""The demo's raw data: photographs, rendered scenes, dialogues and damaged rows."""
+"""The demo's raw data: rendered scenes, photographs, dialogues and damaged rows."""

@@ -1,4 +1,4 @@
-"""Rows of the demo's mix that look wrong: a dozen that cannot be used, and some that the builder repairs."""
+"""Damaged rows and image files of the demo's raw data: rows to be rejected, and rows to be repaired."""
 
 from __future__ import annotations
 
@@ -8,14 +8,22 @@ from typing import Any
 
 from preprocess.demo.scenes import Scene, render
 
-FOLDER = "damaged"  # of the picture files, under the root
+FOLDER = "damaged"  # folder of the image files, below the root
 
-RED_CIRCLE = Scene((168, 168, 168), "red", (208, 30, 38), (0, 0), shape="circle", radius=28, cells=((1, 1),))
+RED_CIRCLE = Scene(
+    background=(168, 168, 168),
+    colour="red",
+    paint=(208, 30, 38),
+    jitter=(0, 0),
+    shape="circle",
+    radius=28,
+    cells=((1, 1),),
+)
 
 
-def _encoded(kind: str, mode: str = "RGB") -> bytes:
+def _encoded(pillow_format: str, mode: str = "RGB") -> bytes:
     buffer = io.BytesIO()
-    render(RED_CIRCLE).convert(mode).save(buffer, kind)
+    render(RED_CIRCLE).convert(mode).save(buffer, pillow_format)
     return buffer.getvalue()
 
 
@@ -26,8 +34,8 @@ def _corrupt_png() -> bytes:
 
 
 def write_images(root: Path) -> None:
-    """The picture files that the rows below name, as far as they exist."""
-    pictures = {
+    """Write the image files that the rows below name, except the missing ones."""
+    images = {
         "cmyk.jpg": _encoded("JPEG", "CMYK"),
         "corrupt.png": _corrupt_png(),
         "empty.jpg": b"",
@@ -36,33 +44,33 @@ def write_images(root: Path) -> None:
         "truncated.jpg": _encoded("JPEG")[:900],
     }
     (root / FOLDER).mkdir()
-    for name, data in pictures.items():
+    for name, data in images.items():
         (root / FOLDER / name).write_bytes(data)
 
 
-def _row(row_id: str, picture: str | None, *turns: tuple[str, Any]) -> dict[str, Any]:
-    image = {"image": f"{FOLDER}/{picture}"} if picture else {}
-    return {"id": row_id, **image, "conversations": [{"from": speaker, "value": value} for speaker, value in turns]}
+def _row(row_id: str, image: str | None, *turns: tuple[str, Any]) -> dict[str, Any]:
+    named = {"image": f"{FOLDER}/{image}"} if image else {}
+    return {"id": row_id, **named, "conversations": [{"from": speaker, "value": value} for speaker, value in turns]}
 
 
-_ASKED = ("human", "<image>\nWhat colour is it?")
-_RED = ("gpt", "red")
+_QUESTION = ("human", "<image>\nWhat colour is it?")
+_ANSWER = ("gpt", "red")
 
-# Source -> (why it is rejected, the row).
+# Source -> (reject reason, row).
 DAMAGED: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "llava": [
-        ("picture_truncated", _row("truncated", "truncated.jpg", _ASKED, _RED)),
-        ("picture_missing", _row("lost", "lost.jpg", _ASKED, _RED)),
-        ("picture_empty", _row("empty-file", "empty.jpg", _ASKED, _RED)),
-        ("picture_unknown_format", _row("not-a-picture", "not_found.jpg", _ASKED, _RED)),
+        ("picture_truncated", _row("truncated", "truncated.jpg", _QUESTION, _ANSWER)),
+        ("picture_missing", _row("lost", "lost.jpg", _QUESTION, _ANSWER)),
+        ("picture_empty", _row("empty-file", "empty.jpg", _QUESTION, _ANSWER)),
+        ("picture_unknown_format", _row("not-a-picture", "not_found.jpg", _QUESTION, _ANSWER)),
         ("empty_conversation", _row("says-nothing", "gif_named.jpg")),
-        ("no_answer", _row("asks-only", "gif_named.jpg", _ASKED)),
-        ("unknown_speaker", _row("third-voice", "gif_named.jpg", _ASKED, ("narrator", "red"))),
-        ("image_token_without_picture", _row("no-picture", None, _ASKED, _RED)),
+        ("no_answer", _row("asks-only", "gif_named.jpg", _QUESTION)),
+        ("unknown_speaker", _row("third-voice", "gif_named.jpg", _QUESTION, ("narrator", "red"))),
+        ("image_token_without_picture", _row("no-picture", None, _QUESTION, _ANSWER)),
     ],
     "lvis": [
-        ("picture_corrupt", _row("corrupt", "corrupt.png", _ASKED, _RED)),
-        ("wrong_type", _row("answer-is-a-number", "gif_named.jpg", _ASKED, ("gpt", 4))),
+        ("picture_corrupt", _row("corrupt", "corrupt.png", _QUESTION, _ANSWER)),
+        ("wrong_type", _row("answer-is-a-number", "gif_named.jpg", _QUESTION, ("gpt", 4))),
     ],
     "lrv": [
         (
@@ -73,12 +81,13 @@ DAMAGED: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
 }
 
+# Source -> rows that become samples after a repair.
 REPAIRABLE: dict[str, list[dict[str, Any]]] = {
     "llava": [
-        _row("gif-named-jpg", "gif_named.jpg", _ASKED, _RED),
+        _row("gif-named-jpg", "gif_named.jpg", _QUESTION, _ANSWER),
         _row("cmyk", "cmyk.jpg", ("human", "<image>\nWhich shape is it?"), ("gpt", "circle")),
         _row("gpt-speaks-first", None, ("gpt", "Hello!"), ("human", "Can fish breathe in water?"), ("gpt", "Yes.")),
     ],
-    "lvis": [_row("asked-twice", "gif_named.jpg", _ASKED, ("human", "Please tell me."), _RED)],
+    "lvis": [_row("asked-twice", "gif_named.jpg", _QUESTION, ("human", "Please tell me."), _ANSWER)],
     "lrv": [],
 }

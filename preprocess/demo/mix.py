@@ -1,9 +1,9 @@
-"""The demo's raw data, written as the real sets come: three annotation formats, folders of pictures, and some dirt.
+"""The demo's raw data: annotation files in the three real formats, image folders, and some damaged rows.
 
-    python -m preprocess.demo.mix runs/demo/raw          # then build_shards.py preprocess/mixes/demo.toml --root …
+    python -m preprocess.demo runs/demo/raw      # then build_shards.py preprocess/mixes/demo.toml --root runs/demo/raw
 
-Deterministic: the same version writes the same bytes. `held_out/` is in no annotation file: it is what a trained model
-is asked about. Its pictures are compared with every scene of the training data, so none of them was ever seen.
+The same version of this module always writes the same bytes. A trained model is tested on the images in `held_out/`,
+which are in no annotation file; no scene of the training data has the same pixels.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from model.errors import UserError, run_cli
+from model.errors import UserError
 from model.presets import preset
 from preprocess.demo.damaged_rows import DAMAGED, REPAIRABLE, write_images
 from preprocess.demo.scenes import Scene, draw_scenes, questions, render
-from preprocess.demo.writing import PHOTOGRAPHS, Turns, text_dialogue
+from preprocess.demo.writing import Turns, photograph_dialogues, text_dialogue
 from preprocess.prompts import IMAGE_TOKEN, TEMPLATES
 
 MODEL = "tiny_v2"
@@ -33,12 +33,12 @@ QUESTIONS = "questions.jsonl"
 TOKENIZER = "tokenizer"
 
 Row = dict[str, Any]
-Drawn = tuple[Scene, Image.Image]
+RenderedScene = tuple[Scene, Image.Image]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How many scenes each training source gets, how many are held out, and how many dialogues have no picture."""
+    """Number of scenes in each training source and in the held-out set, and number of text-only dialogues."""
 
     llava: int = 3200
     lvis: int = 1600
@@ -48,11 +48,11 @@ class Sizes:
 
 
 def write_mix(root: Path, sizes: Sizes | None = None) -> dict[str, int]:
-    """Write everything under `root`, which must be empty or absent; the number of rows per source."""
+    """Write the raw data to `root` and return the number of rows by source. Raises: UserError if it is not empty."""
     sizes = sizes or Sizes()
     root.mkdir(parents=True, exist_ok=True)
     if any(root.iterdir()):
-        raise UserError(f"{root} is not empty; give a folder that is, or remove it")
+        raise UserError(f"{root} is not empty. Give another folder, or remove its contents")
     seen: set[bytes] = set()
     training = _distinct(draw_scenes("training"), seen)
     sources = {
@@ -78,34 +78,34 @@ def write_mix(root: Path, sizes: Sizes | None = None) -> dict[str, int]:
 # -- Scenes ----------------------------------------------------------------------------------------------------------
 
 
-def _distinct(scenes: Iterable[Scene], seen: set[bytes]) -> Iterator[Drawn]:
-    """Scenes with their pictures, leaving out those whose picture has been there before."""
+def _distinct(scenes: Iterable[Scene], seen: set[bytes]) -> Iterator[RenderedScene]:
+    """Render the scenes, skipping those whose pixels are in `seen`, and add their pixels to it."""
     for scene in scenes:
-        picture = render(scene)
-        pixels = picture.tobytes()
+        image = render(scene)
+        pixels = image.tobytes()
         if pixels not in seen:
             seen.add(pixels)
-            yield scene, picture
+            yield scene, image
 
 
-def _take(drawn: Iterator[Drawn], count: int) -> list[Drawn]:
+def _take(drawn: Iterator[RenderedScene], count: int) -> list[RenderedScene]:
     return [next(drawn) for _ in range(count)]
 
 
-def _llava_rows(root: Path, drawn: Sequence[Drawn]) -> list[Row]:
-    """Every question of a scene in one dialogue, in any order, the picture's token before the first."""
+def _llava_rows(root: Path, drawn: Sequence[RenderedScene]) -> list[Row]:
+    """Return one dialogue per scene with all its questions in random order, and <image> before the first."""
     rows = []
-    for number, (scene, picture) in enumerate(drawn):
-        name = _save(picture, root, f"scenes/llava/{number:06d}.jpg")
+    for number, (scene, image) in enumerate(drawn):
+        name = _save(image, root, f"scenes/llava/{number:06d}.jpg")
         rows.append(_dialogue(f"scene-{number}", name, _shuffled_turns(scene, name)))
     return rows
 
 
-def _lvis_rows(root: Path, drawn: Sequence[Drawn]) -> list[Row]:
-    """As LLaVA's rows, with the picture's token behind the first question."""
+def _lvis_rows(root: Path, drawn: Sequence[RenderedScene]) -> list[Row]:
+    """Return rows like LLaVA's, but with <image> after the first question."""
     rows = []
-    for number, (scene, picture) in enumerate(drawn):
-        name = _save(picture, root, f"scenes/lvis/{number:06d}.jpg")
+    for number, (scene, image) in enumerate(drawn):
+        name = _save(image, root, f"scenes/lvis/{number:06d}.jpg")
         row = _dialogue(str(number), name, _shuffled_turns(scene, name))
         first = row["conversations"][0]
         first["value"] = first["value"].replace(f"{IMAGE_TOKEN}\n", "") + f"\n{IMAGE_TOKEN}"
@@ -113,12 +113,12 @@ def _lvis_rows(root: Path, drawn: Sequence[Drawn]) -> list[Row]:
     return rows
 
 
-def _lrv_rows(root: Path, drawn: Sequence[Drawn]) -> list[Row]:
-    """One row per question: several rows share a picture, which they name without its suffix."""
+def _lrv_rows(root: Path, drawn: Sequence[RenderedScene]) -> list[Row]:
+    """Return one row per question. The rows of a scene share an image, which they name without its suffix."""
     rows = []
-    for number, (scene, picture) in enumerate(drawn):
+    for number, (scene, image) in enumerate(drawn):
         name = f"{number:06d}"
-        _save(picture, root, f"lrv/lrv-vg/{name}.jpg")
+        _save(image, root, f"lrv/lrv-vg/{name}.jpg")
         rows += [
             {"image_id": name, "question": asked.question, "answer": asked.answer, "task": asked.kind}
             for asked in questions(scene)
@@ -132,18 +132,18 @@ def _shuffled_turns(scene: Scene, name: str) -> Turns:
     return tuple((each.question, each.answer) for each in asked)
 
 
-def _write_held_out(folder: Path, drawn: Sequence[Drawn]) -> None:
+def _write_held_out(folder: Path, drawn: Sequence[RenderedScene]) -> None:
     lines = []
-    for number, (scene, picture) in enumerate(drawn):
-        name = _save(picture, folder, f"{number:04d}.jpg")
+    for number, (scene, image) in enumerate(drawn):
+        name = _save(image, folder, f"{number:04d}.jpg")
         lines += [json.dumps({"image": name, **asdict(asked)}) + "\n" for asked in questions(scene)]
     (folder / QUESTIONS).write_text("".join(lines), encoding="utf-8")
 
 
-def _save(picture: Image.Image, root: Path, name: str) -> str:
+def _save(image: Image.Image, root: Path, name: str) -> str:
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, quality=95, subsampling=0)
+    image.save(path, quality=95, subsampling=0)
     return name
 
 
@@ -151,34 +151,34 @@ def _save(picture: Image.Image, root: Path, name: str) -> str:
 
 
 def _photograph_rows(root: Path) -> list[Row]:
-    shipped = importlib.resources.files("skimage") / "data"
+    source = importlib.resources.files("skimage") / "data"
     (root / "photographs").mkdir()
     rows = []
-    for name, turns in PHOTOGRAPHS.items():
-        (root / "photographs" / name).write_bytes((shipped / name).read_bytes())
+    for name, turns in photograph_dialogues().items():
+        (root / "photographs" / name).write_bytes((source / name).read_bytes())
         rows.append(_dialogue(Path(name).stem, f"photographs/{name}", turns))
     return rows
 
 
 def _text_rows(count: int) -> list[Row]:
-    """Without `image`, and with the empty `model` that LLaVA's text-only rows carry."""
+    """Return rows without `image`, and with an empty `model`, as LLaVA's text-only rows have."""
     rng = random.Random("text only")
     return [{"model": "", **_dialogue(f"text-{number}", None, text_dialogue(rng))} for number in range(count)]
 
 
-def _dialogue(row_id: str, picture: str | None, turns: Turns) -> Row:
+def _dialogue(row_id: str, image: str | None, turns: Turns) -> Row:
     conversation = []
     for number, (question, answer) in enumerate(turns):
-        token = f"{IMAGE_TOKEN}\n" if picture and number == 0 else ""
+        token = f"{IMAGE_TOKEN}\n" if image and number == 0 else ""
         conversation += [{"from": "human", "value": token + question}, {"from": "gpt", "value": answer}]
-    return {"id": row_id, **({"image": picture} if picture else {}), "conversations": conversation}
+    return {"id": row_id, **({"image": image} if image else {}), "conversations": conversation}
 
 
 # -- Tokenizer -------------------------------------------------------------------------------------------------------
 
 
 def _texts(row: Row) -> Iterator[str]:
-    """The pieces in which prompts.py tokenises a row."""
+    """Yield the texts of a row as `preprocess.prompts` tokenizes them."""
     turns = row.get("conversations") or [{"value": row["question"]}, {"value": row["answer"]}]
     for number, turn in enumerate(turns):
         text = turn["value"].replace(IMAGE_TOKEN, "").strip()
@@ -191,7 +191,10 @@ def _question(text: str) -> str:
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path) -> None:
-    """A byte-level BPE with a tiny model's number of entries, as a Hugging Face folder; ids 0 and 1 are GPT-NeoX's."""
+    """Train a byte-level BPE tokenizer for the tiny models and save it as a Hugging Face folder.
+
+    Ids 0 and 1 are the end-of-text and padding tokens, as in the GPT-NeoX tokenizer.
+    """
     specials = ["<|endoftext|>", "<|padding|>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -211,11 +214,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", type=Path, help="an empty folder, or one to be made")
+    parser.add_argument("root", type=Path, help="folder to write to; created if missing, must be empty")
     root = parser.parse_args().root
     for name, rows in write_mix(root).items():
         print(f"{root / name}.json: {rows} rows")
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -1,6 +1,6 @@
-"""Rendered scenes whose answers are known exactly: coloured shapes on a 3×3 grid, or a printed word.
+"""Rendered scenes with exact answers: coloured shapes on a 3×3 grid, or a printed word.
 
-Pure: a scene is drawn from a random generator and determines its picture and every question with its answer.
+A scene is sampled from a random generator; it determines its image, its questions and their answers.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw, ImageFont
 
-RGB = tuple[int, int, int]
+Colour = tuple[int, int, int]
 Cell = tuple[int, int]  # row, column
 
 SCENE_PX = 200
-CELL_PX = 56  # two patches of the tiny models, which see the scene at half its size
+CELL_PX = 56  # two patches of the tiny models, which see the scene at half this size
 MARGIN_PX = (SCENE_PX - 3 * CELL_PX) // 2
 JITTER_PX = 3
-RADIUS_PX = (20, 24)  # with the jitter, no shape leaves its cell
-COLOURS: dict[str, RGB] = {
+RADIUS_PX = (20, 24)  # small enough that no shape leaves its cell
+COLOURS: dict[str, Colour] = {
     "red": (208, 30, 38),
     "orange": (246, 136, 20),
     "yellow": (250, 226, 40),
@@ -31,7 +31,7 @@ COLOURS: dict[str, RGB] = {
     "white": (250, 250, 250),
     "black": (16, 16, 16),
 }
-BACKGROUNDS: tuple[RGB, ...] = ((168, 168, 168), (160, 178, 188), (190, 172, 156), (164, 184, 164))
+BACKGROUNDS: tuple[Colour, ...] = ((168, 168, 168), (160, 178, 188), (190, 172, 156), (164, 184, 164))
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COUNTS = {2: "two", 3: "three", 4: "four", 5: "five"}
 POSITIONS = (
@@ -42,25 +42,31 @@ POSITIONS = (
 WORDS = ("STOP", "TAXI", "OPEN", "MILK", "EXIT", "CAFE")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Question:
-    """`kind` groups the questions that share a set of possible answers."""
+    """A question with its answer. Questions of one `kind` share a set of possible answers."""
 
     kind: str
     question: str
     answer: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scene:
-    """Equal shapes of one colour in distinct cells, or (`word`) one word across the picture; `jitter` moves the whole.
+    """Equal shapes of one colour in distinct cells, or one word.
 
-    `paint` is the exact colour drawn: a shade of the named one. Jitter and radius are pixels.
+    Attributes:
+        colour: Name of the colour.
+        paint: The colour drawn, a shade of the named one.
+        jitter: Shift of all shapes to the right and down, in pixels.
+        radius: Half the size of a shape, in pixels.
+        cells: Cells that hold a shape, in reading order.
+        word: The printed word; then there are no shapes.
     """
 
-    background: RGB
+    background: Colour
     colour: str
-    paint: RGB
+    paint: Colour
     jitter: tuple[int, int]
     shape: str = ""
     radius: int = 0
@@ -69,7 +75,7 @@ class Scene:
 
 
 def draw_scenes(series: str) -> Iterator[Scene]:
-    """A never-ending series of scenes, each from its own generator: the i-th is the same however many are taken."""
+    """Yield endless random scenes. Each has its own generator, so the i-th depends only on `series` and i."""
     return (draw_scene(random.Random(f"{series} {index}")) for index in itertools.count())
 
 
@@ -78,41 +84,44 @@ def draw_scene(rng: random.Random) -> Scene:
     paint = _shade(COLOURS[colour], 14, rng)
     background = _shade(rng.choice(BACKGROUNDS), 8, rng)
     jitter = rng.randint(-JITTER_PX, JITTER_PX), rng.randint(-JITTER_PX, JITTER_PX)
-    look = Scene(background, colour, paint, jitter)
+    scene = Scene(background=background, colour=colour, paint=paint, jitter=jitter)
     kind = rng.choices(("single", "group", "word"), (0.45, 0.35, 0.2))[0]
     if kind == "word":
-        return replace(look, word=rng.choice(WORDS))
+        return replace(scene, word=rng.choice(WORDS))
     count = rng.choice(tuple(COUNTS)) if kind == "group" else 1
     grid = [(row, column) for row in range(3) for column in range(3)]
     cells = tuple(sorted(rng.sample(grid, count)))
-    return replace(look, shape=rng.choice(SHAPES), radius=rng.randint(*RADIUS_PX), cells=cells)
+    return replace(scene, shape=rng.choice(SHAPES), radius=rng.randint(*RADIUS_PX), cells=cells)
 
 
-def _shade(colour: RGB, spread: int, rng: random.Random) -> RGB:
+def _shade(colour: Colour, spread: int, rng: random.Random) -> Colour:
     red, green, blue = (min(255, max(0, value + rng.randint(-spread, spread))) for value in colour)
     return red, green, blue
 
 
 def questions(scene: Scene) -> list[Question]:
-    """What the scene answers without doubt: a single shape has a place, several have a number."""
+    """Return the questions that the scene answers: a single shape has a position, several have a count."""
     if scene.word:
         return [
-            Question("word", "Which word is printed?", scene.word),
-            Question("colour", "What colour is the word?", scene.colour),
+            Question(kind="word", question="Which word is printed?", answer=scene.word),
+            Question(kind="colour", question="What colour is the word?", answer=scene.colour),
         ]
-    alone = len(scene.cells) == 1
-    asked = [
-        Question("colour", "What colour is it?" if alone else "What colour are they?", scene.colour),
-        Question("shape", "Which shape is it?" if alone else "Which shape are they?", scene.shape),
-    ]
-    if alone:
+    if len(scene.cells) == 1:
         row, column = scene.cells[0]
-        return [*asked, Question("position", "Where is it?", POSITIONS[row][column])]
-    return [*asked, Question("count", "How many are there?", COUNTS[len(scene.cells)])]
+        return [
+            Question(kind="colour", question="What colour is it?", answer=scene.colour),
+            Question(kind="shape", question="Which shape is it?", answer=scene.shape),
+            Question(kind="position", question="Where is it?", answer=POSITIONS[row][column]),
+        ]
+    return [
+        Question(kind="colour", question="What colour are they?", answer=scene.colour),
+        Question(kind="shape", question="Which shape are they?", answer=scene.shape),
+        Question(kind="count", question="How many are there?", answer=COUNTS[len(scene.cells)]),
+    ]
 
 
 def render(scene: Scene) -> Image.Image:
-    """The scene's picture, `SCENE_PX` square."""
+    """Render the scene to an image of `SCENE_PX` × `SCENE_PX` pixels."""
     image = Image.new("RGB", (SCENE_PX, SCENE_PX), scene.background)
     pen = ImageDraw.Draw(image)
     if scene.word:
@@ -127,12 +136,12 @@ def render(scene: Scene) -> Image.Image:
             stroke_width=2,
         )
     for cell in scene.cells:
-        _draw_shape(pen, scene, centre_of(scene, cell))
+        _draw_shape(pen, scene, cell_centre(scene, cell))
     return image
 
 
-def centre_of(scene: Scene, cell: Cell) -> tuple[float, float]:
-    """Where the shape in `cell` stands: x, y in pixels of the picture."""
+def cell_centre(scene: Scene, cell: Cell) -> tuple[float, float]:
+    """Return the centre of the shape in `cell`: x, y in pixels of the image."""
     row, column = cell
     left, top = MARGIN_PX + scene.jitter[0], MARGIN_PX + scene.jitter[1]
     return left + (column + 0.5) * CELL_PX, top + (row + 0.5) * CELL_PX
