@@ -25,8 +25,10 @@ from model.errors import UserError, run_cli
 from model.transformers_layout import save_language_model
 from model.vision import Towers
 from model.weights import load_model, save_model
-from pipeline.checkpoint.checkpointer import full_state
-from pipeline.checkpoint.folder import find_damage, folder_name, list_steps, read_manifest
+from pipeline.checkpoint.folder import folder_name, list_steps
+from pipeline.checkpoint.layout import full_state
+from pipeline.checkpoint.manifest import read_manifest
+from pipeline.checkpoint.verify import find_damage
 from pipeline.initial_model import initial_model, make_towers, refuse_other_towers
 from pipeline.recipe import Recipe, recipe_of_run
 from pipeline.recipe import load_recipe as read_recipe

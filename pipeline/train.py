@@ -31,9 +31,12 @@ from model.emma import Emma
 from model.errors import UserError, first_line
 from model.vision import Towers
 from pipeline.activation_memory import fit_kept_layers
-from pipeline.checkpoint.checkpointer import Checkpointer, Identity, Saved
-from pipeline.checkpoint.folder import list_steps
+from pipeline.checkpoint.context import CheckpointContext
+from pipeline.checkpoint.folder import CHECKPOINTS, list_steps
+from pipeline.checkpoint.manifest import Identity
 from pipeline.checkpoint.probe import Probe
+from pipeline.checkpoint.resumer import Resumer
+from pipeline.checkpoint.saver import Saved, Saver
 from pipeline.data.loader import GlobalBatch, TrainData, worker_death
 from pipeline.data.shard_reader import DamagedShardError
 from pipeline.distributed.collectives import broadcast_from_main, collectively
@@ -68,27 +71,29 @@ class DivergedError(RuntimeError):
 def train(run: RunFolder, ranks: Ranks, start: StartupTimer) -> int:
     """Run the recipe to its end or to a stop request; the steps done. Every rank calls it."""
     recipe = run.recipe
-    newest = broadcast_from_main(ranks, lambda: max(list_steps(run.folder / "checkpoints"), default=0))
+    saved_steps = broadcast_from_main(ranks, lambda: list_steps(run.folder / CHECKPOINTS))
     with Watchdog(run, ranks) as watchdog, explain_out_of_memory(recipe, ranks):
         data = collectively(ranks, lambda: TrainData(recipe, ranks))
         validation = collectively(ranks, lambda: Validation(recipe, ranks) if recipe.evaluate.shards else None)
-        data.start_workers(newest)
+        data.start_workers(max(saved_steps, default=0))
         start.phase_done("data")
-        emma, towers, weights = collectively(ranks, lambda: build_model(run, ranks))
+        emma, towers, weights = collectively(ranks, lambda: build_model(run, ranks, resume=bool(saved_steps)))
         start.phase_done("model")
         engine = build_engine(emma, recipe, ranks)
         check_partition(engine)
         start.phase_done("engine")
         probe = Probe(engine, towers, recipe, ranks, data)
-        checkpoints = Checkpointer(recipe, ranks, _identity(recipe, data), engine, probe)
-        step, report = checkpoints.resume()
+        context = CheckpointContext(
+            recipe=recipe, ranks=ranks, identity=_identity(recipe, data), engine=engine, probe=probe
+        )
+        step, report = Resumer(context).resume(saved_steps)
         start.phase_done("checkpoint")
         fitted = fit_memory(engine, towers, recipe, data)
         start.phase_done("memory")
         run.begin(step, weights)
         with MetricsLogger(recipe, ranks, data) as metrics, watchdog.before_the_end():
             metrics.log_start(step, start, [*fitted, *report])
-            loop = Loop(run, engine, towers, data, validation, checkpoints, metrics, watchdog)
+            loop = Loop(run, engine, towers, data, validation, Saver(context, resumed_from=step), metrics, watchdog)
             step = loop.train_from(step)
             end(run, metrics, step, done=step == data.total_steps)
     return step
@@ -103,7 +108,7 @@ class Loop:
     towers: Towers
     data: TrainData
     validation: Validation | None
-    checkpoints: Checkpointer
+    saver: Saver
     metrics: MetricsLogger
     watchdog: Watchdog
     spikes: SpikeDetector = field(default_factory=SpikeDetector)
@@ -117,15 +122,15 @@ class Loop:
         with GarbageCollection() as garbage:
             for batch in self.data.from_step(step):
                 lr = learning_rate(self.run.recipe, step, self.data.total_steps)
-                requests = Requests(*self.run.control.requests(), self.checkpoints.writing)
+                requests = Requests(*self.run.control.requests(), self.saver.writing)
                 spent = Seconds(batch.wait_s, towers_s, garbage.pop_seconds())
                 report = optimizer_step(self.engine, self.towers, self.run.recipe, batch, lr, requests, spent)
                 towers_s = clock.pop_seconds()  # now that the device has done the step; the next reduction tells of it
                 step += 1
                 self.watchdog.step_done(step)
                 self.metrics.log_step(step, batch, report, lr)
-                if self.checkpoints.under_way and not report.writing:
-                    self._save(self.checkpoints.commit)
+                if self.saver.in_progress and not report.writing:
+                    self._save(self.saver.commit)
                 self._look_for_trouble(step, batch, report)
                 # Not after a step that updated nothing: what led here is better kept than overwritten.
                 if report.finite or step == self.data.total_steps:
@@ -149,15 +154,15 @@ class Loop:
         self.nonfinite += 1
         self.metrics.log_event("nonfinite", step, samples=batch.ids.tolist())
         if self.nonfinite == MAX_NONFINITE:
-            self._save(self.checkpoints.finish)
+            self._save(self.saver.finish)
             raise DivergedError(f"no finite loss or gradient in steps {step - MAX_NONFINITE + 1} to {step}")
 
     def _save_and_evaluate(self, step: int, report: StepReport) -> None:
         last = step == self.data.total_steps
-        if self.checkpoints.due(step) or report.stop or report.save or last:
-            self._save(lambda: self.checkpoints.save(step))
+        if self.saver.due(step) or report.stop or report.save or last:
+            self._save(lambda: self.saver.save(step))
             if report.stop or report.save or last:
-                self._save(self.checkpoints.finish)
+                self._save(self.saver.finish)
                 self.run.control.done("save")
         # A stop has no time to lose; the next start makes up for it.
         if not report.stop and self._evaluation_due(step):
@@ -210,14 +215,14 @@ def fit_memory(engine: Engine, towers: Towers, recipe: Recipe, data: TrainData) 
     return [fit_kept_layers(engine, towers, recipe, data.heaviest_micro_batch(), recipe.engine.memory_gib)]
 
 
-def build_model(run: RunFolder, ranks: Ranks) -> tuple[Emma, Towers, dict[str, Any]]:
+def build_model(run: RunFolder, ranks: Ranks, *, resume: bool) -> tuple[Emma, Towers, dict[str, Any]]:
     """The model that trains, the frozen towers, and what was loaded.
 
     Only the main rank reads the language model, and only if there is no checkpoint: all trained weights are in that,
     and a run that has one never starts without.
     """
     recipe = run.recipe
-    if ranks.is_main and not list_steps(run.folder / "checkpoints"):
+    if ranks.is_main and not resume:
         emma, towers, loaded = initial_model(recipe)
     else:
         emma, towers = empty_model(recipe.config), make_towers(recipe)

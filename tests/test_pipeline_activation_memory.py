@@ -4,8 +4,8 @@ import re
 
 import torch
 
-from pipeline.checkpoint.checkpointer import full_state
 from pipeline.checkpoint.folder import folder_name
+from pipeline.checkpoint.layout import full_state
 from tests.support.launch import REPOSITORY, fork_python
 
 STEPS = 3

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from model.errors import UserError
-from pipeline.checkpoint.checkpointer import full_state
-from pipeline.checkpoint.folder import MANIFEST, find_damage, first_damage, folder_name, list_steps, read_manifest, seal
-from pipeline.checkpoint.probe import _same
+from pipeline.checkpoint.folder import MANIFEST, folder_name, list_steps
+from pipeline.checkpoint.layout import full_state
+from pipeline.checkpoint.manifest import read_manifest, write_manifest
+from pipeline.checkpoint.probe import losses_agree
+from pipeline.checkpoint.verify import find_damage, first_damage
 from tests.support.launch import finish, fork_python, fork_ranks
 
 STEPS = 12
@@ -95,7 +97,7 @@ def test_a_state_that_computes_something_else_is_refused_and_the_one_before_is_l
     assert done.returncode == 0, done.stderr
     assert f"refused {newest}: the text loss of the probe is {probe['text']!r}" in done.stdout
     assert f"refused {middle}" in done.stdout
-    assert "(allowed: 1e-05 of it)" in done.stdout
+    assert "(relative tolerance 1e-05)" in done.stdout
     assert f"resuming from {oldest}" in done.stdout
     assert read_manifest(newest)["probe"] == probe
     assert read_manifest(newest.with_name(f".doubted-{newest.name}"))["probe"] != probe, "the next saves deleted it"
@@ -106,7 +108,7 @@ def test_a_state_that_computes_something_else_is_refused_and_the_one_before_is_l
 def rewrite_probe(folder, change):
     manifest = read_manifest(folder)
     manifest["probe"].update(change(manifest["probe"]["text"]))
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"seal": seal(manifest)}))
+    write_manifest(folder, manifest)
 
 
 def test_a_manifest_with_any_bit_flipped_is_not_read(straight, tmp_path):
@@ -182,7 +184,7 @@ def test_a_checkpoint_that_lost_its_manifest_is_refused_aloud_and_goes_with_the_
 
 
 def test_files_are_read_into_memory_while_they_are_hashed_and_damage_is_found_all_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.checkpoint.folder.BLOCK_BYTES", 30_000)
+    monkeypatch.setattr("pipeline.checkpoint.verify.BLOCK_BYTES", 30_000)
     numbers = torch.arange(100_000, dtype=torch.float32)
     data = numbers.numpy().tobytes()
     facts = {"a": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
@@ -212,4 +214,4 @@ def test_files_are_read_into_memory_while_they_are_hashed_and_damage_is_found_al
     ],
 )
 def test_the_probe_asks_for_the_loss_that_was_saved_finite_or_not(now, saved, same):
-    assert _same(now, saved, tolerance=1e-5) is same
+    assert losses_agree(now, saved, tolerance=1e-5) is same

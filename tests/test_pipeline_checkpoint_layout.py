@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from model.errors import UserError
-from pipeline.checkpoint.folder import folder_name, read_manifest
-from pipeline.checkpoint.layout import Layout, fill
+from pipeline.checkpoint.folder import folder_name
+from pipeline.checkpoint.layout import Layout, read_into
+from pipeline.checkpoint.manifest import read_manifest
 from pipeline.zero import Piece
 from tests.support.launch import finish, fork_ranks
 
@@ -68,7 +69,7 @@ def test_masters_moments_groups_and_update_counts_survive_any_change_of_ranks_an
     assert_equal_states(third["states"][8], second["states"][8])
     assert set(third["states"][8]["updates"]) == {8.0}
     assert [group["weight_decay"] for group in third["states"][8]["groups"]] == [0.1, 0.0]
-    assert "saved by 2 ranks, ZeRO-3; its pieces were dealt out anew to 1 rank, ZeRO-2" in second["notes"][-1]
+    assert second["notes"][-1] == "resharded from 2 to 1 ranks, from ZeRO-3 to ZeRO-2"
 
 
 def test_a_state_before_its_first_update_can_be_saved_too(lives):
@@ -92,7 +93,7 @@ def test_what_is_saved_is_the_state_of_its_step_though_training_goes_on_meanwhil
     folder = run / "checkpoints" / folder_name(4)
     assert read_manifest(folder)["updates"] == 4.0
     for kind in ("master", "exp_avg", "exp_avg_sq"):
-        saved = Layout.load(folder).whole(folder, kind)
+        saved = Layout.load(folder).assemble(folder, kind)
         for name, tensor in first["states"][4][kind].items():
             assert torch.equal(saved[name], tensor), f"{kind} of {name}"
 
@@ -125,12 +126,12 @@ def test_any_cut_of_the_parameters_is_found_again_by_any_other(tmp_path, seed):
     layout = Layout.load(tmp_path)
     for pieces in wanted.values():
         flat = torch.zeros(200)
-        fill(flat, tmp_path, "master", layout.reads(pieces))
+        read_into(flat, tmp_path, "master", layout.reads(pieces))
         for piece in pieces:
             assert torch.equal(
                 flat[piece.offset : piece.offset + piece.count], truth[piece.name][piece.start : piece.end]
             )
-    whole = layout.whole(tmp_path, "master")
+    whole = layout.assemble(tmp_path, "master")
     assert torch.equal(whole["tied"], truth["p0"])
     assert all(torch.equal(whole[name], truth[name]) for name in sizes)
 
@@ -139,6 +140,6 @@ def test_the_same_cut_is_read_in_one_go_and_a_missing_number_is_named(tmp_path):
     pieces = [Piece("a", 0, 5, 0), Piece("b", 0, 7, 5)]
     layout = Layout({"a": [5], "b": [7]}, {}, {"rank-00000.00": pieces})
     assert [read.count for read in layout.reads(pieces)] == [12]
-    with pytest.raises(UserError, match="b: the checkpoint holds nothing of it from number 7 on"):
+    with pytest.raises(UserError, match="b: no file of the checkpoint holds its value 7"):
         layout.reads([Piece("b", 2, 6, 0)])
     assert json.dumps(layout.shapes)

@@ -1,38 +1,56 @@
-"""Which checkpoints stay, and deletions that fail."""
+"""Which checkpoints are kept, and deletions that fail."""
 
 import shutil
 
 import pytest
 
-from pipeline.checkpoint.retention import delete, kept, prune
+from pipeline.checkpoint.retention import count_kept_forever, delete, prune, steps_to_keep
+from pipeline.recipe import CheckpointConfig
 
-GOOD_AND_OLD = [6, 8, 10, 12]
+STEPS = [6, 8, 10, 12]
 
 
 @pytest.mark.parametrize(
-    ("good", "keep_last", "keep_every", "room", "stay"),
+    ("good", "keep_last", "keep_every", "has_space", "kept"),
     [
         ({6, 8, 10, 12}, 2, 0, True, {10, 12}),
-        ({6, 8, 10, 12}, 2, 8, True, {8, 10, 12}),  # for ever
-        ({10, 12}, 3, 0, True, {6, 8, 10, 12}),  # 6 or 8 may be damaged: neither is deleted for the other
-        ({10, 12}, 3, 0, False, {8, 10, 12}),  # without room for the next save the oldest goes all the same
+        ({6, 8, 10, 12}, 2, 8, True, {8, 10, 12}),  # 8 is kept forever
+        ({10, 12}, 3, 0, True, {6, 8, 10, 12}),  # 6 or 8 may be damaged, so neither replaces the other
+        ({10, 12}, 3, 0, False, {8, 10, 12}),  # without space for the next save, the oldest is deleted all the same
         ({12}, 2, 0, True, {8, 10, 12}),
         ({8, 10, 12}, 3, 0, True, {8, 10, 12}),
         ({12}, 1, 6, True, {6, 12}),
     ],
 )
-def test_a_checkpoint_that_nobody_verified_never_takes_the_place_of_a_good_one(good, keep_last, keep_every, room, stay):
-    assert kept(GOOD_AND_OLD, good, keep_last, keep_every, room) == stay
+def test_an_unverified_checkpoint_never_replaces_a_good_one(good, keep_last, keep_every, has_space, kept):
+    assert steps_to_keep(STEPS, good, keep_last=keep_last, keep_every=keep_every, has_space=has_space) == kept
 
 
-def test_starts_that_save_once_each_do_not_pile_checkpoints_up():
+def test_starts_that_save_only_once_do_not_accumulate_checkpoints():
     steps = {1}
     for step in range(2, 30):
-        steps = kept([*steps, step], good={step - 1, step}, keep_last=3, keep_every=0, room=True)
+        steps = steps_to_keep([*steps, step], good={step - 1, step}, keep_last=3, keep_every=0, has_space=True)
     assert steps == {25, 26, 27, 28, 29}
 
 
-def test_what_will_not_be_deleted_is_told_and_ends_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("every_steps", "keep_last", "keep_every", "total_steps", "forever"),
+    [
+        (2, 3, 3, 12, 1),  # saved at 2, 4, …, 12; besides 8, 10 and 12, the checkpoint of step 6 is kept
+        (2, 3, 3, 60, 9),
+        (2, 3, 0, 60, 0),
+        (4, 1, 4, 10, 2),  # the last step is saved too, so 8 is not among the newest
+        (500, 3, 0, 100, 0),
+    ],
+)
+def test_checkpoints_kept_forever_are_counted_by_the_same_rule(
+    every_steps, keep_last, keep_every, total_steps, forever
+):
+    config = CheckpointConfig(every_steps=every_steps, keep_last=keep_last, keep_every=keep_every)
+    assert count_kept_forever(config, total_steps) == forever
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_reported_and_training_goes_on(tmp_path, monkeypatch):
     folders = [tmp_path / name for name in ("step-00000001", "step-00000002")]
     for folder in folders:
         folder.mkdir()

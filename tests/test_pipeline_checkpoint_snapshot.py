@@ -2,11 +2,11 @@
 
 import mmap
 
-from pipeline.checkpoint.snapshot import page_lock, whole_pages
+from pipeline.checkpoint.snapshot import allocate_pages, page_lock
 
 
 def test_host_memory_that_cannot_be_page_locked_is_told_in_one_line_and_does_not_end_the_run(capsys):
-    copy = whole_pages(5)
+    copy = allocate_pages(5)
     assert page_lock(copy, lambda address, size, flags: 0)
     assert capsys.readouterr().out == ""
     assert not page_lock(copy, lambda address, size, flags: 2)
@@ -15,7 +15,7 @@ def test_host_memory_that_cannot_be_page_locked_is_told_in_one_line_and_does_not
 
 
 def test_no_two_buffers_share_a_page_of_host_memory():
-    copies = [whole_pages(count) for count in (0, 1, 5, mmap.PAGESIZE)]
+    copies = [allocate_pages(count) for count in (0, 1, 5, mmap.PAGESIZE)]
     assert [copy.numel() for copy in copies] == [0, 1, 5, mmap.PAGESIZE]
     assert not any(copy.any() for copy in copies)
     assert {copy.data_ptr() % mmap.PAGESIZE for copy in copies[1:]} == {0}

@@ -10,8 +10,8 @@ import torch
 from model.emma import Emma
 from model.errors import UserError
 from model.presets import preset
-from pipeline.checkpoint.checkpointer import full_state
 from pipeline.checkpoint.folder import folder_name
+from pipeline.checkpoint.layout import full_state
 from pipeline.export import check_state, export_run
 from pipeline.generate import answer, load
 from preprocess.prompts import encode_dialogue, encode_prompt, load_tokenizer

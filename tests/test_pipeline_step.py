@@ -44,7 +44,7 @@ def test_an_infinite_loss_with_finite_gradients_on_one_rank_updates_nothing_on_a
     assert [math.isfinite(report["text"]) for report in told["reports"]] == [True, False, True]
     folders = [tmp_path / "run/checkpoints" / folder_name(step) for step in (1, 2, 3)]
     for kind in ("master", "exp_avg", "exp_avg_sq"):
-        first, second, third = (Layout.load(folder).whole(folder, kind) for folder in folders)
+        first, second, third = (Layout.load(folder).assemble(folder, kind) for folder in folders)
         assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
         assert not all(torch.equal(tensor, third[name]) for name, tensor in first.items())
         assert all(tensor.isfinite().all() for tensor in third.values())

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from model.errors import UserError
-from pipeline.checkpoint.checkpointer import full_state
-from pipeline.checkpoint.folder import find_damage, folder_name, list_steps
+from pipeline.checkpoint.folder import folder_name, list_steps
+from pipeline.checkpoint.layout import full_state
+from pipeline.checkpoint.verify import find_damage
 from pipeline.distributed.ranks import Ranks
 from pipeline.recipe import load_recipe
 from pipeline.run.folder import RunFolder

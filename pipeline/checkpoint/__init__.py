@@ -1,1 +1,1 @@
-"""Saving, verifying, resuming and deleting checkpoints."""
+"""Checkpoints: saving, verifying, resuming, resharding and deleting."""

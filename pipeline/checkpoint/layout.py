@@ -1,7 +1,8 @@
-"""Where each parameter's numbers lie in ZeRO's flat buffers: on this rank now, and on the ranks that saved.
+"""The layout of a checkpoint: which file holds which piece of each parameter, and how to read any other split of them.
 
-ZeRO cuts parameters into pieces and lays those of a rank end to end; its stage and the number of ranks decide which. A
-checkpoint keeps the buffers as they lie, with a map of them. By that map any number of ranks finds its pieces.
+ZeRO splits parameters into pieces and concatenates those of a rank; its stage and the world size decide how. A
+checkpoint holds the flat buffers of the ranks that saved it, and a layout that tells any other number of ranks where to
+find their pieces.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from typing import Any
 
 import torch
 
-from model.errors import UserError
+from pipeline.checkpoint.folder import DamagedCheckpointError
 from pipeline.errors import retryable_oserrors
 from pipeline.zero import Piece
 from preprocess.atomic import write_json
 
 LAYOUT = "layout.json"
-NUMBER_BYTES = 4  # master weights and moments are fp32 in every precision that a recipe can ask for
+VALUE_BYTES = 4  # masters and moments are fp32 in every precision that a recipe can choose
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Read:
-    """`count` numbers at `source` of a file belong at `target` of a buffer."""
+    """Copy `count` values from offset `source` of a file to offset `target` of a buffer. Offsets count values."""
 
     file: str
     source: int
@@ -36,7 +37,13 @@ class Read:
 
 
 class Layout:
-    """The map of a checkpoint: which file holds which piece. `files` are names without the kind that follows them."""
+    """The pieces of every file of a checkpoint.
+
+    Args:
+        shapes: shape of each parameter before sharding.
+        tied: further names of tied parameters, each with the name that `shapes` has.
+        files: pieces by file name, without the suffix `.master`, `.exp_avg` or `.exp_avg_sq`.
+    """
 
     def __init__(self, shapes: dict[str, list[int]], tied: dict[str, str], files: Mapping[str, Sequence[Piece]]):
         self.shapes, self.tied, self.files = shapes, tied, files
@@ -44,8 +51,8 @@ class Layout:
         for file, pieces in files.items():
             for piece in pieces:
                 self.pieces[piece.name].append((file, piece))
-        for found in self.pieces.values():
-            found.sort(key=lambda place: place[1].start)
+        for located in self.pieces.values():
+            located.sort(key=lambda file_and_piece: file_and_piece[1].start)
 
     def save(self, folder: Path) -> None:
         files = {file: [list(astuple(piece)) for piece in pieces] for file, pieces in self.files.items()}
@@ -53,79 +60,83 @@ class Layout:
 
     @classmethod
     def load(cls, folder: Path) -> Layout:
-        """Of a checkpoint whose map was found to be as it was written. Raises: RetryableError."""
-        with retryable_oserrors(f"{folder}"):
+        """Read the layout of a checkpoint, whose file must have been verified. Raises: RetryableError."""
+        with retryable_oserrors(folder):
             table = json.loads((folder / LAYOUT).read_text())
         files = {file: [Piece(*values) for values in pieces] for file, pieces in table["files"].items()}
         return cls(table["shapes"], table["tied"], files)
 
     def file_of(self, pieces: tuple[Piece, ...]) -> str | None:
-        """The file that holds these pieces as they lie, and no others; None if the ranks or the stage were others."""
+        """Return the file that holds exactly these pieces, or None if it was saved with another split."""
         return next((file for file, held in self.files.items() if tuple(held) == pieces), None)
 
     def reads(self, wanted: Sequence[Piece]) -> list[Read]:
-        """What fills a buffer of these pieces; neighbours are read in one go.
+        """Return the reads that fill a buffer of these pieces. Adjacent reads are merged.
 
-        Raises: UserError if some number is in no file.
+        Raises: DamagedCheckpointError if no file holds some of the values.
         """
         reads: list[Read] = []
         for piece in wanted:
-            found = piece.start
+            position = piece.start
             for file, saved in self.pieces.get(piece.name, ()):
-                begin, end = max(found, saved.start), min(piece.end, saved.end)
-                if begin == found < end:
+                begin, end = max(position, saved.start), min(piece.end, saved.end)
+                if begin == position < end:
                     source, target = saved.offset + begin - saved.start, piece.offset + begin - piece.start
-                    _extend(reads, Read(file, source, target, end - begin))
-                    found = end
-            if found != piece.end:
-                raise UserError(f"{piece.name}: the checkpoint holds nothing of it from number {found} on")
+                    _append_or_merge(reads, Read(file=file, source=source, target=target, count=end - begin))
+                    position = end
+            if position != piece.end:
+                raise DamagedCheckpointError(f"{piece.name}: no file of the checkpoint holds its value {position}")
         return reads
 
-    def whole(self, folder: Path, kind: str) -> dict[str, torch.Tensor]:
-        """Every parameter's numbers of that kind, assembled, under each of its names."""
+    def assemble(self, folder: Path, kind: str) -> dict[str, torch.Tensor]:
+        """Read every parameter's tensor of one kind (`master`, `exp_avg` or `exp_avg_sq`), under each of its names."""
         tensors = {}
         for name, shape in self.shapes.items():
             flat = torch.empty(math.prod(shape))
-            fill(flat, folder, kind, self.reads([Piece(name, 0, flat.numel(), 0)]))
+            read_into(flat, folder, kind, self.reads([Piece(name, 0, flat.numel(), 0)]))
             tensors[name] = flat.view(shape)
         return tensors | {name: tensors[first] for name, first in self.tied.items()}
 
 
-def _extend(reads: list[Read], new: Read) -> None:
-    """Append a read, or lengthen the last one if the new one goes on where it ends, in the file and in the buffer."""
+def full_state(folder: Path) -> dict[str, torch.Tensor]:
+    """Read every trained tensor of a checkpoint, unsharded, in fp32, on the CPU."""
+    return Layout.load(folder).assemble(folder, "master")
+
+
+def _append_or_merge(reads: list[Read], new: Read) -> None:
+    """Merge `new` into the last read if it continues that one in the file and in the buffer."""
     last = reads[-1] if reads else None
     if last and (last.file, last.source + last.count, last.target + last.count) == (new.file, new.source, new.target):
-        reads[-1] = Read(last.file, last.source, last.target, last.count + new.count)
+        reads[-1] = Read(file=last.file, source=last.source, target=last.target, count=last.count + new.count)
     else:
         reads.append(new)
 
 
 def bytes_of(flat: torch.Tensor) -> memoryview:
-    """A flat tensor on the CPU, seen as bytes."""
+    """Return the memory of a flat CPU tensor, without a copy."""
     array: Any = flat.numpy()
     return memoryview(array).cast("B")
 
 
-def fill(flat: torch.Tensor, folder: Path, kind: str, reads: Sequence[Read]) -> None:
-    """Read into a flat fp32 tensor on the CPU. Raises: OSError; UserError if a file is too short."""
+def read_into(flat: torch.Tensor, folder: Path, kind: str, reads: Sequence[Read]) -> None:
+    """Fill a flat fp32 CPU tensor. Raises: OSError; DamagedCheckpointError if a file is too short."""
     memory = bytes_of(flat)
     handles: dict[str, int] = {}
     try:
         for read in reads:
             if read.file not in handles:
                 handles[read.file] = os.open(folder / f"{read.file}.{kind}", os.O_RDONLY)
-            at, size = read.target * NUMBER_BYTES, read.count * NUMBER_BYTES
-            _read_exactly(handles[read.file], memory[at : at + size], read.source * NUMBER_BYTES)
+            start, size = read.target * VALUE_BYTES, read.count * VALUE_BYTES
+            _read_exactly(handles[read.file], memory[start : start + size], read.source * VALUE_BYTES)
     finally:
         for handle in handles.values():
             os.close(handle)
 
 
 def _read_exactly(handle: int, memory: memoryview, offset: int) -> None:
-    """One call reads 2 GB at most."""
     done = 0
-    while done < len(memory):
+    while done < len(memory):  # Linux reads 2 GB per call at most
         count = os.preadv(handle, [memory[done:]], offset + done)
         if not count:
-            raise UserError(f"the file ends {len(memory) - done} bytes too early")
+            raise DamagedCheckpointError(f"the file ends {len(memory) - done} bytes too early")
         done += count

@@ -1,6 +1,6 @@
-"""Whether a loaded state computes what the saved one computed: the losses of one fixed global batch, without training.
+"""The probe: losses of one fixed global batch, by which a resumed state is compared with the one that was saved.
 
-The batch is the plan's first. Its losses go into the checkpoint; after loading they must come out again.
+The batch is the first of the plan. Its losses are stored in the checkpoint, and must be the same after loading.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pipeline.engine import Engine
 from pipeline.recipe import Recipe
 from pipeline.step import forward
 
-# Relative. Another split of the batch, or another machine, sums in another order; bf16 rounds what it sums.
+# Relative. Another split of the batch or another machine changes the order of sums, which bf16 rounds more coarsely.
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "autocast": 1e-2}
 
 
 class Probe:
-    """Every rank must call `measure` and `compare`, at the same steps."""
+    """Computes the probe losses. Every rank must call its methods, at the same steps."""
 
     def __init__(self, engine: Engine, towers: Towers, recipe: Recipe, ranks: Ranks, data: TrainData):
         self.engine, self.towers, self.recipe, self.ranks = engine, towers, recipe, ranks
@@ -34,35 +34,35 @@ class Probe:
 
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:
-        """Losses summed over the batch's rows and all ranks, and where they were computed."""
+        """Return the losses summed over the batch and all ranks, and the environment that computed them."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
         self.engine.eval()
         for micro in range(self.rows.per_step):
             batch = self.rows.load(micro).to(self.engine.device)
             losses = forward(self.engine, self.towers, self.recipe.config, batch)
-            for i, each in enumerate((losses.text_nll, losses.align_error)):
-                if each is not None:
-                    sums[i] += (each.double() * batch.real).sum()
+            for i, loss in enumerate((losses.text_nll, losses.align_error)):
+                if loss is not None:
+                    sums[i] += (loss.double() * batch.real).sum()
         self.engine.train()
         dist.all_reduce(sums)
         text, align = sums.tolist()
-        return {"text": text, "align": align, "where": self._where()}
+        return {"text": text, "align": align, "where": self._environment()}
 
     def compare(self, saved: dict[str, Any]) -> str | None:
-        """What is wrong with the state now, if it is not the one that gave `saved`."""
+        """Measure again. Return the difference from `saved`, or None if there is none beyond rounding."""
         now = self.measure()
         exact = self.ranks.device.type == "cpu" and saved["where"] == now["where"]
         tolerance = 0.0 if exact else TOLERANCE[self.recipe.engine.precision]
         for loss in ("text", "align"):
-            if not _same(now[loss], saved[loss], tolerance):
+            if not losses_agree(now[loss], saved[loss], tolerance):
                 return (
-                    f"the {loss} loss of the probe is {now[loss]!r}, it was {saved[loss]!r} when it was saved "
-                    f"(allowed: {tolerance:.0e} of it)"
+                    f"the {loss} loss of the probe is {now[loss]!r}, but was {saved[loss]!r} when it was saved "
+                    f"(relative tolerance {tolerance:.0e})"
                 )
         return None
 
-    def _where(self) -> dict[str, Any]:
-        """Where all of this is equal, on a CPU, so is every bit of the losses. Containers may share a name."""
+    def _environment(self) -> dict[str, Any]:
+        """Describe everything that decides the losses to the bit on a CPU. Containers may share a machine name."""
         return {
             "world_size": self.ranks.world_size,
             "micro_batch": self.recipe.optim.micro_batch,
@@ -74,13 +74,13 @@ class Probe:
         }
 
 
-def _same(now: float, saved: float, tolerance: float) -> bool:
-    """A state that had diverged when it was saved is that state still."""
+def losses_agree(now: float, saved: float, tolerance: float) -> bool:
+    """Compare two losses. Two NaNs agree, because a state that had diverged when it was saved is still that state."""
     return math.isclose(now, saved, rel_tol=tolerance) or (math.isnan(now) and math.isnan(saved))
 
 
 def _processor() -> str:
-    """Its model, and which of its instructions torch uses."""
-    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"^model name\s*: (.*)$", told, re.MULTILINE)
+    """Return the processor's model and the instruction set that torch uses."""
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"^model name\s*: (.*)$", cpuinfo, re.MULTILINE)
     return f"{model[1] if model else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"

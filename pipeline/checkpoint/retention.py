@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and how the others go. A deletion that fails ends no training."""
+"""The retention rule, which decides which checkpoints are kept, and the deletion of the others."""
 
 from __future__ import annotations
 
@@ -7,40 +7,58 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from pipeline.checkpoint.folder import PRUNED
+from pipeline.recipe import CheckpointConfig
 
 
-def kept(steps: Collection[int], good: Collection[int], keep_last: int, keep_every: int, room: bool) -> set[int]:
-    """Of the checkpoints of these steps. `good`: those that this start wrote, or verified.
+def steps_to_keep(
+    steps: Collection[int], good: Collection[int], *, keep_last: int, keep_every: int, has_space: bool
+) -> set[int]:
+    """Choose the checkpoints that stay: the newest `keep_last` good ones, and every `keep_every`th step forever.
 
-    The others may have been damaged since they were written: as long as there are not enough good ones, as many of them
-    are kept besides, if there is `room` for the next save.
+    Checkpoints that are not `good` may have been damaged since they were written. While there are fewer than
+    `keep_last` good ones, the newest `keep_last` others stay too, or only as many as are missing if there is no space.
+
+    Args:
+        steps: steps of all checkpoints.
+        good: steps of the checkpoints that this start of the run wrote or verified.
+        has_space: whether the disk has space for another checkpoint.
     """
     newest, others = sorted(good)[-keep_last:], sorted(set(steps) - set(good))
     forever = {step for step in steps if keep_every and step % keep_every == 0}
     missing = keep_last - len(newest)
-    return forever.union(newest, others[-(keep_last if room else missing) :] if missing else ())
+    return forever.union(newest, others[-(keep_last if has_space else missing) :] if missing else ())
+
+
+def count_kept_forever(config: CheckpointConfig, total_steps: int) -> int:
+    """Count the checkpoints that `keep_every` keeps besides the newest `keep_last`, at the end of a run."""
+    saved = {*range(config.every_steps, total_steps, config.every_steps), total_steps}
+    keep = steps_to_keep(saved, good=saved, keep_last=config.keep_last, keep_every=config.keep_every, has_space=True)
+    return len(keep) - min(config.keep_last, len(saved))
 
 
 def prune(folders: Iterable[Path]) -> Iterator[str]:
-    """Delete checkpoints; a line for each that will not go. One that is cut off leaves what the next start removes."""
+    """Delete checkpoints. Yield a line for each that cannot be deleted.
+
+    Each is renamed first, so that the next start finishes an interrupted deletion.
+    """
     for folder in folders:
         pruned = folder.with_name(f"{PRUNED}{folder.name}")
         try:
             folder.rename(pruned)
         except OSError as error:
-            yield _stays(folder, error)
+            yield _cannot_delete(folder, error)
         else:
             yield from delete([pruned])
 
 
 def delete(folders: Iterable[Path]) -> Iterator[str]:
-    """A line for each that will not go: somebody may read it, or may have taken the right away."""
+    """Delete folders. Yield a line for each that cannot be deleted, for example because a process reads it."""
     for folder in folders:
         try:
             shutil.rmtree(folder)
         except OSError as error:  # noqa: PERF203
-            yield _stays(folder, error)
+            yield _cannot_delete(folder, error)
 
 
-def _stays(folder: Path, error: OSError) -> str:
-    return f"{folder} could not be deleted ({error}) and takes room; the next start tries again, or delete it by hand"
+def _cannot_delete(folder: Path, error: OSError) -> str:
+    return f"{folder} could not be deleted ({error}) and takes space; the next start tries again, or delete it by hand"

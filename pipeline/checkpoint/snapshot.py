@@ -1,7 +1,7 @@
-"""What this rank holds of the training state: copied to host memory at one step, written while training goes on.
+"""This rank's share of the training state: copied to host memory, then written to files while training goes on.
 
-The host memory is allocated once and used for every save, and for loading: 12 bytes for each trainable parameter,
-divided by the number of ranks.
+The host memory is allocated once and used for every save and for loading: 12 bytes per trainable parameter, divided by
+the number of ranks.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint.layout import NUMBER_BYTES, Layout, bytes_of, fill
+from pipeline.checkpoint.layout import VALUE_BYTES, Layout, bytes_of, read_into
 from pipeline.engine import Engine
 from pipeline.errors import retryable_oserrors
 from pipeline.zero import KINDS, Buffer, Piece, adam_state, restore, zero_buffers
 from preprocess.atomic import HashingFile, sync
 
-THREADS = 4  # of a rank: while one hashes, others keep the disk busy
+THREADS = 4  # per rank: while one hashes, others keep the disk busy
 BLOCK_BYTES = 16 << 20
-SYNC_BYTES = 256 << 20  # written at most before it is brought to disk, so that little waits in the page cache
+SYNC_BYTES = 256 << 20  # synced after each so many bytes, so that few of them wait in the page cache
 
 
 class Snapshot:
-    """One rank's share of the state of a DeepSpeed engine. Its methods concern this rank alone, except `restore`."""
+    """Host copies of the ZeRO buffers of one engine. Its methods are local to this rank, except `restore`."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -36,27 +36,29 @@ class Snapshot:
 
     @functools.cached_property
     def memory(self) -> dict[tuple[int, str], torch.Tensor]:
-        """Host copies by buffer and kind. On a GPU machine they are page-locked, which a fast copy needs."""
+        """Host copies by buffer index and kind. With a GPU they are page-locked, which fast copies need."""
         sizes = [buffer.master.numel() for buffer in self.buffers]
-        copies = {(index, kind): whole_pages(size) for index, size in enumerate(sizes) for kind in KINDS}
+        copies = {(index, kind): allocate_pages(size) for index, size in enumerate(sizes) for kind in KINDS}
         if self.engine.device.type == "cuda":
             self._page_lock(list(copies.values()))
         return copies
 
     def _page_lock(self, copies: Sequence[torch.Tensor]) -> None:
-        """Several threads touch the pages first: CUDA would ask for one after the other, seven times as long."""
+        """Lock the pages after several threads have touched them, because CUDA touches them seven times as slowly."""
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(torch.Tensor.zero_, copies))
         if not all(page_lock(copy, torch.cuda.cudart().cudaHostRegister) for copy in copies):
             with contextlib.suppress(RuntimeError):
-                torch.ones(1, device=self.engine.device)  # CUDA tells its next kernel of the error, whose it is not
+                torch.ones(
+                    1, device=self.engine.device
+                )  # consumes the pending CUDA error, which the next kernel raises
 
     @property
     def bytes(self) -> int:
         return sum(buffer.master.nbytes for buffer in self.buffers) * len(KINDS)
 
     def take(self) -> float:
-        """Copy the state as it is now; the number of updates that Adam has counted."""
+        """Copy the current state to host memory. Return the number of updates that Adam has made."""
         for (index, kind), copy in self.memory.items():
             if (tensor := self._tensor(self.buffers[index], kind)) is None:
                 copy.zero_()
@@ -68,7 +70,7 @@ class Snapshot:
         return updates
 
     def write(self, folder: Path, rank: int) -> dict[str, dict[str, Any]]:
-        """Write and sync the copies; name -> bytes and sha256 of each file. Raises: OSError."""
+        """Write and sync the host copies. Return the size and sha256 of each file. Raises: OSError."""
         with ThreadPoolExecutor(THREADS) as pool:
             tasks = {
                 f"{file}.{kind}": pool.submit(_write, folder / f"{file}.{kind}", self.memory[index, kind])
@@ -78,62 +80,64 @@ class Snapshot:
         return {name: task.result() for name, task in tasks.items()}
 
     def pieces(self, rank: int) -> dict[str, tuple[Piece, ...]]:
-        """The map of what `write` writes."""
+        """Return the pieces in each file that `write` writes."""
         return {file: self.buffers[index].pieces for index, file in self._files(rank)}
 
     def whole_files(self, layout: Layout, files: Mapping[str, dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Those of a checkpoint's files that lie as this rank's buffers do -> the copies that they fill."""
-        named = {self._file_like(layout, index, kind): copy for (index, kind), copy in self.memory.items()}
+        """Map each checkpoint file that has the same pieces as a buffer of this rank to the host copy that it fills."""
+        named = {self._matching_file(layout, index, kind): copy for (index, kind), copy in self.memory.items()}
         return {name: copy for name, copy in named.items() if name in files and files[name]["bytes"] == copy.nbytes}
 
-    def read(self, folder: Path, layout: Layout, but_for: Collection[str]) -> None:
-        """Fill the copies from a checkpoint of any number of ranks, without those that these files have filled.
+    def read(self, folder: Path, layout: Layout, *, but_for: Collection[str]) -> None:
+        """Fill the host copies from a checkpoint of any world size, except those that the files `but_for` have filled.
 
-        Raises: UserError if a part is missing; RetryableError if the file system fails.
+        Raises: DamagedCheckpointError if values are missing; RetryableError if the file system fails.
         """
-        with ThreadPoolExecutor(THREADS) as pool, retryable_oserrors(f"{folder}"):
+        with ThreadPoolExecutor(THREADS) as pool, retryable_oserrors(folder):
             tasks = [
-                pool.submit(fill, copy, folder, kind, layout.reads(self.buffers[index].pieces))
+                pool.submit(read_into, copy, folder, kind, layout.reads(self.buffers[index].pieces))
                 for (index, kind), copy in self.memory.items()
-                if self._file_like(layout, index, kind) not in but_for
+                if self._matching_file(layout, index, kind) not in but_for
             ]
             for task in tasks:
                 task.result()
 
     def restore(self, updates: float) -> None:
-        """Make the copies the engine's state. Every rank must call it: gathered weights are made anew."""
+        """Load the host copies into the engine. Every rank must call it, because ZeRO-3 gathers weights."""
         restore(self.engine, self.buffers, self.memory, updates)
 
     def _files(self, rank: int) -> Iterator[tuple[int, str]]:
         return ((index, f"rank-{rank:05d}.{index:02d}") for index in range(len(self.buffers)))
 
-    def _file_like(self, layout: Layout, index: int, kind: str) -> str:
-        """The file that lies as this buffer does, if there is one."""
+    def _matching_file(self, layout: Layout, index: int, kind: str) -> str:
         return f"{layout.file_of(self.buffers[index].pieces)}.{kind}"
 
     def _tensor(self, buffer: Buffer, kind: str) -> torch.Tensor | None:
-        """Adam has no moments before its first update."""
+        """Return the engine's tensor. Adam has no moments before its first update."""
         return buffer.master.detach() if kind == "master" else adam_state(self.engine, buffer).get(kind)
 
 
-def whole_pages(count: int) -> torch.Tensor:
-    """Zeros, fp32, in memory pages that nothing else shares: none can be locked twice."""
-    memory = mmap.mmap(-1, max(1, count) * NUMBER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
+def allocate_pages(count: int) -> torch.Tensor:
+    """Allocate `count` fp32 zeros in memory pages of their own, since no page can be locked twice."""
+    memory = mmap.mmap(-1, max(1, count) * VALUE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # the kernel may lack huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.float32)[:count]
 
 
 def page_lock(copy: torch.Tensor, register: Callable[[int, int, int], Any]) -> bool:
-    """Whether the system allows it. torch's own page-locked memory would be rounded up to a power of two."""
+    """Page-lock a tensor with `cudaHostRegister`. Return whether the system allowed it.
+
+    torch's own page-locked memory would be rounded up to a power of two.
+    """
     if code := int(register(copy.data_ptr(), copy.nbytes, 0)):
-        why = f"CUDA error {code}; `ulimit -l` may be low"
-        print(f"host memory cannot be page-locked ({why}): saves hold the training up longer", flush=True)
+        reason = f"CUDA error {code}; `ulimit -l` may be low"
+        print(f"host memory cannot be page-locked ({reason}): each save stops training for longer", flush=True)
     return not code
 
 
 def _write(path: Path, tensor: torch.Tensor) -> dict[str, Any]:
-    """Hashed while it is written, in large blocks, one after the other."""
+    """Write a tensor in large blocks and hash each block as it is written."""
     data: Any = bytes_of(tensor)
     with path.open("wb") as raw:
         file = HashingFile(raw)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import os
 import random
 import shutil
@@ -29,6 +28,7 @@ from model.hashing import file_sha256
 from model.kernels.dispatch import kernel_report
 from model.vision import tower_file
 from pipeline.checkpoint.folder import REFUSED, find_leftovers, list_steps
+from pipeline.checkpoint.retention import count_kept_forever
 from pipeline.data.loader import check_shards_match_model, prefetched_bytes
 from pipeline.distributed.collectives import run_checks
 from pipeline.distributed.ranks import Ranks
@@ -233,7 +233,7 @@ def check_disk(recipe: Recipe, ranks: Ranks) -> str:
     """
     folder = Path(recipe.run.dir) / "checkpoints"
     each = CHECKPOINT_BYTES * count_parameters(recipe.config).trainable
-    kept = count_kept_for_ever(recipe)
+    kept = count_kept_forever(recipe.checkpoint, _total_steps(recipe))
     count = recipe.checkpoint.keep_last + kept + ROOM_FOR
     there = len([*folder.glob("step-*"), *folder.glob(f"{REFUSED}*")])
     needed = each * max(1, count - there)
@@ -247,15 +247,6 @@ def check_disk(recipe: Recipe, ranks: Ranks) -> str:
             f"of {each / GIB:.1f}{keeping}, {there} of which are there; make room or {remedy}"
         )
     return f"{count} checkpoints of {each / GIB:.2f} GiB, {there} of them there; {free / GIB:.0f} GiB free"
-
-
-def count_kept_for_ever(recipe: Recipe) -> int:
-    """Checkpoints that `keep_every` keeps beside the newest ones, at the end of the run."""
-    options = recipe.checkpoint
-    if not options.keep_every:
-        return 0
-    last_pruned = _total_steps(recipe) - options.keep_last * options.every_steps
-    return max(0, last_pruned) // math.lcm(options.every_steps, options.keep_every)
 
 
 def _total_steps(recipe: Recipe) -> int:

@@ -13,11 +13,13 @@ import signal
 import sys
 from pathlib import Path
 
-import pipeline.checkpoint.checkpointer
-import pipeline.checkpoint.folder
+import pipeline.checkpoint.saver
 import pipeline.checkpoint.snapshot
+import pipeline.checkpoint.verify
 from pipeline import train
-from pipeline.checkpoint.checkpointer import Checkpointer
+from pipeline.checkpoint.layout import Layout
+from pipeline.checkpoint.saver import Saver
+from pipeline.checkpoint.snapshot import Snapshot
 from pipeline.engine import init_distributed  # noqa: F401  (imported before the fork)
 from pipeline.run.watchdog import EXIT_LOST
 
@@ -29,7 +31,7 @@ class Stages:
 
     @staticmethod
     def snapshot_taken():
-        before(Checkpointer, "_write", lambda *_: True)
+        before(Snapshot, "write", lambda *_: True)
 
     @staticmethod
     def half_written():
@@ -37,7 +39,7 @@ class Stages:
 
     @staticmethod
     def written():
-        before(Checkpointer, "_publish", lambda *_: True)
+        before(Layout, "save", lambda *_: True)
 
     @staticmethod
     def manifest_written():
@@ -45,11 +47,11 @@ class Stages:
 
     @staticmethod
     def renamed():
-        before(pipeline.checkpoint.checkpointer, "sync_folder", lambda folder: folder.name == "checkpoints")
+        before(pipeline.checkpoint.saver, "sync_folder", lambda folder: folder.name == "checkpoints")
 
     @staticmethod
     def before_latest():
-        before(pipeline.checkpoint.checkpointer, "publish", lambda path, _: path.name == "latest")
+        before(pipeline.checkpoint.saver, "publish", lambda path, _: path.name == "latest")
 
     @staticmethod
     def pruning():
@@ -61,11 +63,11 @@ class Failures:
 
     @staticmethod
     def hashing_fails():
-        fail(pipeline.checkpoint.folder, "file_sha256", errno.ESTALE, saves_before=0)
+        fail(pipeline.checkpoint.verify, "file_sha256", errno.ESTALE, saves_before=0)
 
     @staticmethod
     def loading_fails():
-        fail(pipeline.checkpoint.folder, "_read_hashed", errno.EIO, saves_before=0)
+        fail(pipeline.checkpoint.verify, "read_and_hash", errno.EIO, saves_before=0)
 
     @staticmethod
     def writing_fails():
@@ -99,7 +101,7 @@ def before(owner, name, is_it):
 
 
 def count_saves():
-    save = Checkpointer.save
+    save = Saver.save
 
     def counted(self, step):
         global saves
@@ -107,7 +109,7 @@ def count_saves():
         saves += 1
         return save(self, step)
 
-    setattr(Checkpointer, "save", counted)  # noqa: B010 (the type checker minds the other way)
+    setattr(Saver, "save", counted)  # noqa: B010 (the type checker minds the other way)
 
 
 def live(stage, words):

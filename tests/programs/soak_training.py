@@ -62,7 +62,7 @@ def losses(run: Path) -> dict[int, set[tuple]]:
 def end_state(run: Path) -> dict[tuple[str, str], torch.Tensor]:
     folder = run / "checkpoints" / folder_name(STEPS)
     layout = Layout.load(folder)
-    return {(kind, name): tensor for kind in KINDS for name, tensor in layout.whole(folder, kind).items()}
+    return {(kind, name): tensor for kind in KINDS for name, tensor in layout.assemble(folder, kind).items()}
 
 
 def kill_sometime(process: subprocess.Popen[str], run: Path, everything: bool, rng: random.Random) -> bool:

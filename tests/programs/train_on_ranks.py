@@ -22,9 +22,12 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
 
 from pipeline import step
-from pipeline.checkpoint import snapshot
-from pipeline.checkpoint.checkpointer import Checkpointer
+from pipeline.checkpoint.context import CheckpointContext
+from pipeline.checkpoint.folder import list_steps
 from pipeline.checkpoint.probe import Probe
+from pipeline.checkpoint.resumer import Resumer
+from pipeline.checkpoint.saver import Saver
+from pipeline.checkpoint.snapshot import Snapshot
 from pipeline.data.loader import TrainData
 from pipeline.distributed.ranks import find_ranks
 from pipeline.engine import build_engine, init_distributed
@@ -46,17 +49,20 @@ def main() -> None:
     ranks = find_ranks(recipe.engine.device)
     init_distributed(ranks)
     data = TrainData(recipe, ranks)
-    emma, towers, _ = build_model(RunFolder(recipe, ranks), ranks)
+    run = RunFolder(recipe, ranks)
+    saved_steps = list_steps(run.folder / "checkpoints")
+    emma, towers, _ = build_model(run, ranks, resume=bool(saved_steps))
     engine = build_engine(emma, recipe, ranks)
     probe = Probe(engine, towers, recipe, ranks, data)
-    checkpoints = Checkpointer(recipe, ranks, _identity(recipe, data), engine, probe)
-    first, notes = checkpoints.resume()
+    identity = _identity(recipe, data)
+    context = CheckpointContext(recipe=recipe, ranks=ranks, identity=identity, engine=engine, probe=probe)
+    first, notes = Resumer(context).resume(saved_steps)
+    saver = Saver(context, resumed_from=first)
     disk = hold_up_the_disk() if ours["disk"] == "slow" else None
-    untrained = None if first else checkpoints.snapshot.take()
-    room = checkpoints.snapshot.bytes * ranks.world_size
+    untrained = None if first else context.snapshot.take()
     if ours["fill"] and ranks.is_main:
-        fill_the_disk(Path(ours["fill"]), but_for=room + SLACK_BYTES)
-        write_after_the_others(checkpoints, room)
+        fill_the_disk(Path(ours["fill"]), but_for=context.total_bytes + SLACK_BYTES)
+        write_after_the_others(context)
     states = {first: full_state_of(engine)} if ours["keep"] == "states" and first else {}
     gradients = keep_gradients(engine) if ours["keep"] == "gradients" else []
     reports = []
@@ -64,16 +70,16 @@ def main() -> None:
         lr = learning_rate(recipe, batch.step, data.total_steps)
         spoil_the_loss(batch.step == int(ours["spoil"]) and ranks.is_main)
         report = step.optimizer_step(engine, towers, recipe, batch, lr)
-        reports.append(vars(report) | {"writing_here": checkpoints.writing, "learning_rates": learning_rates(engine)})
-        if checkpoints.due(batch.step + 1):
-            checkpoints.save(batch.step + 1)
+        reports.append(vars(report) | {"writing_here": saver.writing, "learning_rates": learning_rates(engine)})
+        if saver.due(batch.step + 1):
+            saver.save(batch.step + 1)
             if ours["keep"] == "states":
                 states[batch.step + 1] = full_state_of(engine)
         if batch.step + 1 == int(ours["until"]):
             break
     if disk:
         disk.set()
-    checkpoints.finish()
+    saver.finish()
     if ranks.is_main:
         kept = {"gradients": gradients, "reports": reports, "first": first, "states": states, "notes": notes}
         kept["untrained"] = untrained
@@ -116,26 +122,26 @@ def full_state_of(engine):
 
 def hold_up_the_disk() -> threading.Event:
     """Nothing is written until the event is set."""
-    write, free = snapshot._write, threading.Event()
+    write, free = Snapshot.write, threading.Event()
 
-    def held(path: Path, tensor):
+    def held(self, folder: Path, rank: int):
         assert free.wait(timeout=HELD_S)
-        return write(path, tensor)
+        return write(self, folder, rank)
 
-    snapshot._write = held
+    setattr(Snapshot, "write", held)  # noqa: B010 (the type checker minds the other way)
     return free
 
 
-def write_after_the_others(checkpoints: Checkpointer, room: int):
+def write_after_the_others(context: CheckpointContext):
     """This rank writes when the others have taken some of the room for all."""
-    write, until = checkpoints._write, time.monotonic() + HELD_S
+    write, until = context.snapshot.write, time.monotonic() + HELD_S
 
-    def late(partial: Path):
-        while shutil.disk_usage(checkpoints.folder).free >= room and time.monotonic() < until:
+    def late(folder: Path, rank: int):
+        while shutil.disk_usage(context.folder).free >= context.total_bytes and time.monotonic() < until:
             time.sleep(0.01)
-        return write(partial)
+        return write(folder, rank)
 
-    setattr(checkpoints, "_write", late)  # noqa: B010 (the type checker minds the other way)
+    setattr(context.snapshot, "write", late)  # noqa: B010 (the type checker minds the other way)
 
 
 def spoil_the_loss(now: bool):

@@ -1,0 +1,82 @@
+"""The manifest of a checkpoint: its training's identity, and the size and sha256 of every file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.errors import UserError
+from pipeline.checkpoint.folder import MANIFEST, DamagedCheckpointError
+from pipeline.errors import retryable_oserrors
+from preprocess.atomic import canonical_json, write_json
+
+CHECKSUM = "seal"  # the key on disk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """The settings that must not change between a checkpoint and the run that resumes from it."""
+
+    recipe: dict[str, Any]
+    fingerprint: str
+    shards_sha256: str
+    total_steps: int
+
+    def must_match(self) -> dict[str, Any]:
+        """Return the manifest entries that must be equal, besides the fingerprint of the recipe."""
+        return {"shards_sha256": self.shards_sha256, "total_steps": self.total_steps}
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    write_json(folder / MANIFEST, manifest | {CHECKSUM: manifest_checksum(manifest)})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read a manifest without its checksum.
+
+    Raises: DamagedCheckpointError if it is missing, or its checksum does not match; RetryableError if the file system
+    fails.
+    """
+    try:
+        with retryable_oserrors(folder):
+            manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        if manifest.pop(CHECKSUM) != manifest_checksum(manifest):
+            raise ValueError("its checksum does not match")
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"no readable {MANIFEST}: {error!r}") from None
+    return manifest
+
+
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """Hash a manifest without its checksum, so that any changed bit is noticed."""
+    return hashlib.sha256(canonical_json(manifest)).hexdigest()
+
+
+def check_identity(folder: Path, manifest: dict[str, Any], identity: Identity) -> None:
+    """Raise UserError if the checkpoint belongs to another training."""
+    if manifest["fingerprint"] != identity.fingerprint:
+        changes = _differences(manifest["recipe"], identity.recipe)
+        raise UserError(
+            f"{folder} belongs to another training; changed since: {'; '.join(changes)}; "
+            f"give the old values, or another run.dir to start afresh"
+        )
+    for key, value in identity.must_match().items():
+        if manifest[key] != value:
+            raise UserError(
+                f"{folder}: {key} is {manifest[key]}, this run has {value}; resume with the same, "
+                f"or give another run.dir to start afresh"
+            )
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after, path = old.get(key), new.get(key), f"{where}{key}"
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += _differences(before, after, f"{path}.")
+        elif before != after:
+            lines.append(f"{path} was {before}, now {after}")
+    return lines
