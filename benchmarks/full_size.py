@@ -30,7 +30,7 @@ from PIL import Image
 from benchmarks.photographs import dialogue
 from preprocess.build_shards import PAPER_MIX
 from preprocess.demo.mix import train_tokenizer
-from preprocess.shards.manifest import MANIFEST, WORK
+from preprocess.shards.folder import ShardFolder
 
 MODEL = "tiny_v2"
 ROWS = 1_230_800
@@ -117,13 +117,13 @@ def build(root: Path, out: Path, workers: int) -> dict[str, float]:
     most = {"driver": 0, "worker": 0}
     planned = float("nan")
     while driver.poll() is None:
-        if planned != planned and (out / WORK / "dialogues.jsonl").exists():
+        if planned != planned and ShardFolder(out).dialogues.exists():
             planned = time.monotonic() - started
         _note_memory(driver.pid, most)
         time.sleep(SAMPLED_EVERY_S)
     assert driver.returncode == 0, f"the build failed: {driver.returncode}"
     last_shard = max(path.stat().st_mtime for path in out.glob("shard-*.json"))
-    whole_set = (out / MANIFEST).stat().st_mtime
+    whole_set = ShardFolder(out).manifest.stat().st_mtime
     return {
         "planning_s": planned,
         "building_s": last_shard - started_at - planned,

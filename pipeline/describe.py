@@ -19,6 +19,7 @@ from model.errors import UserError, run_cli
 from pipeline.flops import CHECKPOINT_BYTES, GIB, STATE_BYTES, count_parameters, flops_per_sample
 from pipeline.metrics.throughput import PEAK_FLOPS
 from pipeline.recipe import Recipe, load_recipe
+from preprocess.shards.folder import ShardFolder
 from preprocess.shards.manifest import Manifest
 
 PAPER_ROWS, PAPER_TEXT_ONLY = 1_230_800, 40_688
@@ -55,7 +56,7 @@ def describe(recipe: Recipe, ranks: int, mfu: float) -> dict[str, Any]:
 def _data_facts(recipe: Recipe) -> dict[str, Any]:
     """Of the recipe's shards if they exist, else of the paper's mix."""
     batch, epochs = recipe.optim.global_batch, recipe.data.epochs
-    if (Path(recipe.data.shards) / "manifest.json").exists():
+    if ShardFolder(Path(recipe.data.shards)).manifest.exists():
         counts = Manifest.load(recipe.data.shards).counts
         with_image, text_only, samples = counts["with_image"], counts["text_only"], counts["samples"]
         text, supervised = counts["text_tokens"] // samples, counts["supervised_tokens"] // samples

@@ -36,6 +36,7 @@ from pipeline.engine import Engine, build_engine, init_distributed
 from pipeline.flops import GIB, flops_per_sample
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.step import optimizer_step
+from preprocess.shards.folder import ShardFolder
 from preprocess.shards.manifest import load_index
 
 SUPERVISED_SHARE = 0.5  # of the text
@@ -184,7 +185,7 @@ def imagined_batch(recipe: Recipe, size: int, text_tokens: int, world_size: int)
 
 def longest_text(recipe: Recipe, otherwise: int) -> int:
     """In tokens, of the recipe's shards if they are there."""
-    if not (Path(recipe.data.shards) / "manifest.json").exists():
+    if not ShardFolder(Path(recipe.data.shards)).manifest.exists():
         return otherwise
     return int(load_index(recipe.data.shards).column("num_text_tokens").to_numpy().max())
 

@@ -1,4 +1,4 @@
-"""How far a build is: a bar on a terminal, a line now and then in a log, and progress.json for programs."""
+"""`Progress`: a bar on a terminal, a line every ten seconds in a log, and progress.json for programs."""
 
 from __future__ import annotations
 
@@ -6,53 +6,58 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TextIO
 
 from preprocess.atomic import canonical_json, publish
-from preprocess.shards.manifest import PROGRESS
+from preprocess.shards.folder import ShardFolder
 
 LOG_EVERY_S, TERMINAL_EVERY_S, FILE_EVERY_S = 10.0, 0.2, 5.0
 BAR_CHARACTERS = 30
 
 
 class Progress:
-    """Counts dialogues done. `reused` ones were there already: they count as done, not towards the rate.
+    """Progress of a build, in dialogues.
 
-    `rejects` are those known at the start, by source. Without a folder `out` there is no file.
+    Args:
+        folder: where progress.json is written; None: nowhere.
+        total: number of dialogues of the whole set.
+        reused: dialogues of shards that are reused. They count as done, but not towards the rate.
+        rejects: rejects that are known at the start, by source.
+        stream: where the bar or the lines are printed.
     """
 
     def __init__(
         self,
-        out: Path | None,
+        folder: ShardFolder | None,
         total: int,
         reused: int = 0,
         rejects: Mapping[str, int] | None = None,
+        *,
         stream: TextIO = sys.stdout,
     ) -> None:
-        self.path = out / PROGRESS if out else None
+        self.path = folder.progress if folder else None
         self.total, self.reused, self.stream = total, reused, stream
         self.done, self.rejects = reused, Counter(rejects)
         self.started = time.monotonic()
         self.terminal = stream.isatty()
-        self._shown = self._filed = float("-inf")
+        self._printed = self._written = float("-inf")
 
     def add(self, dialogues: int, rejects: dict[str, int]) -> None:
         self.done += dialogues
         self.rejects.update(rejects)
 
     def tick(self, state: str = "building", last: bool = False) -> None:
-        """Shows and files what is due; call it at least every second."""
+        """Print and write the progress if it is due. Call it at least once per second."""
         now = time.monotonic()
-        if self.path and (last or now - self._filed >= FILE_EVERY_S):
-            self._filed = now
+        if self.path and (last or now - self._written >= FILE_EVERY_S):
+            self._written = now
             publish(self.path, canonical_json(self.report(state)))
-        if last or now - self._shown >= (TERMINAL_EVERY_S if self.terminal else LOG_EVERY_S):
-            self._shown = now
+        if last or now - self._printed >= (TERMINAL_EVERY_S if self.terminal else LOG_EVERY_S):
+            self._printed = now
             self._show(last)
 
     def numbers(self) -> dict[str, float]:
-        """What a monitor draws."""
+        """Return the numbers for a monitoring system."""
         report = self.report("")
         return {
             "dialogues_done": self.done,

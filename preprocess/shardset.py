@@ -1,6 +1,6 @@
-"""Looks at a built shard set: `verify` reads everything again, `info` tells it at a glance, `preview` shows it.
+"""Inspect a shard set: `verify` checks every file, `info` prints a summary, `preview` writes a web page of samples.
 
-Exit codes: 0 sound, 1 damaged, 2 no shard set.
+Exit codes: 0 intact, 1 damaged, 2 user error, such as a folder that is not a shard set.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n".join(info(parsed.folder)))
         else:
             print(run_preview(parsed.folder, parsed.out, parsed.samples))
-    except (UserError, OSError) as error:  # the latter is the disk's, and says which file
+    except (UserError, OSError) as error:  # an OSError names the file
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0
@@ -53,24 +53,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
     for verb, help_ in (
-        ("verify", "read everything again and name whatever is not as it was built"),
-        ("info", "rows, pictures, tokens, lengths, sources and rejects"),
-        ("preview", "write one HTML page with pictures, turns, what is supervised, and the rejects"),
+        ("verify", "read every file and list all damage"),
+        ("info", "print counts of samples, images, tokens and rejects, by source, and a histogram of lengths"),
+        ("preview", "write one HTML page with images, text, supervised spans and rejects"),
     ):
         command = verbs.add_parser(verb, help=help_)
-        command.add_argument("folder", type=Path)
+        command.add_argument("folder", type=Path, help="folder of the shard set")
         if verb == "preview":
-            command.add_argument("--out", type=Path, help="the page (default: FOLDER-preview.html, beside the folder)")
-            command.add_argument("--samples", type=int, default=60, help="how many are shown (default %(default)s)")
+            command.add_argument(
+                "--out", type=Path, help="HTML file to write (default: FOLDER-preview.html beside the folder)"
+            )
+            command.add_argument(
+                "--samples", type=int, default=60, help="number of samples to show (default: %(default)s)"
+            )
     return parser
 
 
 def run_verify(folder: Path) -> int:
-    """Prints each problem as it is found."""
-    problems, progress = 0, Progress(None, Manifest.load(folder).counts["samples"], stream=sys.stderr)
+    """Print each problem as it is found. Return the exit code."""
+    samples = Manifest.load(folder).counts["samples"]
+    problems, progress = 0, Progress(None, samples, stream=sys.stderr)
 
-    def tick(samples: int) -> None:
-        progress.add(samples, {})
+    def tick(read: int) -> None:
+        progress.add(read, {})
         progress.tick()
 
     for problem in verify(folder, tick):
@@ -79,36 +84,36 @@ def run_verify(folder: Path) -> int:
     if problems:
         print(f"{folder} is damaged: {problems} problems; {REMEDY}")
         return EXIT_DAMAGED
-    print(f"{folder} is sound: {Manifest.load(folder).counts['samples']} samples, every byte as it was written")
+    print(f"{folder} is intact: {samples} samples, every byte as it was written")
     return 0
 
 
 def run_preview(folder: Path, out: Path | None, samples: int) -> str:
-    """Raises: UserError."""
+    """Write the preview page. Return a line that says where and how much. Raises: UserError."""
     if samples < 0:
         raise UserError(f"--samples is {samples}, expected 0 or more")
-    whole = folder.resolve()  # the name of "." is only there
-    path = out or whole.parent / f"{whole.name}-preview.html"
-    if path.is_dir():
-        raise UserError(f"--out {path} is a folder, expected the name of a page: give {path / 'preview.html'}")
-    if not path.parent.is_dir():
-        raise UserError(f"--out {path}: there is no folder {path.parent}; make it, or give another place")
-    with user_oserrors(path):
-        return write_preview(folder, path, samples)
+    resolved = folder.resolve()  # because "." has no name
+    page = out or resolved.parent / f"{resolved.name}-preview.html"
+    if page.is_dir():
+        raise UserError(f"--out {page} is a folder, expected a file name such as {page / 'preview.html'}")
+    if not page.parent.is_dir():
+        raise UserError(f"--out {page}: there is no folder {page.parent}; create it, or give another path")
+    with user_oserrors(page):
+        return write_preview(folder, page, samples)
 
 
 def info(folder: Path) -> list[str]:
-    """The set at a glance, line by line."""
+    """Return a summary of the set as lines of text."""
     manifest = Manifest.load(folder)
     counts, size = manifest.counts, sum(shard.bytes for shard in manifest.shards)
     lines = [
         f"{folder}: set {manifest.sha256}",
-        f"  for {manifest.model}: template {manifest.template}, {manifest.image['px']} px pictures as "
+        f"  for {manifest.model}: template {manifest.template}, {manifest.image['px']} px images as "
         f"{manifest.image['encoding']}, at most {manifest.max_text_tokens} text tokens",
         f"  tokenizer {manifest.tokenizer['name']}: {manifest.tokenizer['vocab_size']} ids, "
         f"end of text {manifest.tokenizer['eos_id']}, sha256 {manifest.tokenizer['sha256'][:12]}",
         f"  {counts['samples']} samples in {len(manifest.shards)} shards, {size / 1e9:.3f} GB: "
-        f"{counts['with_image']} with a picture ({counts['pictures']} distinct), {counts['text_only']} text-only",
+        f"{counts['with_image']} with an image ({counts['pictures']} distinct), {counts['text_only']} text-only",
         f"  {counts['text_tokens']} text tokens, {counts['supervised_tokens']} of them supervised",
         "",
         f"  {'source':<20} {'rows':>10} {'samples':>10} {'rejects':>10}",

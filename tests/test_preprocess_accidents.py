@@ -29,7 +29,7 @@ from tests.support.shard_builds import arguments, build_in_process, contents, di
 SCRIPT = "preprocess/build_shards.py"
 NUM_ROWS, SAMPLES_PER_SHARD = 600, 20
 ALL_BUT_ONE = 29  # shards
-STOPPED = "stopped; what is finished is kept, and the same command goes on from there"
+STOPPED = "stopped; finished shards are kept, and the same command continues from there"
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +123,7 @@ def test_a_picture_that_makes_every_process_crash_is_named(cluster: RayCluster, 
                 os.kill(pid, signal.SIGSEGV)
         said, _ = driver.communicate(timeout=60)
     assert driver.returncode == build_shards.EXIT_USER_ERROR, said
-    complaint = (
-        "error: shard-00029: its process died 4 times, the last time at row 590 of photographs, picture 590.jpg ("
-    )
+    complaint = "error: shard-00029: its process died 4 times, the last time at row 590 of photographs, image 590.jpg ("
     assert said.splitlines()[-1].startswith(complaint)
 
 

@@ -174,12 +174,12 @@ def test_a_picture_that_was_replaced_is_noticed_when_pictures_are_compared(
     other = tmp_path / "root"
     shutil.copytree(root, other)
     shutil.copytree(expected, tmp_path / "out")
-    assert build_shards.main([*command(other, tmp_path / "out", workers=0), "--compare-pictures"]) == 0
+    assert build_shards.main([*command(other, tmp_path / "out", workers=0), "--compare-images"]) == 0
     assert contents(tmp_path / "out") == contents(expected), "the same pictures in another place"
     shutil.copy(root / "photographs/camera.jpg", other / "photographs/text.jpg")
     assert build_shards.main(command(other, tmp_path / "out", workers=0)) == 0
     assert contents(tmp_path / "out") == contents(expected)
-    assert build_shards.main([*command(other, tmp_path / "out", workers=0), "--compare-pictures"]) == 0
+    assert build_shards.main([*command(other, tmp_path / "out", workers=0), "--compare-images"]) == 0
     assert Manifest.load(tmp_path / "out").counts["pictures"] == len(PHOTOGRAPHS) - 1
 
 
@@ -195,7 +195,7 @@ def test_a_shard_that_was_replaced_before_its_sidecar_is_built_again(
     shutil.copytree(root, other)
     source = {"name": "p", "format": "llava", "annotations": "rows.json", "images": "photographs", "limit": 6}
     write_mix(other, [source], '[images]\nencoding = "raw"')
-    words = [*command(other, out, workers=0), "--compare-pictures"]
+    words = [*command(other, out, workers=0), "--compare-images"]
     assert build_shards.main(words) == 0
     shutil.copy(root / "photographs/camera.jpg", other / "photographs/text.jpg")
     with monkeypatch.context() as interrupted:
@@ -239,8 +239,10 @@ def test_shards_of_other_packages_are_told(
     assert build_shards.main(command(root, tmp_path / "out", workers=0)) == 0
     assert sorted(Manifest.load(tmp_path / "out").made_with.values()) == [1, 11]
     said = capsys.readouterr().out
-    assert "note: not all shards were made alike: 1 with pillow 1." in said
-    assert f"; 11 with {codec_versions()}; for pictures of one make, delete" in said
+    assert "note: shards were built with different package versions: 1 with pillow 1." in said
+    assert (
+        f"; 11 with {codec_versions()}; images may differ slightly. To build all with the same versions, delete" in said
+    )
 
 
 # -- What is said ----------------------------------------------------------------------------------------------------
@@ -261,9 +263,9 @@ def test_a_check_writes_nothing(root: Path, tmp_path: Path, capsys: pytest.Captu
     assert build_shards.main([*command(root, tmp_path / "out"), "--check"]) == 0
     assert not (tmp_path / "out").exists()
     assert capsys.readouterr().out.splitlines() == [
-        "photographs: 240 rows, 0 rejected before their pictures are looked at",
-        "    photographs: pictures of 216 rows",
-        "    54 pictures looked at, 0 of them bad",
+        "photographs: 240 rows, 0 rejected before any image is read",
+        "    photographs: images of 216 rows",
+        "    54 images decoded, 0 of them bad",
         f"12 shards of 240 dialogues, 12 of them to be built in {tmp_path / 'out'}",
     ]
 
@@ -280,12 +282,12 @@ def test_a_check_lists_what_is_missing_and_what_is_bad(tmp_path: Path, capsys: p
     assert build_shards.main([*words, "--dry-run"]) == build_shards.EXIT_USER_ERROR
     said = capsys.readouterr()
     assert said.out.splitlines() == [
-        "a: 3 rows, 0 rejected before their pictures are looked at",
-        "    here: pictures of 2 rows",
-        "    coco/train2017: pictures of 1 rows – MISSING",
-        "    3 pictures looked at, 3 of them bad",
-        "        picture_unknown_format: 2, for one here/1.jpg",
-        "        picture_missing: 1, for one coco/train2017/1.jpg",
+        "a: 3 rows, 0 rejected before any image is read",
+        "    here: images of 2 rows",
+        "    coco/train2017: images of 1 rows – MISSING",
+        "    3 images decoded, 3 of them bad",
+        "        picture_unknown_format: 2, for example here/1.jpg",
+        "        picture_missing: 1, for example coco/train2017/1.jpg",
         "note: source 'a' has 3 rows, the mix expects 4",
     ]
     assert "image folders are missing" in said.err
@@ -302,7 +304,7 @@ def test_a_check_looks_at_pictures_from_all_over_each_source(
     write_mix(tmp_path, [{"name": name, "format": "llava", "annotations": "rows.json"} for name in ("a", "b")])
     assert build_shards.main([*arguments(tmp_path, tmp_path / "out", gpt_neox()), "--check"]) == 0
     said = capsys.readouterr().out
-    assert said.count("    63 pictures looked at, 62 of them bad\n        picture_missing: 62, for one p/8.jpg\n") == 2
+    assert said.count("    63 images decoded, 62 of them bad\n        picture_missing: 62, for example p/8.jpg\n") == 2
 
 
 def test_weighted_rows_are_counted_and_sound(root: Path, tmp_path: Path) -> None:

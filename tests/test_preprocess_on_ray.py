@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from preprocess.builder import on_ray
-from preprocess.builder.task import Done
+from preprocess.builder.task import ShardResult
 from preprocess.progress import Progress
+from preprocess.shards.folder import ShardFolder
 
 
 class Cluster:
@@ -32,8 +33,8 @@ class Cluster:
         self.in_flight.append(len(flying))
         return flying[:1], flying[1:]
 
-    def get(self, landed: object) -> Done:
-        return Done("shard", 1, 1, {})
+    def get(self, landed: object) -> ShardResult:
+        return ShardResult(name="shard", dialogues=1, samples=1, rejects={})
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_two_tasks_a_cpu_are_in_flight_of_as_many_as_there_are_now(
     monkeypatch.setattr(on_ray, "ray", cluster)
     monkeypatch.setattr(on_ray, "Gauge", lambda name, what: SimpleNamespace(set=lambda value: None))
     tasks: Any = [SimpleNamespace(name=f"shard-{number:05d}") for number in range(20)]
-    progress = Progress(tmp_path, total=20)
+    progress = Progress(ShardFolder(tmp_path), total=20)
     on_ray.build_on_ray(tasks, workers, progress)
     assert cluster.in_flight[:5] == in_flight
     assert progress.done == 20

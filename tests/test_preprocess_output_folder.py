@@ -9,6 +9,7 @@ import pytest
 from preprocess import build_shards
 from preprocess.builder import output_folder
 from preprocess.builder.output_folder import build_lock
+from preprocess.shards.folder import ShardFolder
 from tests.support.golden_tokenizer import gpt_neox
 from tests.support.shard_builds import arguments, build_in_process, write_talk
 
@@ -64,11 +65,11 @@ def test_a_manifest_that_is_withdrawn_does_not_come_back_after_a_loss_of_power(
     (tmp_path / "manifest.json").write_text("{}")
     synced = []
     monkeypatch.setattr(output_folder, "sync_folder", lambda path: synced.append((path, list(path.iterdir()))))
-    output_folder.remove_manifest(tmp_path)
+    output_folder.remove_manifest(ShardFolder(tmp_path))
     assert synced == [(tmp_path, [])]
 
 
 def test_two_builds_of_one_folder_are_refused(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with build_lock(tmp_path / "out"):
+    with build_lock(ShardFolder(tmp_path / "out")):
         assert build_shards.main(command(root, tmp_path / "out")) == build_shards.EXIT_USER_ERROR
     assert "another build_shards.py is building into" in capsys.readouterr().err

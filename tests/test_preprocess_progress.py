@@ -8,6 +8,7 @@ import pytest
 
 from preprocess import progress
 from preprocess.progress import Progress, clock
+from preprocess.shards.folder import ShardFolder
 
 
 class Terminal(io.StringIO):
@@ -24,7 +25,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_a_log_gets_a_line_every_ten_seconds(tmp_path: Path, now: list[float]) -> None:
     log = io.StringIO()
-    shown = Progress(tmp_path, total=1000, reused=400, stream=log)
+    shown = Progress(ShardFolder(tmp_path), total=1000, reused=400, stream=log)
     for _ in range(21):
         shown.tick()
         now[0] += 1
@@ -38,7 +39,7 @@ def test_a_log_gets_a_line_every_ten_seconds(tmp_path: Path, now: list[float]) -
 
 def test_a_terminal_gets_one_bar_that_moves(tmp_path: Path, now: list[float]) -> None:
     terminal = Terminal()
-    shown = Progress(tmp_path, total=10, stream=terminal)
+    shown = Progress(ShardFolder(tmp_path), total=10, stream=terminal)
     shown.tick()
     now[0] += 1
     shown.add(10, {})
@@ -49,7 +50,7 @@ def test_a_terminal_gets_one_bar_that_moves(tmp_path: Path, now: list[float]) ->
 
 
 def test_the_file_says_how_far_it_is(tmp_path: Path, now: list[float]) -> None:
-    shown = Progress(tmp_path, total=100, stream=io.StringIO())
+    shown = Progress(ShardFolder(tmp_path), total=100, stream=io.StringIO())
     now[0] += 4
     shown.add(20, {"a": 2})
     shown.tick()
@@ -64,7 +65,7 @@ def test_the_file_says_how_far_it_is(tmp_path: Path, now: list[float]) -> None:
 
 
 def test_nothing_to_do_is_no_division_by_zero(tmp_path: Path, now: list[float]) -> None:
-    shown = Progress(tmp_path, total=0, stream=io.StringIO())
+    shown = Progress(ShardFolder(tmp_path), total=0, stream=io.StringIO())
     shown.tick(last=True)
     assert shown.report("done")["left_s"] is None
 

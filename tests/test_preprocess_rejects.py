@@ -64,7 +64,7 @@ def test_rows_that_are_lost_before_any_work_fail_the_build_then(
     assert build_shards.main(command(half_bad, out, workers=0)) == build_shards.EXIT_TOO_MANY_REJECTS
     said = capsys.readouterr()
     assert said.out.splitlines() == HALF_BAD
-    assert said.err.startswith(f"{TOO_MANY}{out / 'rejects.jsonl'} says why; ")
+    assert said.err.startswith(f"{TOO_MANY}{out / 'rejects.jsonl'} lists them with their reasons; ")
     assert [json.loads(line)["row"] for line in (out / "rejects.jsonl").read_text().splitlines()] == [5, 6, 7, 8, 9]
     assert not list(out.glob("shard-*"))
 
@@ -101,7 +101,7 @@ def test_a_set_that_is_refused_later_is_no_set_until_it_is_allowed_again(
         assert build_shards.main(command(root, out, workers=0)) == build_shards.EXIT_TOO_MANY_REJECTS
         said = capsys.readouterr()
         assert "  rejected       1  talk: picture_missing\n" in said.out
-        assert f"talk 10.00% (1 of 10 rows); {out / 'rejects.jsonl'} says why" in said.err
+        assert f"talk 10.00% (1 of 10 rows); {out / 'rejects.jsonl'} lists them with their reasons" in said.err
         assert not (out / "manifest.json").exists()
     build_in_process(root, out, gpt_neox(), max_reject_ratio=0.1)
     assert contents(out) == first

@@ -31,16 +31,19 @@ def test_a_relative_path_is_refused_where_it_would_be_lost(
     monkeypatch.chdir(copy)
     words = [*command(root, tmp_path / "out"), "--root", "data/raw"]
     assert build_shards.main(words) == build_shards.EXIT_USER_ERROR
-    complaint = "--root data/raw is relative, and this job runs in a temporary copy: give the whole path"
+    complaint = "--root data/raw is relative, but this job runs in a temporary copy. Give an absolute path"
     assert complaint in capsys.readouterr().err
 
 
 MISTAKES = {
-    "no root": (["--root", "/nowhere"], "--root /nowhere is no folder"),
+    "no root": (["--root", "/nowhere"], "--root /nowhere is not a folder"),
     "no tokenizer": (["--tokenizer", "/nowhere"], "there is no tokenizer /nowhere"),
     "unknown preset": (["--model", "emma_v3"], "no model preset 'emma_v3'; did you mean 'emma_v2'?"),
-    "large vocabulary": (["--model", "tiny_v2"], "has ids up to 50276, preset tiny_v2 embeds 1024"),
-    "check and compare": (["--check", "--compare-pictures"], "--check does not compare pictures: leave out"),
+    "large vocabulary": (["--model", "tiny_v2"], "has ids up to 50276, but preset tiny_v2 embeds 1024"),
+    "check and compare": (
+        ["--check", "--compare-images"],
+        "--check does not compare images: leave out --check or --compare-images",
+    ),
     "impossible ratio": (["--max-reject-ratio", "7"], "--max-reject-ratio is 7.0, expected a number from 0 to 1"),
     "out is read-only": (["--out", "/sys/shards"], "/sys/shards cannot be used: "),
     "out is a file": (["--out", __file__], f"{__file__}/.work cannot be used: Not a directory"),
@@ -101,6 +104,6 @@ def test_all_that_is_missing_under_the_root_is_named(
     assert capsys.readouterr().err == (
         f"error: source 'a': annotation file {tmp_path}/a.json is missing; "
         f"source 'c': annotation file {tmp_path}/c.json is missing; "
-        f"source 'c': picture folder {tmp_path}/p is missing; "
-        "put what is missing there, or mend the mix or --root\n"
+        f"source 'c': image folder {tmp_path}/p is missing; "
+        "put the missing files there, or correct the mix or --root\n"
     )

@@ -29,7 +29,15 @@ def samples() -> list[Sample]:
     pictures = [(None, None), (encode_jpeg(small), "jpg"), (encode_raw(small), "pixels.npy"), original]
     return [
         Sample(
-            f"{i:09d}", tokens[: i + 1], [(0, i + 1)], image, form, "ünï", f"id.{i}", i, "a/b.c.jpg" if image else None
+            key=f"{i:09d}",
+            tokens=tokens[: i + 1],
+            spans=[(0, i + 1)],
+            image=image,
+            image_format=form,
+            source="ünï",
+            id=f"id.{i}",
+            row=i,
+            image_path="a/b.c.jpg" if image else None,
         )
         for i, (image, form) in enumerate(pictures)
     ]

@@ -17,7 +17,8 @@ from model.errors import UserError
 from model.hashing import file_sha256
 from preprocess.prompts import load_tokenizer
 from preprocess.rejects import Reject
-from preprocess.shards.manifest import MANIFEST, Manifest, load_index
+from preprocess.shards.folder import MANIFEST
+from preprocess.shards.manifest import Manifest, load_index
 from preprocess.shards.preview import choose_rejects, choose_rows
 from preprocess.shards.verify import verify
 from preprocess.shardset import EXIT_DAMAGED, EXIT_USER_ERROR, info, main
@@ -58,7 +59,7 @@ def problems(folder: Path) -> list[str]:
 
 def test_a_sound_set_has_no_problems(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(sound)]) == 0
-    assert "is sound: 12 samples" in capsys.readouterr().out
+    assert "is intact: 12 samples" in capsys.readouterr().out
     assert (sound / "shard-00003.json").exists()
     assert not (sound / "shard-00003.tar").exists(), "a range that leaves no sample makes no tar"
 
@@ -114,7 +115,7 @@ FORGERIES = {
     "counts": ({"text_tokens": 1}, "text_tokens is 1, found"),
     "max_text_tokens": (10, "tokens of uint16, expected 1 to 10"),
     "tokenizer": ({"vocab_size": 50}, "token id"),
-    "image": ({"px": 64}, "the picture is (100, 100, 3), expected (64, 64, 3)"),
+    "image": ({"px": 64}, "the image is (100, 100, 3), expected (64, 64, 3)"),
     "sources": ({"rows": {"rows": 17, "samples": 12, "rejects": 4}}, "1 of 17 rows are neither sample nor reject"),
 }
 
@@ -141,14 +142,17 @@ def test_an_index_that_points_elsewhere_is_found(copy: Path) -> None:
     table = load_index(copy).schema.empty_table().from_pydict(index, schema=load_index(copy).schema)
     pq.write_table(table, copy / "index.parquet")
     forge(copy, "index", {"sha256": file_sha256(copy / "index.parquet")})
-    assert "shard-00000.tar, sample 000000000: the index finds another image than webdataset does" in problems(copy)
+    assert (
+        "shard-00000.tar, sample 000000000: the image at the index's offset is not what webdataset reads"
+        in problems(copy)
+    )
 
 
 def test_a_changed_index_is_told_and_the_tars_are_read_without_it(copy: Path) -> None:
     (copy / "index.parquet").write_bytes(b"")
     forge(copy, "counts", {"text_tokens": 1})
     found = problems(copy)
-    assert found[0] == "index.parquet is not what was written: its sha256 differs"
+    assert found[0] == "index.parquet has changed since it was written: its sha256 differs"
     assert any("text_tokens is 1, found" in problem for problem in found)
 
 
@@ -171,8 +175,8 @@ def test_damage_is_an_exit_code_and_a_remedy(copy: Path, capsys: pytest.CaptureF
     (copy / "shard-00002.tar").write_bytes(b"")
     assert main(["verify", str(copy)]) == EXIT_DAMAGED
     said = capsys.readouterr().out
-    assert "shard-00002.tar is not what was written" in said
-    assert "delete what is named and run build_shards.py with the same arguments again" in said
+    assert "shard-00002.tar has changed since it was written" in said
+    assert "delete the files named above and run build_shards.py with the same arguments again" in said
 
 
 @pytest.mark.parametrize("verb", ["verify", "info", "preview"])
@@ -186,7 +190,7 @@ def test_what_is_no_set_is_refused_in_one_line(
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert said.count("\n") == 1
-    expected = {"nowhere": "no such folder", "unfinished": "is an unfinished shard set", "other": "is no shard set"}
+    expected = {"nowhere": "no such folder", "unfinished": "is an unfinished shard set", "other": "is not a shard set"}
     assert expected[folder] in said
 
 
@@ -195,12 +199,12 @@ PREVIEWS = {
     "a missing folder": (
         ["--out", "/nowhere/page.html"],
         None,
-        "there is no folder /nowhere; make it, or give another",
+        "there is no folder /nowhere; create it, or give another",
     ),
     "a folder for a page": (
         ["--out", "/"],
         None,
-        "--out / is a folder, expected the name of a page: give /preview.html",
+        "--out / is a folder, expected a file name such as /preview.html",
     ),
     "a missing tar": ([], "shard-00001.tar", "shard-00001.tar is missing or damaged (["),
     "a missing tokenizer": ([], "tokenizer.json", "tokenizer.json is missing or damaged (["),
@@ -219,7 +223,7 @@ def test_a_preview_that_cannot_be_made_is_one_clear_line(
     said = capsys.readouterr().err
     assert complaint in said
     assert said.count("\n") == 1
-    assert not missing or f"`python -m preprocess.shardset verify {copy}` names all that is" in said
+    assert not missing or f"`python -m preprocess.shardset verify {copy}` lists all damage" in said
 
 
 def test_a_preview_of_a_damaged_tar_is_one_clear_line(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,7 +255,7 @@ def test_rejects_of_every_reason_and_source_are_shown(tmp_path: Path) -> None:
 def test_info_tells_the_set_at_a_glance(sound: Path) -> None:
     said = "\n".join(info(sound))
     assert "12 samples in 3 shards" in said
-    assert "6 with a picture (1 distinct), 6 text-only" in said
+    assert "6 with an image (1 distinct), 6 text-only" in said
     assert re.search(r"rows +16 +12 +4\n", said)
     assert "4  picture_missing: the image file does not exist" in said
 
@@ -295,7 +299,7 @@ def test_a_preview_shows_every_source_and_spreads_over_each() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "said"), [(errno.EIO, "Input/output error"), (errno.EACCES, "index.parquet may not be read")]
+    ("number", "said"), [(errno.EIO, "Input/output error"), (errno.EACCES, "index.parquet cannot be read")]
 )
 def test_an_index_that_cannot_be_read_is_one_line(
     sound: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, said: str

@@ -11,17 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from preprocess.annotations.worklist import make_worklist
 from preprocess.atomic import publish
-from preprocess.build_shards import parse, plan
-from preprocess.builder import task
-from preprocess.builder.request import check
+from preprocess.build_shards import parse
+from preprocess.builder.plan import plan_tasks, write_worklist
+from preprocess.builder.request import request_from
+from preprocess.builder.sample_encoder import SampleEncoder
 from preprocess.builder.task import ShardTask, build_shard
 from preprocess.images import cache, codec
 from preprocess.images.cache import ENTRY_BYTES, ImageCache
 from preprocess.images.store import ImageStore
 from preprocess.rejects import Rejected
-from preprocess.shards.manifest import TOKENIZER, WORK
 from tests.support.golden_tokenizer import gpt_neox
 from tests.support.shard_builds import arguments, dialogue_row, write_mix
 
@@ -33,18 +32,10 @@ def one_task(root: Path, rows: list[dict[str, Any]]) -> ShardTask:
     (root / "rows.json").write_text(json.dumps(rows))
     head = '[images]\nencoding = "original"'
     write_mix(root, [{"name": "a", "format": "llava", "annotations": "rows.json"}], head)
-    build = check(parse(arguments(root, root / "out", gpt_neox())))
-    (build.out / WORK).mkdir(parents=True)
-    publish(build.out / TOKENIZER, build.tokenizer.data)
-    with (build.out / WORK / "dialogues.jsonl").open("wb") as file:
-        work = make_worklist(
-            build.mix,
-            build.root,
-            samples_per_shard=build.samples_per_shard,
-            write=file.write,
-            on_rows=lambda rows: None,
-        )
-    return plan(build, work)[0]
+    request = request_from(parse(arguments(root, root / "out", gpt_neox())))
+    request.folder.work.mkdir(parents=True)
+    publish(request.folder.tokenizer, request.tokenizer.data)
+    return plan_tasks(request, write_worklist(request))[0]
 
 
 def test_a_finished_shard_leaves_nothing_in_memory(tmp_path: Path) -> None:
@@ -57,7 +48,7 @@ def test_a_finished_shard_leaves_nothing_in_memory(tmp_path: Path) -> None:
     gc.disable()
     try:
         done = build_shard(shard)
-        left = [one for one in gc.get_objects() if type(one) in (task._SampleMaker, ImageStore, ImageCache)]
+        left = [one for one in gc.get_objects() if type(one) in (SampleEncoder, ImageStore, ImageCache)]
     finally:
         gc.enable()
     assert (done.samples, done.rejects) == (2, {"a": 3})
@@ -119,10 +110,10 @@ def test_the_pictures_that_were_met_longest_ago_are_forgotten_first(monkeypatch:
 def test_a_list_that_a_cache_shows_as_it_was_is_not_built_from(tmp_path: Path) -> None:
     """OSError: the task is tried again, by then the file system may know better."""
     shard = one_task(tmp_path, [{"id": 1, "conversations": dialogue_row(9)["conversations"]}])
-    data = shard.dialogues.read_bytes()
-    shard.dialogues.write_bytes(data.replace(b"What", b"That"))
+    data = shard.folder.dialogues.read_bytes()
+    shard.folder.dialogues.write_bytes(data.replace(b"What", b"That"))
     with pytest.raises(OSError, match="are not those that were written"):
         build_shard(shard)
     assert not shard.tar.exists()
-    shard.dialogues.write_bytes(data)
+    shard.folder.dialogues.write_bytes(data)
     assert build_shard(shard).samples == 1

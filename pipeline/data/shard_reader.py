@@ -21,6 +21,7 @@ from model.hashing import file_sha256
 from pipeline.distributed.stall_warning import StallWarning
 from pipeline.errors import RetryableError
 from preprocess.rejects import Rejected
+from preprocess.shards.folder import ShardFolder
 from preprocess.shards.manifest import Manifest, load_index
 from preprocess.shards.sample import Sample, from_payloads, sample_pixels
 
@@ -41,9 +42,9 @@ class ShardReader:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = ShardFolder(Path(folder))
         self.manifest = Manifest.load(self.folder)
-        self.stamps = [_stamp_of(self.folder / shard.name) for shard in self.manifest.shards]
+        self.stamps = [_stamp_of(self.folder.file(shard.name)) for shard in self.manifest.shards]
         self._begin()
 
     def _begin(self) -> None:
@@ -103,7 +104,7 @@ class ShardReader:
         return payloads
 
     def _path(self, number: int) -> Path:
-        return self.folder / self.manifest.shards[number].name
+        return self.folder.file(self.manifest.shards[number].name)
 
     def _key(self, row: int) -> str:
         return str(self.index.column("key")[row])

@@ -33,7 +33,8 @@ from pipeline.metrics.history import read_history
 from pipeline.recipe import load_recipe
 from preprocess.atomic import write_json
 from preprocess.demo.mix import HELD_OUT, MODEL, QUESTIONS, TOKENIZER, write_mix
-from preprocess.shards.manifest import REJECTS, Manifest
+from preprocess.shards.folder import ShardFolder
+from preprocess.shards.manifest import Manifest
 
 RECIPE = "pipeline/recipes/demo.toml"
 MIX = "preprocess/mixes/demo.toml"
@@ -140,7 +141,7 @@ def build_shards(commands: Commands, places: Places) -> float:
     if not any("succeeded" in line for line in status):
         raise UserError(f"the Ray job did not succeed; {places.logs} tells more")
     print("  the job succeeded; rows that it rejected:")
-    for line in (places.shards / REJECTS).read_text(encoding="utf-8").splitlines():
+    for line in ShardFolder(places.shards).rejects.read_text(encoding="utf-8").splitlines():
         reject = json.loads(line)
         print(f"    {reject['source']:<5} row {reject['row']:<5} {reject['reason']:<28} {reject['detail']}")
     return job_s

@@ -40,7 +40,8 @@ from pipeline.prefetch import language_model
 from pipeline.recipe import Recipe
 from pipeline.run.out_of_memory import out_of_memory_error
 from pipeline.run.watchdog import EXIT_LOST
-from preprocess.shards.manifest import INDEX, Manifest
+from preprocess.shards.folder import ShardFolder
+from preprocess.shards.manifest import Manifest
 
 ROOM_FOR = 2  # checkpoints, beside those that retention keeps: one being written, one to spare
 HASHING_S = 15.0  # for a sample of the shards
@@ -168,24 +169,23 @@ def check_heldout(recipe: Recipe, ranks: Ranks) -> str:
 
 def inspect_shards(recipe: Recipe) -> str:
     """They fit the model, every file has its size, and as many as there is time for have their hash."""
-    folder = recipe.data.shards
+    folder = ShardFolder(Path(recipe.data.shards))
     manifest = Manifest.load(folder)
     check_shards_match_model(manifest, recipe)
     repair = f"find all damage with `python -m preprocess.shardset verify {folder}` and build the shards again"
-    index = Path(folder) / INDEX
-    if not index.exists() or file_sha256(index) != manifest.index["sha256"]:
-        raise UserError(f"{index}: is not the manifest's index; {repair}")
+    if not folder.index.exists() or file_sha256(folder.index) != manifest.index["sha256"]:
+        raise UserError(f"{folder.index}: is not the manifest's index; {repair}")
     wrong = [
         f"{path} has {size} bytes, the manifest says {shard.bytes}"
         for shard in manifest.shards
-        if (size := _size(path := Path(folder) / shard.name)) != shard.bytes
+        if (size := _size(path := folder.file(shard.name))) != shard.bytes
     ]
     if wrong:
         more = f", and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         raise UserError(f"{', '.join(wrong[:NAMED])}{more}; {repair}")
     hashed, until = 0, time.monotonic() + HASHING_S
     for shard in random.sample(manifest.shards, len(manifest.shards)):  # others on each node, and at each start
-        path = Path(folder) / shard.name
+        path = folder.file(shard.name)
         if (found := hash_until(path, until)) is None:
             break
         if found != shard.sha256:

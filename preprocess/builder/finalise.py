@@ -1,4 +1,4 @@
-"""The end of a build: sidecars become the index, rejects.jsonl and, last of all, the manifest."""
+"""The last phase of a build: index.parquet, rejects.jsonl and manifest.json are written from the sidecars."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import hashlib
 import heapq
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,32 +15,33 @@ import pyarrow.parquet as pq
 
 from model.errors import UserError
 from preprocess.atomic import publish, published
-from preprocess.builder.task import Settings, ShardTask
+from preprocess.builder.sample_encoder import SampleSettings
+from preprocess.builder.task import ShardTask
 from preprocess.prompts import Tokenizer
 from preprocess.rejects import Reject, RejectCounts, count_by_reason, count_by_source, read_rejects
-from preprocess.shards.manifest import INDEX, INDEX_SCHEMA, MANIFEST, REJECTS, Manifest, ShardEntry
+from preprocess.shards.folder import ShardFolder
+from preprocess.shards.manifest import INDEX_SCHEMA, Manifest, ShardEntry
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What the manifest tells besides what the sidecars do. `rejects` is a file of those that the worklist made."""
+@dataclass(frozen=True, kw_only=True)
+class ManifestInputs:
+    """Facts in the manifest that the sidecars do not have. `rows` counts the input rows of each source."""
 
     model: str
-    settings: Settings
+    settings: SampleSettings
     tokenizer: Tokenizer
     rows: Counter[str]
-    rejects: Path
     spec_sha256: str
 
 
 @dataclass
-class Contents:
-    """The sum of the sidecars. `samples` are counted by source; `pictures` are digests of distinct ones."""
+class SetContents:
+    """Totals over all sidecars. `samples` is by source, `images` holds the digests of the distinct images."""
 
     shards: list[ShardEntry] = field(default_factory=list)
     sidecars: dict[str, str] = field(default_factory=dict)
     samples: Counter[str] = field(default_factory=Counter)
-    pictures: set[str] = field(default_factory=set)
+    images: set[str] = field(default_factory=set)
     made_with: Counter[str] = field(default_factory=Counter)
     with_image: int = 0
     text_tokens: int = 0
@@ -50,46 +50,43 @@ class Contents:
 
     def add(self, columns: dict[str, list[Any]]) -> None:
         self.samples.update(columns["source"])
-        self.pictures.update(digest for digest in columns["picture_digest"] if digest is not None)
+        self.images.update(digest for digest in columns["picture_digest"] if digest is not None)
         self.with_image += sum(columns["has_image"])
         self.text_tokens += sum(columns["num_text_tokens"])
         self.supervised_tokens += sum(columns["num_supervised_tokens"])
 
 
-@dataclass
-class Losses:
-    rejects: RejectCounts = field(default_factory=Counter)
-    sha256: str = ""
+@dataclass(frozen=True, kw_only=True)
+class PublishedRejects:
+    """Counts and sha256 of the rejects.jsonl that was written."""
+
+    counts: RejectCounts
+    sha256: str
 
 
-def finalise(
-    out: Path, tasks: Sequence[ShardTask], facts: Facts, may_publish: Callable[[RejectCounts], None]
-) -> Manifest:
-    """Publishes index, rejects and manifest. `may_publish` sees how many were rejected, and may raise."""
-    contents = _publish_index(out, tasks)
-    lost = _publish_rejects(out, tasks, facts)
-    may_publish(lost.rejects)
-    publish(out / MANIFEST, _manifest(facts, contents, lost).to_bytes())
-    return Manifest.load(out)
+def publish_index(folder: ShardFolder, tasks: Sequence[ShardTask]) -> SetContents:
+    """Write index.parquet from the sidecars. Return the totals for the manifest.
 
-
-def _publish_index(out: Path, tasks: Sequence[ShardTask]) -> Contents:
-    contents = Contents()
+    Raises: UserError if another build has replaced a sidecar.
+    """
+    contents = SetContents()
     with (
-        published(out / INDEX) as file,
+        published(folder.index) as file,
         pq.ParquetWriter(pa.PythonFile(file, mode="w"), INDEX_SCHEMA, compression="zstd") as index,
     ):
         for task in tasks:
             data = task.sidecar.read_bytes()
             sidecar = json.loads(data)
             if sidecar["spec_sha256"] != task.spec_sha256:
-                raise UserError(f"{task.sidecar} was changed by another build; run this one again, alone")
+                raise UserError(f"{task.sidecar} was changed by another build; run this build again, alone")
             contents.sidecars[task.sidecar.name] = hashlib.sha256(data).hexdigest()
             contents.made_with[sidecar["made_with"]] += 1
             if sidecar["samples"]:
                 index.write_table(_index_table(len(contents.shards), sidecar["columns"]))
                 contents.add(sidecar["columns"])
-                entry = ShardEntry(task.tar.name, sidecar["sha256"], sidecar["bytes"], sidecar["samples"])
+                entry = ShardEntry(
+                    name=task.tar.name, sha256=sidecar["sha256"], bytes=sidecar["bytes"], samples=sidecar["samples"]
+                )
                 contents.shards.append(entry)
     contents.index_sha256 = file.sha256
     return contents
@@ -100,18 +97,16 @@ def _index_table(shard: int, columns: dict[str, list[Any]]) -> pa.Table:
     return pa.table({name: columns[name] for name in INDEX_SCHEMA.names}, schema=INDEX_SCHEMA)
 
 
-def _publish_rejects(out: Path, tasks: Sequence[ShardTask], facts: Facts) -> Losses:
-    """Writes all rejects in the order of sources and rows."""
-    lost = Losses()
-    order = {name: position for position, name in enumerate(facts.rows)}
-    streams = read_rejects(facts.rejects), _shard_rejects(tasks)
-    ordered = heapq.merge(*streams, key=lambda reject: (order[reject.source], reject.row))
-    with published(out / REJECTS) as file:
-        for reject in ordered:
-            lost.rejects[reject.source, reject.reason] += 1
+def publish_rejects(folder: ShardFolder, tasks: Sequence[ShardTask], sources: Sequence[str]) -> PublishedRejects:
+    """Write rejects.jsonl from the early rejects and those of the shards, in the order of `sources` and rows."""
+    counts: RejectCounts = Counter()
+    order = {name: position for position, name in enumerate(sources)}
+    streams = read_rejects(folder.early_rejects), _shard_rejects(tasks)
+    with published(folder.rejects) as file:
+        for reject in heapq.merge(*streams, key=lambda reject: (order[reject.source], reject.row)):
+            counts[reject.source, reject.reason] += 1
             file.write(reject.to_line())
-    lost.sha256 = file.sha256
-    return lost
+    return PublishedRejects(counts=counts, sha256=file.sha256)
 
 
 def _shard_rejects(tasks: Iterable[ShardTask]) -> Iterator[Reject]:
@@ -119,38 +114,43 @@ def _shard_rejects(tasks: Iterable[ShardTask]) -> Iterator[Reject]:
         yield from (Reject(**entry) for entry in json.loads(task.sidecar.read_bytes())["rejects"])
 
 
-def _manifest(facts: Facts, contents: Contents, lost: Losses) -> Manifest:
-    settings, tokenizer, rejects = facts.settings, facts.tokenizer, count_by_source(lost.rejects)
-    return Manifest(
-        model=facts.model,
+def publish_manifest(
+    folder: ShardFolder, inputs: ManifestInputs, contents: SetContents, rejects: PublishedRejects
+) -> Manifest:
+    """Write manifest.json, which makes the folder a shard set."""
+    settings, tokenizer, rejected = inputs.settings, inputs.tokenizer, count_by_source(rejects.counts)
+    manifest = Manifest(
+        model=inputs.model,
         template=settings.template,
         tokenizer={name: getattr(tokenizer, name) for name in ("name", "sha256", "vocab_size", "eos_id")},
         image={"px": settings.image_px, "encoding": settings.encoding},
         max_text_tokens=settings.max_text_tokens,
-        spec_sha256=facts.spec_sha256,
+        spec_sha256=inputs.spec_sha256,
         made_with=dict(contents.made_with),
-        counts=_counts(facts.rows, contents, lost),
+        counts=_counts(inputs.rows, contents, rejects),
         sources={
-            name: {"rows": rows, "samples": contents.samples[name], "rejects": rejects[name]}
-            for name, rows in facts.rows.items()
+            name: {"rows": rows, "samples": contents.samples[name], "rejects": rejected[name]}
+            for name, rows in inputs.rows.items()
         },
-        rejects_by_reason=dict(count_by_reason(lost.rejects)),
+        rejects_by_reason=dict(count_by_reason(rejects.counts)),
         shards=tuple(contents.shards),
         sidecars=contents.sidecars,
         index={"sha256": contents.index_sha256, "rows": contents.samples.total()},
-        rejects={"sha256": lost.sha256, "rows": lost.rejects.total()},
+        rejects={"sha256": rejects.sha256, "rows": rejects.counts.total()},
     )
+    publish(folder.manifest, manifest.to_bytes())
+    return Manifest.load(folder)
 
 
-def _counts(rows: Counter[str], contents: Contents, lost: Losses) -> dict[str, int]:
+def _counts(rows: Counter[str], contents: SetContents, rejects: PublishedRejects) -> dict[str, int]:
     samples = contents.samples.total()
     counts = {
         "rows": rows.total(),
         "samples": samples,
-        "rejects": lost.rejects.total(),
+        "rejects": rejects.counts.total(),
         "with_image": contents.with_image,
         "text_only": samples - contents.with_image,
-        "pictures": len(contents.pictures),
+        "pictures": len(contents.images),
         "text_tokens": contents.text_tokens,
         "supervised_tokens": contents.supervised_tokens,
     }

@@ -1,4 +1,4 @@
-"""The tasks of a build on Ray: on the cluster that we are in, or on one of our own."""
+"""`build_on_ray`: runs the tasks of a build on the current Ray cluster, or on a local one that it starts."""
 
 from __future__ import annotations
 
@@ -19,85 +19,93 @@ from ray.exceptions import (
 from ray.util.metrics import Gauge
 
 from model.errors import UserError, first_line
-from preprocess.builder.sigterm import sigterm_kept
+from preprocess.builder.sigterm import restore_sigterm_handler
 from preprocess.builder.task import ShardTask, build_shard, read_last_seen
 from preprocess.progress import Progress
 
-RETRIES = 3  # of a shard whose process died, or could not read or write
-_DEATHS = (WorkerCrashedError, OutOfMemoryError, NodeDiedError, LocalRayletDiedError)
+RETRIES = 3  # per shard, after its process died or raised OSError
+_WORKER_DEATHS = (WorkerCrashedError, OutOfMemoryError, NodeDiedError, LocalRayletDiedError)
 
 
 def build_on_ray(tasks: Sequence[ShardTask], workers: int | None, progress: Progress) -> None:
-    """At most two tasks per CPU are in flight. What failed to read or write, and what died, is tried again."""
+    """Build the shards of all tasks, with `workers` tasks in flight, by default two per CPU.
+
+    A task whose process dies, or that raises OSError, is retried `RETRIES` times. Raises: UserError; OSError.
+    """
     with _cluster(workers):
-        remote = ray.remote(build_shard).options(max_retries=0)  # it would not count who is killed for memory
+        remote = ray.remote(build_shard).options(max_retries=0)  # Ray does not count tasks killed for memory
         gauges = {name: Gauge(f"emma_{name}", f"build_shards: {name}") for name in progress.numbers()}
         waiting = list(reversed(tasks))
-        flying: dict[ray.ObjectRef, ShardTask] = {}
+        running: dict[ray.ObjectRef, ShardTask] = {}
         failures = Counter[str]()
         progress.tick()
-        while waiting or flying:
-            most = workers or _most_in_flight()
-            while waiting and len(flying) < most:
+        while waiting or running:
+            limit = workers or _max_in_flight()
+            while waiting and len(running) < limit:
                 task = waiting.pop()
-                flying[remote.remote(task)] = task
-            for landed in ray.wait(list(flying), timeout=1.0)[0]:
-                task = flying.pop(landed)
+                running[remote.remote(task)] = task
+            for finished_ref in ray.wait(list(running), timeout=1.0)[0]:
+                task = running.pop(finished_ref)
                 try:
-                    finished = ray.get(landed)
-                except (*_DEATHS, OSError) as error:
+                    result = ray.get(finished_ref)
+                except (*_WORKER_DEATHS, OSError) as error:
                     failures[task.name] += 1
                     if failures[task.name] > RETRIES:
-                        raise _explained(error, task) from None
-                    last = isinstance(error, OutOfMemoryError)  # by then others may need less
-                    waiting.insert(0 if last else len(waiting), task)
+                        raise _final_error(error, task) from None
+                    if isinstance(error, OutOfMemoryError):
+                        waiting.insert(0, task)  # built last, when other tasks may need less memory
+                    else:
+                        waiting.append(task)
                 else:
-                    progress.add(finished.dialogues, finished.rejects)
+                    progress.add(result.dialogues, result.rejects)
             progress.tick()
             for name, value in progress.numbers().items():
                 gauges[name].set(value)
         progress.tick("finalising", last=True)
 
 
-def _most_in_flight() -> int:
-    """Asked again and again, for machines come while a build runs."""
+def _max_in_flight() -> int:
+    """Return two tasks per CPU of the cluster as it is now, because nodes may join or leave during a build."""
     return max(1, 2 * int(ray.cluster_resources().get("CPU", 0)))
 
 
-def _explained(error: Exception, task: ShardTask) -> Exception:
+def _final_error(error: Exception, task: ShardTask) -> Exception:
+    """Return the error to raise once the retries are used up."""
     if isinstance(error, OSError):
         return error
-    advice = "if a picture is to blame, remove it"
+    advice = "if an image of that row causes it, remove the image"
     if isinstance(error, OutOfMemoryError):
-        advice = "the machine's memory is full: give fewer --workers"
+        advice = "the machine ran out of memory: give fewer --workers"
     return UserError(
         f"{task.name}: its process died {RETRIES + 1} times, the last time at {read_last_seen(task)} "
-        f"({first_line(error)}); {advice}; what is finished is kept"
+        f"({first_line(error)}); {advice}. Finished shards are kept"
     )
 
 
 @contextlib.contextmanager
 def _cluster(workers: int | None) -> Iterator[None]:
-    """The cluster that we are in, or one of our own that ends with us."""
+    """Connect to the cluster that RAY_ADDRESS names, or start a local one for the duration of the block."""
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("http"):
         raise UserError(
             f"RAY_ADDRESS {address} is a job server: use `ray job submit`, or unset it to run on this machine"
         )
     try:
-        with sigterm_kept():  # Ray's own handlers dump its stack, or exit with 1
+        with restore_sigterm_handler():  # because Ray's own handlers dump its stack or exit with 1
             if address:
                 ray.init(logging_level="warning")
             else:
                 ray.init(address="local", num_cpus=workers, include_dashboard=False, logging_level="warning")
         yield
     except ConnectionError as error:
-        raise UserError(f"no Ray cluster answers at RAY_ADDRESS {address}: {error}") from None
+        raise UserError(
+            f"no Ray cluster answers at RAY_ADDRESS {address} ({error}); correct it, or unset it to run on this machine"
+        ) from None
     except RayTaskError:
         raise
     except RayError as error:
         raise UserError(
-            f"Ray gave up ({first_line(error)}); what is finished is kept: run the same command again"
+            f"Ray failed ({first_line(error)}); finished shards are kept: run the same command again"
         ) from None
     finally:
         ray.shutdown()

@@ -1,82 +1,57 @@
-"""The folder of a set while it is built: one builder at a time, what is finished already, and no leftovers."""
+"""The output folder of a build: the lock, which shards and manifest can be reused, and the removal of what is stale."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
 from model.hashing import file_sha256
+from preprocess.annotations.worklist import Worklist
 from preprocess.atomic import sync_folder
-from preprocess.builder.task import Done, ShardTask, same_pictures
+from preprocess.builder.plan import set_spec_sha256
+from preprocess.builder.request import BuildRequest
+from preprocess.builder.task import ShardResult, ShardTask, same_images
 from preprocess.images.store import ImageStore
-from preprocess.shards.manifest import INDEX, MANIFEST, PROGRESS, REJECTS, TOKENIZER, WORK, Manifest
+from preprocess.shards.folder import INDEX, MANIFEST, PROGRESS, REJECTS, TOKENIZER, WORK, ShardFolder
+from preprocess.shards.manifest import Manifest
 
-DIALOGUES, EARLY_REJECTS = "dialogues.jsonl", "rejects.jsonl"  # in the folder of work: what the worklist became
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ACCESS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{32}\.tmp")  # as `published` names them
-_SHARD = re.compile(r"shard-(\d{5}|[1-9]\d{5,})\.(tar|json)")
-
-
-def standing(task: ShardTask, compare_pictures: bool = False) -> Done | None:
-    """The shard as it was built before, or None if it must be built.
-
-    Its sidecar, written after its tar, says so; no picture that it missed has come or been mended since.
-    """
-    try:
-        sidecar = json.loads(task.sidecar.read_bytes())
-        if not _fits(task, sidecar) or (compare_pictures and not same_pictures(task, sidecar)):
-            return None
-        rejects = Counter(entry["source"] for entry in sidecar["rejects"])
-        return Done(task.name, task.range.count, sidecar["samples"], dict(rejects))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _fits(task: ShardTask, sidecar: dict[str, Any]) -> bool:
-    size = task.tar.stat().st_size if sidecar["samples"] else 0
-    if sidecar["spec_sha256"] != task.spec_sha256 or size != sidecar["bytes"]:
-        return False
-    store = ImageStore(task.root, task.archives)
-    return all(store.fingerprint(picture) == stamp for picture, stamp in sidecar["rejected_pictures"].items())
-
-
-def reusable_manifest(out: Path, spec_sha256: str) -> Manifest | None:
-    """The manifest of an earlier build of the same work, if what was written with it still stands."""
-    try:
-        manifest = Manifest.load(out)
-        written = {INDEX: manifest.index, REJECTS: manifest.rejects, TOKENIZER: manifest.tokenizer}
-        whole = all(file_sha256(out / name) == about["sha256"] for name, about in written.items())
-    except (UserError, OSError):
-        return None
-    return manifest if whole and manifest.spec_sha256 == spec_sha256 else None
+_SHARD = re.compile(r"(?P<name>shard-(\d{5}|[1-9]\d{5,}))\.(tar|json)")
 
 
 @contextlib.contextmanager
-def build_lock(out: Path) -> Iterator[None]:
-    """Raises: UserError if another process builds into the folder. The lock ends with its process."""
-    (out / WORK).mkdir(parents=True, exist_ok=True)
-    with (out / WORK / "lock").open("w") as lock:
+def build_lock(folder: ShardFolder) -> Iterator[None]:
+    """Lock the folder for this process, and create it if needed. The lock ends with the process.
+
+    Raises: UserError if another process is building into the folder.
+    """
+    folder.work.mkdir(parents=True, exist_ok=True)
+    with folder.lock.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another build_shards.py is building into {out}; wait for it, or stop it") from None
+            raise UserError(
+                f"another build_shards.py is building into {folder}; wait until it ends, or stop it"
+            ) from None
         except OSError:
-            print(f"note: {out} cannot be locked on this file system: run one build at a time", flush=True)
+            print(f"note: the file system of {folder} has no locks: run one build at a time", flush=True)
         yield
 
 
 @contextlib.contextmanager
 def user_oserrors(out: Path) -> Iterator[None]:
-    """Turns what is the user's business, the disk full or closed to us, into a UserError; Ray hides it in `cause`."""
+    """Raise a full disk or missing permissions as a UserError. Ray wraps the original error as `cause`."""
     try:
         yield
     except OSError as error:
@@ -88,43 +63,111 @@ def user_oserrors(out: Path) -> Iterator[None]:
         raise
 
 
-def refuse_foreign_files(out: Path) -> None:
-    """Raises: UserError if a build would delete or replace what is in the folder, and no build has made it."""
-    if not out.is_dir() or (out / WORK).exists() or (out / MANIFEST).exists():
+def refuse_foreign_files(folder: ShardFolder) -> None:
+    """Refuse a folder that no build has written but whose files a build would delete or replace. Raises: UserError."""
+    if not folder.path.is_dir() or folder.work.exists() or folder.manifest.exists():
         return
     ours = {INDEX, REJECTS, TOKENIZER, PROGRESS}
-    foreign = sorted(path.name for path in out.iterdir() if path.name in ours or path.name.startswith("shard-"))
+    foreign = sorted(path.name for path in folder.path.iterdir() if path.name in ours or path.name.startswith("shard-"))
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise UserError(
-            f"--out {out} holds {foreign[0]}{more} but neither {MANIFEST} nor {WORK}, so no build has written that and "
-            "this one could delete it: give another folder, or remove it yourself"
+            f"--out {folder} holds {foreign[0]}{more} but neither {MANIFEST} nor {WORK}, so no build has written these "
+            "files, and this one could delete them. Give another folder, or delete them yourself"
         )
 
 
-def remove_manifest(out: Path) -> None:
-    """From here on this is an unfinished set, also after a loss of power."""
-    (out / MANIFEST).unlink(missing_ok=True)
-    sync_folder(out)
+# -- Reuse -----------------------------------------------------------------------------------------------------------
 
 
-def sweep(out: Path) -> None:
-    """Removes what killed writers left behind."""
-    leftovers = [path for path in out.glob("*.tmp") if _TEMPORARY.fullmatch(path.name)]
-    for leftover in [*leftovers, *(out / WORK).glob("*.tmp")]:
-        leftover.unlink(missing_ok=True)
+def reusable_shard(task: ShardTask, *, compare_images: bool = False) -> ShardResult | None:
+    """Return the result of the shard as it was built before, or None if it must be built.
+
+    A shard is reused if its sidecar has the task's `spec_sha256`, its tar has the right size, and the images that were
+    rejected are still missing or have the same bytes. With `compare_images`, the other images must have the same sizes.
+    """
+    try:
+        sidecar = json.loads(task.sidecar.read_bytes())
+        if not _is_current(task, sidecar) or (compare_images and not same_images(task, sidecar)):
+            return None
+        rejects = Counter(entry["source"] for entry in sidecar["rejects"])
+        return ShardResult(
+            name=task.name, dialogues=task.range.count, samples=sidecar["samples"], rejects=dict(rejects)
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
-def remove_work_files(out: Path) -> None:
-    """What only an unfinished set has."""
-    sweep(out)
-    for path in (out / PROGRESS, out / WORK / DIALOGUES, out / WORK / EARLY_REJECTS):
+def _is_current(task: ShardTask, sidecar: dict[str, Any]) -> bool:
+    size = task.tar.stat().st_size if sidecar["samples"] else 0
+    if sidecar["spec_sha256"] != task.spec_sha256 or size != sidecar["bytes"]:
+        return False
+    store = ImageStore(task.root, task.archives)
+    return all(store.fingerprint(image) == stamp for image, stamp in sidecar["rejected_pictures"].items())
+
+
+def reusable_manifest(request: BuildRequest, work: Worklist, tasks: Sequence[ShardTask]) -> Manifest | None:
+    """Return the manifest of a finished set if the request would build the same set again, otherwise None.
+
+    Assumes that every shard can be reused. The wording of rejects is not compared.
+    """
+    folder = request.folder
+    try:
+        manifest = Manifest.load(folder)
+        hashed = {folder.index: manifest.index, folder.rejects: manifest.rejects, folder.tokenizer: manifest.tokenizer}
+        if any(file_sha256(path) != about["sha256"] for path, about in hashed.items()):
+            return None
+        early_rejects_sha256 = _published_early_rejects_sha256(folder)
+    except (UserError, OSError):
+        return None
+    return manifest if manifest.spec_sha256 == set_spec_sha256(request, work, tasks, early_rejects_sha256) else None
+
+
+def _published_early_rejects_sha256(folder: ShardFolder) -> str:
+    """Hash those lines of rejects.jsonl that list today's early rejects, whatever their wording.
+
+    The manifest's `spec_sha256` covers the early rejects as they were worded when the set was built, and rejects.jsonl
+    preserves that wording. Both files are in the order of sources and rows, so one pass finds the lines.
+    """
+    hashed = hashlib.sha256()
+    with folder.early_rejects.open("rb") as early, folder.rejects.open("rb") as published:
+        for line in early:
+            wanted = _without_wording(line)
+            hashed.update(next((candidate for candidate in published if _without_wording(candidate) == wanted), b"\n"))
+    return hashed.hexdigest()
+
+
+def _without_wording(line: bytes) -> dict[str, Any]:
+    return {name: value for name, value in json.loads(line).items() if name != "detail"}
+
+
+# -- Removal ---------------------------------------------------------------------------------------------------------
+
+
+def remove_manifest(folder: ShardFolder) -> None:
+    """Make the set an unfinished one, also if the power fails right afterwards."""
+    folder.manifest.unlink(missing_ok=True)
+    sync_folder(folder.path)
+
+
+def remove_leftovers(folder: ShardFolder) -> None:
+    """Remove the temporary files of builds that were killed."""
+    for path in folder.path.glob("*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+    for path in folder.work.glob("*.tmp"):
         path.unlink(missing_ok=True)
 
 
-def remove_orphans(out: Path, tasks: Sequence[ShardTask]) -> None:
-    """Removes shards that are not, or no longer, part of the set. Files that no build writes are left alone."""
-    ours = {path for task in tasks for path in (task.tar, task.sidecar)}
-    for path in out.glob("shard-*"):
-        if _SHARD.fullmatch(path.name) and path not in ours:
+def remove_work_files(folder: ShardFolder) -> None:
+    """Remove everything that only an unfinished set needs, except for the lock."""
+    remove_leftovers(folder)
+    for path in (folder.progress, folder.dialogues, folder.early_rejects):
+        path.unlink(missing_ok=True)
+
+
+def remove_orphans(folder: ShardFolder, shards: Collection[str]) -> None:
+    """Remove tars and sidecars that belong to none of `shards`. Files that no build writes are left alone."""
+    for path in folder.path.glob("shard-*"):
+        if (match := _SHARD.fullmatch(path.name)) and match["name"] not in shards:
             path.unlink()

@@ -1,4 +1,4 @@
-"""What a build was asked for. Everything that can be wrong before work starts is looked at here."""
+"""`BuildRequest`: the checked arguments of preprocess/build_shards.py."""
 
 from __future__ import annotations
 
@@ -11,39 +11,48 @@ from model.config import EmmaConfig
 from model.errors import UserError
 from model.presets import preset
 from preprocess.annotations.mix import Mix, load_mix
-from preprocess.builder.task import Settings
+from preprocess.builder.sample_encoder import SampleSettings
 from preprocess.images.store import ImageStore
 from preprocess.prompts import Tokenizer, load_tokenizer
 from preprocess.remote_path import AnyPath
+from preprocess.shards.folder import ShardFolder
 
 
-@dataclass(frozen=True)
-class Build:
-    """One checked request."""
+@dataclass(frozen=True, kw_only=True)
+class BuildRequest:
+    """One build: its input, its output folder and its settings.
+
+    Attributes:
+        root: folder or URL of annotations and images.
+        folder: the shard set to build.
+        workers: number of tasks at a time; None: one per CPU, 0: in this process, without Ray.
+        max_reject_ratio: share of a source's rows that may be rejected.
+        compare_images: rebuild shards with an image whose size has changed.
+    """
 
     mix: Mix
     config: EmmaConfig
     tokenizer: Tokenizer
     root: AnyPath
-    out: Path
+    folder: ShardFolder
     samples_per_shard: int
     workers: int | None
     max_reject_ratio: float
-    compare_pictures: bool
+    compare_images: bool
 
     @property
-    def settings(self) -> Settings:
-        return Settings(
-            self.config.template,
-            self.tokenizer.sha256,
-            self.config.vision.image_px,
-            self.mix.encoding,
-            self.config.max_text_tokens,
+    def settings(self) -> SampleSettings:
+        return SampleSettings(
+            template=self.config.template,
+            tokenizer_sha256=self.tokenizer.sha256,
+            image_px=self.config.vision.image_px,
+            encoding=self.mix.encoding,
+            max_text_tokens=self.config.max_text_tokens,
         )
 
 
-def check(parsed: argparse.Namespace) -> Build:
-    """Raises: UserError."""
+def request_from(parsed: argparse.Namespace) -> BuildRequest:
+    """Check everything that can be wrong before any row is read. Raises: UserError."""
     try:
         config = preset(parsed.model)
     except ValueError as error:
@@ -52,23 +61,23 @@ def check(parsed: argparse.Namespace) -> Build:
     _check_range("--samples-per-shard", parsed.samples_per_shard, 1, 1_000_000)
     if parsed.workers is not None:
         _check_range("--workers", parsed.workers, 0, 1_000_000)
-    if parsed.check and parsed.compare_pictures:
-        raise UserError("--check does not compare pictures: leave out --check, or --compare-pictures")
-    _refuse_lost_paths(parsed)
+    if parsed.check and parsed.compare_images:
+        raise UserError("--check does not compare images: leave out --check or --compare-images")
+    _refuse_relative_paths_in_copy(parsed)
     mix = load_mix(parsed.mix)
     root = parsed.root.absolute()
     _check_root(mix, root)
     tokenizer = _find_tokenizer(parsed, mix, config)
-    return Build(
-        mix,
-        config,
-        tokenizer,
-        root,
-        parsed.out.absolute(),
-        parsed.samples_per_shard,
-        parsed.workers,
-        parsed.max_reject_ratio,
-        parsed.compare_pictures,
+    return BuildRequest(
+        mix=mix,
+        config=config,
+        tokenizer=tokenizer,
+        root=root,
+        folder=ShardFolder(parsed.out.absolute()),
+        samples_per_shard=parsed.samples_per_shard,
+        workers=parsed.workers,
+        max_reject_ratio=parsed.max_reject_ratio,
+        compare_images=parsed.compare_images,
     )
 
 
@@ -77,21 +86,21 @@ def _check_range(option: str, value: float, low: float, high: float) -> None:
         raise UserError(f"{option} is {value}, expected a number from {low} to {high}")
 
 
-def _refuse_lost_paths(parsed: argparse.Namespace) -> None:
-    """A job that was submitted with --working-dir runs in a copy of it that Ray throws away."""
+def _refuse_relative_paths_in_copy(parsed: argparse.Namespace) -> None:
+    """Refuse relative paths in a job submitted with --working-dir, because Ray runs it in a copy that it deletes."""
     if "/runtime_resources/working_dir_files/" in str(Path.cwd()):
         for option, path in (("--root", parsed.root), ("--out", parsed.out)):
             if not path.is_absolute():
                 raise UserError(
-                    f"{option} {path} is relative, and this job runs in a temporary copy: give the whole path"
+                    f"{option} {path} is relative, but this job runs in a temporary copy. Give an absolute path"
                 )
 
 
 def _check_root(mix: Mix, root: AnyPath) -> None:
     if not root.is_dir():
-        raise UserError(f"--root {root} is no folder; it must hold the annotations and pictures that the mix names")
+        raise UserError(f"--root {root} is not a folder; it must hold the annotations and images that the mix names")
     if missing := list(_missing(mix, root)):
-        raise UserError("; ".join(missing) + "; put what is missing there, or mend the mix or --root")
+        raise UserError("; ".join(missing) + "; put the missing files there, or correct the mix or --root")
 
 
 def _missing(mix: Mix, root: AnyPath) -> Iterator[str]:
@@ -100,22 +109,22 @@ def _missing(mix: Mix, root: AnyPath) -> Iterator[str]:
         if not (root / source.annotations).is_file():
             yield f"source {source.name!r}: annotation file {root / source.annotations} is missing"
         if not store.has_folder(source.images or "."):
-            yield f"source {source.name!r}: picture folder {root / source.images} is missing"
+            yield f"source {source.name!r}: image folder {root / source.images} is missing"
 
 
 def _find_tokenizer(parsed: argparse.Namespace, mix: Mix, config: EmmaConfig) -> Tokenizer:
     name = parsed.tokenizer or mix.tokenizer or config.tokenizer
     if name is None:
-        raise UserError(
-            f"preset {config.name} has no tokenizer of its own: give --tokenizer, or `tokenizer` in the mix"
-        )
+        raise UserError(f"preset {config.name} has no default tokenizer: give --tokenizer, or `tokenizer` in the mix")
     tokenizer = load_tokenizer(name)
     rows = config.llm.vocab_size
     if tokenizer.vocab_size > rows:
         raise UserError(
-            f"tokenizer {name} has ids up to {tokenizer.vocab_size - 1}, preset {config.name} embeds {rows}: "
-            "choose a smaller tokenizer or another preset"
+            f"tokenizer {name} has ids up to {tokenizer.vocab_size - 1}, but preset {config.name} embeds {rows}. "
+            "Choose a smaller tokenizer or another preset"
         )
     if tokenizer.vocab_size > 1 << 16:
-        raise UserError(f"tokenizer {name} has {tokenizer.vocab_size} ids; shards keep 16 bits per token")
+        raise UserError(
+            f"tokenizer {name} has {tokenizer.vocab_size} ids, but shards store at most {1 << 16} (16 bits per token)"
+        )
     return tokenizer

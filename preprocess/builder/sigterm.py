@@ -1,4 +1,4 @@
-"""SIGTERM ends a build as Ctrl-C does."""
+"""SIGTERM as an exception, so that it ends a build like Ctrl-C does."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import NoReturn
 
 
 class Terminated(KeyboardInterrupt):
-    """Somebody sent SIGTERM: `ray job stop`, SLURM, `kill`."""
+    """Raised when the process receives SIGTERM, for example from `ray job stop`, SLURM or `kill`."""
 
 
 @contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Within the block SIGTERM raises `Terminated`, once."""
-    before = signal.signal(signal.SIGTERM, _stop)
+    """Raise `Terminated` at the first SIGTERM within the block, and ignore later ones."""
+    previous = signal.signal(signal.SIGTERM, _stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
 @contextlib.contextmanager
-def sigterm_kept() -> Iterator[None]:
-    """Undoes what the block does to the handling of SIGTERM; if a handler of the block's exits, raises `Terminated`."""
-    before = signal.getsignal(signal.SIGTERM)
+def restore_sigterm_handler() -> Iterator[None]:
+    """Restore the SIGTERM handler after the block, which may install its own. Raise `Terminated` if that one exits."""
+    previous = signal.getsignal(signal.SIGTERM)
     try:
         yield
     except SystemExit:
         raise Terminated from None
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end may take seconds; a second signal must not cut it short
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # shutting down may take seconds and must not be interrupted
     raise Terminated

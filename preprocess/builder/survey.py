@@ -1,4 +1,4 @@
-"""A look at the data before any work: how many rows, where their pictures lie, and whether a few of them decode."""
+"""`Survey`: the report of `build_shards.py --check`. It counts rows, finds image folders and decodes a few images."""
 
 from __future__ import annotations
 
@@ -12,57 +12,58 @@ from preprocess.images import codec
 from preprocess.images.store import ImageStore
 from preprocess.rejects import Rejected, count_by_source
 
-LEAST_PICTURES, MOST_FOLDERS = 50, 12  # of each source; less than twice as many pictures are looked at
+MIN_IMAGES = 50  # decoded per source, if it has as many; fewer than twice this number
+MAX_FOLDERS = 12  # listed per source
 
 
-class _Spread:
-    """Every n-th of what it is given, with n doubled whenever that gets too many."""
+class _EvenSample:
+    """Evenly spaced items of a stream of unknown length: every n-th, where n doubles as the stream grows."""
 
     def __init__(self) -> None:
-        self.taken: list[str] = []
-        self._met, self._step = 0, 1
+        self.items: list[str] = []
+        self._count, self._step = 0, 1
 
-    def offer(self, picture: str) -> None:
-        if self._met % self._step == 0:
-            self.taken.append(picture)
-        self._met += 1
-        if len(self.taken) == 2 * LEAST_PICTURES:
-            self.taken, self._step = self.taken[::2], 2 * self._step
+    def offer(self, item: str) -> None:
+        if self._count % self._step == 0:
+            self.items.append(item)
+        self._count += 1
+        if len(self.items) == 2 * MIN_IMAGES:
+            self.items, self._step = self.items[::2], 2 * self._step
 
 
 class Survey:
-    """Takes the worklist as a file would, and remembers pictures from all over each source."""
+    """Collects a sample of each source's images while the worklist is written to it instead of a file."""
 
     def __init__(self) -> None:
-        self.pictures: dict[str, _Spread] = defaultdict(_Spread)
+        self.images: dict[str, _EvenSample] = defaultdict(_EvenSample)
 
     def write(self, batch: bytes) -> None:
         for line in batch.splitlines():
             dialogue = json.loads(line)
             if dialogue["picture"] is not None:
-                self.pictures[dialogue["source"]].offer(dialogue["picture"])
+                self.images[dialogue["source"]].offer(dialogue["picture"])
 
     def report(self, mix: Mix, work: Worklist, store: ImageStore) -> Iterator[str]:
-        """Lines for people; nothing is raised for what is missing."""
+        """Yield the lines of the report. Missing folders and bad images are listed, not raised."""
         rejects = count_by_source(work.rejects)
         for source in mix.sources:
             name = source.name
-            yield f"{name}: {work.rows[name]} rows, {rejects[name]} rejected before their pictures are looked at"
-            for folder, rows in work.folders[name].most_common(MOST_FOLDERS):
-                place = "" if store.has_folder(folder) else " – MISSING"
-                yield f"    {folder}: pictures of {rows} rows{place}"
-            if len(work.folders[name]) > MOST_FOLDERS:
-                yield f"    and {len(work.folders[name]) - MOST_FOLDERS} more folders"
-            yield from _looked_at(self.pictures[name].taken, store)
+            yield f"{name}: {work.rows[name]} rows, {rejects[name]} rejected before any image is read"
+            for folder, rows in work.folders[name].most_common(MAX_FOLDERS):
+                missing = "" if store.has_folder(folder) else " – MISSING"
+                yield f"    {folder}: images of {rows} rows{missing}"
+            if len(work.folders[name]) > MAX_FOLDERS:
+                yield f"    and {len(work.folders[name]) - MAX_FOLDERS} more folders"
+            yield from _decode_report(self.images[name].items, store)
 
 
-def _looked_at(pictures: Sequence[str], store: ImageStore) -> Iterator[str]:
-    reasons: dict[str, list[str]] = {}
-    for picture in pictures:
+def _decode_report(images: Sequence[str], store: ImageStore) -> Iterator[str]:
+    bad: dict[str, list[str]] = {}
+    for image in images:
         try:
-            codec.decode_rgb(store.read(picture))
+            codec.decode_rgb(store.read(image))
         except Rejected as error:  # noqa: PERF203
-            reasons.setdefault(error.reason, []).append(picture)
-    yield f"    {len(pictures)} pictures looked at, {sum(map(len, reasons.values()))} of them bad"
-    for reason, bad in reasons.items():
-        yield f"        {reason}: {len(bad)}, for one {bad[0]}"
+            bad.setdefault(error.reason, []).append(image)
+    yield f"    {len(images)} images decoded, {sum(map(len, bad.values()))} of them bad"
+    for reason, paths in bad.items():
+        yield f"        {reason}: {len(paths)}, for example {paths[0]}"

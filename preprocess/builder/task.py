@@ -1,10 +1,9 @@
-"""The work of one Ray task: a range of dialogues becomes one shard and its sidecar. Needs nothing but its argument."""
+"""`build_shard`: the work of one Ray task, which builds one shard and its sidecar from a range of dialogues."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
 import os
 from collections import Counter
@@ -13,64 +12,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from preprocess import prompts
 from preprocess.annotations.worklist import DialogueRange
 from preprocess.atomic import canonical_json, publish, sync_folder
+from preprocess.builder.sample_encoder import SampleEncoder, SampleSettings
 from preprocess.images import codec
-from preprocess.images.cache import ImageCache
-from preprocess.images.store import ImageStore, sha256_hex
-from preprocess.rejects import Reject, Rejected
+from preprocess.images.store import ImageStore
 from preprocess.remote_path import AnyPath
-from preprocess.shards.sample import Sample
+from preprocess.shards.folder import ShardFolder
 from preprocess.shards.writer import write_shard
 
-CRUMB_BYTES = 512
-TEXTS_AT_ONCE = 64
+LAST_SEEN_BYTES = 512
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What decides a sample's bytes besides its row and its picture. The pictures' place is not among it."""
-
-    template: str
-    tokenizer_sha256: str
-    image_px: int
-    encoding: str
-    max_text_tokens: int
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardTask:
-    """`spec_sha256` stands for the settings and the range: a shard whose sidecar has it need not be built."""
+    """Everything that a worker needs to build one shard.
+
+    `spec_sha256` hashes the settings and the dialogues: a shard whose sidecar has the same hash need not be built.
+    """
 
     name: str
     spec_sha256: str
     range: DialogueRange
-    settings: Settings
-    dialogues: Path
-    tokenizer: Path
+    settings: SampleSettings
+    folder: ShardFolder
     root: AnyPath
     archives: dict[str, str]
 
     @property
     def tar(self) -> Path:
-        return self.dialogues.parent.parent / f"{self.name}.tar"
+        return self.folder.tar(self.name)
 
     @property
     def sidecar(self) -> Path:
-        return self.tar.with_suffix(".json")
+        return self.folder.sidecar(self.name)
 
     @property
-    def crumb(self) -> Path:
-        """Which dialogue is being worked on: what is left of a process that a picture made crash."""
-        return self.dialogues.with_name(f"{self.name}.crumb.tmp")
+    def last_seen(self) -> Path:
+        return self.folder.last_seen(self.name)
 
 
-@dataclass(frozen=True)
-class Done:
-    """What the driver hears of a finished shard."""
+@dataclass(frozen=True, kw_only=True)
+class ShardResult:
+    """Counts of a finished shard, for the driver. `rejects` is by source."""
 
     name: str
     dialogues: int
@@ -78,139 +63,81 @@ class Done:
     rejects: dict[str, int]
 
 
-def build_shard(task: ShardTask) -> Done:
-    """Publishes the shard, then its sidecar; an old one is never beside it.
+def build_shard(task: ShardTask) -> ShardResult:
+    """Write the shard's tar, then its sidecar. The old sidecar is removed first, so it never describes a newer tar.
 
-    Raises: OSError if reading or writing failed; bad rows never raise.
+    Raises: OSError if a file cannot be read or written. Bad rows are recorded as rejects.
     """
-    store = ImageStore(task.root, task.archives)
-    maker = _SampleMaker(task.settings, store, _tokenizer(str(task.tokenizer), task.settings.tokenizer_sha256))
+    tokenizer = _load_tokenizer(str(task.folder.tokenizer), task.settings.tokenizer_sha256)
     if task.sidecar.exists():
         task.sidecar.unlink()
         sync_folder(task.sidecar.parent)
-    with task.crumb.open("wb", buffering=0) as crumb:
-        rows = _read_range(task.dialogues, task.range)
-        written = write_shard(task.tar, maker.samples(rows, task.range.first, crumb.fileno()))
+    with task.last_seen.open("wb", buffering=0) as last_seen:
+        encoder = SampleEncoder(
+            task.settings,
+            ImageStore(task.root, task.archives),
+            tokenizer,
+            functools.partial(_write_last_seen, last_seen.fileno()),
+        )
+        written = write_shard(task.tar, encoder.samples(_read_range(task), task.range.first))
     sidecar = {
         "spec_sha256": task.spec_sha256,
         **vars(written),
         "made_with": codec.codec_versions(),
-        "rejects": [rejected.to_json() for rejected in maker.rejects],
-        "rejected_pictures": maker.rejected_pictures,
-        "pictures_sha256": sizes_sha256(maker.sizes),
+        "rejects": [rejected.to_json() for rejected in encoder.rejects],
+        "rejected_pictures": encoder.rejected_images,
+        "pictures_sha256": sizes_sha256(encoder.image_sizes),
     }
     publish(task.sidecar, canonical_json(sidecar, indent=None))
-    task.crumb.unlink(missing_ok=True)
-    rejects = Counter(rejected.source for rejected in maker.rejects)
-    return Done(task.name, task.range.count, written.samples, dict(rejects))
+    task.last_seen.unlink(missing_ok=True)
+    rejects = Counter(rejected.source for rejected in encoder.rejects)
+    return ShardResult(name=task.name, dialogues=task.range.count, samples=written.samples, rejects=dict(rejects))
 
 
-def same_pictures(task: ShardTask, sidecar: dict[str, Any]) -> bool:
-    """Whether every picture in the shard is as large as when it was built. Asks the file system for each."""
+def same_images(task: ShardTask, sidecar: dict[str, Any]) -> bool:
+    """Compare the size of every image in the shard with its size at build time. Asks the file system for each."""
     store = ImageStore(task.root, task.archives)
     rejected = {(entry["source"], entry["row"]) for entry in sidecar["rejects"]}
-    dialogues = _read_range(task.dialogues, task.range)
-    pictures = {one["picture"] for one in dialogues if (one["source"], one["row"]) not in rejected} - {None}
-    return sizes_sha256({picture: store.size(picture) for picture in pictures}) == sidecar["pictures_sha256"]
+    images = {one["picture"] for one in _read_range(task) if (one["source"], one["row"]) not in rejected} - {None}
+    return sizes_sha256({image: store.size(image) for image in images}) == sidecar["pictures_sha256"]
 
 
 def sizes_sha256(sizes: Mapping[str, int | None]) -> str:
     return hashlib.sha256(canonical_json(sizes)).hexdigest()
 
 
-def _read_range(path: Path, part: DialogueRange) -> Iterator[dict[str, Any]]:
+def _read_range(task: ShardTask) -> Iterator[dict[str, Any]]:
+    """Yield the task's dialogues. Raises: OSError if this node sees other bytes than the driver wrote."""
+    path, part = task.folder.dialogues, task.range
     handle = os.open(path, os.O_RDONLY)
     try:
         data = os.pread(handle, part.size, part.offset)
     finally:
         os.close(handle)
     if len(data) != part.size:
-        raise OSError(f"{path}: read {len(data)} of {part.size} bytes at {part.offset}")
+        raise OSError(f"{path}: read {len(data)} of {part.size} bytes at offset {part.offset}")
     if hashlib.sha256(data).hexdigest() != part.sha256:
-        raise OSError(f"{path}: the {part.size} bytes at {part.offset} are not those that were written; a stale cache?")
+        raise OSError(
+            f"{path}: the {part.size} bytes at offset {part.offset} are not those that were written; a stale cache?"
+        )
     return (json.loads(line) for line in data.splitlines())
 
 
-def _record_last_seen(crumb: int, dialogue: dict[str, Any]) -> None:
-    place = f"row {dialogue['row']} of {dialogue['source']}, picture {dialogue['picture']}"
-    os.pwrite(crumb, place.encode()[:CRUMB_BYTES].ljust(CRUMB_BYTES), 0)
+def _write_last_seen(file: int, dialogue: dict[str, Any]) -> None:
+    place = f"row {dialogue['row']} of {dialogue['source']}, image {dialogue['picture']}"
+    os.pwrite(file, place.encode()[:LAST_SEEN_BYTES].ljust(LAST_SEEN_BYTES), 0)
 
 
 def read_last_seen(task: ShardTask) -> str:
+    """Return the row that a task was working on when its process died."""
     try:
-        return task.crumb.read_text(errors="replace").strip() or "its first row"
+        return task.last_seen.read_text(errors="replace").strip() or "its first row"
     except OSError:
         return "no row yet"
 
 
 @functools.lru_cache(maxsize=2)
-def _tokenizer(path: str, sha256: str) -> prompts.Tokenizer:
+def _load_tokenizer(path: str, sha256: str) -> prompts.Tokenizer:
     tokenizer = prompts.load_tokenizer(path)
     assert tokenizer.sha256 == sha256, f"{path} changed while shards were built"
     return tokenizer
-
-
-class _SampleMaker:
-    """Dialogues -> samples, keeping account of those that are rejected."""
-
-    def __init__(self, settings: Settings, store: ImageStore, tokenizer: prompts.Tokenizer) -> None:
-        self.settings, self.store, self.tokenizer = settings, store, tokenizer
-        self.rejects: list[Reject] = []
-        self.rejected_pictures: dict[str, str] = {}  # stamps of what was read, not of what may have come since
-        self.sizes: dict[str, int] = {}
-        self.recent = ImageCache()
-
-    def samples(self, dialogues: Iterator[dict[str, Any]], first: int, crumb: int) -> Iterator[Sample]:
-        for number, (dialogue, encoded) in enumerate(self._encoded(dialogues, crumb), first):
-            _record_last_seen(crumb, dialogue)
-            try:
-                yield self._sample(f"{number:09d}", dialogue, encoded)
-            except Rejected as error:
-                origin = {key: dialogue[key] for key in ("source", "row", "id")}
-                self.rejects.append(Reject.from_error(error, **origin))
-
-    def _encoded(
-        self, dialogues: Iterator[dict[str, Any]], crumb: int
-    ) -> Iterator[tuple[dict[str, Any], prompts.EncodedDialogue]]:
-        """Several texts, then their pictures: each of these drives the tokenizer out of the processor's cache."""
-        while block := list(itertools.islice(dialogues, TEXTS_AT_ONCE)):
-            yield from zip(block, [self._encode(dialogue, crumb) for dialogue in block], strict=True)
-
-    def _encode(self, dialogue: dict[str, Any], crumb: int) -> prompts.EncodedDialogue:
-        _record_last_seen(crumb, dialogue)
-        template, most = self.settings.template, self.settings.max_text_tokens
-        return prompts.encode_dialogue(dialogue["conversations"], template, self.tokenizer, most)
-
-    def _sample(self, key: str, dialogue: dict[str, Any], encoded: prompts.EncodedDialogue) -> Sample:
-        if not encoded.spans:
-            most = self.settings.max_text_tokens
-            raise Rejected("no_supervised_token", f"no answer begins within {most} tokens")
-        picture = dialogue["picture"]
-        image, image_format = self._picture(picture) if picture is not None else (None, None)
-        return Sample(
-            key=key,
-            tokens=np.asarray(encoded.tokens, dtype=np.uint16),
-            spans=encoded.spans,
-            image=image,
-            image_format=image_format,
-            source=dialogue["source"],
-            id=dialogue["id"],
-            row=dialogue["row"],
-            picture=picture,
-        )
-
-    def _picture(self, path: str) -> tuple[bytes, str]:
-        if stored := self.recent.get(path):
-            return stored
-        data = None
-        try:
-            data = self.store.read(path)
-            stored = codec.encode_stored_image(data, self.settings.image_px, self.settings.encoding)
-        except Rejected as error:
-            self.rejected_pictures[path] = error.reason if data is None else sha256_hex(data)
-            detail = f"{path}: {error.detail}" if error.detail else path
-            self.recent.add_rejection(path, error.reason, detail)
-            raise Rejected(error.reason, detail) from None
-        self.sizes[path] = len(data)
-        self.recent.add(path, stored)
-        return stored

@@ -1,10 +1,11 @@
-"""The manifest and the index of a shard set."""
+"""`Manifest` and the index of a shard set: their fields, and loading them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,9 @@ import pyarrow.parquet as pq
 
 from model.errors import UserError, first_line
 from preprocess.atomic import canonical_json
+from preprocess.shards.folder import MANIFEST, ShardFolder
 
 FORMAT = 2
-MANIFEST, INDEX, REJECTS, PROGRESS = "manifest.json", "index.parquet", "rejects.jsonl", "progress.json"
-TOKENIZER, WORK = "tokenizer.json", ".work"
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -33,9 +33,9 @@ INDEX_SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """One tar of the set."""
+    """One tar of the set, as the manifest lists it. `name` is the file name."""
 
     name: str
     sha256: str
@@ -43,12 +43,14 @@ class ShardEntry:
     samples: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a shard set is. The sha256 of the file's bytes, kept in `sha256`, identifies the set.
+    """The description of a shard set. It is written last, so a folder without one is not a set.
 
-    made_with   how many shards each set of packages made
-    sidecars    their sha256 by file name; those of ranges that left no sample, and so no tar, too
+    Attributes:
+        made_with: number of shards by the package versions that built them.
+        sidecars: sha256 by file name, including sidecars of shards without samples, which have no tar.
+        sha256: hash of the manifest file, which identifies the set. It is not stored in the file.
     """
 
     model: str
@@ -69,23 +71,23 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         table = {"format": FORMAT} | {name: value for name, value in asdict(self).items() if name != "sha256"}
-        return canonical_json(table | {"seal": _seal(table)})
+        return canonical_json(table | {"seal": _checksum(table)})
 
     @classmethod
-    def load(cls, folder: Path | str) -> Manifest:
-        """Raises: UserError if the folder is no shard set."""
-        path = Path(folder) / MANIFEST
+    def load(cls, folder: PathLike[str] | str) -> Manifest:
+        """Load the manifest of a shard set. Raises: UserError if it is missing or damaged."""
+        path = ShardFolder(Path(folder)).manifest
         try:
             data = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(_no_manifest(Path(folder))) from None
+            raise UserError(_explain_missing_manifest(ShardFolder(Path(folder)))) from None
         try:
             table = json.loads(data)
             seal = table.pop("seal")
             if table["format"] != FORMAT:
                 raise UserError(f"{path} has format {table['format']}, expected {FORMAT}; build the set again")
-            if seal != _seal(table):
-                raise ValueError("its seal does not fit")
+            if seal != _checksum(table):
+                raise ValueError("its checksum does not match")
             del table["format"]
             shards = tuple(ShardEntry(**entry) for entry in table.pop("shards"))
             return cls(**table, shards=shards, sha256=hashlib.sha256(data).hexdigest())
@@ -95,37 +97,36 @@ class Manifest:
             raise UserError(f"{path} is damaged ({error}); run preprocess/build_shards.py again") from None
 
 
-def _seal(table: dict[str, Any]) -> str:
-    """Kept in the manifest: whatever bit of it flips, the two no longer fit."""
+def _checksum(table: dict[str, Any]) -> str:
+    """Hash the manifest's other fields. It is stored in the manifest as `seal`, so that any flipped bit is noticed."""
     return hashlib.sha256(canonical_json(table)).hexdigest()
 
 
-def _no_manifest(folder: Path) -> str:
-    if not folder.is_dir():
+def _explain_missing_manifest(folder: ShardFolder) -> str:
+    if not folder.path.is_dir():
         return f"there is no shard set {folder}: no such folder; build it with preprocess/build_shards.py"
-    unfinished = (folder / WORK).is_dir()
-    what = "an unfinished shard set" if unfinished else "no shard set"
-    return f"{folder} is {what}: it has no {MANIFEST}; run preprocess/build_shards.py, to the end, with --out {folder}"
+    what = "an unfinished shard set" if folder.work.is_dir() else "not a shard set"
+    return f"{folder} is {what}: it has no {MANIFEST}; run preprocess/build_shards.py with --out {folder} until it ends"
 
 
-def load_index(folder: Path | str) -> pa.Table:
-    """One row per sample, in the order of shards and of positions in them.
+def load_index(folder: PathLike[str] | str) -> pa.Table:
+    """Load the index: one row per sample, ordered by shard and by position in the shard.
 
     Raises: UserError if it is missing or damaged; OSError if the disk fails.
     """
-    path = Path(folder) / INDEX
+    path = ShardFolder(Path(folder)).index
     try:
         table = pq.read_table(path, schema=INDEX_SCHEMA)
         table.validate(full=True)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run preprocess/build_shards.py again") from None
     except PermissionError as error:
-        raise UserError(f"{path} may not be read ({error.strerror}); ask its owner for the right") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}); ask its owner for permission") from None
     except OSError as error:
         if error.errno is not None:
             raise
         raise _damaged_index(path, error) from None
-    except Exception as error:  # of damaged bytes pyarrow makes nearly any exception, MemoryError among them
+    except Exception as error:  # pyarrow raises almost any exception for damaged bytes, even MemoryError
         raise _damaged_index(path, error) from None
     return table
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a shard set: samples as the model gets them, and the rejects with their reasons."""
+"""The preview page of a shard set: one self-contained HTML file with samples as the model sees them, and rejects."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator
+from os import PathLike
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -20,31 +21,32 @@ from preprocess.atomic import publish
 from preprocess.images.codec import encode_jpeg
 from preprocess.prompts import Tokenizer
 from preprocess.rejects import REASONS, Reject, Rejected, read_rejects
-from preprocess.shards.manifest import REJECTS, TOKENIZER, Manifest, load_index
+from preprocess.shards.folder import TOKENIZER, ShardFolder
+from preprocess.shards.manifest import Manifest, load_index
 from preprocess.shards.sample import Sample, from_payloads, sample_pixels
 
 PAGE = Path(__file__).with_name("preview.html")
-MOST_REJECTS = 500
+MAX_REJECTS = 500
 
 
-def write_preview(folder: Path, path: Path, num_samples: int) -> str:
-    """Writes the page; returns where and how much it shows. Raises: UserError if the set is damaged."""
+def write_preview(folder: PathLike[str] | str, page: Path, num_samples: int) -> str:
+    """Write the page. Return a line that says how much it shows. Raises: UserError if the set is damaged."""
     manifest = Manifest.load(folder)
-    page, shown = _page(folder, manifest, num_samples)
-    publish(path, page.encode("utf-8", errors="replace"))
-    return f"{path}: {shown} of {manifest.counts['samples']} samples, {manifest.counts['rejects']} rejects"
+    text, shown = _page(ShardFolder(Path(folder)), manifest, num_samples)
+    publish(page, text.encode("utf-8", errors="replace"))
+    return f"{page}: {shown} of {manifest.counts['samples']} samples, {manifest.counts['rejects']} rejects"
 
 
-def _page(folder: Path, manifest: Manifest, num_samples: int) -> tuple[str, int]:
+def _page(folder: ShardFolder, manifest: Manifest, num_samples: int) -> tuple[str, int]:
     index = load_index(folder)
-    with _damage_explained(folder, TOKENIZER):
-        tokenizer = Tokenizer((folder / TOKENIZER).read_bytes(), TOKENIZER)
-    with _damage_explained(folder, REJECTS):
-        rejects = choose_rejects(folder / REJECTS, MOST_REJECTS)
+    with _explain_damage(folder, folder.tokenizer):
+        tokenizer = Tokenizer(folder.tokenizer.read_bytes(), TOKENIZER)
+    with _explain_damage(folder, folder.rejects):
+        rejects = choose_rejects(folder.rejects, MAX_REJECTS)
     rows = choose_rows(np.asarray(index.column("source").to_pylist(), dtype=object), num_samples)
-    samples = [_read(folder, manifest, index.slice(row, 1).to_pylist()[0]) for row in rows]
+    samples = [_read_sample(folder, manifest, index.slice(row, 1).to_pylist()[0]) for row in rows]
     page = Template(PAGE.read_text(encoding="utf-8")).substitute(
-        title=html.escape(folder.resolve().name),
+        title=html.escape(folder.path.resolve().name),
         facts=_facts(manifest),
         sources="".join(f"<option>{html.escape(name)}</option>" for name in manifest.sources),
         cards="".join(_card(sample, tokenizer, manifest.image["px"]) for sample in samples),
@@ -58,18 +60,19 @@ def _page(folder: Path, manifest: Manifest, num_samples: int) -> tuple[str, int]
 
 
 @contextlib.contextmanager
-def _damage_explained(folder: Path, name: str) -> Iterator[None]:
+def _explain_damage(folder: ShardFolder, path: Path) -> Iterator[None]:
+    """Raise whatever a missing or damaged file causes as a UserError."""
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, Rejected) as error:
         raise UserError(
-            f"{folder / name} is missing or damaged ({first_line(error)}); "
-            f"`python -m preprocess.shardset verify {folder}` names all that is, and what to do"
+            f"{path} is missing or damaged ({first_line(error)}); "
+            f"`python -m preprocess.shardset verify {folder}` lists all damage and what to do"
         ) from None
 
 
 def choose_rejects(path: Path, count: int) -> list[Reject]:
-    """Some of each reason of each source, in their order."""
+    """Choose up to `count` rejects, spread over sources and reasons, in the order of the file."""
     numbers: dict[tuple[str, str], int] = {}
     kinds = [numbers.setdefault((reject.source, reject.reason), len(numbers)) for reject in read_rejects(path)]
     chosen = set(choose_rows(np.asarray(kinds, dtype=np.int32), count))
@@ -77,23 +80,28 @@ def choose_rejects(path: Path, count: int) -> list[Reject]:
 
 
 def choose_rows(groups: np.ndarray, count: int) -> list[int]:
-    """Rows spread evenly over each group (such as a source), groups served in turn until there are `count`."""
+    """Choose up to `count` rows, the same number from each group as far as it has them, evenly spaced in the group.
+
+    Args:
+        groups: the group of each row, such as its source.
+    """
     rows = [np.flatnonzero(groups == group) for group in dict.fromkeys(groups.tolist())]
-    shares = Counter(itertools.islice(_turns([len(of_one) for of_one in rows]), count))
+    shares = Counter(itertools.islice(_round_robin([len(members) for members in rows]), count))
     chosen = [
         rows[group][np.linspace(0, len(rows[group]) - 1, share).round().astype(int)] for group, share in shares.items()
     ]
-    return sorted(int(row) for of_one in chosen for row in of_one)
+    return sorted(int(row) for members in chosen for row in members)
 
 
-def _turns(sizes: list[int]) -> Iterator[int]:
-    for lap in range(max(sizes, default=0)):
-        yield from (group for group, size in enumerate(sizes) if lap < size)
+def _round_robin(sizes: list[int]) -> Iterator[int]:
+    """Yield group numbers in turn, each group as often as its size."""
+    for turn in range(max(sizes, default=0)):
+        yield from (group for group, size in enumerate(sizes) if turn < size)
 
 
-def _read(folder: Path, manifest: Manifest, row: dict[str, Any]) -> Sample:
-    name = manifest.shards[row["shard"]].name
-    with _damage_explained(folder, name), (folder / name).open("rb") as tar:
+def _read_sample(folder: ShardFolder, manifest: Manifest, row: dict[str, Any]) -> Sample:
+    path = folder.file(manifest.shards[row["shard"]].name)
+    with _explain_damage(folder, path), path.open("rb") as tar:
         tokens, meta, image = (
             os.pread(tar.fileno(), row[f"{part}_bytes"], row[f"{part}_offset"]) for part in ("tokens", "meta", "image")
         )
@@ -107,7 +115,7 @@ def _facts(manifest: Manifest) -> str:
         "template": manifest.template,
         "tokenizer": manifest.tokenizer["name"],
         "samples": f"{counts['samples']:,}",
-        "pictures": f"{counts['pictures']:,}",
+        "images": f"{counts['pictures']:,}",
         "text-only": f"{counts['text_only']:,}",
         "text tokens": f"{counts['text_tokens']:,}",
         "supervised": f"{counts['supervised_tokens'] / max(1, counts['text_tokens']):.0%}",
@@ -117,13 +125,13 @@ def _facts(manifest: Manifest) -> str:
 
 
 def _card(sample: Sample, tokenizer: Tokenizer, image_px: int) -> str:
-    picture = f'<img loading="lazy" alt="" src="{_data_uri(sample, image_px)}">' if sample.image is not None else ""
-    kind = "picture" if sample.image is not None else "text"
+    image = f'<img loading="lazy" alt="" src="{_data_uri(sample, image_px)}">' if sample.image is not None else ""
+    kind = "image" if sample.image is not None else "text"
     caption = f"{sample.source} · row {sample.row} · id {sample.id} · key {sample.key}"
     return (
-        f'<article data-source="{html.escape(sample.source)}" data-kind="{kind}">{picture}'
-        f'<div class="text"><p class="turns">{_turns_html(sample, tokenizer)}</p>'
-        f'<p class="from">{html.escape(caption)}<br>{html.escape(sample.picture or "no picture")} · '
+        f'<article data-source="{html.escape(sample.source)}" data-kind="{kind}">{image}'
+        f'<div class="text"><p class="turns">{_text_html(sample, tokenizer)}</p>'
+        f'<p class="from">{html.escape(caption)}<br>{html.escape(sample.image_path or "no image")} · '
         f"{len(sample.tokens)} tokens, {sample.num_supervised_tokens} supervised</p></div></article>"
     )
 
@@ -133,8 +141,8 @@ def _data_uri(sample: Sample, image_px: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 
-def _turns_html(sample: Sample, tokenizer: Tokenizer) -> str:
-    """The tokens as text, run by run: marked where they are supervised."""
+def _text_html(sample: Sample, tokenizer: Tokenizer) -> str:
+    """Return the text of the tokens as HTML, with the supervised spans marked."""
     parts, end = [], 0
     for start, stop in sample.spans:
         parts += [("span", end, start), ("mark", start, stop)]

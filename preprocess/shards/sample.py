@@ -1,8 +1,8 @@
-"""A sample <-> its tar fields: the contract that shards are written and read by.
+"""`Sample` and its encoding as the files of a WebDataset tar.
 
-KEY.tokens.npy      uint16 token ids, at most the model's limit of text
-KEY.json            where it came from, and the spans of tokens that are supervised
-KEY.jpg             the picture, absent for text-only samples (`raw`: KEY.pixels.npy; `original`: by its format)
+KEY.tokens.npy      uint16 token ids, at most the model's limit of text tokens
+KEY.json            origin of the sample, and the spans of supervised tokens
+KEY.jpg             the image, absent for text-only samples (encoding `raw`: KEY.pixels.npy; `original`: by its format)
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ import numpy.typing as npt
 from preprocess.images import codec
 
 TOKENS, META = "tokens.npy", "json"
-NPY_PREAMBLE = 10  # bytes of an array's file before its header, whose length the last two of them are
+NPY_PREAMBLE = 10  # magic bytes and version of an .npy file, and the length of its header in the last two bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One training row. Keys have no dots: readers cut them at the first one.
+    """One training sample. The key has no dots, because readers cut file names at the first one.
 
-    tokens          uint16 [t]
-    spans           [start, end) ranges of supervised tokens, in order, not overlapping
-    image_format    the field's name: "jpg", "pixels.npy" or, for originals, what the file is
-    row, picture    where it came from: the row of its annotation file, and the picture's path under the root
+    Attributes:
+        tokens: uint16 [t].
+        spans: [start, end) ranges of supervised tokens, in order, not overlapping.
+        image: stored bytes of the image, None for a text-only sample.
+        image_format: field of the image: "jpg", "pixels.npy", or the format of an original.
+        row: row of the annotation file that the sample was built from.
+        image_path: path of the image under the root.
     """
 
     key: str
@@ -40,7 +43,7 @@ class Sample:
     source: str
     id: str
     row: int = -1
-    picture: str | None = None
+    image_path: str | None = None
 
     @property
     def num_supervised_tokens(self) -> int:
@@ -48,11 +51,11 @@ class Sample:
 
 
 def to_fields(sample: Sample) -> dict[str, bytes]:
-    """The same sample gives the same bytes."""
+    """Encode a sample as bytes by field name. The same sample gives the same bytes."""
     tokens = np.ascontiguousarray(sample.tokens, dtype="<u2")
     meta = {
         "id": sample.id,
-        "picture": sample.picture,
+        "picture": sample.image_path,
         "row": sample.row,
         "source": sample.source,
         "spans": sample.spans,
@@ -69,46 +72,45 @@ def to_fields(sample: Sample) -> dict[str, bytes]:
 
 @functools.lru_cache(maxsize=4096)
 def _npy_header(count: int) -> bytes:
-    """Of so many token ids, as `np.save` writes it; it takes longer than they do."""
+    """Return the header that `np.save` writes for `count` token ids. Cached, because it is slower than the ids."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "<u2", "fortran_order": False, "shape": (count,)})
     return buffer.getvalue()
 
 
-def _token_ids(data: bytes) -> npt.NDArray[np.uint16]:
-    """As `np.load` reads them; it would parse the header as Python each time. Raises: ValueError."""
+def _load_tokens(data: bytes) -> npt.NDArray[np.uint16]:
+    """Load token ids like `np.load`, which is slower because it parses the header as Python. Raises: ValueError."""
     size = NPY_PREAMBLE + int.from_bytes(data[NPY_PREAMBLE - 2 : NPY_PREAMBLE], "little")
     if data[:size] != _npy_header((len(data) - size) // 2):
-        return np.load(io.BytesIO(data), allow_pickle=False)  # others' or damaged: it says which
+        return np.load(io.BytesIO(data), allow_pickle=False)  # another writer's file, or a damaged one: it raises
     return np.frombuffer(data, "<u2", offset=size)
 
 
 def from_fields(fields: Mapping[str, bytes], key: str = "") -> Sample:
-    """Reads what `to_fields` wrote; `__…__` entries, which stock readers add, are not fields."""
-    pictures = [name for name in fields if name not in (TOKENS, META) and not name.startswith("__")]
-    assert len(pictures) <= 1, f"{key}: more than one picture: {pictures}"
-    name = pictures[0] if pictures else None
+    """Decode what `to_fields` wrote. Names like `__key__`, which stock readers add, are ignored."""
+    images = [name for name in fields if name not in (TOKENS, META) and not name.startswith("__")]
+    assert len(images) <= 1, f"{key}: more than one image: {images}"
+    name = images[0] if images else None
     return from_payloads(key, fields[TOKENS], fields[META], fields[name] if name else None, name)
 
 
 def from_payloads(key: str, tokens: bytes, meta: bytes, image: bytes | None, image_format: str | None = None) -> Sample:
-    """For readers that take payloads from the index: it does not tell the picture's format, and none is needed."""
+    """Decode the payloads of a sample. Readers that use the index leave out `image_format`, which it does not hold."""
     about = json.loads(meta)
-    spans = [(start, end) for start, end in about["spans"]]
     return Sample(
-        key,
-        _token_ids(tokens),
-        spans,
-        image,
-        image_format,
-        about["source"],
-        about["id"],
-        about["row"],
-        about["picture"],
+        key=key,
+        tokens=_load_tokens(tokens),
+        spans=[(start, end) for start, end in about["spans"]],
+        image=image,
+        image_format=image_format,
+        source=about["source"],
+        id=about["id"],
+        row=about["row"],
+        image_path=about["picture"],
     )
 
 
 def sample_pixels(sample: Sample, image_px: int | None = None) -> np.ndarray:
-    """uint8 [h, w, 3] at the model's size; a set of originals needs `image_px`, and they are squashed here."""
+    """Decode the image to uint8 [h, w, 3]. With `image_px`, an original is resized to that square."""
     assert sample.image is not None, f"{sample.key} is text-only"
     return codec.decode_stored_image(sample.image, image_px)

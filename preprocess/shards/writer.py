@@ -1,4 +1,4 @@
-"""Write one shard: a deterministic tar, published atomically, and the index rows of its samples."""
+"""Writing and reading one shard: a deterministic tar, and the index rows of its samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from preprocess.shards.tar_writer import add_member, end_tar
 
 @dataclass
 class WrittenShard:
-    """What a shard holds, in the index's columns, and the identity of its bytes."""
+    """Hash and size of a shard's tar, and the index columns of its samples."""
 
     sha256: str
     bytes: int
@@ -26,7 +26,7 @@ class WrittenShard:
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> WrittenShard:
-    """Publishes a tar whose bytes depend on nothing but the samples. Without samples there is no file."""
+    """Write a tar whose bytes depend on the samples alone. Without samples no file is written."""
     columns: dict[str, list[Any]] = {name: [] for name in [*INDEX_SCHEMA.names[1:], "picture_digest"]}
     with published(path) as file:
         for sample in samples:
@@ -41,8 +41,8 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> WrittenShard:
 
 
 def _add_sample(file: HashingFile, sample: Sample) -> dict[str, tuple[int, int]]:
-    """Payload offset and size of each field."""
-    assert "." not in sample.key, f"key {sample.key!r}: readers cut keys at the first dot"
+    """Write a sample's fields. Return the offset and size of each payload."""
+    assert "." not in sample.key, f"key {sample.key!r} has a dot, but readers cut keys at the first dot"
     fields = to_fields(sample).items()
     return {name: (add_member(file, f"{sample.key}.{name}", data), len(data)) for name, data in fields}
 
@@ -62,18 +62,18 @@ def _index_row(sample: Sample, places: dict[str, tuple[int, int]]) -> dict[str, 
         "has_image": sample.image is not None,
         "source": sample.source,
         "id": sample.id,
-        "picture_digest": _picture_digest(sample.image) if sample.image is not None else None,
+        "picture_digest": _image_digest(sample.image) if sample.image is not None else None,
     }
 
 
-@functools.lru_cache(maxsize=8)  # few, for originals may be large: rows that share a picture come with the same bytes
-def _picture_digest(image: bytes) -> str:
+@functools.lru_cache(maxsize=8)  # neighbouring rows share images; few, because originals may be large
+def _image_digest(image: bytes) -> str:
     return hashlib.sha256(image).hexdigest()[:16]
 
 
 def read_fields(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Key and fields of each sample, as the stock webdataset package reads them."""
-    from webdataset import tariterators  # here, because it imports torch
+    """Yield key and fields of each sample, as the stock webdataset package reads them."""
+    from webdataset import tariterators  # here, because it imports torch, which builds do not need
 
     with path.open("rb") as stream:
         files = tariterators.tar_file_expander([{"url": str(path), "stream": stream}])

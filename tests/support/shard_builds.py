@@ -7,7 +7,7 @@ from typing import Any
 
 from preprocess import build_shards
 from preprocess.prompts import Tokenizer
-from preprocess.shards.manifest import WORK
+from preprocess.shards.folder import ShardFolder
 
 PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "rocket", "text")
 
@@ -64,6 +64,6 @@ def write_talk(root: Path, num_rows: int) -> Path:
 
 def contents(out: Path) -> dict[str, str]:
     """sha256 of every file of the set; fails if there is anything else."""
-    left = {path.name for path in (out / WORK).iterdir()}
+    left = {path.name for path in ShardFolder(out).work.iterdir()}
     assert left == {"lock"}, f"left behind: {left}"
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir() if path.is_file()}

@@ -1,0 +1,117 @@
+"""A shard set written by an earlier version is recognised as finished, although messages have changed since."""
+
+import hashlib
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from preprocess import build_shards
+from preprocess.rejects import Rejected
+from preprocess.shards.verify import verify
+from tests.support.launch import REPOSITORY
+
+V0_1 = REPOSITORY / "tests/fixtures/v0_1"
+COMMAND = shlex.split(  # as in V0_1 / README.md
+    "raw/mix.toml --model tiny_v2 --root raw --out shards --tokenizer raw/tokenizer "
+    "--samples-per-shard 8 --workers 0 --max-reject-ratio 0.2"
+)
+
+
+@pytest.fixture
+def built_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the old set and its input, which is the working directory."""
+    for name in ("raw", "shards"):
+        shutil.copytree(V0_1 / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "shards"
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+
+
+def write_times(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()}
+
+
+def reword_every_reject(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulate a version in which every reject has another wording."""
+    init = Rejected.__init__
+
+    def reworded(self: Rejected, reason: str, detail: str = "") -> None:
+        init(self, reason, f"in other words: {detail}")
+
+    monkeypatch.setattr(Rejected, "__init__", reworded)
+
+
+def test_the_same_command_leaves_an_old_set_byte_identical(built_before: Path) -> None:
+    before = write_times(built_before)
+    program = [sys.executable, str(REPOSITORY / "preprocess/build_shards.py"), *COMMAND]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"{built_before} is up to date: 14 samples in 2 shards, 2 of 16 rows rejected" in done.stdout
+    assert hashes(built_before) == hashes(V0_1 / "shards")
+    assert write_times(built_before) == before, "written again"
+    assert list(verify(built_before)) == []
+
+
+def test_another_wording_of_rejects_does_not_rebuild_a_set(
+    built_before: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reword_every_reject(monkeypatch)
+    assert build_shards.main(COMMAND) == 0
+    assert "is up to date" in capsys.readouterr().out
+    assert hashes(built_before) == hashes(V0_1 / "shards")
+
+
+def test_the_new_wording_is_written_where_a_set_is_rebuilt(
+    built_before: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reword_every_reject(monkeypatch)
+    (built_before / "rejects.jsonl").unlink()
+    assert build_shards.main(COMMAND) == 0
+    details = [json.loads(line)["detail"] for line in (built_before / "rejects.jsonl").read_text().splitlines()]
+    assert details == ["images/gone.png", "in other words: conversations is []"], "shards are reused as they are"
+    built = hashes(built_before)
+    assert build_shards.main(COMMAND) == 0
+    said = capsys.readouterr().out
+    assert said.count("is built") == said.count("is up to date") == 1
+    assert hashes(built_before) == built
+    assert list(verify(built_before)) == []
+
+
+CHANGES: dict[str, Any] = {
+    "a reject fewer": lambda rows: rows[11] | {"conversations": rows[0]["conversations"]},
+    "another reason": lambda rows: {"id": "mute"},
+    "another id": lambda rows: rows[11] | {"id": "other"},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_rejects_that_differ_in_more_than_wording_rebuild_a_set(
+    built_before: Path, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = built_before.parent / "raw/dialogues.json"
+    rows = json.loads(path.read_text())
+    rows[11] = CHANGES[change](rows)
+    path.write_text(json.dumps(rows))
+    assert build_shards.main(COMMAND) == 0
+    assert "is built" in capsys.readouterr().out
+    assert hashes(built_before)["manifest.json"] != hashes(V0_1 / "shards")["manifest.json"]
+    assert list(verify(built_before)) == []
+
+
+def test_a_row_that_is_rejected_in_addition_rebuilds_a_set(
+    built_before: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The dialogues that are left are the same, so that the manifest alone can show the difference."""
+    path = built_before.parent / "raw/dialogues.json"
+    path.write_text(json.dumps([*json.loads(path.read_text()), {"id": "new"}]))
+    assert build_shards.main(COMMAND) == 0
+    assert "is built: 14 samples in 2 shards, 3 of 17 rows rejected" in capsys.readouterr().out
