@@ -1,4 +1,4 @@
-"""As few layers recomputed in backward as a memory budget allows, by what a step was measured to take."""
+"""Activation memory: recompute only as many layers in the backward pass as a memory budget requires."""
 
 from __future__ import annotations
 
@@ -16,74 +16,75 @@ from pipeline.recipe import Recipe
 from pipeline.step import row_losses
 from pipeline.zero import clear_gradients, missing_moment_bytes
 
-SAMPLE_LAYERS = 4  # kept in the second measurement, which tells what one more layer takes
-PASSES = 3  # until ZeRO-3 knows the new order of layers by heart, and gathers the weights of several ahead
+SAMPLE_LAYERS = 4  # kept in the second measurement, from which the size of one layer is computed
+WARM_UP_PASSES = 2  # ZeRO-3 re-traces its prefetch order, and then gathers several layers ahead
 
 
-def fit_kept_layers(engine: Engine, towers: Towers, recipe: Recipe, heaviest: MicroBatch, budget: float) -> str:
-    """Keep the activations of as many last layers as fit into `budget` GiB; a line about it. Every rank must call it.
+def fit_kept_layers(engine: Engine, towers: Towers, recipe: Recipe, heaviest: MicroBatch, budget_gib: float) -> str:
+    """Keep the activations of as many final layers as fit into the budget. Return a line for the log.
 
-    Measured on `heaviest`, the largest micro-batch that this rank will see, by forward and backward passes that leave
-    nothing behind. On a GPU the budget is for all that is allocated, elsewhere for what is held for backward.
-    Raises: UserError on all ranks if it is too small even with every layer recomputed.
+    The peak is measured by forward and backward passes that leave the state unchanged. On a GPU the budget covers all
+    allocated memory, elsewhere only the tensors saved for the backward pass. Every rank must call it.
+
+    Args:
+        heaviest: the largest micro-batch that this rank will process.
+
+    Raises: UserError on all ranks if the budget is too small even with every layer recomputed.
     """
-    llm, moments = engine.module.llm, missing_moment_bytes(engine) if engine.device.type == "cuda" else 0
+    llm = engine.module.llm
+    moments = missing_moment_bytes(engine) if engine.device.type == "cuda" else 0
 
     def peak_gib(kept: int) -> float:
         llm.keep_layers = kept
-        held = measure(engine.device, lambda: _pass(engine, towers, recipe, heaviest))
-        return _largest((held + moments) / GIB, engine.device)
+        used = measure(engine.device, lambda: _run_pass(engine, towers, recipe, heaviest))
+        return _max_over_ranks((used + moments) / GIB, engine.device)
 
     num_layers = recipe.config.llm.num_layers
     least, sample = peak_gib(0), min(SAMPLE_LAYERS, num_layers)
-    if least > budget:
+    if least > budget_gib:
         raise UserError(
-            f"engine.memory_gib: {budget:g} GiB, but the longest batch takes {least:.3g} with every layer recomputed; "
-            f"lower optim.micro_batch (now {recipe.optim.micro_batch}), which changes nothing else"
+            f"engine.memory_gib: {budget_gib:g} GiB, but the longest batch takes {least:.3g} with every layer "
+            f"recomputed; lower optim.micro_batch (now {recipe.optim.micro_batch}), which does not change the result"
         )
-    each = max((peak_gib(sample) - least) / sample, 1e-9)
-    kept, peak = min(num_layers, int((budget - least) / each)), least
-    while kept and (peak := peak_gib(kept)) > budget:
+    per_layer = max((peak_gib(sample) - least) / sample, 1e-9)
+    kept, peak = min(num_layers, int((budget_gib - least) / per_layer)), least
+    while kept and (peak := peak_gib(kept)) > budget_gib:
         kept -= 1
     llm.keep_layers = kept
-    return _describe(num_layers, kept, each, peak if kept else least, budget)
-
-
-def _describe(num_layers: int, kept: int, each: float, peak: float, budget: float) -> str:
-    first = num_layers - kept
-    recomputed = f"layers 0 to {first - 1} are recomputed" if first else "no layer is recomputed"
-    keeps = f"{kept} keep {1024 * each:.3g} MiB each" if kept else "none keeps its activations"
-    return f"activations: {recomputed}, {keeps}; peak {peak:.3g} of {budget:g} GiB"
+    first_kept = num_layers - kept
+    recomputed = f"layers 0 to {first_kept - 1} are recomputed" if first_kept else "no layer is recomputed"
+    keeps = f"{kept} keep {1024 * per_layer:.3g} MiB each" if kept else "none keeps its activations"
+    return f"activations: {recomputed}, {keeps}; peak {peak if kept else least:.3g} of {budget_gib:g} GiB"
 
 
 def measure(device: torch.device, run: Callable[[], None]) -> int:
-    """Bytes: on a GPU the peak of what is allocated when `run` has settled, elsewhere what autograd saves in it."""
+    """Return the bytes that `run` needs: the allocated peak on a GPU, elsewhere the tensors saved for backward."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        for _ in range(PASSES):
+        for _ in range(WARM_UP_PASSES + 1):
             run()
         return torch.cuda.max_memory_allocated(device)
-    held: dict[int, int] = {}
+    saved_bytes: dict[int, int] = {}
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
+    def record(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        held[storage.data_ptr()] = storage.nbytes()
+        saved_bytes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         run()
-    return sum(held.values())
+    return sum(saved_bytes.values())
 
 
-def _pass(engine: Engine, towers: Towers, recipe: Recipe, batch: MicroBatch) -> None:
-    """Forward and backward as in training, of a loss that weighs nothing: every gradient is zero."""
+def _run_pass(engine: Engine, towers: Towers, recipe: Recipe, batch: MicroBatch) -> None:
+    """Run forward and backward as in training, with a loss of weight zero, so that every gradient is zero."""
     text, align = row_losses(engine, towers, recipe, batch.to(engine.device))
     engine.backward(0.0 * (text.sum() + align.sum()))
     engine.optimizer.zero_grad()
     clear_gradients(engine)
 
 
-def _largest(value: float, device: torch.device) -> float:
-    held = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(held, dist.ReduceOp.MAX)
-    return held.item()
+def _max_over_ranks(value: float, device: torch.device) -> float:
+    values = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values.item()

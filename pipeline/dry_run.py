@@ -83,7 +83,7 @@ def imagine_ranks(recipe: Recipe, world_size: int) -> Ranks:
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     ranks = find_ranks(recipe.engine.device)
-    init_distributed(ranks, imagined=True)
+    init_distributed(ranks, fake=True)
     return ranks
 
 

@@ -1,4 +1,7 @@
-"""Model + recipe + DeepSpeed JSON -> engine. The JSON owns memory and communication, the recipe every other number."""
+"""The DeepSpeed engine, built from a model, a recipe and a DeepSpeed JSON.
+
+The JSON decides about memory and communication; every other setting is the recipe's.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ from typing import Any, Protocol
 import torch
 
 from model.emma import Emma, Losses
-from model.errors import UserError, first_line
+from model.errors import UserError, did_you_mean, first_line
 from pipeline.distributed.ranks import Ranks
 from pipeline.optimizer import build_optimizer
-from pipeline.recipe import Recipe, nearest
+from pipeline.recipe import Recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OWNED_BY_RECIPE = (
@@ -32,7 +35,7 @@ OWNED_BY_RECIPE = (
     "steps_per_print",
 )
 ZERO_STAGES = (1, 2, 3)
-MESH = ("sequence_parallel_size", "data_parallel_size")  # DeepSpeed takes these before it looks at the rest
+MESH_KEYS = ("sequence_parallel_size", "data_parallel_size")  # DeepSpeed reads these before it builds its config
 PRECISION: dict[str, dict[str, Any]] = {
     "fp32": {},
     # Summing micro-batches in bf16 would make the update depend on how the global batch was split.
@@ -59,16 +62,20 @@ class Engine(Protocol):
     def zero_optimization_stage(self) -> int: ...
 
 
-def init_distributed(ranks: Ranks, imagined: bool = False) -> None:
-    """Join the process group. Every rank must call it, once. `imagined`: the other ranks are not there (dry runs)."""
+def init_distributed(ranks: Ranks, *, fake: bool = False) -> None:
+    """Join the process group. Every rank must call it once.
+
+    Args:
+        fake: simulate the other ranks, for a dry run of rank 0 alone.
+    """
     import deepspeed
 
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     else:
-        # DeepSpeed would compile a shared-memory operator here: 20 s and a compiler, for what gloo does too.
+        # Otherwise DeepSpeed compiles a shared-memory operator, which takes 20 s and a compiler; gloo is enough.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if imagined:
+    if fake:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
         torch.distributed.init_process_group("fake", rank=0, world_size=ranks.world_size, store=FakeStore())
@@ -79,13 +86,13 @@ def init_distributed(ranks: Ranks, imagined: bool = False) -> None:
 
 
 def build_engine(emma: Emma, recipe: Recipe, ranks: Ranks) -> Engine:
-    """A DeepSpeed engine around `emma`, whose parameters become sharded. Rank 0's values reach all ranks."""
+    """Build a DeepSpeed engine, which shards the parameters of `emma` and broadcasts rank 0's values to all ranks."""
     import deepspeed
 
     emma.llm.segment_layers, emma.llm.keep_layers = recipe.engine.segment_layers, recipe.engine.keep_layers
     config = compose_config(recipe, ranks.world_size)
     if config.get("zero_optimization", {}).get("stage") == 3:
-        # A mixer reads its children's weights past the hooks that gather them: gather it as one.
+        # A mixer reads its children's weights without calling them, which bypasses the hooks that gather them.
         deepspeed.utils.set_z3_leaf_modules(
             emma, sorted({type(m) for m in emma.mixers()}, key=lambda kind: kind.__name__)
         )
@@ -95,11 +102,14 @@ def build_engine(emma: Emma, recipe: Recipe, ranks: Ranks) -> Engine:
 
 
 def compose_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's JSON with the recipe's numbers in it. Raises: UserError if it refuses them, or both say one thing."""
+    """Combine the DeepSpeed JSON with the recipe's settings.
+
+    Raises: UserError if DeepSpeed would reject or ignore a setting, or if the JSON has one that the recipe owns.
+    """
     path = _config_path(recipe.engine.ds_config)
     config = _read_config(path)
-    per_pass = recipe.optim.micro_batch * world_size
-    if recipe.optim.global_batch % per_pass:
+    rows_per_pass = recipe.optim.micro_batch * world_size
+    if recipe.optim.global_batch % rows_per_pass:
         raise UserError(
             f"optim.global_batch {recipe.optim.global_batch} is not a multiple of {world_size} ranks × "
             f"optim.micro_batch {recipe.optim.micro_batch}; change one of the three"
@@ -108,7 +118,7 @@ def compose_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         **config,
         **PRECISION[recipe.engine.precision],
         "train_micro_batch_size_per_gpu": recipe.optim.micro_batch,
-        "gradient_accumulation_steps": recipe.optim.global_batch // per_pass,
+        "gradient_accumulation_steps": recipe.optim.global_batch // rows_per_pass,
         "gradient_clipping": recipe.optim.clip,
         "steps_per_print": 2**62,
         "zero_allow_untested_optimizer": True,
@@ -118,7 +128,7 @@ def compose_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """Raises: UserError for what DeepSpeed would refuse, ignore, or do otherwise than the recipe says."""
+    """Read and check a DeepSpeed JSON."""
     try:
         config: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -128,7 +138,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     for key in OWNED_BY_RECIPE:
         if key in config:
             raise UserError(
-                f"{path}: sets {key!r}, which the recipe owns ([optim] and [engine]); take it out of the JSON"
+                f"{path}: sets {key!r}, which the recipe owns ([optim] and [engine]); remove it from the JSON"
             )
     _check_keys(path, config)
     _check_zero(path, config.get("zero_optimization"))
@@ -136,43 +146,43 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _check_keys(path: Path, config: dict[str, Any]) -> None:
-    """DeepSpeed itself passes over a section that it does not know."""
-    known = _known_to_deepspeed()
+    """Reject unknown keys, because DeepSpeed silently ignores them."""
+    known = _deepspeed_keys()
     for key in sorted(config.keys() - known):
-        hint = nearest(key, known.difference(OWNED_BY_RECIPE))
+        hint = did_you_mean(key, known.difference(OWNED_BY_RECIPE))
         raise UserError(f"engine.ds_config: {path}: DeepSpeed does not know the key {key!r}{hint}")
 
 
 @functools.cache
-def _known_to_deepspeed() -> frozenset[str]:
-    """The keys of a JSON's top level. There is no list of them; they are those that a config is asked for."""
+def _deepspeed_keys() -> frozenset[str]:
+    """Return the top-level keys that DeepSpeed reads. It has no list of them, so a config is built to record them."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    DeepSpeedConfig(asked := _Asked(train_micro_batch_size_per_gpu=1))
-    return frozenset(asked.keys_asked).union(MESH)
+    DeepSpeedConfig(recorder := _RecordingDict(train_micro_batch_size_per_gpu=1))
+    return frozenset(recorder.keys_read).union(MESH_KEYS)
 
 
-class _Asked(dict[str, Any]):
-    """Remembers which keys it was asked for. A copy, and DeepSpeed makes one, adds to the same memory."""
+class _RecordingDict(dict[str, Any]):
+    """A dict that records the keys that are looked up, also in copies of it, because DeepSpeed reads a copy."""
 
     def __init__(self, **values: Any):
         super().__init__(values)
-        self.keys_asked: set[str] = set()
+        self.keys_read: set[str] = set()
 
     def __contains__(self, key: Any) -> bool:
-        self.keys_asked.add(key)
+        self.keys_read.add(key)
         return super().__contains__(key)
 
     def __getitem__(self, key: str) -> Any:
-        self.keys_asked.add(key)
+        self.keys_read.add(key)
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        self.keys_asked.add(key)
+        self.keys_read.add(key)
         return super().get(key, default)
 
     def keys(self) -> Any:
-        return self  # `key in config.keys()` is a question, too
+        return self  # so that `key in config.keys()` is recorded too
 
 
 def _check_values(path: Path, config: dict[str, Any]) -> None:
@@ -180,9 +190,9 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
 
     try:
         DeepSpeedConfig(config)
-    except Exception as error:  # what it raises has no common kind
-        told = "; ".join(_complaints(error)) or first_line(error)
-        raise UserError(f"engine.ds_config: {path}: DeepSpeed does not take it: {told}") from None
+    except Exception as error:  # its errors have no common base class
+        reason = "; ".join(_pydantic_messages(error)) or first_line(error)
+        raise UserError(f"engine.ds_config: {path}: rejected by DeepSpeed: {reason}") from None
 
 
 def _check_zero(path: Path, zero: Any) -> None:
@@ -192,20 +202,20 @@ def _check_zero(path: Path, zero: Any) -> None:
         found = zero.get("stage") if isinstance(zero, dict) else zero
         raise UserError(f"engine.ds_config: {path}: zero_optimization.stage is {found!r}, expected 1, 2 or 3")
     if "offload_optimizer" in zero:
-        # Its gradients live elsewhere, where `clear_gradients` does not reach; and the states fit on the GPUs.
-        raise UserError(f"{path}: offload_optimizer is not supported; take it out (python -m pipeline.describe RECIPE)")
+        # `clear_gradients` does not reach its gradients, which would therefore be stale. The states fit on the GPUs.
+        raise UserError(f"{path}: offload_optimizer is not supported; remove it (python -m pipeline.describe RECIPE)")
     try:
         DeepSpeedZeroConfig(**zero)
-    except ValueError as error:  # pydantic's
-        told = "; ".join(_complaints(error))
-        raise UserError(f"engine.ds_config: {path}: zero_optimization: {told or error}") from None
+    except ValueError as error:  # of pydantic
+        reason = "; ".join(_pydantic_messages(error))
+        raise UserError(f"engine.ds_config: {path}: zero_optimization: {reason or error}") from None
 
 
-def _complaints(error: Exception) -> list[str]:
-    """Each of pydantic's, in a line."""
+def _pydantic_messages(error: Exception) -> list[str]:
+    """Return one line per error of a pydantic exception, and none for any other exception."""
     return [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in getattr(error, "errors", list)()]
 
 
 def _config_path(name: str) -> Path:
-    """As given, or relative to the checkout, so that a recipe works from any folder."""
+    """Look up a relative path in the working folder, then in the checkout, so that a recipe works from any folder."""
     return Path(name) if Path(name).exists() else REPOSITORY / name

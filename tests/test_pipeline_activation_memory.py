@@ -1,4 +1,4 @@
-"""A memory budget recomputes as little as it may, and changes nothing that is learnt."""
+"""A memory budget decides how many layers are recomputed, and does not change the training."""
 
 import re
 
@@ -12,36 +12,36 @@ STEPS = 3
 
 
 def number(pattern, text):
-    found = re.search(pattern, text)
-    assert found, text
-    return float(found[1])
+    match = re.search(pattern, text)
+    assert match, text
+    return float(match[1])
 
 
-def rehearse(recipe_file, budget):
+def dry_run(recipe_file, budget):
     words = [recipe_file, "engine.segment_layers=2", f"engine.memory_gib={budget}", "--ranks", "1"]
     return fork_python("-m", "pipeline.dry_run", *words, "--micro-batches", "4")
 
 
-def test_more_memory_keeps_more_layers_and_the_peak_stays_within(recipe_file):
-    refused = rehearse(recipe_file, 0.001)
+def test_a_larger_budget_keeps_more_layers_and_the_peak_stays_within_it(recipe_file):
+    refused = dry_run(recipe_file, 0.001)
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
     least = number(r"longest batch takes ([\d.]+) with every layer recomputed", refused.stderr)
     assert 0.001 < least < 1
 
-    everything = rehearse(recipe_file, 1).stdout
+    everything = dry_run(recipe_file, 1).stdout
     assert "no layer is recomputed, 6 keep" in everything
     most = number(r"peak ([\d.]+) of", everything)
 
     budget = (least + most) / 2
-    between = rehearse(recipe_file, budget).stdout
+    between = dry_run(recipe_file, budget).stdout
     last_recomputed, kept = number(r"layers 0 to (\d) are", between), number(r"recomputed, (\d) keep", between)
     assert last_recomputed + 1 + kept == 6
     assert least < number(r"peak ([\d.]+) of", between) <= budget
 
 
-def test_measuring_leaves_no_trace_under_zero_2(recipe_file, shards, tmp_path):
-    """Under ZeRO-3 test_pipeline_train compares with its undisturbed run."""
+def test_measuring_the_peak_leaves_the_state_unchanged_under_zero_2(recipe_file, shards, tmp_path):
+    """For ZeRO-3, test_pipeline_train compares with its uninterrupted run."""
     config = f"engine.ds_config={REPOSITORY}/ds_configs/zero2.json"
     words = [recipe_file, f"data.shards={shards}", f"steps={STEPS}", config, "optim.micro_batch=2"]
     states = []

@@ -1,11 +1,11 @@
-"""The host memory that a save copies to."""
+"""The host memory that a save copies the state to."""
 
 import mmap
 
 from pipeline.checkpoint.snapshot import allocate_pages, page_lock
 
 
-def test_host_memory_that_cannot_be_page_locked_is_told_in_one_line_and_does_not_end_the_run(capsys):
+def test_host_memory_that_cannot_be_page_locked_gives_one_warning(capsys):
     copy = allocate_pages(5)
     assert page_lock(copy, lambda address, size, flags: 0)
     assert capsys.readouterr().out == ""

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told, and which parameters decay."""
+"""The DeepSpeed configuration, the parameter groups and the learning-rate schedule."""
 
 import json
 
@@ -21,7 +21,7 @@ def recipe(recipe_file, *overrides):
 
 
 @pytest.mark.parametrize("ds_config", CONFIGS)
-def test_every_json_that_ships_takes_the_recipes_numbers(recipe_file, ds_config):
+def test_every_shipped_json_accepts_the_settings_of_the_recipe(recipe_file, ds_config):
     config = compose_config(recipe(recipe_file, f"engine.ds_config={ds_config}", "engine.precision=bf16"), world_size=2)
     assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 2 == 8
     assert config["gradient_clipping"] == 1.0
@@ -30,14 +30,14 @@ def test_every_json_that_ships_takes_the_recipes_numbers(recipe_file, ds_config)
 
 
 @pytest.mark.parametrize("key", OWNED_BY_RECIPE)
-def test_a_json_that_says_what_the_recipe_owns_is_refused(recipe_file, tmp_path, key):
+def test_a_json_with_a_key_that_the_recipe_owns_is_refused(recipe_file, tmp_path, key):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({key: 1, "zero_optimization": {"stage": 3}}))
     with pytest.raises(UserError, match=rf"{key}.*the recipe owns"):
         compose_config(recipe(recipe_file, f"engine.ds_config={path}"), world_size=1)
 
 
-def test_an_offloaded_optimizer_is_refused_since_its_gradients_could_be_stale(recipe_file, tmp_path):
+def test_an_offloaded_optimizer_is_refused_because_its_gradients_could_be_stale(recipe_file, tmp_path):
     path = tmp_path / "offload.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}))
     with pytest.raises(UserError, match="offload_optimizer is not supported"):
@@ -45,7 +45,7 @@ def test_an_offloaded_optimizer_is_refused_since_its_gradients_could_be_stale(re
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ({"zero_optimization": {"stage": 3, "overlap_com": True}}, "zero_optimization: overlap_com: Extra inputs"),
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": -1}}, "reduce_bucket_size: Input should be greater"),
@@ -57,15 +57,17 @@ def test_an_offloaded_optimizer_is_refused_since_its_gradients_could_be_stale(re
         ({**ZERO, "bfloat16": {"enabled": True}}, "which the recipe owns"),
         ({**ZERO, "my_own": 1}, "does not know the key 'my_own'$"),
         ({**ZERO, "amp": {"enabled": True}}, "NVIDIA Apex AMP integration has been removed"),
-        ({**ZERO, "comms_logger": {"enabledd": True}}, "does not take it: enabledd: Extra inputs"),
-        ({**ZERO, "communication_data_type": "int3"}, "does not take it: Invalid communication_data_type"),
+        ({**ZERO, "comms_logger": {"enabledd": True}}, "rejected by DeepSpeed: enabledd: Extra inputs"),
+        ({**ZERO, "communication_data_type": "int3"}, "rejected by DeepSpeed: Invalid communication_data_type"),
         ([], "found a list, expected an object"),
     ],
 )
-def test_a_json_that_deepspeed_would_not_take_is_refused_before_anything_is_built(recipe_file, tmp_path, content, said):
+def test_a_json_that_deepspeed_rejects_is_refused_before_the_engine_is_built(
+    recipe_file, tmp_path, content, message
+):
     path = tmp_path / "wrong.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         compose_config(recipe(recipe_file, f"engine.ds_config={path}"), world_size=1)
 
 
@@ -84,33 +86,33 @@ def test_a_json_that_deepspeed_would_not_take_is_refused_before_anything_is_buil
         ("sequence_parallel_size", 1),
     ],
 )
-def test_a_json_may_say_what_deepspeed_honours(recipe_file, tmp_path, key, value):
+def test_a_json_may_have_any_key_that_deepspeed_reads(recipe_file, tmp_path, key, value):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({**ZERO, key: value}))
     assert compose_config(recipe(recipe_file, f"engine.ds_config={path}"), world_size=1)[key] == value
 
 
-def test_a_global_batch_that_does_not_divide_is_refused(recipe_file):
+def test_a_global_batch_that_the_ranks_cannot_split_evenly_is_refused(recipe_file):
     with pytest.raises(UserError, match=r"global_batch 8 is not a multiple of 3 ranks × optim\.micro_batch 4"):
         compose_config(recipe(recipe_file), world_size=3)
 
 
 @pytest.mark.parametrize("name", ["tiny_v1", "tiny_v2", "tiny_csm", "tiny_release"])
-def test_matrices_decay_and_nothing_else(name):
+def test_only_matrices_decay(name):
     emma = Emma(preset(name))
-    decayed, spared = ({id(p) for p in group["params"]} for group in parameter_groups(emma, 0.1))
-    assert decayed.isdisjoint(spared)
+    decayed, undecayed = ({id(p) for p in group["params"]} for group in parameter_groups(emma, 0.1))
+    assert decayed.isdisjoint(undecayed)
     for parameter_name, parameter in emma.named_parameters():
         kind = parameter_name.rsplit(".", 1)[-1]
         exempt = parameter.ndim < 2 or kind in {"A_log", "D", "dt_bias"} or "conv1d" in parameter_name
         exempt = exempt or "embedding" in parameter_name or "queries" in parameter_name
-        assert (id(parameter) in spared) == exempt, parameter_name
-    assert len(decayed) + len(spared) == len(list(emma.parameters()))
+        assert (id(parameter) in undecayed) == exempt, parameter_name
+    assert len(decayed) + len(undecayed) == len(list(emma.parameters()))
 
 
 def test_the_learning_rate_warms_up_from_above_zero_and_decays_to_nearly_zero(recipe_file):
-    told = recipe(recipe_file, "optim.lr=1.0", "optim.warmup_ratio=0.1")
-    rates = [learning_rate(told, step, 100) for step in range(100)]
+    warm_up = recipe(recipe_file, "optim.lr=1.0", "optim.warmup_ratio=0.1")
+    rates = [learning_rate(warm_up, step, 100) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[10] == pytest.approx(1.0)
     assert rates[55] == pytest.approx(0.5)
@@ -118,7 +120,7 @@ def test_the_learning_rate_warms_up_from_above_zero_and_decays_to_nearly_zero(re
     assert 0 < rates[-1] < 0.001
 
 
-def test_every_preset_has_a_twin_small_enough_for_these_tests():
+def test_every_preset_has_a_tiny_twin():
     for name in PRESETS:
         twin = name if name.startswith("tiny_") else f"tiny_{name.removeprefix('emma_')}"
         assert twin in PRESETS
