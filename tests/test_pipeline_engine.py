@@ -62,9 +62,7 @@ def test_an_offloaded_optimizer_is_refused_because_its_gradients_could_be_stale(
         ([], "found a list, expected an object"),
     ],
 )
-def test_a_json_that_deepspeed_rejects_is_refused_before_the_engine_is_built(
-    recipe_file, tmp_path, content, message
-):
+def test_a_json_that_deepspeed_rejects_is_refused_before_the_engine_is_built(recipe_file, tmp_path, content, message):
     path = tmp_path / "wrong.json"
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
