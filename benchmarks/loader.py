@@ -26,11 +26,13 @@ from torch.utils.data import DataLoader
 
 from benchmarks.photographs import write_rows
 from benchmarks.preprocess import MODEL, command
+from pipeline.config import DataConfig, OptimConfig, RunConfig
 from pipeline.data.loader import TrainData
 from pipeline.distributed.ranks import Ranks
-from pipeline.recipe import DataConfig, OptimConfig, Recipe
+from pipeline.recipe import Recipe
 from preprocess import build_shards
 from preprocess.shards.sample import from_fields, sample_pixels
+from preprocess.strict_toml import UNSET
 from tests.support.golden_tokenizer import gpt_neox
 
 NEEDED_SAMPLES_PER_S = 80  # by eight A100s at half of their peak
@@ -56,8 +58,9 @@ def ours(shards: Path, epochs: int) -> dict[str, float]:
     """One rank alone, on CPU: what a loading process hands over is what a GPU would be given."""
     recipe = Recipe(
         model=MODEL,
-        data=DataConfig(str(shards), str(shards / "tokenizer.json"), epochs=epochs, workers=WORKERS),
+        data=DataConfig(shards=str(shards), tokenizer=str(shards / "tokenizer.json"), epochs=epochs, workers=WORKERS),
         optim=OptimConfig(global_batch=GLOBAL_BATCH, micro_batch=MICRO_BATCH),
+        run=RunConfig(dir=UNSET),
     )
     ranks = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
     data = TrainData(recipe, ranks)

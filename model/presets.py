@@ -6,12 +6,12 @@ and the tiny twins `tiny_NAME` and `tiny_NAME_v2`.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from model.config import AlignmentConfig, EmmaConfig, MambaConfig, TowerConfig, VisionConfig
+from model.errors import did_you_mean
 
 DINOV2 = TowerConfig(
     name="dinov2",
@@ -182,6 +182,4 @@ def preset(name: str) -> EmmaConfig:
     """Return the model configuration of a preset. Raises: ValueError that lists the presets if there is none."""
     if name in PRESETS:
         return PRESETS[name]
-    nearest = difflib.get_close_matches(name, PRESETS, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
-    raise ValueError(f"no model preset {name!r}{hint} Presets: {', '.join(PRESETS)}")
+    raise ValueError(f"no model preset {name!r}{did_you_mean(name, PRESETS)}; presets: {', '.join(PRESETS)}")

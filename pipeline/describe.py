@@ -21,6 +21,7 @@ from pipeline.metrics.throughput import PEAK_FLOPS
 from pipeline.recipe import Recipe, load_recipe
 from preprocess.shards.folder import ShardFolder
 from preprocess.shards.manifest import Manifest
+from preprocess.strict_toml import UNSET
 
 PAPER_ROWS, PAPER_TEXT_ONLY = 1_230_800, 40_688
 TYPICAL_TEXT, TYPICAL_SUPERVISED = 295, 150  # where no shards say better
@@ -56,7 +57,7 @@ def describe(recipe: Recipe, ranks: int, mfu: float) -> dict[str, Any]:
 def _data_facts(recipe: Recipe) -> dict[str, Any]:
     """Of the recipe's shards if they exist, else of the paper's mix."""
     batch, epochs = recipe.optim.global_batch, recipe.data.epochs
-    if ShardFolder(Path(recipe.data.shards)).manifest.exists():
+    if recipe.data.shards is not UNSET and ShardFolder(Path(recipe.data.shards)).manifest.exists():
         counts = Manifest.load(recipe.data.shards).counts
         with_image, text_only, samples = counts["with_image"], counts["text_only"], counts["samples"]
         text, supervised = counts["text_tokens"] // samples, counts["supervised_tokens"] // samples

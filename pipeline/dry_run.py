@@ -38,6 +38,7 @@ from pipeline.recipe import Recipe, load_recipe
 from pipeline.step import optimizer_step
 from preprocess.shards.folder import ShardFolder
 from preprocess.shards.manifest import load_index
+from preprocess.strict_toml import UNSET
 
 SUPERVISED_SHARE = 0.5  # of the text
 WARM_UP, TIMED = 2, 3
@@ -185,7 +186,7 @@ def imagined_batch(recipe: Recipe, size: int, text_tokens: int, world_size: int)
 
 def longest_text(recipe: Recipe, otherwise: int) -> int:
     """In tokens, of the recipe's shards if they are there."""
-    if not ShardFolder(Path(recipe.data.shards)).manifest.exists():
+    if recipe.data.shards is UNSET or not ShardFolder(Path(recipe.data.shards)).manifest.exists():
         return otherwise
     return int(load_index(recipe.data.shards).column("num_text_tokens").to_numpy().max())
 

@@ -33,6 +33,7 @@ from pipeline.initial_model import initial_model, make_towers, refuse_other_towe
 from pipeline.recipe import Recipe, recipe_of_run
 from pipeline.recipe import load_recipe as read_recipe
 from preprocess.shards.manifest import Manifest
+from preprocess.strict_toml import UNSET
 
 State = dict[str, torch.Tensor]
 
@@ -70,6 +71,8 @@ def export_language_model(model: Path, out: Path) -> None:
 
 def export_untrained(recipe: Recipe, out: Path, with_alignment: bool) -> None:
     """Write the model as training would begin with it."""
+    if recipe.data.shards is UNSET:
+        raise UserError("data.shards is not set; add data.shards=… to the command: the shards' tokenizer is exported")
     emma, towers, _ = initial_model(recipe)
     _write(out, recipe, emma.state_dict(), towers, with_alignment, {"step": 0})
 

@@ -39,7 +39,7 @@ DIGESTS = {  # a preset that changes is another model: its checkpoints and expor
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", DIGESTS)
 def test_a_preset_keeps_its_values(name: str) -> None:
     written = json.dumps(asdict(preset(name)), sort_keys=True)
     assert hashlib.sha256(written.encode()).hexdigest()[:16] == DIGESTS[name]
@@ -109,7 +109,7 @@ def test_blocks_of_another_kind_than_the_language_model_have_that_kinds_state_si
 
 
 def test_an_unknown_preset_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"no model preset 'tiny_v3'; did you mean 'tiny_v[12]'"):
+    with pytest.raises(ValueError, match=r"no model preset 'tiny_v3', did you mean 'tiny_v[12]'; presets: emma_v1"):
         preset("tiny_v3")
 
 

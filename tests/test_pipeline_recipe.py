@@ -1,14 +1,21 @@
-"""Recipes are strict, typed, and say what is wrong."""
+"""Loading of recipes: strictness, types, ranges; identity and fingerprint."""
 
 import json
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from model.config import AlignmentConfig
 from model.errors import UserError
-from pipeline.recipe import load_recipe, recipe_of_run
+from model.presets import PRESETS, preset
+from pipeline.config import LossConfig
+from pipeline.recipe import Recipe, load_recipe, recipe_of_run
+from preprocess.strict_toml import UNSET
 
 RECIPES = Path(__file__).parents[1] / "pipeline" / "recipes"
+OLD_RUN = Path(__file__).parent / "fixtures/v0_1/run"
 GIVEN = ["data.shards=/data/shards", "run.dir=/runs/x"]
 
 
@@ -21,7 +28,7 @@ def recipe_file(tmp_path):
     return path
 
 
-def test_overrides_win_over_the_file_and_the_file_over_defaults(recipe_file):
+def test_overrides_replace_the_file_and_the_file_replaces_defaults(recipe_file):
     recipe = load_recipe(recipe_file, ["optim.lr=5e-4", "data.shards=/else where", "steps=3"])
     assert recipe.optim.lr == 5e-4
     assert recipe.data.shards == "/else where"
@@ -31,47 +38,55 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(recipe_file):
 
 
 MISTAKES = [
-    (["optim.lrr=1"], ["optim", "'lrr'", "did you mean 'lr'"]),
-    (["optmi.lr=1"], ["'optmi'", "did you mean 'optim'"]),
-    (["optim.lr=fast"], ["optim: lr", "'fast'", "expected float"]),
-    (["optim.micro_batch=0"], ["optim.micro_batch", "at least 1"]),
-    (["optim.betas=[2.0, 0.9]"], ["optim.betas", "found 2.0", "at most 0.999999"]),
-    (["steps=0"], ["steps", "at least 1"]),
-    (["watchdog.first_s=0"], ["watchdog.first_s", "at least 1"]),
-    (["engine.device=tpu"], ["engine: device", "'tpu'", "'cpu'"]),
+    (["optim.lrr=1"], [": unknown key 'optim.lrr', did you mean 'optim.lr'; valid keys here: betas, clip, eps, "]),
+    (["optmi.lr=1"], [": unknown key 'optmi', did you mean 'optim'; valid keys here: checkpoint, data, engine, "]),
+    (["optim.lr=fast"], [": optim.lr: found 'fast', expected float"]),
+    (["optim.lr=true"], [": optim.lr: found True, expected float"]),
+    (["data.epochs=1.5"], [": data.epochs: found 1.5, expected int"]),
+    (["optim.micro_batch=0"], [": optim.micro_batch: found 0, expected at least 1"]),
+    (["optim.betas=[2.0, 0.9]"], [": optim.betas: found 2.0, expected at least 0 and at most 0.999999"]),
+    (["steps=0"], [": steps: found 0, expected at least 1"]),
+    (["watchdog.first_s=0"], [": watchdog.first_s: found 0.0, expected at least 1"]),
+    (["engine.device=tpu"], [": engine.device: found 'tpu', expected one of 'auto', 'cpu', 'cuda'"]),
     (["model=tiny_v3"], ["no model preset 'tiny_v3'", "tiny_v2"]),
-    (["optim=3"], ["optim", "expected a table"]),
-    (["optim.betas=[0.9]"], ["betas"]),
+    (["optim=3"], [": optim: found 3, expected a table of keys"]),
+    (["optim.betas=[0.9]"], [": optim.betas: found (0.9,), expected a list of 2 float"]),
+    (["optim.betas=[true, 0.9]"], [": optim.betas: found (True, 0.9), expected a list of 2 float"]),
     (["run.dir="], ["run.dir is empty"]),
     (["data.shards=''"], ["data.shards is empty"]),
     (["engine.ds_config= "], ["engine.ds_config is empty"]),
     (["weights.llm="], ["weights.llm is empty", "leave it out"]),
     (["model="], ["model is empty"]),
+    (["engine.memory_gib=30", "engine.segment_layers=0"], ["engine.memory_gib has no effect"]),
     (["justakey"], ["write key=value"]),
     (["model.name=x"], ["'model' holds a value"]),
 ]
 
 
-@pytest.mark.parametrize(("overrides", "said"), MISTAKES, ids=[overrides[0] for overrides, _ in MISTAKES])
-def test_a_mistake_is_answered_with_its_place_and_what_was_expected(recipe_file, overrides, said):
+@pytest.mark.parametrize(("overrides", "parts"), MISTAKES, ids=[overrides[0] for overrides, _ in MISTAKES])
+def test_a_mistake_names_the_key_and_what_was_expected(recipe_file, overrides, parts):
     with pytest.raises(UserError) as error:
         load_recipe(recipe_file, overrides)
-    for words in said:
-        assert words in str(error.value)
+    for part in parts:
+        assert part in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_an_unset_run_folder_is_asked_for(tmp_path):
+@pytest.mark.parametrize(("rest", "name"), [('[data]\nshards = "/s"\n', "run.dir"), ("", "data.shards")])
+def test_a_missing_required_key_is_named(tmp_path, rest, name):
     path = tmp_path / "bare.toml"
-    path.write_text('model = "tiny_v2"\n[data]\nshards = "/s"\n')
-    with pytest.raises(UserError, match=r"run\.dir is not set"):
+    path.write_text('model = "tiny_v2"\n' + rest)
+    with pytest.raises(UserError, match=rf"{name} is not set; put it into the recipe or add {name}=… to the command"):
         load_recipe(path)
 
 
-def test_planning_needs_neither_shards_nor_a_run_folder_and_keeps_those_that_are_named(recipe_file, tmp_path):
+def test_planning_leaves_absent_shards_and_run_folder_unset(recipe_file, tmp_path):
     assert load_recipe(recipe_file, planning=True).data.shards == "/s"
     (tmp_path / "bare.toml").write_text('model = "tiny_v2"\n')
-    assert load_recipe(tmp_path / "bare.toml", planning=True).model == "tiny_v2"
+    recipe = load_recipe(tmp_path / "bare.toml", planning=True)
+    assert recipe.model == "tiny_v2"
+    assert recipe.data.shards is UNSET and recipe.run.dir is UNSET
+    assert asdict(recipe)["run"]["dir"] is UNSET
 
 
 def test_broken_toml_and_a_missing_file_are_user_errors(tmp_path):
@@ -84,12 +99,22 @@ def test_broken_toml_and_a_missing_file_are_user_errors(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
-def test_every_recipe_that_ships_loads(path):
+def test_every_shipped_recipe_loads(path):
     recipe = load_recipe(path, GIVEN)
     assert recipe.optim.global_batch % recipe.optim.micro_batch == 0
 
 
-def test_only_settings_that_change_the_training_change_its_fingerprint(recipe_file):
+def test_a_run_folder_returns_its_recipe(recipe_file, tmp_path):
+    recipe = load_recipe(recipe_file, ["loss.align_weight=2"])
+    (tmp_path / "recipe.json").write_text(json.dumps(asdict(recipe)))
+    assert recipe_of_run(tmp_path) == recipe
+    assert recipe.align_weight == 2.0
+
+
+# -- Identity ----------------------------------------------------------------------------------------------------------
+
+
+def test_only_settings_that_change_the_training_change_the_fingerprint(recipe_file):
     base = load_recipe(recipe_file).fingerprint()
     same = ["log.every_steps=1", "checkpoint.keep_last=9", "run.dir=/else", "data.workers=0", "optim.micro_batch=4"]
     same += ["engine.segment_layers=0", "data.shards=/moved"]
@@ -106,10 +131,95 @@ def test_only_settings_that_change_the_training_change_its_fingerprint(recipe_fi
         assert load_recipe(recipe_file, [override]).fingerprint() != base, override
 
 
-def test_a_run_folder_gives_its_recipe_back(recipe_file, tmp_path):
-    from dataclasses import asdict
+FINGERPRINTS = {  # a change of any of them would keep existing runs from resuming
+    "emma_v1": "778f329e9383a1555766b2aa7ef1b8ffdcd7c8749c4b4335f6f25b939d2d42c0",
+    "emma_v2": "2c4ea9d2daae1d0b67e4e383231a108d4f8bc8d33cd9814246215e4b7a95be85",
+    "tiny_v2": "96c3d6e309a429e26f6a9f77a37d06bc69fc50c77a31d31de89b79c675bc99ec",
+}
 
-    recipe = load_recipe(recipe_file, ["loss.align_weight=2"])
-    (tmp_path / "recipe.json").write_text(json.dumps(asdict(recipe)))
-    assert recipe_of_run(tmp_path) == recipe
-    assert recipe.align_weight == 2.0
+
+@pytest.mark.parametrize("model", FINGERPRINTS)
+def test_default_recipes_keep_their_fingerprints(tmp_path, model):
+    (tmp_path / "bare.toml").write_text(f'model = "{model}"\n')
+    assert load_recipe(tmp_path / "bare.toml", planning=True).fingerprint() == FINGERPRINTS[model]
+
+
+@pytest.fixture
+def old_run(monkeypatch):
+    """Return the recipe and the checkpoint manifest of a run that the first version of the project began."""
+    from tests.support import micro_preset
+
+    micro_preset.register()
+    monkeypatch.setitem(PRESETS, micro_preset.NAME, PRESETS.pop(micro_preset.NAME))
+    manifest = json.loads((OLD_RUN / "checkpoints/step-00000004/manifest.json").read_text())
+    return recipe_of_run(OLD_RUN), manifest
+
+
+def test_a_run_of_the_first_version_keeps_its_recipe_and_fingerprint(old_run):
+    recipe, manifest = old_run
+    assert recipe.identity() == manifest["recipe"]
+    assert recipe.fingerprint() == manifest["fingerprint"]
+    assert json.dumps(asdict(recipe), indent=2) == (OLD_RUN / "recipe.json").read_text().rstrip("\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewLossConfig(LossConfig):
+    z_weight: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewAlignmentConfig(AlignmentConfig):
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AveragingConfig:
+    decay: float | None = None
+    from_step: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewRecipe(Recipe):
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)
+
+
+def shallow(config: Any) -> dict[str, Any]:
+    return {key.name: getattr(config, key.name) for key in fields(config)}
+
+
+def with_new_keys(monkeypatch, old: Recipe, *, z_weight=0.0, dropout=0.0, decay=None) -> Recipe:
+    """Return the recipe as a later version would load it, in which three keys are new."""
+    config = preset(old.model)
+    assert config.alignment is not None
+    alignment = NewAlignmentConfig(**shallow(config.alignment), dropout=dropout)
+    monkeypatch.setitem(PRESETS, old.model, replace(config, alignment=alignment))
+    loss = NewLossConfig(**shallow(old.loss), z_weight=z_weight)
+    return NewRecipe(**{**shallow(old), "loss": loss}, averaging=AveragingConfig(decay=decay))
+
+
+def test_new_keys_at_their_defaults_change_neither_identity_nor_fingerprint(old_run, monkeypatch):
+    old, manifest = old_run
+    new = with_new_keys(monkeypatch, old)
+    assert new.identity() == manifest["recipe"]
+    assert new.fingerprint() == manifest["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"z_weight": 0.1}, {"loss": {"z_weight": 0.1}}),
+        ({"dropout": 0.2}, {"architecture": {"alignment": {"dropout": 0.2}}}),
+        ({"decay": 0.999}, {"averaging": {"decay": 0.999}}),
+    ],
+)
+def test_a_new_key_that_is_set_changes_the_identity(old_run, monkeypatch, changes, place):
+    old, manifest = old_run
+    new = with_new_keys(monkeypatch, old, **changes)
+    assert new.fingerprint() != manifest["fingerprint"]
+    assert new.identity() == merged(manifest["recipe"], place)
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    return old | {
+        key: merged(old.get(key, {}), value) if isinstance(value, dict) else value for key, value in new.items()
+    }

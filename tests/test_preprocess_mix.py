@@ -1,4 +1,4 @@
-"""Mixes are strict, sources read their formats, and the paper's mix is the one that is documented."""
+"""Loading of mixes: strictness, weights, and the paper's mix."""
 
 import json
 from pathlib import Path
@@ -8,44 +8,53 @@ import pytest
 
 from model.errors import UserError
 from preprocess.annotations.dialogue import to_dialogue
-from preprocess.annotations.mix import Mix, Source, load_mix
+from preprocess.annotations.mix import ImagesConfig, Mix, Source, load_mix
 
 PAPER = Path(__file__).parents[1] / "preprocess/mixes/emma_1m2.toml"
 SOURCE = '[[source]]\nname = "a"\nformat = "llava"\nannotations = "a.json"\n'
 
 MISTAKES = {
-    "no TOML": ("source = [", "is not TOML"),
+    "no TOML": ("source = [", ": not valid TOML: "),
     "one table for a list": (
         SOURCE.replace("[[source]]", "[source]"),
-        "[source] is one table, expected a list of them: write [[source]]",
+        ": [source] is one table, expected a list of tables: write [[source]]",
     ),
-    "number for tables": ("source = 3", "source is 3, expected tables: write each under [[source]]"),
+    "number for tables": ("source = 3", ": source: found 3, expected tables: write each under [[source]]"),
     "numbers for tables": (
         "expected = [3]\n" + SOURCE,
-        "expected is [3], expected tables: write each under [[expected]]",
+        ": expected: found [3], expected tables: write each under [[expected]]",
     ),
-    "number for an archive": (SOURCE + "[archives]\nx = 3", "[archives]: x is 3, expected str"),
-    "number for a name": (SOURCE + "[[expected]]\nsources = [[3]]\nrows = 1", "there is no source [3]; there are a"),
-    "unlike any key": (SOURCE + "zzz = 1", "[[source]] 1 has an unknown key 'zzz'; known: annotations, "),
-    "no source": ('tokenizer = "x"', "names no source"),
-    "unknown key": ("tokeniser = 'x'\n" + SOURCE, "unknown key 'tokeniser'; did you mean 'tokenizer'?"),
-    "unknown key of a source": (
-        SOURCE + "imags = ''",
-        "[[source]] 1 has an unknown key 'imags'; did you mean 'images'?",
+    "number for an archive": (SOURCE + "[archives]\nx = 3", ": archives.x: found 3, expected str"),
+    "number for archives": ("archives = 3\n" + SOURCE, ": archives: found 3, expected a table of keys"),
+    "list for a name": (
+        SOURCE + "[[expected]]\nsources = [[3]]\nrows = 1",
+        "[[expected]] 1: sources: found ([3],), expected a list of str",
     ),
-    "missing key": ('[[source]]\nname = "a"', "[[source]] 1 has no 'format'"),
-    "unknown format": (SOURCE.replace("llava", "lava"), "format is 'lava', expected one of llava, lvis, lrv"),
-    "wrong type": (SOURCE + "expected_rows = 'many'", "expected_rows is 'many', expected int"),
-    "twins": (SOURCE + SOURCE, "two sources named 'a'"),
-    "impossible limit": (SOURCE + "limit = 0", "limit is 0"),
-    "impossible weight": (SOURCE + "weight = 0.0", "weight is 0.0; it must be above 0"),
-    "weight of a wrong type": (SOURCE + "weight = '2'", "weight is '2', expected int or float"),
+    "unlike any key": (
+        SOURCE + "zzz = 1",
+        ": [[source]] 1: unknown key 'zzz'; valid keys here: annotations, expected_rows, format, ",
+    ),
+    "no source": ('tokenizer = "x"', ": no source; add at least one [[source]] table"),
+    "unknown key": ("tokeniser = 'x'\n" + SOURCE, ": unknown key 'tokeniser', did you mean 'tokenizer'; valid keys"),
+    "unknown key of a source": (SOURCE + "imags = ''", ": [[source]] 1: unknown key 'imags', did you mean 'images'; "),
+    "missing key": ('[[source]]\nname = "a"', ": [[source]] 1: format is not set; set it in this file"),
+    "unknown format": (
+        SOURCE.replace("llava", "lava"),
+        "format: found 'lava', expected one of 'llava', 'lvis', 'lrv'",
+    ),
+    "wrong type": (SOURCE + "expected_rows = 'many'", "expected_rows: found 'many', expected int"),
+    "twins": (SOURCE + SOURCE, ": [[source]] 1: two sources are named 'a'"),
+    "impossible limit": (SOURCE + "limit = 0", "limit: found 0, expected at least 1"),
+    "impossible weight": (SOURCE + "weight = 0.0", "weight: found 0.0, expected a number above 0"),
+    "infinite weight": (SOURCE + "weight = inf", "weight: found inf, expected a number above 0"),
+    "weight of a wrong type": (SOURCE + "weight = '2'", "weight: found '2', expected float"),
+    "weight that is a truth value": (SOURCE + "weight = true", "weight: found True, expected float"),
     "expected of nobody": (
         SOURCE + "[[expected]]\nsources = ['b']\nrows = 1",
-        "1: there is no source 'b'; there are a",
+        ": [[expected]] 1: no source is named 'b'; sources: a",
     ),
-    "expected without rows": (SOURCE + "[[expected]]\nsources = ['a']", "[[expected]] 1 has no 'rows'"),
-    "unknown encoding": (SOURCE + '[images]\nencoding = "gif"', "images.encoding is 'gif'"),
+    "expected without rows": (SOURCE + "[[expected]]\nsources = ['a']", "[[expected]] 1: rows is not set"),
+    "unknown encoding": (SOURCE + '[images]\nencoding = "gif"', ": images.encoding: found 'gif', expected one of"),
 }
 
 
@@ -55,37 +64,42 @@ def test_a_mistake_in_a_mix_is_one_clear_line(tmp_path: Path, mistake: str) -> N
     (tmp_path / "mix.toml").write_text(text)
     with pytest.raises(UserError) as raised:
         load_mix(tmp_path / "mix.toml")
-    assert str(raised.value).startswith(str(tmp_path / "mix.toml"))
+    assert str(raised.value).startswith(f"{tmp_path / 'mix.toml'}: ")
     assert complaint in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
-def test_a_mix_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no mix .*nowhere\.toml"):
+def test_a_missing_mix_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.toml: no such mix; the ones that ship .* preprocess/mixes"):
         load_mix(tmp_path / "nowhere.toml")
 
 
-def test_a_folder_is_no_mix(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"mix .* cannot be read \(Is a directory\); give a TOML file"):
+def test_a_folder_given_as_a_mix_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read this mix \(Is a directory\); give a TOML file"):
         load_mix(tmp_path)
 
 
-def test_a_whole_mix_is_read(tmp_path: Path) -> None:
+def test_every_key_of_a_mix_is_read(tmp_path: Path) -> None:
     head = 'tokenizer = "org/name"\n[images]\nencoding = "raw"\n[archives]\n"vg/VG_100K" = "vg/images.zip"\n'
     (tmp_path / "mix.toml").write_text(head + SOURCE + 'images = "p"\nlimit = 3\n')
-    source = Source("a", "llava", "a.json", "p", None, 3)
-    assert load_mix(tmp_path / "mix.toml") == Mix((source,), (), "raw", "org/name", {"vg/VG_100K": "vg/images.zip"})
+    assert load_mix(tmp_path / "mix.toml") == Mix(
+        tokenizer="org/name",
+        images=ImagesConfig(encoding="raw"),
+        archives={"vg/VG_100K": "vg/images.zip"},
+        sources=(Source(name="a", format="llava", annotations="a.json", images="p", limit=3),),
+    )
 
 
 @pytest.mark.parametrize(("weight", "taken"), [(1, "abcde"), (3, "aaabbbcccdddeee"), (0.5, "bd"), (1.5, "abbcdde")])
 def test_a_weight_repeats_rows_or_thins_them_evenly(weight: float, taken: str) -> None:
-    source = Source("a", "llava", "a.json", weight=weight)
+    source = Source(name="a", format="llava", annotations="a.json", weight=weight)
     assert "".join(row * source.times(number) for number, row in enumerate("abcde")) == taken
 
 
 def test_the_papers_mix_has_its_three_sources_in_five_files() -> None:
     mix = load_mix(PAPER)
     assert [source.format for source in mix.sources] == ["llava", "lvis", "lrv", "lrv", "lrv"]
-    assert mix.encoding == "jpeg"
+    assert mix.images.encoding == "jpeg"
 
 
 ROWS: dict[str, tuple[dict[str, Any], str]] = {

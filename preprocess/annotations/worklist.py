@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -188,7 +188,7 @@ def _shortage_notes(source: Source, work: Worklist) -> Iterator[str]:
 
 
 def _expectation_note(
-    subject: str, names: list[str], expected: int, work: Worklist, complete: set[str]
+    subject: str, names: Collection[str], expected: int, work: Worklist, complete: set[str]
 ) -> Iterator[str]:
     """Yield a note if the sources' rows cannot be the expected number. A file that was not read to its end has more."""
     rows, all_read = sum(work.rows_read[name] for name in names), complete.issuperset(names)

@@ -46,7 +46,7 @@ class BuildRequest:
             template=self.config.template,
             tokenizer_sha256=self.tokenizer.sha256,
             image_px=self.config.vision.image_px,
-            encoding=self.mix.encoding,
+            encoding=self.mix.images.encoding,
             max_text_tokens=self.config.max_text_tokens,
         )
 
