@@ -1,6 +1,6 @@
-"""A checkpoint is the same training on any number of ranks and under either ZeRO stage.
+"""Resharding: a checkpoint resumes the same training on any number of ranks and under either ZeRO stage.
 
-The oracle is DeepSpeed's own view of each parameter before the save and after the load.
+The oracle is DeepSpeed's own view of each parameter, before the save and after the load.
 """
 
 import json
@@ -18,7 +18,7 @@ from tests.support.launch import finish, fork_ranks
 
 STEPS = 12
 ZERO = {2: "ds_configs/zero2.json", 3: "ds_configs/zero3_small.json"}
-LOSS_TOLERANCE = 2e-6  # relative; ranks and micro-batches only change the order of fp32 sums
+LOSS_TOLERANCE = 2e-6  # relative; ranks and micro-batches change only the order of fp32 sums
 
 
 def run_ranks(recipe_file, shards, run, ranks, stage, until, *words):
@@ -37,20 +37,20 @@ def run_ranks(recipe_file, shards, run, ranks, stage, until, *words):
 
 
 @pytest.fixture(scope="module")
-def lives(recipe_file, shards, tmp_path_factory):
-    """2 ranks of ZeRO-3 to step 4, on a slow disk; 1 of ZeRO-2 to step 8; 4 of ZeRO-3 to the end."""
-    run = tmp_path_factory.mktemp("elastic") / "run"
-    told = (recipe_file, shards, run)
+def three_starts(recipe_file, shards, tmp_path_factory):
+    """Train on 2 ranks with ZeRO-3 (slow disk), resume at step 4 on 1 with ZeRO-2, and at step 8 on 4 with ZeRO-3."""
+    run = tmp_path_factory.mktemp("resharded") / "run"
+    inputs = (recipe_file, shards, run)
     return run, [
-        run_ranks(*told, 2, 3, 6, "disk=slow"),
-        run_ranks(*told, 1, 2, 8),
-        run_ranks(*told, 4, 3, STEPS),
+        run_ranks(*inputs, 2, 3, 6, "disk=slow"),
+        run_ranks(*inputs, 1, 2, 8),
+        run_ranks(*inputs, 4, 3, STEPS),
     ]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(recipe_file, shards, tmp_path_factory):
-    return run_ranks(recipe_file, shards, tmp_path_factory.mktemp("straight") / "run", 1, 3, STEPS)
+def uninterrupted(recipe_file, shards, tmp_path_factory):
+    return run_ranks(recipe_file, shards, tmp_path_factory.mktemp("uninterrupted") / "run", 1, 3, STEPS)
 
 
 def assert_equal_states(ours, theirs):
@@ -62,8 +62,8 @@ def assert_equal_states(ours, theirs):
     assert set(ours["updates"]) == set(theirs["updates"])
 
 
-def test_masters_moments_groups_and_update_counts_survive_any_change_of_ranks_and_stage(lives):
-    _, (first, second, third) = lives
+def test_masters_moments_groups_and_update_counts_survive_resharding(three_starts):
+    _, (first, second, third) = three_starts
     assert (second["first"], third["first"]) == (4, 8)
     assert_equal_states(second["states"][4], first["states"][4])
     assert_equal_states(third["states"][8], second["states"][8])
@@ -72,23 +72,23 @@ def test_masters_moments_groups_and_update_counts_survive_any_change_of_ranks_an
     assert second["notes"][-1] == "resharded from 2 to 1 ranks, from ZeRO-3 to ZeRO-2"
 
 
-def test_a_state_before_its_first_update_can_be_saved_too(lives):
-    _, (first, second, _) = lives
+def test_a_state_can_be_saved_before_its_first_update(three_starts):
+    _, (first, second, _) = three_starts
     assert (first["untrained"], second["untrained"]) == (0.0, None)
 
 
-def test_the_losses_after_it_are_those_of_the_undisturbed_run(lives, undisturbed):
-    _, (first, second, third) = lives
+def test_losses_after_resharding_are_those_of_the_uninterrupted_run(three_starts, uninterrupted):
+    _, (first, second, third) = three_starts
     reports = [*first["reports"][:4], *second["reports"], *third["reports"]]
-    assert len(reports) == len(undisturbed["reports"]) == STEPS
-    for ours, theirs in zip(reports, undisturbed["reports"], strict=True):
+    assert len(reports) == len(uninterrupted["reports"]) == STEPS
+    for ours, theirs in zip(reports, uninterrupted["reports"], strict=True):
         assert ours["learning_rates"] == theirs["learning_rates"]
         for loss in ("text", "total"):
             assert ours[loss] == pytest.approx(theirs[loss], rel=LOSS_TOLERANCE)
 
 
-def test_what_is_saved_is_the_state_of_its_step_though_training_goes_on_meanwhile(lives):
-    run, (first, *_) = lives
+def test_a_background_save_holds_the_state_of_its_own_step(three_starts):
+    run, (first, *_) = three_starts
     assert [report["writing_here"] for report in first["reports"]] == [False, False, False, False, True, True]
     folder = run / "checkpoints" / folder_name(4)
     assert read_manifest(folder)["updates"] == 4.0
@@ -98,13 +98,13 @@ def test_what_is_saved_is_the_state_of_its_step_though_training_goes_on_meanwhil
             assert torch.equal(saved[name], tensor), f"{kind} of {name}"
 
 
-def cut(rng, sizes, ranks):
-    """The pieces of `ranks` files, cut at random, with gaps, and the order of parameters shuffled."""
+def random_split(rng, sizes, ranks):
+    """Split the parameters at random over `ranks` files, in shuffled order and with gaps between the pieces."""
     files: dict[str, list[Piece]] = {f"rank-{rank:05d}.00": [] for rank in range(ranks)}
     ends = dict.fromkeys(files, 0)
     for name in rng.permutation(list(sizes)):
-        cuts = np.sort(rng.integers(0, sizes[name] + 1, ranks - 1)).tolist()
-        for file, start, end in zip(files, [0, *cuts], [*cuts, sizes[name]], strict=True):
+        bounds = np.sort(rng.integers(0, sizes[name] + 1, ranks - 1)).tolist()
+        for file, start, end in zip(files, [0, *bounds], [*bounds, sizes[name]], strict=True):
             if start < end:
                 files[file].append(Piece(str(name), start, end - start, ends[file]))
                 ends[file] += end - start + int(rng.integers(0, 3))
@@ -112,11 +112,11 @@ def cut(rng, sizes, ranks):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_any_cut_of_the_parameters_is_found_again_by_any_other(tmp_path, seed):
+def test_parameters_saved_with_any_split_are_read_with_any_other(tmp_path, seed):
     rng = np.random.Generator(np.random.Philox(key=seed))
     sizes = {f"p{i}": int(rng.integers(1, 30)) for i in range(6)}
     truth = {name: torch.arange(size) + 100.0 * int(name[1:]) for name, size in sizes.items()}
-    saved, wanted = (cut(rng, sizes, int(rng.integers(1, 6))) for _ in range(2))
+    saved, wanted = (random_split(rng, sizes, int(rng.integers(1, 6))) for _ in range(2))
     for file, pieces in saved.items():
         flat = torch.full((200,), torch.nan)
         for piece in pieces:
@@ -136,7 +136,7 @@ def test_any_cut_of_the_parameters_is_found_again_by_any_other(tmp_path, seed):
     assert all(torch.equal(whole[name], truth[name]) for name in sizes)
 
 
-def test_the_same_cut_is_read_in_one_go_and_a_missing_number_is_named(tmp_path):
+def test_adjacent_pieces_are_read_at_once_and_a_missing_value_is_named(tmp_path):
     pieces = [Piece("a", 0, 5, 0), Piece("b", 0, 7, 5)]
     layout = Layout({"a": [5], "b": [7]}, {}, {"rank-00000.00": pieces})
     assert [read.count for read in layout.reads(pieces)] == [12]
