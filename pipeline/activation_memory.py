@@ -17,7 +17,7 @@ from pipeline.step import row_losses
 from pipeline.zero import clear_gradients, missing_moment_bytes
 
 SAMPLE_LAYERS = 4  # kept in the second measurement, from which the size of one layer is computed
-WARM_UP_PASSES = 2  # ZeRO-3 re-traces its prefetch order, and then gathers several layers ahead
+WARM_UP_PASSES = 2  # ZeRO-3 needs them to re-trace its prefetch order
 
 
 def fit_kept_layers(engine: Engine, towers: Towers, recipe: Recipe, heaviest: MicroBatch, budget_gib: float) -> str:

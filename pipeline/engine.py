@@ -35,7 +35,7 @@ OWNED_BY_RECIPE = (
     "steps_per_print",
 )
 ZERO_STAGES = (1, 2, 3)
-MESH_KEYS = ("sequence_parallel_size", "data_parallel_size")  # DeepSpeed reads these before it builds its config
+MESH_KEYS = ("sequence_parallel_size", "data_parallel_size")  # read before DeepSpeed builds its config
 PRECISION: dict[str, dict[str, Any]] = {
     "fp32": {},
     # Summing micro-batches in bf16 would make the update depend on how the global batch was split.
@@ -92,7 +92,7 @@ def build_engine(emma: Emma, recipe: Recipe, ranks: Ranks) -> Engine:
     emma.llm.segment_layers, emma.llm.keep_layers = recipe.engine.segment_layers, recipe.engine.keep_layers
     config = compose_config(recipe, ranks.world_size)
     if config.get("zero_optimization", {}).get("stage") == 3:
-        # A mixer reads its children's weights without calling them, which bypasses the hooks that gather them.
+        # A mixer reads its children's weights directly, which bypasses their gathering hooks, so it is gathered whole.
         deepspeed.utils.set_z3_leaf_modules(
             emma, sorted({type(m) for m in emma.mixers()}, key=lambda kind: kind.__name__)
         )
@@ -138,7 +138,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     for key in OWNED_BY_RECIPE:
         if key in config:
             raise UserError(
-                f"{path}: sets {key!r}, which the recipe owns ([optim] and [engine]); remove it from the JSON"
+                f"engine.ds_config: {path}: sets {key!r}, which the recipe owns ([optim] and [engine]); "
+                f"remove it from the JSON"
             )
     _check_keys(path, config)
     _check_zero(path, config.get("zero_optimization"))
@@ -202,11 +203,14 @@ def _check_zero(path: Path, zero: Any) -> None:
         found = zero.get("stage") if isinstance(zero, dict) else zero
         raise UserError(f"engine.ds_config: {path}: zero_optimization.stage is {found!r}, expected 1, 2 or 3")
     if "offload_optimizer" in zero:
-        # `clear_gradients` does not reach its gradients, which would therefore be stale. The states fit on the GPUs.
-        raise UserError(f"{path}: offload_optimizer is not supported; remove it (python -m pipeline.describe RECIPE)")
+        # `clear_gradients` does not reach offloaded gradients, so they would be stale.
+        raise UserError(
+            f"engine.ds_config: {path}: zero_optimization.offload_optimizer is not supported; remove it "
+            f"(`python -m pipeline.describe RECIPE` shows the memory per GPU)"
+        )
     try:
         DeepSpeedZeroConfig(**zero)
-    except ValueError as error:  # of pydantic
+    except ValueError as error:  # pydantic's ValidationError
         reason = "; ".join(_pydantic_messages(error))
         raise UserError(f"engine.ds_config: {path}: zero_optimization: {reason or error}") from None
 

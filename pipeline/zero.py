@@ -12,12 +12,12 @@ import torch.distributed as dist
 from pipeline.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-KINDS = ("master", *MOMENTS)  # the fp32 tensors that ZeRO keeps of each buffer
+KINDS = ("master", *MOMENTS)  # the fp32 tensors that ZeRO keeps for each buffer
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Values `start` to `start + count` of the flattened parameter `name`, stored from `offset` on in a buffer."""
+    """A range of a flattened parameter: `count` values from `start` on, stored at `offset` of a buffer."""
 
     name: str
     start: int
@@ -31,7 +31,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Buffer:
-    """One flat fp32 buffer of this rank, which ZeRO gives the optimizer as a parameter. No piece covers its padding."""
+    """A flat fp32 buffer of this rank, which the optimizer updates as one parameter. Padding belongs to no piece."""
 
     master: torch.Tensor
     group: int  # index into the optimizer's param_groups
@@ -45,7 +45,7 @@ def zero_buffers(engine: Engine) -> list[Buffer]:
 
 
 def _stage_3_buffers(zero: Any, names: Mapping[torch.nn.Parameter, str]) -> Iterator[Buffer]:
-    """Each parameter is split into one equal part per rank; only the last part is padded."""
+    """Yield the buffers of stage 3, which splits each parameter into one equal part per rank and pads the last."""
     rank = dist.get_rank()
     for index, parameters in enumerate(zero.fp16_groups):
         pieces, offset = [], 0
@@ -62,7 +62,7 @@ def _stage_3_buffers(zero: Any, names: Mapping[torch.nn.Parameter, str]) -> Iter
 
 
 def _stage_2_buffers(zero: Any, names: Mapping[torch.nn.Parameter, str]) -> Iterator[Buffer]:
-    """The parameters of a group are concatenated, and the result is split into one equal part per rank."""
+    """Yield the buffers of stages 1 and 2, which concatenate a group and split it into one equal part per rank."""
     rank = dist.get_rank()
     for group, parameters in enumerate(zero.round_robin_bit16_groups):
         master = zero.single_partition_of_fp32_groups[group]
@@ -93,7 +93,7 @@ def adam_state(engine: Engine, buffer: Buffer) -> dict[str, Any]:
 
 
 def missing_moment_bytes(engine: Engine) -> int:
-    """Return the size of the moments that Adam has still to allocate on this rank, at its first update."""
+    """Return the bytes that Adam will allocate on this rank at its first update, or 0 after that."""
     missing = [buffer for buffer in zero_buffers(engine) if not adam_state(engine, buffer)]
     return sum(len(MOMENTS) * buffer.master.nbytes for buffer in missing)
 
@@ -103,7 +103,7 @@ def restore(
 ) -> None:
     """Overwrite masters and moments, then derive the compute weights from the masters.
 
-    Every rank must call it, because ZeRO-3 gathers its persistent weights anew.
+    Every rank must call it, because ZeRO-3 then gathers its persistent weights.
 
     Args:
         values: a flat tensor for each buffer index and each of KINDS.
@@ -125,7 +125,7 @@ def restore(
 
 
 def _step_tensor(adam: torch.optim.Optimizer, buffer: Buffer, updates: float) -> torch.Tensor:
-    """Allocate it where AdamW does at its first update. Each buffer needs its own, because AdamW counts in place."""
+    """Allocate Adam's step count as AdamW does. Each buffer needs its own tensor, which AdamW increments in place."""
     group = adam.param_groups[buffer.group]
     device = buffer.master.device if group["fused"] or group["capturable"] else torch.device("cpu")
     return torch.tensor(updates, dtype=torch.float32, device=device)

@@ -1,4 +1,4 @@
-"""The objects that saving and resuming share."""
+"""The context that saving and resuming share: engine, ranks, run folder and host copies of the state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.recipe import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointContext:
-    """The engine whose state is saved, its host copies, and the run that it belongs to."""
+    """An engine whose state is saved and restored, and the run that it belongs to."""
 
     recipe: Recipe
     ranks: Ranks
@@ -40,5 +40,5 @@ class CheckpointContext:
 
     @property
     def sharding(self) -> dict[str, int]:
-        """The manifest entries that decide how the files are split; a checkpoint may be loaded with others."""
+        """Manifest entries that say how the state is split into files. Loading with other values reshards it."""
         return {"world_size": self.ranks.world_size, "zero_stage": self.engine.zero_optimization_stage()}

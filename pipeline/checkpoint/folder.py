@@ -15,12 +15,12 @@ from model.errors import UserError
 from pipeline.errors import retryable_oserrors
 
 CHECKPOINTS = "checkpoints"
-LATEST = "latest"  # names the newest checkpoint, for people; resuming does not read it
+LATEST = "latest"  # holds the name of the newest checkpoint, for people; resuming does not read it
 MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
 PRUNED = ".pruned-"
 REFUSED = ".refused-"  # damaged
-DOUBTED = ".doubted-"  # undamaged, but its probe losses could not be reproduced
+DOUBTED = ".doubted-"  # undamaged, but the probe gave other losses after loading
 
 
 class DamagedCheckpointError(UserError):
@@ -59,7 +59,7 @@ def find_leftovers(folder: Path) -> dict[Path, str]:
 
 
 def quarantine(folder: Path, prefix: str) -> Path:
-    """Rename a checkpoint so that it is neither resumed from nor counted by retention. Return its new path."""
+    """Rename a checkpoint so that it is neither resumed nor counted by retention. Return its new path."""
     renamed = folder.with_name(f"{prefix}{folder.name}")
     with retryable_oserrors(folder):
         shutil.rmtree(renamed, ignore_errors=True)

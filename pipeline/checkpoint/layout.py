@@ -1,4 +1,4 @@
-"""The layout of a checkpoint: which file holds which piece of each parameter, and how to read any other split of them.
+"""The layout of a checkpoint: which file holds which piece of each parameter. It allows loading on any number of ranks.
 
 ZeRO splits parameters into pieces and concatenates those of a rank; its stage and the world size decide how. A
 checkpoint holds the flat buffers of the ranks that saved it, and a layout that tells any other number of ranks where to
@@ -41,7 +41,7 @@ class Layout:
 
     Args:
         shapes: shape of each parameter before sharding.
-        tied: further names of tied parameters, each with the name that `shapes` has.
+        tied: maps each further name of a tied parameter to its name in `shapes`.
         files: pieces by file name, without the suffix `.master`, `.exp_avg` or `.exp_avg_sq`.
     """
 
@@ -60,7 +60,7 @@ class Layout:
 
     @classmethod
     def load(cls, folder: Path) -> Layout:
-        """Read the layout of a checkpoint, whose file must have been verified. Raises: RetryableError."""
+        """Read the layout file of a checkpoint, which must have been verified before. Raises: RetryableError."""
         with retryable_oserrors(folder):
             table = json.loads((folder / LAYOUT).read_text())
         files = {file: [Piece(*values) for values in pieces] for file, pieces in table["files"].items()}
@@ -89,7 +89,7 @@ class Layout:
         return reads
 
     def assemble(self, folder: Path, kind: str) -> dict[str, torch.Tensor]:
-        """Read every parameter's tensor of one kind (`master`, `exp_avg` or `exp_avg_sq`), under each of its names."""
+        """Read the `master`, `exp_avg` or `exp_avg_sq` of every parameter, unsharded, under each of its names."""
         tensors = {}
         for name, shape in self.shapes.items():
             flat = torch.empty(math.prod(shape))
@@ -104,7 +104,7 @@ def full_state(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _append_or_merge(reads: list[Read], new: Read) -> None:
-    """Merge `new` into the last read if it continues that one in the file and in the buffer."""
+    """Append a read, or merge it into the last one if it continues that one both in the file and in the buffer."""
     last = reads[-1] if reads else None
     if last and (last.file, last.source + last.count, last.target + last.count) == (new.file, new.source, new.target):
         reads[-1] = Read(file=last.file, source=last.source, target=last.target, count=last.count + new.count)

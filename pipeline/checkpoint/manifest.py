@@ -13,7 +13,7 @@ from pipeline.checkpoint.folder import MANIFEST, DamagedCheckpointError
 from pipeline.errors import retryable_oserrors
 from preprocess.atomic import canonical_json, write_json
 
-CHECKSUM = "seal"  # the key on disk
+CHECKSUM = "seal"  # key of the checksum in manifest.json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Identity:
     total_steps: int
 
     def must_match(self) -> dict[str, Any]:
-        """Return the manifest entries that must be equal, besides the fingerprint of the recipe."""
+        """Return the manifest entries that must be equal for resuming, besides the fingerprint of the recipe."""
         return {"shards_sha256": self.shards_sha256, "total_steps": self.total_steps}
 
 
@@ -51,7 +51,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:
-    """Hash a manifest without its checksum, so that any changed bit is noticed."""
+    """Hash a manifest, which must not contain its checksum. Any flipped bit changes the hash."""
     return hashlib.sha256(canonical_json(manifest)).hexdigest()
 
 

@@ -21,7 +21,7 @@ from pipeline.engine import Engine
 from pipeline.recipe import Recipe
 from pipeline.step import forward
 
-# Relative. Another split of the batch or another machine changes the order of sums, which bf16 rounds more coarsely.
+# Relative. Another split of the batch or another machine sums in another order, and bf16 rounds more coarsely.
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "autocast": 1e-2}
 
 
@@ -49,7 +49,7 @@ class Probe:
         return {"text": text, "align": align, "where": self._environment()}
 
     def compare(self, saved: dict[str, Any]) -> str | None:
-        """Measure again. Return the difference from `saved`, or None if there is none beyond rounding."""
+        """Measure again and compare with `saved`. Return the difference, or None if the losses agree."""
         now = self.measure()
         exact = self.ranks.device.type == "cpu" and saved["where"] == now["where"]
         tolerance = 0.0 if exact else TOLERANCE[self.recipe.engine.precision]
@@ -62,7 +62,7 @@ class Probe:
         return None
 
     def _environment(self) -> dict[str, Any]:
-        """Describe everything that decides the losses to the bit on a CPU. Containers may share a machine name."""
+        """Return the facts on which the last bits of the losses depend. On a CPU, equal facts give equal bits."""
         return {
             "world_size": self.ranks.world_size,
             "micro_batch": self.recipe.optim.micro_batch,

@@ -112,7 +112,7 @@ class Resumer:
         return manifest, Layout.load(folder)
 
     def _on_every_rank(self, check: Callable[[], str | None]) -> None:
-        """Run `check`, which returns or raises what is wrong, on every rank, and raise all findings on all ranks.
+        """Run `check` on every rank, and raise on all ranks the damage that any of them returned or raised.
 
         Raises: DamagedCheckpointError; RetryableError if one rank could not check.
         """
@@ -144,12 +144,12 @@ class Resumer:
         return [f"resharded {', '.join(changes)}"] if changes else []
 
     def _check_empty(self, report: list[str]) -> None:
-        """Raise UserError rather than start afresh in a folder that holds anything."""
+        """Raise UserError if the folder is not empty, because a run must not start afresh by accident."""
         if self.folder.exists() and any(self.folder.iterdir()):
             lines = [*report, f"{self.folder} holds no good checkpoint, and is not empty"]
             raise UserError(f"{'; '.join(lines)}; to start afresh, move it away")
 
 
 def _writing_rank(name: str) -> int:
-    """Return the rank that wrote a file. The layout is the main rank's."""
+    """Return the rank that wrote a file. The main rank writes the layout."""
     return int(name.split(".")[0].removeprefix("rank-")) if name.startswith("rank-") else 0

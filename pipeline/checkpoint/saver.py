@@ -1,4 +1,4 @@
-"""Background saving of checkpoints, their publication and the deletion of old ones.
+"""Saving of checkpoints in the background: writing, publishing, and deleting old ones.
 
 `checkpoints/step-00000500/` appears by one rename, after every rank has written, synced and hashed its files. `latest`
 is replaced after that. A published checkpoint was therefore complete when it appeared.
@@ -152,7 +152,7 @@ class Saver:
         partial, name = self._partial(pending.step), folder_name(pending.step)
         try:
             self._write_layout_and_manifest(partial, pending, shares)
-            shutil.rmtree(self.folder / name, ignore_errors=True)  # one without a manifest
+            shutil.rmtree(self.folder / name, ignore_errors=True)  # an unpublished folder of that name
             partial.rename(self.folder / name)
             sync_folder(self.folder)
             publish(self.folder / LATEST, f"{name}\n".encode())

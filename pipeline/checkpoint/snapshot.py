@@ -24,7 +24,7 @@ from preprocess.atomic import HashingFile, sync
 
 THREADS = 4  # per rank: while one hashes, others keep the disk busy
 BLOCK_BYTES = 16 << 20
-SYNC_BYTES = 256 << 20  # synced after each so many bytes, so that few of them wait in the page cache
+SYNC_BYTES = 256 << 20  # fsync interval, so that little unwritten data waits in the page cache
 
 
 class Snapshot:
@@ -44,14 +44,12 @@ class Snapshot:
         return copies
 
     def _page_lock(self, copies: Sequence[torch.Tensor]) -> None:
-        """Lock the pages after several threads have touched them, because CUDA touches them seven times as slowly."""
+        """Touch the pages in several threads before locking them, because CUDA alone takes seven times as long."""
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(torch.Tensor.zero_, copies))
         if not all(page_lock(copy, torch.cuda.cudart().cudaHostRegister) for copy in copies):
             with contextlib.suppress(RuntimeError):
-                torch.ones(
-                    1, device=self.engine.device
-                )  # consumes the pending CUDA error, which the next kernel raises
+                torch.ones(1, device=self.engine.device)  # raises the pending CUDA error here, not in a later kernel
 
     @property
     def bytes(self) -> int:
@@ -113,7 +111,7 @@ class Snapshot:
         return f"{layout.file_of(self.buffers[index].pieces)}.{kind}"
 
     def _tensor(self, buffer: Buffer, kind: str) -> torch.Tensor | None:
-        """Return the engine's tensor. Adam has no moments before its first update."""
+        """Return a tensor of the engine, or None for moments before Adam's first update."""
         return buffer.master.detach() if kind == "master" else adam_state(self.engine, buffer).get(kind)
 
 
