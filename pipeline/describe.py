@@ -1,10 +1,11 @@
-"""What a recipe would train and cost, in seconds, without weights, data or GPU.
+"""Describe a recipe: parameters, FLOPs, memory and hours. Takes seconds, without weights, data or a GPU.
 
     python -m pipeline.describe pipeline/recipes/emma_v2.toml
     python -m pipeline.describe pipeline/recipes/emma_v1.toml --ranks 16 --mfu 0.45 --json
-    python -m pipeline.describe pipeline/recipes/emma_v2.toml data.shards=/data/shards      # lengths of these shards
+    python -m pipeline.describe pipeline/recipes/emma_v2.toml data.shards=/data/shards    # these shards' lengths
 
-Hours are for A100s at the given model FLOP utilisation; the recipe's shards, if they are there, give steps and lengths.
+Hours are for A100s at the given model FLOPs utilisation (MFU). Steps and text lengths come from the recipe's shards if
+they exist, otherwise from the paper's mix.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from preprocess.shards.manifest import Manifest
 from preprocess.strict_toml import UNSET
 
 PAPER_ROWS, PAPER_TEXT_ONLY = 1_230_800, 40_688
-TYPICAL_TEXT, TYPICAL_SUPERVISED = 295, 150  # where no shards say better
+TYPICAL_TEXT, TYPICAL_SUPERVISED = 295, 150  # tokens per sample, assumed when there are no shards
 
 
 def describe(recipe: Recipe, ranks: int, mfu: float) -> dict[str, Any]:
-    """All figures, as `--json` prints them."""
+    """Return every figure that the table shows, as `--json` prints them. `mfu` is a share between 0 and 1."""
     data = _data_facts(recipe)
     parameters = count_parameters(recipe.config)
     flops = flops_per_sample(
@@ -55,7 +56,7 @@ def describe(recipe: Recipe, ranks: int, mfu: float) -> dict[str, Any]:
 
 
 def _data_facts(recipe: Recipe) -> dict[str, Any]:
-    """Of the recipe's shards if they exist, else of the paper's mix."""
+    """Return sample counts and lengths of the recipe's shards if they exist, otherwise of the paper's mix."""
     batch, epochs = recipe.optim.global_batch, recipe.data.epochs
     if recipe.data.shards is not UNSET and ShardFolder(Path(recipe.data.shards)).manifest.exists():
         counts = Manifest.load(recipe.data.shards).counts
@@ -82,7 +83,7 @@ def table(facts: dict[str, Any]) -> str:
         ("  trainable", f"{parameters['trainable']:,}"),
         ("  frozen", f"{parameters['vision']:,}"),
         ("samples", f"{data['samples']:,} ({data['source']})"),
-        ("tokens per sample", f"{data['tokens_per_sample']} ({data['text_tokens_per_sample']} of text)"),
+        ("tokens per sample", f"{data['tokens_per_sample']} ({data['text_tokens_per_sample']} of them text)"),
         ("optimizer steps", f"{data['steps']:,}"),
         ("useful TFLOP per sample", f"{flops['useful'] / 1e12:.2f}"),
         ("  with recomputation", f"{flops['total'] / 1e12:.2f}"),
@@ -101,14 +102,16 @@ def table(facts: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--mfu", type=float, default=0.4, help="useful FLOPs over the peak (default 0.4)")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("recipe", help="TOML file, such as pipeline/recipes/emma_v2.toml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, such as optim.lr=1e-5")
+    parser.add_argument("--ranks", type=int, default=8, help="number of GPUs (default %(default)s)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="assumed share of the peak FLOP/s (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
     args = parser.parse_args()
     if args.ranks < 1 or not 0 < args.mfu <= 1:
-        raise UserError(f"--ranks {args.ranks} --mfu {args.mfu}: expected at least one rank, and a share of the peak")
+        raise UserError(
+            f"--ranks {args.ranks} --mfu {args.mfu}: expected at least 1 rank, and an MFU above 0 and at most 1"
+        )
     recipe = load_recipe(args.recipe, args.overrides, planning=True)
     facts = describe(recipe, args.ranks, args.mfu)
     print(json.dumps(facts, indent=2) if args.json else table(facts))

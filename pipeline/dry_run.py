@@ -1,13 +1,13 @@
-"""One rank of many on one GPU, before paying for them: does it fit, and how fast is it?
+"""Run one rank of a larger job on a single GPU, to see which micro-batch sizes fit and how fast they are.
 
     python -m pipeline.dry_run pipeline/recipes/emma_v2.toml --ranks 8 --memory-gib 39
     python -m pipeline.dry_run pipeline/recipes/emma_v1.toml --micro-batches 8 16 32 engine.segment_layers=4
     python -m pipeline.dry_run pipeline/recipes/emma_v2.toml --micro-batches 16 engine.memory_gib=36
-    python -m pipeline.dry_run pipeline/recipes/demo.toml --ranks 2 engine.device=cpu          # a rehearsal
+    python -m pipeline.dry_run pipeline/recipes/demo.toml --ranks 2 engine.device=cpu          # try it on a CPU
 
-A fake process group stands for the other ranks: memory and computation are one rank's own; the numbers computed are
-meaningless, and communication takes no time. Text is as long as the longest of the recipe's shards if they exist, else
---text-tokens.
+A fake process group replaces the other ranks, so memory and computation are those of one real rank, communication takes
+no time, and the computed values are meaningless. Every text is as long as the longest one in the recipe's shards if
+they exist, otherwise --text-tokens long.
 """
 
 from __future__ import annotations
@@ -40,13 +40,18 @@ from preprocess.shards.folder import ShardFolder
 from preprocess.shards.manifest import load_index
 from preprocess.strict_toml import UNSET
 
-SUPERVISED_SHARE = 0.5  # of the text
-WARM_UP, TIMED = 2, 3
+SUPERVISED_SHARE = 0.5  # of the text tokens
+WARM_UP_STEPS, TIMED_STEPS = 2, 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What one micro-batch size took. `step_s`: forward, backward and update of one; None: out of memory."""
+    """Measurements of one micro-batch size.
+
+    step_s          seconds for forward, backward and update of one micro-batch; None if it ran out of memory
+    *_gib           peak of allocated GPU memory in each phase
+    useful_tflops   without recomputation
+    """
 
     micro_batch: int
     step_s: float | None
@@ -61,9 +66,9 @@ class Trial:
         return max(self.forward_gib, self.backward_gib, self.update_gib)
 
 
-def rehearse(recipe: Recipe, world_size: int, memory_gib: float, text_tokens: int, sizes: list[int]) -> list[Trial]:
-    """A trial of every micro-batch size in turn, up to the first that does not fit. Call it once in a process."""
-    ranks = imagine_ranks(recipe, world_size)
+def try_sizes(recipe: Recipe, sizes: list[int], *, world_size: int, memory_gib: float, text_tokens: int) -> list[Trial]:
+    """Try micro-batch sizes in the given order until one does not fit. Call this once per process."""
+    ranks = fake_ranks(recipe, world_size)
     recipe = replace(recipe, optim=replace(recipe.optim, micro_batch=sizes[0], global_batch=sizes[0] * world_size))
     with torch.device(ranks.device):
         emma = Emma(recipe.config)
@@ -73,14 +78,15 @@ def rehearse(recipe: Recipe, world_size: int, memory_gib: float, text_tokens: in
     limit_memory(ranks.device, memory_gib)
     trials = []
     for size in sizes:
-        trials.append(try_size(engine, towers, recipe, size, text_tokens, world_size))
+        batch = random_batch(recipe, size, text_tokens, world_size)
+        trials.append(try_size(engine, towers, recipe, batch, text_tokens))
         if trials[-1].step_s is None:
             break
     return trials
 
 
-def imagine_ranks(recipe: Recipe, world_size: int) -> Ranks:
-    """Be rank 0 of `world_size`; the others are imagined."""
+def fake_ranks(recipe: Recipe, world_size: int) -> Ranks:
+    """Become rank 0 of `world_size` ranks, of which the others do not exist."""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     ranks = find_ranks(recipe.engine.device)
@@ -89,38 +95,39 @@ def imagine_ranks(recipe: Recipe, world_size: int) -> Ranks:
 
 
 def limit_memory(device: torch.device, gib: float) -> None:
-    """Let the allocator refuse what a smaller card would not have."""
+    """Limit torch's allocator, so that a large GPU runs out of memory where a smaller one would."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         share = gib * GIB / torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
 
-def try_size(engine: Engine, towers: Towers, recipe: Recipe, size: int, text_tokens: int, world_size: int) -> Trial:
-    """Steps of one micro-batch each: the median of the timed ones, and the peaks of the phases."""
-    batch = imagined_batch(recipe, size, text_tokens, world_size)
+def try_size(engine: Engine, towers: Towers, recipe: Recipe, batch: GlobalBatch, text_tokens: int) -> Trial:
+    """Run several steps of one micro-batch. Return the median step time and the memory peak of each phase."""
+    size = len(batch.micro_batches[0].tokens)
     peaks = {"forward": 0.0, "backward": 0.0, "update": 0.0}
     times = []
     try:
         if recipe.engine.memory_gib:
             print(fit_kept_layers(engine, towers, recipe, batch.micro_batches[0], recipe.engine.memory_gib), flush=True)
-        for _ in range(WARM_UP + TIMED):
+        for _ in range(WARM_UP_STEPS + TIMED_STEPS):
             begun = time.perf_counter()
             with measured_phases(engine, peaks):
                 optimizer_step(engine, towers, recipe, batch, lr=0.0)
             synchronize(engine.device)
             times.append(time.perf_counter() - begun)
     except torch.OutOfMemoryError:
-        return Trial(size, None)
-    step_s = sorted(times[WARM_UP:])[TIMED // 2]
+        return Trial(micro_batch=size, step_s=None)
+    step_s = sorted(times[WARM_UP_STEPS:])[TIMED_STEPS // 2]
     supervised, kept = int(text_tokens * SUPERVISED_SHARE), engine.module.llm.keep_layers
     flops = flops_per_sample(recipe.config, text_tokens, supervised, recipe.engine.segment_layers, kept)
     gib = {f"{phase}_gib": value for phase, value in peaks.items()}
-    return Trial(size, step_s, kept, **gib, useful_tflops=flops.useful * size / step_s / 1e12)
+    tflops = flops.useful * size / step_s / 1e12
+    return Trial(micro_batch=size, step_s=step_s, keep_layers=kept, useful_tflops=tflops, **gib)
 
 
 class measured_phases:  # noqa: N801 (reads as a verb in its with statement)
-    """Notes the peak of allocated memory before the backward pass, up to the update, and in the update."""
+    """Record the peak of allocated memory in the forward pass, the backward pass and the update of a step."""
 
     def __init__(self, engine: Engine, peaks: dict[str, float]):
         self.engine, self.peaks = engine, peaks
@@ -128,21 +135,21 @@ class measured_phases:  # noqa: N801 (reads as a verb in its with statement)
     def __enter__(self) -> None:
         self.originals = {name: getattr(self.engine, name) for name in ("backward", "step")}
         reset_peak()
-        vars(self.engine)["backward"] = self._noting("forward", self.originals["backward"])
-        vars(self.engine)["step"] = self._noting("backward", self.originals["step"])
+        vars(self.engine)["backward"] = self._recording("forward", self.originals["backward"])
+        vars(self.engine)["step"] = self._recording("backward", self.originals["step"])
 
     def __exit__(self, *_: object) -> None:
-        self._note("update")
+        self._record("update")
         vars(self.engine).update(self.originals)
 
-    def _noting(self, phase: str, then: Any) -> Any:
-        def noted(*arguments: Any) -> Any:
-            self._note(phase)
+    def _recording(self, phase: str, then: Any) -> Any:
+        def recorded(*arguments: Any) -> Any:
+            self._record(phase)
             return then(*arguments)
 
-        return noted
+        return recorded
 
-    def _note(self, phase: str) -> None:
+    def _record(self, phase: str) -> None:
         self.peaks[phase] = max(self.peaks[phase], peak_gib())
         reset_peak()
 
@@ -161,8 +168,8 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def imagined_batch(recipe: Recipe, size: int, text_tokens: int, world_size: int) -> GlobalBatch:
-    """Noise of the right shapes; the second half of the text is supervised."""
+def random_batch(recipe: Recipe, size: int, text_tokens: int, world_size: int) -> GlobalBatch:
+    """Return a global batch of random images and tokens, in which the second half of each text is supervised."""
     config = recipe.config
     tokens = torch.randint(2, config.llm.vocab_size, (size, text_tokens))
     targets = tokens.clone()
@@ -184,10 +191,10 @@ def imagined_batch(recipe: Recipe, size: int, text_tokens: int, world_size: int)
     )
 
 
-def longest_text(recipe: Recipe, otherwise: int) -> int:
-    """In tokens, of the recipe's shards if they are there."""
+def longest_text(recipe: Recipe, default: int) -> int:
+    """Return the longest text, in tokens, of the recipe's shards, or `default` if there are no shards."""
     if recipe.data.shards is UNSET or not ShardFolder(Path(recipe.data.shards)).manifest.exists():
-        return otherwise
+        return default
     return int(load_index(recipe.data.shards).column("num_text_tokens").to_numpy().max())
 
 
@@ -202,27 +209,30 @@ def table(trials: list[Trial], memory_gib: float) -> str:
             f"{trial.forward_gib:17.1f}  {trial.backward_gib:8.1f}  {trial.update_gib:6.1f}"
         )
     fitting = [trial.micro_batch for trial in trials if trial.step_s is not None]
-    lines.append(f"largest that fits: {max(fitting)}" if fitting else "none fits: recompute more, or use more ranks")
+    lines.append(
+        f"largest that fits: {max(fitting)}" if fitting else "none fits: recompute more layers, or use more ranks"
+    )
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--memory-gib", type=float, default=39.0)
-    parser.add_argument("--text-tokens", type=int, default=295)
+    default = "(default %(default)s)"
+    parser.add_argument("recipe", help="TOML file, such as pipeline/recipes/emma_v2.toml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, such as optim.lr=1e-5")
+    parser.add_argument("--ranks", type=int, default=8, help=f"world size of the real job {default}")
+    parser.add_argument("--memory-gib", type=float, default=39.0, help=f"GPU memory to stay below {default}")
+    parser.add_argument("--text-tokens", type=int, default=295, help=f"text length if there are no shards {default}")
     parser.add_argument(
-        "--micro-batches", type=int, nargs="+", help="default: doubling up to the recipe's share of a rank"
+        "--micro-batches", type=int, nargs="+", help="sizes to try (default: 1, 2, 4, … up to global_batch / ranks)"
     )
-    parser.add_argument("--json", type=Path, help="write the trials there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements to this file")
     args = parser.parse_intermixed_args()
     recipe = load_recipe(args.recipe, args.overrides, planning=True)
     share = max(1, recipe.optim.global_batch // args.ranks)
     sizes = args.micro_batches or [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= share]
     text_tokens = longest_text(recipe, args.text_tokens)
-    trials = rehearse(recipe, args.ranks, args.memory_gib, text_tokens, sizes)
+    trials = try_sizes(recipe, sizes, world_size=args.ranks, memory_gib=args.memory_gib, text_tokens=text_tokens)
     device = "cuda" if torch.cuda.is_available() and recipe.engine.device != "cpu" else "cpu"
     print(
         f"{recipe.model}, rank 0 of {args.ranks}, {recipe.config.vision.num_patches} + {text_tokens} tokens; ", end=""

@@ -1,4 +1,4 @@
-"""What a model costs: parameters by part, operations by part. From the config alone, on the meta device."""
+"""Parameters, FLOPs and bytes per parameter of a model, computed from its config on the meta device."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from model.vision import Towers
 
 GIB = 1 << 30  # bytes
 MULTIPLY_ADD = 2
-CHECKPOINT_BYTES = 12  # of a trainable parameter: fp32 master weights and Adam's two moments
-STATE_BYTES = {"bf16": 18, "autocast": 16, "fp32": 16}  # of one in training: gradients too; ZeRO-3 shares them all
+CHECKPOINT_BYTES = 12  # per trainable parameter: fp32 master weight and Adam's two moments
+STATE_BYTES = {
+    "bf16": 18,
+    "autocast": 16,
+    "fp32": 16,
+}  # per trainable parameter, gradients included; ZeRO-3 divides them over the ranks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Counts by part; the towers are frozen, everything else trains."""
+    """Number of parameters of each part. The towers (`vision`) are frozen, everything else trains."""
 
     vision: int
     projector: int
@@ -33,6 +37,8 @@ class Parameters:
 
 
 def count_parameters(config: EmmaConfig) -> Parameters:
+    """Count the parameters of each part of a model."""
+    """Count the parameters of each part of a model."""
     with torch.device("meta"):
         emma = Emma(config)
     fusion = _count(emma.alignment.fusion) if emma.alignment else 0
@@ -54,12 +60,12 @@ def _count(module: nn.Module | None) -> int:
     return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Flops:
-    """Operations of one sample: a multiply-add counts two, norms and activations nothing.
+    """Floating-point operations of one sample. A multiply-add counts as two; norms and activations are not counted.
 
-    `useful` is one forward pass of everything and the backward pass of what trains; `recompute` what activation
-    checkpointing adds to it.
+    useful      one forward pass of every part, and the backward pass of the parts that train
+    recompute   forward passes that activation checkpointing repeats
     """
 
     towers: float
@@ -80,7 +86,13 @@ class Flops:
 def flops_per_sample(
     config: EmmaConfig, text_tokens: int, supervised: int, segment_layers: int, keep_layers: int
 ) -> Flops:
-    """For one picture and its dialogue; the projector is counted with the language model."""
+    """Count the FLOPs of one image and its dialogue. `language` includes the projector.
+
+    Args:
+        supervised: number of supervised text tokens, for which logits are computed.
+        segment_layers: layers per activation-checkpoint segment; 0 recomputes nothing.
+        keep_layers: number of final layers that keep their activations instead of recomputing them.
+    """
     with torch.device("meta"):
         emma = Emma(config)
     patches = config.vision.num_patches
@@ -106,7 +118,7 @@ def flops_per_sample(
 
 
 def mamba_layer_flops(config: MambaConfig, length: int) -> float:
-    """Forward pass of one block over `length` positions: projections and scan."""
+    """Count the FLOPs of one block's forward pass over `length` positions: projections and scan."""
     inner, state = config.d_inner, config.d_state
     if config.kind == "mamba1":
         width = 2 * inner * config.d_model + inner * (config.dt_rank + 2 * state) + config.dt_rank * inner
@@ -116,7 +128,7 @@ def mamba_layer_flops(config: MambaConfig, length: int) -> float:
 
 
 def _scan_flops(config: MambaConfig, length: int) -> float:
-    """Mamba-1: nine operations per state and position. Mamba-2: the products of the chunked form (SSD)."""
+    """Count nine operations per state and position for Mamba-1, the matrix products of chunked SSD for Mamba-2."""
     inner, state = config.d_inner, config.d_state
     if config.kind == "mamba1":
         return 9.0 * length * inner * state
@@ -126,7 +138,7 @@ def _scan_flops(config: MambaConfig, length: int) -> float:
 
 
 def _tower_flops(tower: TowerConfig, vision: VisionConfig) -> float:
-    """Forward pass of the blocks that run. The hidden width of timm's SigLIP is its own, so weights are counted."""
+    """Count a tower's forward pass from its weights, because the hidden width of timm's SigLIP is irregular."""
     blocks = _count(_towers(replace(vision, towers=(tower,))))
     attention = tower.num_blocks * 2 * MULTIPLY_ADD * vision.num_patches**2 * tower.width
     return MULTIPLY_ADD * blocks * vision.num_patches + attention

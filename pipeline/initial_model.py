@@ -1,4 +1,4 @@
-"""The model before its first step: initialised from the seed, pretrained parts put in, towers beside it."""
+"""The model before its first step: random weights from the seed, pretrained parts, and the frozen towers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ RANDOM = "random"
 
 
 def initial_model(recipe: Recipe) -> tuple[Emma, Towers, dict[str, Any]]:
-    """The whole model on the CPU in fp32, and what was loaded, from where. Raises: UserError."""
+    """Build the model on the CPU in fp32. Return it with its towers and a record of the files that were loaded.
+
+    Raises: UserError if a pretrained part is missing or does not fit.
+    """
     torch.manual_seed(recipe.seed)
     emma = Emma(recipe.config)
     source = llm_source(recipe)
@@ -29,7 +32,7 @@ def initial_model(recipe: Recipe) -> tuple[Emma, Towers, dict[str, Any]]:
 
 
 def empty_model(config: EmmaConfig) -> Emma:
-    """The same modules with memory but without values, for ranks that will receive the main rank's."""
+    """Build the model with uninitialised weights, for ranks that receive theirs from the main rank."""
     with torch.device("meta"):
         emma = Emma(config)
     return emma.to_empty(device="cpu")
@@ -40,22 +43,22 @@ def make_towers(recipe: Recipe) -> Towers:
 
 
 def llm_source(recipe: Recipe) -> str | None:
-    """Folder or hub id of the pretrained language model, or None for random weights."""
+    """Return the folder or hub id of the pretrained language model, or None for random weights."""
     source = recipe.weights.llm or recipe.config.llm.weights
     return None if source == RANDOM else source
 
 
 def tower_source(recipe: Recipe) -> str | None:
-    """Where the towers' weights come from, or None for random ones; the small twins have no published weights."""
+    """Return the source of the towers' weights, or None for random weights, as in the tiny presets."""
     published = None if any(tower.overrides for tower in recipe.config.vision.towers) else "timm"
     source = recipe.weights.towers or published
     return None if source == RANDOM else source
 
 
-def refuse_other_towers(record: Path, towers: Towers) -> None:
-    """The towers are frozen and in no checkpoint: a run keeps to those that its `record` names.
+def check_towers_unchanged(record: Path, towers: Towers) -> None:
+    """Check that the towers were loaded from the files that `record` lists, because checkpoints do not contain them.
 
-    Raises: UserError if these are others.
+    Raises: UserError if they were not.
     """
     if not record.exists():
         return
@@ -63,6 +66,6 @@ def refuse_other_towers(record: Path, towers: Towers) -> None:
     hashes = sorted(before.values()) if isinstance(before, dict) else []
     if hashes != sorted(towers.loaded.values()):
         raise UserError(
-            f"weights.towers: the files {', '.join(towers.loaded) or RANDOM} are not those that the run began with "
-            f"({record}); give those, or another run.dir to start afresh"
+            f"weights.towers: {', '.join(towers.loaded) or RANDOM}: not the files that the run began with ({record}). "
+            "Use those, or another run.dir to start a new run."
         )

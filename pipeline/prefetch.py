@@ -1,9 +1,10 @@
-"""Fetch what a recipe needs, on a login node, so that compute nodes run without network.
+"""Download the weights and the tokenizer that a recipe needs, so that compute nodes can run without network.
 
     python -m pipeline.prefetch pipeline/recipes/emma_v2.toml
     python -m pipeline.prefetch pipeline/recipes/emma_v1.toml weights.llm=/models/zephyr      # checks the folder
 
-Downloads land in the hub's cache (HF_HOME): let the compute nodes see the same, and set HF_HUB_OFFLINE=1 there.
+Run it on a login node. Downloads go to the hub's cache (HF_HOME), which the compute nodes must share; set
+HF_HUB_OFFLINE=1 there.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from pipeline.recipe import Recipe, load_recipe
 from preprocess.prompts import load_tokenizer
 
 
-def needs(recipe: Recipe) -> Iterator[tuple[str, str, Callable[[], str]]]:
-    """(part, where from, how to get it, which tells what there is). Getting raises UserError."""
+def required_parts(recipe: Recipe) -> Iterator[tuple[str, str, Callable[[], str]]]:
+    """Yield the name, the source and a download function of each part that the recipe needs.
+
+    The function returns a description of what it downloaded, such as a size, or raises UserError.
+    """
     llm, towers = llm_source(recipe), tower_source(recipe)
     tokenizer = recipe.data.tokenizer or recipe.config.tokenizer
     if llm:
@@ -37,23 +41,26 @@ def needs(recipe: Recipe) -> Iterator[tuple[str, str, Callable[[], str]]]:
         yield "tokenizer", tokenizer, lambda: f"{load_tokenizer(tokenizer).vocab_size} entries"
 
 
-def _fetch(part: str, source: str, get: Callable[[], str]) -> str:
-    """Says what there is, or gives back why it is not to be had."""
+def _download(part: str, source: str, download: Callable[[], str]) -> str:
+    """Download one part and print its size. Return the error message, or an empty string on success."""
     try:
-        print(f"{part:<16} {source}: {get()}", flush=True)
+        print(f"{part:<16} {source}: {download()}", flush=True)
     except UserError as error:
         return str(error)
     return ""
 
 
-def language_model(recipe: Recipe, source: str, cached: bool = False) -> str:
-    """Fetches it, and sees whether it is this recipe's: a file of another model is found here, not on a GPU."""
+def language_model(recipe: Recipe, source: str, *, cached: bool = False) -> str:
+    """Download the language model, unless `cached` forbids it, and check that its embedding fits the recipe.
+
+    Checked here so that weights of another model are noticed on the login node and not on a GPU.
+    """
     folder = Path(source) if Path(source).is_dir() else hub_folder(source, cached)
     files, rows = open_published(folder), recipe.config.llm.vocab_size
     embedding = next((files[name] for name in files if "embedding" in name), None)
     if embedding is None or embedding.shape[0] != rows:
         found = "no embedding" if embedding is None else f"an embedding of {embedding.shape[0]} rows"
-        raise UserError(f"{folder}: found {found}, model {recipe.model!r} needs one of {rows}")
+        raise UserError(f"{folder}: found {found}, expected one of {rows} rows for model {recipe.model!r}")
     return _size(files.paths)
 
 
@@ -63,15 +70,18 @@ def _size(paths: list[Path]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("recipe", help="TOML file, such as pipeline/recipes/emma_v2.toml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, such as weights.llm=DIR")
     args = parser.parse_args()
     recipe = load_recipe(args.recipe, args.overrides, planning=True)
-    parts = list(needs(recipe))
-    missing = [error for error in (_fetch(*part) for part in parts) if error]
+    parts = list(required_parts(recipe))
+    missing = [error for error in (_download(*part) for part in parts) if error]
     if missing:
-        raise UserError(f"{len(missing)} of {len(parts)} parts are not to be had:\n  " + "\n  ".join(missing))
-    print(f"{args.recipe}: everything is here" if parts else f"{args.recipe}: needs nothing: {RANDOM} weights")
+        raise UserError(
+            f"{len(missing)} of {len(parts)} parts cannot be downloaded and are not in the cache:\n  "
+            + "\n  ".join(missing)
+        )
+    print(f"{args.recipe}: " + ("all parts are available" if parts else f"nothing to download ({RANDOM} weights)"))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from pipeline.distributed.collectives import broadcast_from_main, collectively
 from pipeline.distributed.ranks import Ranks, find_ranks
 from pipeline.engine import Engine, build_engine, init_distributed
 from pipeline.errors import RetryableError, from_oserror
-from pipeline.initial_model import RANDOM, empty_model, initial_model, make_towers, refuse_other_towers
+from pipeline.initial_model import RANDOM, check_towers_unchanged, empty_model, initial_model, make_towers
 from pipeline.lr_schedule import learning_rate
 from pipeline.metrics.history import has_event
 from pipeline.metrics.logger import MetricsLogger, append_event
@@ -228,7 +228,7 @@ def build_model(run: RunFolder, ranks: Ranks, *, resume: bool) -> tuple[Emma, To
         emma, towers = empty_model(recipe.config), make_towers(recipe)
         loaded = {"llm": "from a checkpoint", "towers": towers.loaded or RANDOM}
     if ranks.is_main:
-        refuse_other_towers(run.weights_file, towers)
+        check_towers_unchanged(run.weights_file, towers)
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     return emma, towers.to(ranks.device, dtype), loaded
 

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from model.errors import UserError
-from pipeline.demo.__main__ import RECIPE, Places, finish, overrides, start_afresh, train_until
-from pipeline.demo.processes import Commands, kill_family
+from pipeline.demo.__main__ import RECIPE, DemoFolder, empty_folder, finish, overrides, train_until
+from pipeline.demo.processes import Commands, kill_process_tree
 from pipeline.demo.report import CONTROLS, Results, summary, table
-from pipeline.evaluate import Question
+from pipeline.evaluation.exact_match import Question
 from pipeline.metrics.history import History, Ledger, Start
 from pipeline.recipe import load_recipe
 from preprocess.demo.scenes import draw_scenes, questions, render
@@ -35,7 +35,9 @@ def results(tmp_path: Path) -> Results:
     asked = []
     for number, scene in enumerate(itertools.islice(draw_scenes("report"), 20)):
         render(scene).save(tmp_path / "raw" / "held_out" / f"{number}.png")
-        asked += [Question(f"{number}.png", q.question, q.answer, q.kind) for q in questions(scene)]
+        asked += [
+            Question(image=f"{number}.png", question=q.question, answer=q.answer, kind=q.kind) for q in questions(scene)
+        ]
     said = ["?" if i % 10 == 0 else question.answer for i, question in enumerate(asked)]
     wrong = ["?" for _ in asked]
     return Results(
@@ -72,8 +74,8 @@ def test_the_margin_is_over_the_best_control(results: Results) -> None:
     )
 
 
-def test_the_table_tells_every_figure(results: Results) -> None:
-    told = table(results)
+def test_the_table_shows_every_figure(results: Results) -> None:
+    text = table(results)
     for word in (
         "shards",
         "60.0",
@@ -85,47 +87,47 @@ def test_the_table_tells_every_figure(results: Results) -> None:
         "resumed at step 20",
         "3 rows",
     ):
-        assert word in told
-    for what in CONTROLS.values():
-        assert what in told
+        assert word in text
+    for description in CONTROLS.values():
+        assert description in text
 
 
 def test_the_demo_ends_with_its_report(results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    finish(results, Places(tmp_path))
+    finish(results, DemoFolder(tmp_path))
     assert "exact match" in capsys.readouterr().out
     assert json.loads((tmp_path / "summary.json").read_text())["samples"] == 600
     for name in ("loss.png", "answers.png"):
-        with Image.open(tmp_path / name) as picture:
-            assert min(picture.size) > 400
-            assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 10
+        with Image.open(tmp_path / name) as image:
+            assert min(image.size) > 400
+            assert len(image.convert("RGB").getcolors(1 << 24) or []) > 10
 
 
-def test_a_model_that_did_not_learn_fails_the_demo_after_its_report(results: Results, tmp_path: Path) -> None:
+def test_the_demo_fails_after_its_report_if_the_model_did_not_learn(results: Results, tmp_path: Path) -> None:
     untaught = replace(results, answers=dict.fromkeys(results.answers, results.answers["untrained"]))
     with pytest.raises(UserError, match=r"beats the best control by 0\.0%"):
-        finish(untaught, Places(tmp_path))
+        finish(untaught, DemoFolder(tmp_path))
     assert (tmp_path / "summary.json").exists()
 
 
-def test_only_the_demos_own_folder_is_wiped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_a_folder_of_an_earlier_demo_is_emptied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").touch()
-    with pytest.raises(UserError, match="was not made by the demo"):
-        start_afresh(mine)
+    with pytest.raises(UserError, match="not written by an earlier demo"):
+        empty_folder(mine)
     assert (mine / "thesis.tex").exists()
 
     own = tmp_path / "runs" / "demo"
-    start_afresh(own)
+    empty_folder(own)
     assert capsys.readouterr().out == ""
     (own / "summary.json").touch()
-    start_afresh(own)
-    assert "wiped" in capsys.readouterr().out
+    empty_folder(own)
+    assert "removing the output of an earlier demo" in capsys.readouterr().out
     assert not (own / "summary.json").exists()
 
 
-def test_the_demos_recipe_says_when_it_ends_and_checkpoints_before_the_kill(tmp_path: Path) -> None:
-    recipe = load_recipe(RECIPE, overrides(Places(tmp_path)))
+def test_the_demo_recipe_sets_its_steps_and_saves_before_the_kill(tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPE, overrides(DemoFolder(tmp_path)))
     assert recipe.steps
     assert recipe.checkpoint.every_steps < recipe.steps // 2
     assert recipe.log.every_steps == 1
@@ -150,11 +152,11 @@ def living_children() -> set[psutil.Process]:
 
 @pytest.fixture
 def others() -> set[psutil.Process]:
-    """What other tests have left running in this process's name, such as multiprocessing's resource tracker."""
+    """Return the children that other tests left running, such as multiprocessing's resource tracker."""
     return living_children()
 
 
-def test_the_kill_reaches_children_in_groups_of_their_own_and_the_output_is_kept(
+def test_the_kill_reaches_children_in_other_process_groups_and_keeps_the_log(
     tmp_path: Path, others: set[psutil.Process]
 ) -> None:
     commands = Commands(tmp_path / "logs")
@@ -165,17 +167,15 @@ def test_the_kill_reaches_children_in_groups_of_their_own_and_the_output_is_kept
     assert living_children() <= others
 
 
-def test_a_training_that_ends_before_the_kill_is_an_error_with_its_last_lines(tmp_path: Path) -> None:
+def test_a_training_that_ends_too_early_is_an_error_with_its_last_lines(tmp_path: Path) -> None:
     program = "print('step 1/9'); print('the disk is full')"
-    with pytest.raises(UserError, match=r"(?s)ended by itself before step 5.*the disk is full"):
+    with pytest.raises(UserError, match=r"(?s)training ended before step 5.*the disk is full"):
         train_until(Commands(tmp_path), [sys.executable, "-c", program], last_step=5)
 
 
-def test_a_command_that_fails_is_an_error_with_its_last_lines(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failing_command_is_an_error_with_its_last_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program = "import sys; print('shown'); print('hidden'); sys.exit('out of luck')"
-    with pytest.raises(UserError, match="ended with 1"):
+    with pytest.raises(UserError, match="exited with 1"):
         Commands(tmp_path).run("x", [sys.executable, "-c", program], keep=lambda line: line == "shown")
     out = capsys.readouterr().out
     assert "| shown" in out
@@ -194,7 +194,7 @@ def test_an_interrupt_leaves_no_process_behind(tmp_path: Path, others: set[psuti
     assert living_children() <= others
 
 
-def test_killing_what_is_gone_is_no_error() -> None:
+def test_killing_a_process_that_has_ended_is_no_error() -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    assert kill_family(process.pid) == 0
+    assert kill_process_tree(process.pid) == 0

@@ -1,4 +1,4 @@
-"""Held-out exact match: questions in, scores out; controls that look at nothing, or at the wrong picture."""
+"""Exact match on held-out questions: reading questions, scores, and the two controls."""
 
 import json
 from pathlib import Path
@@ -13,18 +13,18 @@ from model.errors import UserError
 from model.presets import preset
 from model.vision import Towers
 from model.weights import load_model, save_model
-from pipeline.evaluate import (
+from pipeline.evaluate import main
+from pipeline.evaluation.exact_match import (
     Question,
     Score,
     ask,
-    commonest_answers,
-    main,
+    most_common_answers,
     read_questions,
     score,
     shuffle_images,
     table,
 )
-from pipeline.generate import answer
+from pipeline.inference.decoding import answer
 from preprocess.images.codec import read_image_file
 from preprocess.prompts import load_tokenizer
 from tests.support.launch import fork_python
@@ -32,18 +32,22 @@ from tests.support.tiny_data import write_byte_tokenizer
 
 
 def asked(image: str, kind: str = "colour", answer: str = "red", question: str = "What colour is it?") -> Question:
-    return Question(image, question, answer, kind)
+    return Question(image=image, question=question, answer=answer, kind=kind)
 
 
 def test_exact_match_counts_by_kind_and_over_all() -> None:
     questions = [asked("a"), asked("b"), asked("c", "shape", "cross"), asked("d", "shape", "ring")]
     scores = score(questions, ["red", "blue", "cross", " ring\n"])
-    assert scores == {"colour": Score(1, 2), "shape": Score(2, 2), "all": Score(3, 4)}
+    assert scores == {
+        "colour": Score(right=1, asked=2),
+        "shape": Score(right=2, asked=2),
+        "all": Score(right=3, asked=4),
+    }
     assert scores["all"].exact_match == 0.75
 
 
 @pytest.mark.parametrize("said", ["Red", "red.", "reddish", "", "dark red"])
-def test_nearly_right_is_wrong(said: str) -> None:
+def test_a_nearly_correct_answer_counts_as_wrong(said: str) -> None:
     assert score([asked("a")], [said])["all"].right == 0
 
 
@@ -53,14 +57,14 @@ def test_the_table_ends_with_the_total() -> None:
     assert lines[-1].split()[1:] == ["1", "2", "50.0%"]
 
 
-def test_the_commonest_answer_is_that_of_the_questions_kind() -> None:
+def test_the_most_common_answer_is_chosen_per_kind() -> None:
     questions = [asked("a"), asked("b"), asked("c", answer="blue"), asked("a", "shape", "ring")]
-    assert commonest_answers(questions) == ["red", "red", "red", "ring"]
+    assert most_common_answers(questions) == ["red", "red", "red", "ring"]
 
 
-def test_shuffled_questions_get_another_picture_of_their_kind_and_keep_the_rest() -> None:
+def test_shuffling_gives_every_question_another_image_of_its_kind() -> None:
     kinds = {"colour": range(20), "shape": range(7), "word": range(20, 24)}
-    questions = [asked(f"{i}", kind, answer=f"{kind} {i}") for kind, pictures in kinds.items() for i in pictures]
+    questions = [asked(f"{i}", kind, answer=f"{kind} {i}") for kind, images in kinds.items() for i in images]
     questions += [asked("0", "colour", question="And the rim?"), asked("1", "colour", question="And the rim?")]
     shuffled = shuffle_images(questions, seed=0)
     assert all(new.image != old.image for new, old in zip(shuffled, questions, strict=True))
@@ -72,8 +76,8 @@ def test_shuffled_questions_get_another_picture_of_their_kind_and_keep_the_rest(
     assert shuffled != shuffle_images(questions, seed=1)
 
 
-def test_a_kind_about_one_picture_cannot_be_shuffled() -> None:
-    with pytest.raises(UserError, match="2 of 3 'colour' questions share one picture"):
+def test_a_kind_whose_questions_share_an_image_cannot_be_shuffled() -> None:
+    with pytest.raises(UserError, match="2 of 3 'colour' questions share one image"):
         shuffle_images([asked("a"), asked("a"), asked("b")], seed=0)
 
 
@@ -81,23 +85,23 @@ def test_a_kind_about_one_picture_cannot_be_shuffled() -> None:
     ("line", "complaint"),
     [
         ("{", "line 2: not JSON"),
-        ('["a"]', "line 2: expected an object"),
-        ('{"image": "a.jpg", "question": "Q", "answer": 4, "kind": "k"}', "line 2: expected an object"),
-        ('{"image": "a.jpg", "question": "Q", "kind": "k"}', "line 2: expected an object"),
+        ('["a"]', "line 2: found .*, expected an object"),
+        ('{"image": "a.jpg", "question": "Q", "answer": 4, "kind": "k"}', "line 2: found .*, expected an object"),
+        ('{"image": "a.jpg", "question": "Q", "kind": "k"}', "line 2: found .*, expected an object"),
     ],
 )
-def test_a_bad_line_of_questions_is_named(tmp_path: Path, line: str, complaint: str) -> None:
+def test_a_malformed_question_is_reported_with_its_line(tmp_path: Path, line: str, complaint: str) -> None:
     path = tmp_path / "questions.jsonl"
     path.write_text('{"image": "a.jpg", "question": "Q", "answer": "A", "kind": "k", "more": 1}\n' + line + "\n")
     with pytest.raises(UserError, match=complaint):
         read_questions(path)
 
 
-def test_questions_that_are_not_there_are_a_users_mistake(tmp_path: Path) -> None:
+def test_a_missing_or_empty_question_file_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_questions(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="holds no question"):
+    with pytest.raises(UserError, match="found no questions"):
         read_questions(tmp_path / "empty.jsonl")
 
 
@@ -124,20 +128,18 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_answers_come_in_the_questions_order_and_do_not_depend_on_their_neighbours(
-    model_folder: Path, images: Path
-) -> None:
+def test_answers_keep_the_order_of_questions_and_do_not_depend_on_the_batch(model_folder: Path, images: Path) -> None:
     model, tokenizer = load_model(model_folder, torch.device("cpu"), torch.float32), load_tokenizer(model_folder)
     texts = ["Which?", "A rather long question, is it not?", "Which?", "Why?"]
     questions = [asked(f"{name}.png", question=text) for name, text in zip("abca", texts, strict=True)]
-    together = ask(model, tokenizer, questions, images, quiet=True)
+    batched = ask(model, tokenizer, questions, images, quiet=True)
     px = model.config.vision.image_px
     alone = [
         answer(model, tokenizer, [q.question], [read_image_file(images / q.image, px)], max_new_tokens=16)[0].strip()
         for q in questions
     ]
-    assert together == alone
-    assert len(set(together)) > 1
+    assert batched == alone
+    assert len(set(batched)) > 1
 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> None:
@@ -145,7 +147,7 @@ def run_command(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> None:
     main()
 
 
-def test_the_command_prints_a_table_and_writes_what_was_said(
+def test_the_command_prints_a_table_and_writes_all_answers(
     model_folder: Path,
     images: Path,
     tmp_path: Path,
@@ -154,7 +156,7 @@ def test_the_command_prints_a_table_and_writes_what_was_said(
 ) -> None:
     path, out = tmp_path / "questions.jsonl", tmp_path / "result.json"
     path.write_text("".join(json.dumps(vars(asked(f"{name}.png"))) + "\n" for name in "abc"))
-    run_command(monkeypatch, model_folder, path, "--images", images, "--json", out, "--shuffle-pictures", "0")
+    run_command(monkeypatch, model_folder, path, "--images", images, "--json", out, "--shuffle-images", "0")
     assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["all", "0", "3"]
     result = json.loads(out.read_text())
     assert result["exact_match"] == {"colour": 0.0, "all": 0.0}
@@ -163,7 +165,7 @@ def test_the_command_prints_a_table_and_writes_what_was_said(
     assert all(isinstance(row["said"], str) for row in result["answers"])
 
 
-def test_a_place_that_takes_no_result_is_one_line_after_the_table(
+def test_an_unwritable_result_file_is_one_error_line_after_the_table(
     model_folder: Path, images: Path, tmp_path: Path
 ) -> None:
     path, out = tmp_path / "questions.jsonl", tmp_path / "absent/result.json"
@@ -176,7 +178,7 @@ def test_a_place_that_takes_no_result_is_one_line_after_the_table(
     assert "Traceback" not in done.stderr
 
 
-def test_a_missing_picture_is_named(
+def test_a_missing_image_is_named(
     model_folder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "questions.jsonl"

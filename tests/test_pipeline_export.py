@@ -1,4 +1,4 @@
-"""From a checkpoint to answers: nothing is lost on the way, and the prompt is the one of training."""
+"""Export: no tensor is lost, answers use the prompt of training, and errors are one line."""
 
 import json
 import shutil
@@ -13,14 +13,14 @@ from model.presets import preset
 from pipeline.checkpoint.folder import folder_name
 from pipeline.checkpoint.layout import full_state
 from pipeline.export import check_state, export_run
-from pipeline.generate import answer, load
+from pipeline.inference.decoding import answer, load
 from preprocess.prompts import encode_dialogue, encode_prompt, load_tokenizer
 from tests.support.launch import finish, fork_python, fork_ranks
 
 
 @pytest.fixture(scope="module")
 def run(recipe_file, shards, tmp_path_factory):
-    """Trained on two ranks, so that the checkpoint's tensors are in pieces."""
+    """Train on two ranks, so that the tensors of the checkpoint are sharded."""
     folder = tmp_path_factory.mktemp("run") / "run"
     program = ["-m", "pipeline.train", recipe_file, f"data.shards={shards}", f"run.dir={folder}", "steps=4"]
     finish(fork_ranks(2, program))
@@ -36,16 +36,16 @@ def exported(run, tmp_path_factory):
     return out
 
 
-def test_the_checkpoint_holds_every_trained_tensor_of_the_model_and_no_other(run):
+def test_the_checkpoint_holds_exactly_the_trained_tensors_of_the_model(run):
     state = full_state(run / "checkpoints" / folder_name(4))
     check_state(state, preset("tiny_v2"), run)
     assert state.keys() == Emma(preset("tiny_v2")).state_dict().keys()
     lost = dict(list(state.items())[1:])
-    with pytest.raises(UserError, match="1 tensors are not the model's"):
+    with pytest.raises(UserError, match="1 tensors differ from the model's"):
         check_state(lost, preset("tiny_v2"), run)
 
 
-def test_the_exported_model_is_the_trained_one_without_its_training_only_part(run, exported):
+def test_the_exported_model_has_the_trained_weights_without_the_alignment_module(run, exported):
     state = full_state(run / "checkpoints" / folder_name(4))
     model, _ = load(exported, "cpu")
     found = model.emma.state_dict()
@@ -54,7 +54,7 @@ def test_the_exported_model_is_the_trained_one_without_its_training_only_part(ru
         assert torch.equal(tensor, state[name].to(tensor.dtype)), name
 
 
-def test_the_language_model_is_one_that_transformers_loads_with_the_same_logits(exported):
+def test_transformers_loads_the_language_model_with_the_same_logits(exported):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = load(exported, "cpu")
@@ -66,7 +66,7 @@ def test_the_language_model_is_one_that_transformers_loads_with_the_same_logits(
     assert AutoTokenizer.from_pretrained(exported.with_name("lm")).encode("Sure?") == tokenizer.encode("Sure?")
 
 
-def test_shards_that_moved_are_named_and_others_are_refused(run, shards, tmp_path):
+def test_export_accepts_moved_shards_and_refuses_other_shards(run, shards, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(shards, moved)
     export_run(run, tmp_path / "a", step=None, with_alignment=False, shards=str(moved))
@@ -76,7 +76,7 @@ def test_shards_that_moved_are_named_and_others_are_refused(run, shards, tmp_pat
         export_run(run, tmp_path / "b", step=None, with_alignment=False, shards=str(moved))
 
 
-def test_the_training_only_part_is_kept_on_request(run, tmp_path):
+def test_with_alignment_keeps_the_alignment_module(run, tmp_path):
     export_run(run, tmp_path / "whole", step=None, with_alignment=True)
     model, _ = load(tmp_path / "whole", "cpu")
     assert model.emma.alignment is not None
@@ -89,7 +89,7 @@ def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
     victim.write_bytes(victim.read_bytes()[:-1])
     done = fork_python("-m", "pipeline.export", copy, tmp_path / "out")
     assert done.returncode == 2
-    assert "no good checkpoint" in done.stderr
+    assert "no intact checkpoint" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -98,32 +98,32 @@ LIMITED = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (10
 EXPORT = "runpy.run_module('pipeline.export', run_name='__main__')"
 
 
-def test_a_disk_that_takes_no_more_is_one_line_and_a_folder_that_says_it_is_no_model(run, tmp_path):
-    """A limit on the size of files stands for the full disk."""
+def test_a_full_disk_is_one_error_line_and_leaves_no_loadable_model(run, tmp_path):
+    """A limit on the size of files simulates the full disk."""
     done = fork_python("-c", LIMITED + EXPORT, run, tmp_path / "out")
     assert_one_line(done, f"{tmp_path / 'out'}: the model could not be written")
     with pytest.raises(UserError):
         load(tmp_path / "out", "cpu")
 
 
-def test_a_disk_that_does_not_give_a_checkpoint_is_one_line(run, tmp_path):
+def test_an_unreadable_checkpoint_is_one_error_line(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     manifest = next((tmp_path / "run/checkpoints").rglob("manifest.json"))
     manifest.unlink()
-    manifest.mkdir()  # as good as an error of the disk: it is there, and cannot be read
+    manifest.mkdir()  # simulates a disk error: the path exists but cannot be read
     step = manifest.parent.name.removeprefix("step-")
     done = fork_python("-m", "pipeline.export", tmp_path / "run", tmp_path / "out", "--step", step)
     assert_one_line(done, "manifest.json")
 
 
-def assert_one_line(done, said):
+def assert_one_line(done, message):
     assert done.returncode == 2
     [line] = done.stderr.strip().splitlines()
     assert line.startswith("error: ")
-    assert said in line
+    assert message in line
 
 
-def test_a_prompt_is_the_prefix_of_what_was_trained_on(shards, exported):
+def test_a_prompt_is_a_prefix_of_the_training_tokens(shards, exported):
     tokenizer = load_tokenizer(exported)
     turns = [("human", "<image>\nWhich colour?"), ("gpt", "red"), ("human", "Sure?"), ("gpt", "Yes")]
     dialogue = [{"from": speaker, "value": value} for speaker, value in turns]
@@ -135,23 +135,23 @@ def test_a_prompt_is_the_prefix_of_what_was_trained_on(shards, exported):
             assert len(prompt) in {start for start, _ in whole.spans}
 
 
-def test_decoding_step_by_step_gives_the_tokens_of_the_full_forward_pass(exported):
+def test_step_by_step_decoding_equals_the_full_forward_pass(exported):
     model, tokenizer = load(exported, "cpu")
     noise = np.random.Generator(np.random.Philox(key=1)).integers(0, 256, (2, 100, 100, 3), np.uint8)
     questions = ["Which colour?", "Say 4", "Which colour?"]
-    pictures = [noise[0], None, noise[1]]
-    found = answer(model, tokenizer, questions, pictures, max_new_tokens=12)
-    assert found == [recompute_all(model, tokenizer, q, p, 12) for q, p in zip(questions, pictures, strict=True)]
+    images = [noise[0], None, noise[1]]
+    found = answer(model, tokenizer, questions, images, max_new_tokens=12)
+    assert found == [recompute_all(model, tokenizer, q, p, 12) for q, p in zip(questions, images, strict=True)]
 
 
 @torch.inference_mode()
-def recompute_all(model, tokenizer, question, picture, max_new_tokens):
-    """Greedy decoding that runs the whole sequence through the training path for every token."""
+def recompute_all(model, tokenizer, question, image, max_new_tokens):
+    """Decode greedily by running the whole sequence through the training path for every token."""
     ids = encode_prompt([{"from": "human", "value": question}], model.config.template, tokenizer)
     new: list[int] = []
     features = None
-    if picture is not None:
-        features = model.towers(torch.from_numpy(picture).permute(2, 0, 1)[None])
+    if image is not None:
+        features = model.towers(torch.from_numpy(image).permute(2, 0, 1)[None])
     while len(new) < max_new_tokens:
         embedded = torch.cat(model.emma.embed(torch.tensor([ids + new]), features), 1)
         hidden, _ = model.emma.llm(embedded)
@@ -162,7 +162,7 @@ def recompute_all(model, tokenizer, question, picture, max_new_tokens):
     return tokenizer.decode(new).strip()
 
 
-def test_generate_answers_on_the_command_line(exported, raw_mix):
+def test_generate_prints_an_answer(exported, raw_mix):
     picture = raw_mix.parent / "pictures" / "0.png"
     words = [exported, "--image", picture, "--prompt", "Which colour?", "--max-new-tokens", "4", "--device", "cpu"]
     done = fork_python("-m", "pipeline.generate", *words)
@@ -170,7 +170,7 @@ def test_generate_answers_on_the_command_line(exported, raw_mix):
     assert len(done.stdout.splitlines()) >= 1
 
 
-def test_generate_says_what_is_wrong_in_one_line(exported, raw_mix, tmp_path):
+def test_generate_reports_a_mistake_in_one_line(exported, raw_mix, tmp_path):
     cases = [
         ([tmp_path / "nothing", "--prompt", "x"], "nothing"),
         ([exported, "--image", raw_mix.parent / "absent.png", "--prompt", "x"], "absent.png"),
@@ -180,7 +180,7 @@ def test_generate_says_what_is_wrong_in_one_line(exported, raw_mix, tmp_path):
         assert_one_line(fork_python("-m", "pipeline.generate", *words), said)
 
 
-def test_an_untrained_model_is_exported_from_a_recipe(recipe_file, shards, tmp_path):
+def test_untrained_exports_the_initial_model_of_a_recipe(recipe_file, shards, tmp_path):
     words = ["--untrained", recipe_file, tmp_path / "start", f"data.shards={shards}", "run.dir=unused"]
     done = fork_python("-m", "pipeline.export", *words)
     assert done.returncode == 0, done.stderr

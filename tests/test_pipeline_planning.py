@@ -40,7 +40,7 @@ def test_the_recipes_shards_give_steps_and_lengths(recipe_file, shards):
     facts = describe(recipe, ranks=2, mfu=0.4)
     assert facts["data"]["samples"] == 35
     assert facts["data"]["steps"] == 12
-    assert longest_text(recipe, otherwise=1) > 20
+    assert longest_text(recipe, default=1) > 20
 
 
 def test_a_rehearsal_says_what_fits_and_how_fast(recipe_file, tmp_path):

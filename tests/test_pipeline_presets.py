@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.export import export_run
-from pipeline.generate import answer, load
+from pipeline.inference.decoding import answer, load
 from tests.support.launch import fork_python
 from tests.support.tiny_data import build_shards
 

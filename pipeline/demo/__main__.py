@@ -1,10 +1,10 @@
-"""The whole chain on this machine's CPU, for real: raw data, shards, training, a kill, resuming, answers.
+"""Run the whole chain on the CPU: raw data, shards, training, a kill and a resume, export, answers.
 
     make demo                                # or, in an environment where the project is installed:
     python -m pipeline.demo --dir runs/demo
 
-Everything it makes is under that folder, and is made anew each time. Nothing is downloaded. It ends with an error
-unless the trained model answers far more about held-out pictures than it would by guessing or without looking.
+All output goes to that folder, which is emptied first. Nothing is downloaded. The demo fails unless the trained model
+answers far more held-out questions correctly than it would by guessing or without the right image.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 
 from model.errors import UserError, run_cli
-from pipeline.demo.processes import Commands, kill_family
+from pipeline.demo.processes import Commands, kill_process_tree
 from pipeline.demo.ray_head import ray_head
 from pipeline.demo.report import SHEET_COLUMNS, Results, sample_answers, summary, table
-from pipeline.evaluate import Question, ask, commonest_answers, read_questions, shuffle_images
-from pipeline.generate import load
+from pipeline.evaluation.exact_match import Question, ask, most_common_answers, read_questions, shuffle_images
+from pipeline.inference.decoding import load
 from pipeline.metrics.figures import draw_answers, draw_run
 from pipeline.metrics.history import read_history
 from pipeline.recipe import load_recipe
@@ -40,17 +40,17 @@ RECIPE = "pipeline/recipes/demo.toml"
 MIX = "preprocess/mixes/demo.toml"
 RANKS = 2
 SAMPLES_PER_SHARD = 512
-LEAST_MARGIN = 0.25  # of exact match, over each control; less means that the model or its training is wrong
-MARK = ".emma-demo"  # in a folder that the demo made, and may therefore wipe
+MIN_MARGIN = 0.25  # of exact match over every control; a smaller margin means that something is broken
+MARKER = ".emma-demo"  # marks a folder as the demo's own, which it may empty
 JOB = "emma-demo"
 STEP_LINE = re.compile(r"step +(\d+)/")
-THREADS = {"OMP_NUM_THREADS": "1"}  # of each rank
-SHOWN_STEPS = 50  # of the training's lines, one in so many
+THREADS = {"OMP_NUM_THREADS": "1"}  # per rank
+SHOW_EVERY_STEPS = 50
 RAY_NOISE = re.compile(r"^$|^-+$|\.py:\d+ -- |Next steps|Query the|Request the|Tailing|^ +ray job")
 
 
-class Places:
-    """Where the stages leave what they make; absolute, since a Ray job runs in a copy of the checkout."""
+class DemoFolder:
+    """Paths of the demo's output. They are absolute because a Ray job runs in a copy of the checkout."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
@@ -62,16 +62,16 @@ class Places:
         return self.raw / HELD_OUT
 
 
-class Clock:
-    """Announces the stages and keeps their seconds."""
+class StageTimer:
+    """Print the start of each stage and record how many seconds it took."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.began = time.monotonic()
 
     @contextmanager
-    def stage(self, name: str, what: str) -> Iterator[None]:
-        print(f"\n[{name}] {what}", flush=True)
+    def stage(self, name: str, description: str) -> Iterator[None]:
+        print(f"\n[{name}] {description}", flush=True)
         began = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - began
@@ -82,66 +82,66 @@ class Clock:
 
 
 def demo(folder: Path) -> Results:
-    """Run every stage in `folder`, which is wiped first. Raises: UserError if a stage fails."""
-    places, clock = Places(folder), Clock()
-    start_afresh(places.root)
-    commands = Commands(places.logs)
-    with clock.stage("data", "photographs, rendered scenes and text-only dialogues, in three source formats"):
-        for source, rows in write_mix(places.raw).items():
+    """Run every stage in `folder`, which is emptied first. Raises: UserError if a stage fails."""
+    paths, timer = DemoFolder(folder), StageTimer()
+    empty_folder(paths.root)
+    commands = Commands(paths.logs)
+    with timer.stage("data", "photographs, rendered scenes and text-only dialogues, in three source formats"):
+        for source, rows in write_mix(paths.raw).items():
             print(f"  {source:<6} {rows:>5} rows")
-    with clock.stage("shards", "a Ray job turns annotations and pictures into WebDataset tars"):
-        job_s = build_shards(commands, places)
-        manifest = Manifest.load(places.shards)
-    with clock.stage("train", f"DeepSpeed ZeRO-3 on {RANKS} ranks, killed half-way; the same command resumes"):
-        killed_at = train_with_a_kill(commands, places)
-    with clock.stage("answers", "export, load again, and ask about pictures that were never seen"):
-        export(commands, places)
-        questions = read_questions(places.held_out / QUESTIONS)
-        answers = answer(places, questions)
+    with timer.stage("shards", "a Ray job turns annotations and images into WebDataset tars"):
+        job_s = build_shards(commands, paths)
+        manifest = Manifest.load(paths.shards)
+    with timer.stage("train", f"DeepSpeed ZeRO-3 on {RANKS} ranks, killed half-way and resumed by the same command"):
+        killed_at = train_with_a_kill(commands, paths)
+    with timer.stage("answers", "export, load, and answer questions about held-out images"):
+        export(commands, paths)
+        questions = read_questions(paths.held_out / QUESTIONS)
+        answers = answer(paths, questions)
     return Results(
-        seconds=clock.with_total(),
+        seconds=timer.with_total(),
         samples=manifest.counts["samples"],
         shards_job_s=job_s,
         rejects=manifest.rejects_by_reason,
-        global_batch=load_recipe(RECIPE, overrides(places)).optim.global_batch,
+        global_batch=load_recipe(RECIPE, overrides(paths)).optim.global_batch,
         killed_at_step=killed_at,
-        history=read_history(places.run),
+        history=read_history(paths.run),
         questions=questions,
         answers=answers,
     )
 
 
-def start_afresh(folder: Path) -> None:
-    """Wipe what an earlier demo made. Raises: UserError rather than touch a folder of somebody else's."""
+def empty_folder(folder: Path) -> None:
+    """Empty the folder of an earlier demo. Raises: UserError if the folder holds anything else."""
     if folder.exists() and any(folder.iterdir()):
-        if not (folder / MARK).exists():
-            raise UserError(f"--dir {folder} is not empty and was not made by the demo; choose another folder")
-        print(f"{folder} is an earlier demo's: wiped, to start afresh", flush=True)
+        if not (folder / MARKER).exists():
+            raise UserError(f"--dir {folder}: not empty, and not written by an earlier demo. Choose another folder.")
+        print(f"removing the output of an earlier demo: {folder}", flush=True)
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARK).touch()
+    (folder / MARKER).touch()
 
 
 # -- Shards ------------------------------------------------------------------------------------------------------------
 
 
-def build_shards(commands: Commands, places: Places) -> float:
-    """Submit the job, check how it ended, list what was rejected; the seconds that the job took."""
+def build_shards(commands: Commands, paths: DemoFolder) -> float:
+    """Build the shards in a Ray job and print the rejected rows. Return the seconds that the job took."""
     program: list[str | Path] = ["python", "preprocess/build_shards.py", MIX, "--model", MODEL]
-    program += ["--root", places.raw, "--out", places.shards, "--tokenizer", places.raw / TOKENIZER]
+    program += ["--root", paths.raw, "--out", paths.shards, "--tokenizer", paths.raw / TOKENIZER]
     program += ["--samples-per-shard", str(SAMPLES_PER_SHARD)]
     print("  $ ray start --head --block …", flush=True)
-    with ray_head(places.logs / "ray_head.log") as head:
+    with ray_head(paths.logs / "ray_head.log") as head:
         began = time.monotonic()
         submit = ["ray", "job", "submit", "--submission-id", JOB, "--working-dir", ".", "--", *program]
         commands.run("ray_job", submit, keep=lambda line: not RAY_NOISE.search(line), **head.environment)
         job_s = time.monotonic() - began
-        # A job that was stopped leaves `submit` without an error; its status tells.
+        # `submit` also exits with 0 if the job was stopped, so the status decides.
         status = commands.run("ray_status", ["ray", "job", "status", JOB], keep=lambda _: False, **head.environment)
     if not any("succeeded" in line for line in status):
-        raise UserError(f"the Ray job did not succeed; {places.logs} tells more")
-    print("  the job succeeded; rows that it rejected:")
-    for line in ShardFolder(places.shards).rejects.read_text(encoding="utf-8").splitlines():
+        raise UserError(f"the Ray job failed; see {paths.logs}")
+    print("  the job succeeded; rejected rows:")
+    for line in ShardFolder(paths.shards).rejects.read_text(encoding="utf-8").splitlines():
         reject = json.loads(line)
         print(f"    {reject['source']:<5} row {reject['row']:<5} {reject['reason']:<28} {reject['detail']}")
     return job_s
@@ -150,99 +150,99 @@ def build_shards(commands: Commands, places: Places) -> float:
 # -- Training ----------------------------------------------------------------------------------------------------------
 
 
-def overrides(places: Places) -> list[str]:
-    return [f"data.shards={places.shards}", f"run.dir={places.run}"]
+def overrides(paths: DemoFolder) -> list[str]:
+    return [f"data.shards={paths.shards}", f"run.dir={paths.run}"]
 
 
-def train_with_a_kill(commands: Commands, places: Places) -> int:
-    """Train, SIGKILL every process of it half-way, and give the same command again; the last step before the kill."""
-    steps = load_recipe(RECIPE, overrides(places)).steps
-    assert steps is not None, f"{RECIPE} says how many steps"
+def train_with_a_kill(commands: Commands, paths: DemoFolder) -> int:
+    """Train, kill every process half-way, and resume with the same command. Return the last step before the kill."""
+    steps = load_recipe(RECIPE, overrides(paths)).steps
+    assert steps is not None, f"{RECIPE} must set `steps`"
     command = ["torchrun", "--standalone", f"--nproc-per-node={RANKS}", "-m", "pipeline.train", RECIPE]
-    command += overrides(places)
+    command += overrides(paths)
     killed_at = train_until(commands, command, steps // 2)
-    if not (places.run / "checkpoints" / "latest").exists():
-        raise UserError(f"no checkpoint by step {killed_at}; {places.logs / 'train.log'} tells more")
-    commands.run("train", command, keep=_is_news, **THREADS)
-    outcome = json.loads((places.run / "outcome.json").read_text(encoding="utf-8"))
+    if not (paths.run / "checkpoints" / "latest").exists():
+        raise UserError(f"no checkpoint was saved by step {killed_at}; see {paths.logs / 'train.log'}")
+    commands.run("train", command, keep=_is_shown, **THREADS)
+    outcome = json.loads((paths.run / "outcome.json").read_text(encoding="utf-8"))
     if outcome["outcome"] != "done":
-        raise UserError(f"the resumed training is {outcome['outcome']!r}: {outcome['reason']}")
+        raise UserError(f"the resumed training ended as {outcome['outcome']!r}: {outcome['reason']}")
     return killed_at
 
 
 def train_until(commands: Commands, command: Sequence[str], last_step: int) -> int:
-    """Start the training and kill it at that step, without warning. Raises: UserError if it ends before."""
+    """Start the training and SIGKILL it when it logs `last_step`. Raises: UserError if it ends earlier."""
     with commands.running(command, **THREADS) as process:
         for line in commands.lines("train", process):
-            if _is_news(line):
+            if _is_shown(line):
                 commands.show(line)
             step = _step_of(line)
             if step is not None and step >= last_step:
-                killed = kill_family(process.pid)
-                print(f"  SIGKILL to all {killed} processes of the training, at step {step}", flush=True)
+                num_killed = kill_process_tree(process.pid)
+                print(f"  killed all {num_killed} processes of the training at step {step}", flush=True)
                 return step
-    raise UserError(f"the training ended by itself before step {last_step}: {commands.end_of('train')}")
+    raise UserError(f"the training ended before step {last_step}: {commands.log_tail('train')}")
 
 
 def _step_of(line: str) -> int | None:
-    found = STEP_LINE.match(line)
-    return int(found[1]) if found else None
+    match = STEP_LINE.match(line)
+    return int(match[1]) if match else None
 
 
-def _is_news(line: str) -> bool:
-    """Every line of the training but the steps', and one in so many of those."""
+def _is_shown(line: str) -> bool:
+    """Whether to print a line of the training's output: all lines, but only some of those that report a step."""
     step = _step_of(line)
-    return bool(line) if step is None else step == 1 or step % SHOWN_STEPS == 0
+    return bool(line) if step is None else step == 1 or step % SHOW_EVERY_STEPS == 0
 
 
 # -- Answers -----------------------------------------------------------------------------------------------------------
 
 
-def export(commands: Commands, places: Places) -> None:
+def export(commands: Commands, paths: DemoFolder) -> None:
     python = [sys.executable, "-m", "pipeline.export"]
-    start: list[str | Path] = ["--untrained", RECIPE, places.untrained, *overrides(places)]
-    commands.run("export", [*python, places.run, places.model], _names(places.model))
-    commands.run("export", [*python, *start], _names(places.untrained))
+    start: list[str | Path] = ["--untrained", RECIPE, paths.untrained, *overrides(paths)]
+    commands.run("export", [*python, paths.run, paths.model], _starts_with(paths.model))
+    commands.run("export", [*python, *start], _starts_with(paths.untrained))
 
 
-def _names(place: Path) -> Callable[[str], bool]:
-    return lambda line: line.startswith(str(place))
+def _starts_with(path: Path) -> Callable[[str], bool]:
+    return lambda line: line.startswith(str(path))
 
 
-def answer(places: Places, questions: Sequence[Question]) -> dict[str, Sequence[str]]:
-    """By whom the questions were answered -> the answers."""
-    torch.set_num_threads(1)  # on matrices this small, more of them mostly wait for each other
-    trained, untrained = (load(folder, "cpu") for folder in (places.model, places.untrained))
-    print(f"  {len(questions)} questions about {len({q.image for q in questions})} pictures, three times")
+def answer(paths: DemoFolder, questions: Sequence[Question]) -> dict[str, Sequence[str]]:
+    """Answer the questions with the trained model and with each control. Return the answers by name."""
+    torch.set_num_threads(1)  # matrices this small run no faster on more threads
+    trained, untrained = (load(folder, "cpu") for folder in (paths.model, paths.untrained))
+    print(f"  {len(questions)} questions about {len({q.image for q in questions})} images, answered three times")
     return {
-        "trained": ask(*trained, questions, places.held_out),
-        "untrained": ask(*untrained, questions, places.held_out),
-        "commonest": commonest_answers(questions),
-        "shuffled": ask(*trained, shuffle_images(questions, seed=0), places.held_out),
+        "trained": ask(*trained, questions, paths.held_out),
+        "untrained": ask(*untrained, questions, paths.held_out),
+        "commonest": most_common_answers(questions),
+        "shuffled": ask(*trained, shuffle_images(questions, seed=0), paths.held_out),
     }
 
 
-def finish(results: Results, places: Places) -> None:
-    """Write the report. Raises: UserError if the model did not learn."""
-    write_json(places.root / "summary.json", summary(results))
-    draw_run(results.history, places.root / "loss.png")
-    draw_answers(sample_answers(results, places.held_out), places.root / "answers.png", columns=SHEET_COLUMNS)
-    print(f"\n{table(results)}\n\n{places.root}: summary.json, loss.png, answers.png, model/ (ask it yourself:")
-    print(f"  python -m pipeline.generate {places.model} --image PICTURE --prompt QUESTION)", flush=True)
-    if results.margin < LEAST_MARGIN:
+def finish(results: Results, paths: DemoFolder) -> None:
+    """Write the report and print its table. Raises: UserError if the model did not learn."""
+    write_json(paths.root / "summary.json", summary(results))
+    draw_run(results.history, paths.root / "loss.png")
+    draw_answers(sample_answers(results, paths.held_out), paths.root / "answers.png", columns=SHEET_COLUMNS)
+    print(f"\n{table(results)}\n\n{paths.root}: summary.json, loss.png, answers.png, model/ (ask it a question:")
+    print(f"  python -m pipeline.generate {paths.model} --image IMAGE --prompt QUESTION)", flush=True)
+    if results.margin < MIN_MARGIN:
         raise UserError(
             f"the trained model beats the best control by {results.margin:.1%} of exact match, expected at least "
-            f"{LEAST_MARGIN:.0%}: the model or its training is wrong; {places.root / 'loss.png'} may tell which"
+            f"{MIN_MARGIN:.0%}: the model or its training is broken; look at {paths.root / 'loss.png'}"
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path("runs/demo")
-    parser.add_argument("--dir", type=Path, default=default, help="everything goes there (default %(default)s)")
+    parser.add_argument("--dir", type=Path, default=default, help="output folder (default %(default)s)")
     folder = parser.parse_args().dir
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an interrupt: Ray and the training end too
-    finish(demo(folder), Places(folder))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds like Ctrl-C, so that Ray and the training end too
+    finish(demo(folder), DemoFolder(folder))
 
 
 if __name__ == "__main__":

@@ -21,14 +21,17 @@ Words = Sequence[str | Path]
 
 
 class Commands:
-    """Runs commands in the checkout, this environment's programs first. Their whole output goes to a log each."""
+    """Run commands in the checkout with this environment's programs, and write their output to log files."""
 
     def __init__(self, logs: Path) -> None:
         self.logs = logs
         logs.mkdir(parents=True, exist_ok=True)
 
     def run(self, log: str, words: Words, keep: Callable[[str], bool], **environment: str) -> list[str]:
-        """All lines; shows those that `keep` chooses. Raises: UserError with the last ones if the command fails."""
+        """Run a command and print the lines that `keep` accepts. Return all lines.
+
+        Raises: UserError with the end of the log if the command fails.
+        """
         lines = []
         with self.running(words, **environment) as process:
             for line in self.lines(log, process):
@@ -36,13 +39,13 @@ class Commands:
                 if keep(line):
                     self.show(line)
         if process.returncode:
-            raise UserError(f"{_typed(words)} ended with {process.returncode}: {self.end_of(log)}")
+            raise UserError(f"{_as_typed(words)} exited with {process.returncode}: {self.log_tail(log)}")
         return lines
 
     @contextlib.contextmanager
     def running(self, words: Words, **environment: str) -> Iterator[subprocess.Popen[str]]:
-        """The command, started; whoever leaves early, by an error or an interrupt, leaves nothing of it behind."""
-        print(f"  $ {_typed(words)}", flush=True)
+        """Start a command. An error or an interrupt inside the block kills it with all its children."""
+        print(f"  $ {_as_typed(words)}", flush=True)
         process = subprocess.Popen(
             [str(word) for word in words],
             cwd=REPOSITORY,
@@ -56,13 +59,13 @@ class Commands:
         try:
             yield process
         except BaseException:
-            kill_family(process.pid)
+            kill_process_tree(process.pid)
             raise
         finally:
             process.wait()
 
     def lines(self, log: str, process: subprocess.Popen[str]) -> Iterator[str]:
-        """What the process prints, until nobody holds its output any more."""
+        """Yield the lines that the process prints, until every holder of its output has closed it."""
         assert process.stdout is not None
         with (self.logs / f"{log}.log").open("a", encoding="utf-8") as file, process.stdout:
             for line in process.stdout:
@@ -72,25 +75,25 @@ class Commands:
     def show(self, line: str) -> None:
         print(f"  | {line}", flush=True)
 
-    def end_of(self, log: str) -> str:
+    def log_tail(self, log: str) -> str:
         path = self.logs / f"{log}.log"
         return f"{path} ends with\n" + "\n".join(path.read_text(encoding="utf-8").splitlines()[-15:])
 
 
 def with_our_programs(environment: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment and the given one; `python`, `ray` and `torchrun` are those of this interpreter."""
+    """Add variables to this process's environment, and put this interpreter's `python`, `ray`, `torchrun` first."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     return {**os.environ, "PATH": path, **environment}
 
 
-def _typed(words: Words) -> str:
-    """The command as a user in the checkout would type it."""
+def _as_typed(words: Words) -> str:
+    """Format a command as a user in the checkout would type it."""
     shown = ["python" if word == sys.executable else str(word) for word in words]
     return " ".join(word.replace(f"{REPOSITORY}{os.sep}", "") for word in shown)
 
 
-def kill_family(pid: int) -> int:
-    """SIGKILL a process and all that it started, whatever their process groups; how many there were."""
+def kill_process_tree(pid: int) -> int:
+    """SIGKILL a process and all its descendants, in whatever process group. Return their number."""
     try:
         parent = psutil.Process(pid)
         children = parent.children(recursive=True)

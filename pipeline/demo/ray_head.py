@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from model.errors import UserError
-from pipeline.demo.processes import free_ports, kill_family, with_our_programs
+from pipeline.demo.processes import free_ports, kill_process_tree, with_our_programs
 from pipeline.engine import REPOSITORY
 
 START_S, STOP_S = 90, 15
@@ -80,7 +80,7 @@ class RayHead:
         self.kill()
 
     def kill(self) -> None:
-        kill_family(self.process.pid)
+        kill_process_tree(self.process.pid)
         self.process.wait()
 
 

@@ -1,4 +1,4 @@
-"""What the demo tells at its end: a table, summary.json, and pictures with what was asked and said."""
+"""The demo's report: a table, summary.json, and a sheet of images with questions and answers."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from pipeline.evaluate import Question, score
+from pipeline.evaluation.exact_match import Question, score
 from pipeline.metrics.figures import AnsweredQuestion
 from pipeline.metrics.history import History
 
-FIRST_STEPS, LAST_STEPS = 1, 20  # whose mean is a term's first and last loss
+FIRST_STEPS, LAST_STEPS = 1, 20  # number of steps averaged into the first and the last loss
 SHEET_ROWS, SHEET_COLUMNS = 3, 5
 TERMS: tuple[Literal["text", "align"], ...] = ("text", "align")
 CONTROLS = {
     "untrained": "the model before its first step",
-    "commonest": "always the commonest answer to that kind of question",
-    "shuffled": "the trained model, shown another question's picture",
+    "commonest": "always the most common answer to that kind of question",
+    "shuffled": "the trained model, shown another question's image",
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Results:
-    """What was measured.
+    """Measurements of one demo run.
 
-    seconds     by stage, and "total"
-    samples     in the shards; `shards_job_s` is how long the Ray job took, its start included
-    rejects     rows by reason
-    answers     by who gave them: "trained" and the keys of CONTROLS, each in the order of `questions`
+    seconds         by stage, and "total"
+    samples         number of samples in the shards
+    shards_job_s    seconds that the Ray job took, including its start
+    rejects         number of rejected rows by reason
+    answers         of "trained" and of each key of CONTROLS, in the order of `questions`
     """
 
     seconds: dict[str, float]
@@ -48,7 +49,7 @@ class Results:
 
     @property
     def margin(self) -> float:
-        """By how much of exact match the trained model beats the best of the controls."""
+        """Exact match of the trained model minus that of the best control."""
         return self.exact_match("trained") - max(map(self.exact_match, CONTROLS))
 
     @property
@@ -56,20 +57,20 @@ class Results:
         return self.history.starts[-1].step
 
     def loss_ends(self, term: Literal["text", "align"]) -> tuple[float, float]:
-        """The first and last values of a term; text-only steps have no alignment."""
+        """Return the mean loss of the first and of the last steps. Text-only steps have no alignment loss."""
         pairs = (loss for _, loss in sorted(self.history.losses.items()))
         values = [value for text, align in pairs if (value := text if term == "text" else align) is not None]
         return fmean(values[:FIRST_STEPS]), fmean(values[-LAST_STEPS:])
 
     @property
     def train_samples_per_s(self) -> float:
-        """While stepping: without starts, saving, and steps that the kill made to be done again."""
+        """Samples per second of training steps, without starts, saves and the steps repeated after the kill."""
         ledger = self.history.ledger
         return len(self.history.losses) * self.global_batch / (ledger.training + ledger.waiting_for_data)
 
 
 def summary(results: Results) -> dict[str, Any]:
-    """The content of summary.json."""
+    """Return the content of summary.json."""
     return {
         "seconds": {stage: round(seconds, 1) for stage, seconds in results.seconds.items()},
         "samples_per_s": {
@@ -94,6 +95,7 @@ def summary(results: Results) -> dict[str, Any]:
 
 
 def table(results: Results) -> str:
+    """Format the results as the text table that the demo prints last."""
     facts = summary(results)
     seconds, rates = facts["seconds"], facts["samples_per_s"]
     lines = [f"{'stage':<10} {'seconds':>8} {'samples/s':>10}"]

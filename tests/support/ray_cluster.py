@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.demo import ray_head as demo
-from pipeline.demo.processes import free_ports, kill_family, with_our_programs
+from pipeline.demo.processes import free_ports, kill_process_tree, with_our_programs
 from tests.support.launch import REPOSITORY
 
 NODE_CPUS = 2
@@ -48,7 +48,7 @@ class RayCluster:
     def lose_node(self, node: subprocess.Popen[bytes]) -> None:
         """Kill all processes of a node at once, as a power failure does."""
         self.nodes.remove(node)
-        kill_family(node.pid)
+        kill_process_tree(node.pid)
         node.wait()
 
     def submit(self, *words: str | Path) -> subprocess.CompletedProcess[str]:

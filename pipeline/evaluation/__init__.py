@@ -1,0 +1,1 @@
+"""Evaluating a trained model on questions with known answers."""
