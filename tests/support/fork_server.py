@@ -33,13 +33,16 @@ SHUTDOWN_S = 30  # between SIGTERM and SIGKILL to the remaining ranks, as in tor
 class ForkedProgram:
     """A program that runs in a fork of the server, with the part of `subprocess.Popen` that tests use."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], *, ranks: int, merge_errors: bool) -> None:
+    def __init__(
+        self, arguments: list[str], environment: dict[str, str], *, cwd: Path, ranks: int, merge_errors: bool
+    ) -> None:
         self.arguments = arguments
         self.returncode: int | None = None
         self._stdout = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `communicate`)
         self._stderr = self._stdout if merge_errors else tempfile.TemporaryFile()  # noqa: SIM115
         self._status, status = socket.socketpair()
-        request = {"arguments": arguments, "environment": {**os.environ, **environment}, "ranks": ranks}
+        request = {"arguments": arguments, "environment": {**os.environ, **environment}}
+        request |= {"cwd": str(cwd), "ranks": ranks}
         descriptors = [self._stdout.fileno(), self._stderr.fileno(), status.fileno()]
         socket.send_fds(_server(), [json.dumps(request).encode()], descriptors)
         status.close()
@@ -141,6 +144,7 @@ def start_program(request: dict, stdout: int, stderr: int, status: int) -> list[
         os.close(stderr)
     os.environ.clear()
     os.environ.update(request["environment"])
+    os.chdir(request["cwd"])
     if request["ranks"]:
         launch_ranks(request["ranks"])
     return request["arguments"]

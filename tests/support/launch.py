@@ -27,10 +27,12 @@ def run_python(*arguments: str | Path, timeout: float = 120, **environment: str)
     )
 
 
-def fork_python(*arguments: str | Path, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+def fork_python(
+    *arguments: str | Path, cwd: Path = REPOSITORY, timeout: float = 120, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run the same as `run_python`, six seconds of CPU time faster and on the CPU only, in a fork."""
     words = [str(word) for word in arguments]
-    program = ForkedProgram(words, environment, ranks=0, merge_errors=False)
+    program = ForkedProgram(words, environment, cwd=cwd, ranks=0, merge_errors=False)
     try:
         stdout, stderr = program.communicate(timeout)
     finally:
@@ -51,9 +53,9 @@ def torchrun(ranks: int, program: list[str | Path]) -> subprocess.Popen[str]:
     )
 
 
-def fork_ranks(ranks: int, program: list[str | Path]) -> ForkedProgram:
+def fork_ranks(ranks: int, program: list[str | Path], *, cwd: Path = REPOSITORY) -> ForkedProgram:
     """Start a program on this many gloo ranks, each a fork with the environment variables of torchrun."""
-    return ForkedProgram([str(word) for word in program], {}, ranks=ranks, merge_errors=True)
+    return ForkedProgram([str(word) for word in program], {}, cwd=cwd, ranks=ranks, merge_errors=True)
 
 
 def kill_all(process: Program) -> None:
