@@ -10,6 +10,7 @@ Programs run on the CPU only. Tests of the start itself use `run_python` and `to
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import gc
 import json
@@ -115,7 +116,7 @@ def serve(requests: socket.socket) -> list[str]:
         __import__(name)
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a thread would be missing in the forks"
     gc.freeze()  # otherwise a collection in a fork copies the pages of every object that was imported here
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the processes that report exit codes
+    signal.signal(signal.SIGCHLD, reap)
     while True:
         message, descriptors, *_ = socket.recv_fds(requests, MAX_REQUEST_BYTES, 3)
         if not message:
@@ -126,6 +127,13 @@ def serve(requests: socket.socket) -> list[str]:
             return start_program(json.loads(message), *descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def reap(*_: object) -> None:
+    """Wait for forks that have ended, which also adds their CPU time to the server's."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def start_program(request: dict, stdout: int, stderr: int, status: int) -> list[str]:
