@@ -42,8 +42,12 @@ class ForkedProgram:
         self._stdout = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `communicate`)
         self._stderr = self._stdout if merge_errors else tempfile.TemporaryFile()  # noqa: SIM115
         self._status, status = socket.socketpair()
-        request = {"arguments": arguments, "environment": {**os.environ, **environment}}
-        request |= {"cwd": str(cwd), "ranks": ranks}
+        request = {
+            "arguments": arguments,
+            "environment": {**os.environ, **environment},
+            "cwd": str(cwd),
+            "ranks": ranks,
+        }
         descriptors = [self._stdout.fileno(), self._stderr.fileno(), status.fileno()]
         socket.send_fds(_server(), [json.dumps(request).encode()], descriptors)
         status.close()
