@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint.folder import find_damage
+from pipeline.checkpoint.verify import find_damage
 from tests.support.launch import REPOSITORY, finish, fork_python, fork_ranks
 
 V0_1 = REPOSITORY / "tests/fixtures/v0_1"

@@ -1,14 +1,16 @@
 """The wheel holds every file of the packages, and what it installs works without the checkout."""
 
+import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support.launch import REPOSITORY, run_python
+from tests.support.launch import REPOSITORY
 
 PACKAGES = ("model", "preprocess", "pipeline", "ds_configs")
 BUILD_FILES = ("pyproject.toml", "README.md", "LICENSE")
@@ -42,10 +44,20 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pip(command: str, *words: str | Path) -> None:
     offline = ("--quiet", "--no-index", "--no-deps", "--disable-pip-version-check")
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", command, *offline, *map(str, words)], capture_output=True, text=True, check=False
-    )
+    done = python("-m", "pip", command, *offline, *words)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def python(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("installed")
+    pip("install", "--target", folder, wheel)
+    return folder
 
 
 def package_files() -> dict[str, bytes]:
@@ -63,23 +75,19 @@ def test_the_wheel_holds_the_files_of_the_packages_and_no_others(wheel):
     assert packed == files
 
 
-def test_every_module_recipe_and_mix_loads_from_the_installed_wheel(wheel, tmp_path):
-    installed = tmp_path / "installed"
-    pip("install", "--target", installed, wheel)
-    modules = [
-        name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-        for name in package_files()
-        if name.endswith(".py")
-    ]
+def run_installed(installed: Path, cwd: Path, *words: str | Path) -> str:
+    done = python(*words, cwd=cwd, env={**os.environ, "PYTHONPATH": str(installed)})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_module_recipe_and_mix_loads_from_the_installed_wheel(installed, tmp_path):
+    paths = [name.removesuffix(".py").removesuffix("/__init__") for name in package_files() if name.endswith(".py")]
+    modules = [path.replace("/", ".") for path in paths]
     assert {"pipeline.train", "pipeline.export", "preprocess.build_shards"} <= set(modules)
-    done = run_python("-c", IMPORT_ALL, installed, *modules, cwd=tmp_path, PYTHONPATH=str(installed))
-    assert done.returncode == 0, done.stderr
+    run_installed(installed, tmp_path, "-c", IMPORT_ALL, installed, *modules)
 
 
-def test_a_command_runs_from_the_installed_wheel(wheel, tmp_path):
-    installed = tmp_path / "installed"
-    pip("install", "--target", installed, wheel)
+def test_a_command_runs_from_the_installed_wheel(installed, tmp_path):
     recipe = installed / "pipeline/recipes/emma_v2.toml"
-    done = run_python("-m", "pipeline.describe", recipe, cwd=tmp_path, PYTHONPATH=str(installed))
-    assert done.returncode == 0, done.stderr
-    assert "emma_v2" in done.stdout
+    assert "emma_v2" in run_installed(installed, tmp_path, "-m", "pipeline.describe", recipe)

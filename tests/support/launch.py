@@ -14,13 +14,11 @@ REPOSITORY = Path(__file__).parents[2]
 Program = subprocess.Popen[str] | ForkedProgram
 
 
-def run_python(
-    *arguments: str | Path, cwd: Path = REPOSITORY, timeout: float = 120, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run `python ARGUMENTS`, as a user would in the checkout, with these additional environment variables."""
+def run_python(*arguments: str | Path, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `python ARGUMENTS` in the checkout, as a user would, with these additional environment variables."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
-        cwd=cwd,
+        cwd=REPOSITORY,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
