@@ -1,8 +1,7 @@
-"""One optimizer step: every micro-batch forward and backward, then one update.
+"""One optimizer step over a global batch, and the single all-reduce that turns its losses into a report.
 
-The loss is a sum over the whole global batch divided by totals of the whole global batch. Both do not depend on how the
-batch was split over ranks and micro-batches, and so neither does the update. One reduction over the ranks carries the
-losses, the requests from outside, and what each rank has waited for.
+A loss is summed over the whole global batch and divided by totals of the whole global batch. Both are independent of
+how the batch is split over ranks and micro-batches, and therefore so is the update.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 
 from model.alignment import align_target
 from model.config import EmmaConfig
@@ -25,123 +25,142 @@ from pipeline.recipe import Recipe
 from pipeline.zero import clear_gradients
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Totals:
-    """What the sums over a global batch are divided by."""
+    """The divisors that turn loss sums over a global batch into means; at least 1 each."""
 
-    text: float
-    images: float
+    text: int  # supervised tokens or samples, as `loss.text` says
+    images: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Requests:
-    """What this rank was asked for from outside, and whether it is still writing a checkpoint."""
+    """Flags that one rank sets, and that count for all ranks once reduced."""
 
-    stop: bool = False
-    save: bool = False
-    writing: bool = False
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """What one rank spent: waiting for this step's data, then on the step before: towers and garbage."""
-
-    data_wait: float = 0.0
-    towers: float = 0.0
-    gc: float = 0.0
+    stop: bool = False  # asked to save and stop
+    save: bool = False  # asked to save
+    writing: bool = False  # still writing its files of a checkpoint
 
 
-NOTHING_ASKED, NOTHING_SPENT = Requests(), Seconds()
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Seconds that one rank spent waiting for this step's data, and on the towers and gc of the step before."""
+
+    data_wait_s: float = 0.0
+    towers_s: float = 0.0
+    gc_s: float = 0.0
 
 
-@dataclass(frozen=True)
+class LossAccumulator:
+    """Sums of this rank's losses in fp64, kept on the device so that the host need not wait for them."""
+
+    def __init__(self, num_sources: int, device: torch.device):
+        self.sums = torch.zeros(2 + num_sources, dtype=torch.float64, device=device)  # text, alignment, text by source
+
+    def add(self, text: torch.Tensor, align: torch.Tensor, sources: torch.Tensor) -> None:
+        """Add the losses of a micro-batch's rows.
+
+        Args:
+            text, align: Losses, [b] each.
+            sources: Index of each row's source, [b].
+        """
+        text = text.detach().double()
+        self.sums[0] += text.sum()
+        self.sums[1] += align.detach().double().sum()
+        self.sums[2:].index_add_(0, sources, text)
+
+    def reduce(self) -> npt.NDArray[np.float64]:
+        """Return the sums over all ranks. Every rank must call it."""
+        dist.all_reduce(self.sums)
+        return self.sums.cpu().numpy()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSums:
+    """This rank's loss sums of one optimizer step, and what `reduce_step` needs to turn them into means."""
+
+    sums: torch.Tensor  # [2 + sources] fp64 on the device, as in LossAccumulator
+    totals: Totals
+    align_weight: float
+    has_align: bool  # False for a step without images, or a model without an alignment loss
+    grad_norm: float | None  # over all ranks, before clipping
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """Of the whole step over all ranks. `align` is None in a text-only step, `grad_norm` is before clipping.
-
-    `stop` and `save` tell that some rank saw a request, `writing` that some rank has a checkpoint to write; all ranks
-    read the same values here.
-    """
+    """Results of one optimizer step over all ranks; equal on every rank."""
 
     text: float
-    align: float | None
+    align: float | None  # None in a text-only step
     total: float
-    grad_norm: float
-    stop: bool
-    save: bool
-    writing: bool
+    grad_norm: float  # before clipping
     text_by_source: npt.NDArray[np.float64]  # [sources] sums, to be divided by the source's share of the totals
-    seconds: list[Seconds]  # of each rank
+    requests: Requests  # each is set if any rank set it
+    timings: list[Timings]  # by rank
 
     @property
     def finite(self) -> bool:
         return math.isfinite(self.total) and math.isfinite(self.grad_norm)
 
 
-class StepSums:
-    """The vector of a step's one reduction: this rank's losses, requests and seconds, then those of all ranks.
-
-    It is filled on the device, where the host need not wait for it.
-    """
-
-    def __init__(
-        self, num_sources: int, device: torch.device, requests: Requests = NOTHING_ASKED, spent: Seconds = NOTHING_SPENT
-    ):
-        seconds = torch.zeros(torch.distributed.get_world_size(), len(astuple(spent)), dtype=torch.float64)
-        seconds[torch.distributed.get_rank()] = torch.tensor(astuple(spent), dtype=torch.float64)
-        asked = torch.tensor(astuple(requests), dtype=torch.float64)
-        losses = torch.zeros(2 + num_sources, dtype=torch.float64)
-        self.sizes = [len(losses), len(asked), seconds.numel()]
-        self.values = torch.cat([losses, asked, seconds.flatten()]).to(device)
-
-    def add(self, text: torch.Tensor, align: torch.Tensor, sources: torch.Tensor | None) -> None:
-        """Of the rows of a micro-batch, [b] each; `sources` are their numbers."""
-        losses = self.values[: self.sizes[0]]
-        text = text.detach().double()
-        losses[0] += text.sum()
-        losses[1] += align.detach().double().sum()
-        if sources is not None:
-            losses[2:].index_add_(0, sources, text)
-
-    def reduce(self) -> tuple[npt.NDArray[np.float64], Requests, list[Seconds]]:
-        """Losses (text, align, text by source) of all ranks, what any rank was asked, and each rank's seconds."""
-        torch.distributed.all_reduce(self.values)
-        losses, asked, seconds = self.values.cpu().split(self.sizes)
-        ranks = seconds.view(torch.distributed.get_world_size(), -1).tolist()
-        return losses.numpy(), Requests(*(asked > 0).tolist()), [Seconds(*each) for each in ranks]
-
-
-def optimizer_step(
-    engine: Engine,
-    towers: Towers,
-    recipe: Recipe,
-    batch: GlobalBatch,
-    lr: float,
-    requests: Requests = NOTHING_ASKED,
-    spent: Seconds = NOTHING_SPENT,
-) -> StepReport:
+def optimizer_step(engine: Engine, towers: Towers, recipe: Recipe, batch: GlobalBatch, lr: float) -> LossSums:
     """Train on one global batch. Every rank must call it, with its own slice of the same batch."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     clear_gradients(engine)
     totals = step_totals(recipe, batch)
-    sums = StepSums(len(batch.sources.samples), engine.device, requests, spent)
+    losses = LossAccumulator(len(batch.sources.samples), engine.device)
     sources = batch.sources.rows.to(engine.device)
-    for micro_batch, numbers in zip(batch.micro_batches, sources, strict=True):
+    for micro_batch, row_sources in zip(batch.micro_batches, sources, strict=True):
         text, align = row_losses(engine, towers, recipe, micro_batch.to(engine.device))
-        sums.add(text, align, numbers)
+        losses.add(text, align, row_sources)
         loss = text.sum() / totals.text + recipe.align_weight * align.sum() / totals.images
-        # DeepSpeed looks at gradients alone, which can be finite where the loss is not; it must not update then either.
+        # DeepSpeed skips an update only if a gradient is not finite. A loss that is not finite can have finite
+        # gradients, so this makes them not finite too.
         loss = loss * (1 + 0 * loss.detach())
-        # DeepSpeed averages over ranks and micro-batches; ours is a sum over them.
-        engine.backward(loss * len(batch.micro_batches) * torch.distributed.get_world_size())
+        # DeepSpeed averages over ranks and micro-batches, but this loss is a sum over them.
+        engine.backward(loss * len(batch.micro_batches) * dist.get_world_size())
         engine.step()
-    return _report(engine, recipe, batch, totals, sums)
+    return LossSums(
+        sums=losses.sums,
+        totals=totals,
+        align_weight=recipe.align_weight,
+        has_align=bool(batch.images) and recipe.config.alignment is not None,
+        grad_norm=engine.get_global_grad_norm(),
+    )
+
+
+def reduce_step(losses: LossSums, requests: Requests, timings: Timings) -> StepReport:
+    """Sum a step's losses over the ranks, and exchange requests and timings, in one all-reduce.
+
+    Every rank must call it. It waits until the device has finished the step.
+    """
+    seconds = torch.zeros(dist.get_world_size(), len(astuple(timings)), dtype=torch.float64)
+    seconds[dist.get_rank()] = torch.tensor(astuple(timings), dtype=torch.float64)
+    flags = torch.tensor(astuple(requests), dtype=torch.float64)
+    from_host = torch.cat([flags, seconds.flatten()])
+    # Non-blocking, because a blocking copy would wait for the device once more.
+    values = torch.cat([losses.sums, from_host.to(losses.sums.device, non_blocking=True)])
+    dist.all_reduce(values)
+    sums, flags, seconds = values.cpu().split([len(losses.sums), len(flags), seconds.numel()])
+    text, align = float(sums[0]) / losses.totals.text, float(sums[1]) / losses.totals.images
+    stop, save, writing = (flags > 0).tolist()
+    by_rank = seconds.view(dist.get_world_size(), -1).tolist()
+    return StepReport(
+        text=text,
+        align=align if losses.has_align else None,
+        total=text + losses.align_weight * align,
+        grad_norm=float(losses.grad_norm) if losses.grad_norm is not None else math.nan,
+        text_by_source=sums[2:].numpy(),
+        requests=Requests(stop=stop, save=save, writing=writing),
+        timings=[Timings(data_wait_s=wait, towers_s=towers, gc_s=gc) for wait, towers, gc in by_rank],
+    )
 
 
 def row_losses(
     model: Callable[..., Losses], towers: Towers, recipe: Recipe, batch: MicroBatch
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Text and alignment loss of each row, [b] each; those of filler rows are zero."""
+    """Return the text and the alignment loss of each row, [b] each. Filler rows have zero loss."""
     losses = forward(model, towers, recipe.config, batch)
     text = losses.text_nll
     if recipe.loss.text == "sample":
@@ -151,7 +170,7 @@ def row_losses(
 
 
 def forward(model: Callable[..., Losses], towers: Towers, config: EmmaConfig, batch: MicroBatch) -> Losses:
-    """The frozen towers outside the engine, which must not see them, then the model inside."""
+    """Run the frozen towers, then the model. The towers are outside the engine, which would partition them."""
     if batch.pixels is None:
         return model(batch.tokens, batch.targets)
     features = towers(batch.pixels)
@@ -160,28 +179,10 @@ def forward(model: Callable[..., Losses], towers: Towers, config: EmmaConfig, ba
 
 
 def step_totals(recipe: Recipe, batch: GlobalBatch) -> Totals:
-    """Known from the index before any forward pass, hence without a collective."""
+    """Compute a step's divisors from the index, which every rank has, so that no collective is needed."""
     return Totals(text=max(1, int(text_weights(recipe, batch).sum())), images=max(1, batch.images))
 
 
 def text_weights(recipe: Recipe, batch: GlobalBatch) -> npt.NDArray[np.int64]:
-    """What a global batch's text losses are means over, by source: supervised tokens or samples. [sources]"""
+    """Count what the mean text loss is taken over, by source: supervised tokens or samples. [sources]"""
     return batch.sources.supervised_tokens if recipe.loss.text == "token" else batch.sources.samples
-
-
-def _report(engine: Engine, recipe: Recipe, batch: GlobalBatch, totals: Totals, sums: StepSums) -> StepReport:
-    losses, asked, seconds = sums.reduce()
-    text, align = float(losses[0]) / totals.text, float(losses[1]) / totals.images
-    has_align = bool(batch.images) and recipe.config.alignment is not None
-    grad_norm = engine.get_global_grad_norm()
-    return StepReport(
-        text=text,
-        align=align if has_align else None,
-        total=text + recipe.align_weight * align,
-        grad_norm=float(grad_norm) if grad_norm is not None else math.nan,
-        stop=asked.stop,
-        save=asked.save,
-        writing=asked.writing,
-        text_by_source=losses[2:],
-        seconds=seconds,
-    )

@@ -15,7 +15,7 @@ from pipeline.data.loader import GlobalBatch, TrainData
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine import Engine
 from pipeline.recipe import Recipe
-from pipeline.step import StepSums, row_losses, text_weights
+from pipeline.step import LossAccumulator, row_losses, text_weights
 
 
 class Validation:
@@ -41,7 +41,7 @@ class Validation:
     @torch.no_grad()
     def losses(self, engine: Engine, towers: Towers) -> dict[str, Any]:
         """Means over the samples, by the keys of docs/metrics.md. Every rank must call it."""
-        sums = StepSums(len(self.data.sources.names), engine.device)
+        sums = LossAccumulator(len(self.data.sources.names), engine.device)
         batches = []
         engine.eval()
         for batch in islice(self.data.from_step(0), self.num_batches):
@@ -50,7 +50,7 @@ class Validation:
                 sums.add(*row_losses(engine, towers, self.recipe, micro_batch.to(engine.device)), sources)
             batches.append(replace(batch, micro_batches=[]))
         engine.train()
-        (text, align, *by_source), _, _ = sums.reduce()
+        text, align, *by_source = sums.reduce()
         return self._means(batches, text, align, by_source)
 
     def _means(self, batches: list[GlobalBatch], text: float, align: float, by_source: list[float]) -> dict[str, Any]:

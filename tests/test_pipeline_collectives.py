@@ -39,7 +39,12 @@ def os_error(code, path="/data/index.parquet"):
         ([], {"a mistake there": True}, UserError, ["a mistake there"]),
         ([RetryableError("a bad disk")], {"a mistake there": True}, UserError, ["a bad disk", "a mistake there"]),
         ([], {"a bad disk there": False}, RetryableError, ["a bad disk there"]),
-        ([os_error(errno.EACCES)], {}, UserError, ["/data/index.parquet: Permission denied; ask its owner"]),
+        (
+            [os_error(errno.EACCES)],
+            {},
+            UserError,
+            ["/data/index.parquet: Permission denied; ask its owner for permission"],
+        ),
         ([os_error(errno.EIO)], {}, RetryableError, ["/data/index.parquet: Input/output error, on "]),
         ([OSError(errno.EIO, "Input/output error")], {}, RetryableError, ["Input/output error, on "]),
     ],

@@ -25,27 +25,29 @@ def control(tmp_path, monkeypatch):
 
 def test_a_request_that_nobody_answered_ends_no_later_training_in_a_shell_in_an_allocation(control, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4242")
-    control.clear()
-    assert control.requests() == (False, False)
+    control.clear_unanswered()
+    assert not control.stop_requested()
+    assert not control.save_requested()
 
 
 def test_a_request_that_came_after_the_batch_script_had_cleared_away_the_old_ones_stands(control, monkeypatch):
     monkeypatch.setenv("EMMA_JOB", "4242")
-    control.clear()
-    assert control.requests() == (True, False)
+    control.clear_unanswered()
+    assert control.stop_requested()
+    assert not control.save_requested()
 
 
 def test_the_batch_script_is_told_of_a_refusal_and_nobody_else_is(control, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4242")
-    control.refuse("in a shell in an allocation")
+    control.record_refusal("in a shell in an allocation")
     monkeypatch.setenv("EMMA_JOB", "4240_3")
-    control.refuse("by the job")
+    control.record_refusal("by the job")
     assert (control.folder / "refused").read_text() == "4240_3\tby the job\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_a_rank_is_a_request_to_stop_and_the_first_one_is_remembered(control, number):
-    control.clear()
+    control.clear_unanswered()
     before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)}
     control.stop_on_signals()
     try:
@@ -54,8 +56,9 @@ def test_a_signal_to_a_rank_is_a_request_to_stop_and_the_first_one_is_remembered
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-    assert control.requests() == (True, False)
-    assert control.who_asked_to_stop() == f"by {number.name}"
+    assert control.stop_requested()
+    assert not control.save_requested()
+    assert control.stop_reason() == f"by {number.name}"
 
 
 def test_a_signal_to_all_processes_of_a_training_as_scancel_sends_it_lets_it_save_and_stop(

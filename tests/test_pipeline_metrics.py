@@ -21,7 +21,7 @@ from pipeline.distributed.ranks import Ranks
 from pipeline.metrics.logger import MetricsLogger, append_event
 from pipeline.metrics.timers import StartupTimer
 from pipeline.recipe import load_recipe
-from pipeline.step import Seconds, StepReport
+from pipeline.step import Requests, StepReport, Timings
 from tests.support.launch import REPOSITORY, finish, fork_python, fork_ranks, run_python
 
 STEPS = 6
@@ -94,11 +94,9 @@ def test_a_step_after_which_the_run_may_end_has_a_line_though_none_is_due(recipe
                 align=None,
                 total=loss,
                 grad_norm=1.0,
-                stop=asked == "stop",
-                save=asked == "save",
-                writing=False,
                 text_by_source=np.ones(1),
-                seconds=[Seconds()],
+                requests=Requests(stop=asked == "stop", save=asked == "save"),
+                timings=[Timings()],
             )
             metrics.log_step(step, batch, told, lr=1e-3)
     [line] = [line for line in lines(tmp_path) if "event" not in line]

@@ -14,7 +14,7 @@ from pipeline.metrics.throughput import UsefulFlops, peak_flops, peak_flops_of_r
 from pipeline.metrics.timers import COLLECT_EVERY, GarbageCollection, TowerTimer
 from pipeline.metrics.window import Window, slowest_rank
 from pipeline.recipe import load_recipe
-from pipeline.step import Seconds, StepReport
+from pipeline.step import Requests, StepReport, Timings
 from preprocess.shards.manifest import load_index
 
 
@@ -30,25 +30,23 @@ def batch(samples, supervised, images=0, tokens=100, padding=0.0):
     )
 
 
-ALONE = (Seconds(),)
+ALONE = (Timings(),)
 
 
-def report(by_source, seconds=ALONE, total=1.0):
+def report(by_source, timings=ALONE, total=1.0):
     return StepReport(
         text=total,
         align=None,
         total=total,
         grad_norm=1.0,
-        stop=False,
-        save=False,
-        writing=False,
         text_by_source=np.array(by_source, float),
-        seconds=list(seconds),
+        requests=Requests(),
+        timings=list(timings),
     )
 
 
-def seconds(data_wait, towers, gc):
-    return Seconds(data_wait=data_wait, towers=towers, gc=gc)
+def timings(data_wait, towers, gc):
+    return Timings(data_wait_s=data_wait, towers_s=towers, gc_s=gc)
 
 
 @pytest.fixture
@@ -80,8 +78,8 @@ def test_a_step_that_was_not_finite_does_not_spoil_the_interval(recipe):
 
 def test_waits_are_those_of_the_slowest_rank_of_each_step(recipe):
     each = window(recipe)
-    each.add(batch([1, 1], [1, 1]), report([1, 1], [seconds(0.1, 1, 0), seconds(0.3, 3, 0.5)]))
-    each.add(batch([1, 1], [1, 1]), report([1, 1], [seconds(0.5, 1, 0), seconds(0.1, 1, 0)]))
+    each.add(batch([1, 1], [1, 1]), report([1, 1], [timings(0.1, 1, 0), timings(0.3, 3, 0.5)]))
+    each.add(batch([1, 1], [1, 1]), report([1, 1], [timings(0.5, 1, 0), timings(0.1, 1, 0)]))
     values = each.close()
     assert values["time/data_wait_s"] == pytest.approx((0.3 + 0.5) / 2)
     assert values["time/gc_s"] == 0.5

@@ -63,8 +63,9 @@ def test_a_gpu_without_room_ends_in_one_line_and_is_tried_again_only_where_it_ha
 def test_a_node_that_something_else_has_filled_does_not_end_a_run_that_had_room(run, monkeypatch):
     recipe, start, tell = run
     monkeypatch.setattr(preflight, "prefetched_bytes", lambda _: 1 << 60)
+    context = preflight.Context(recipe=recipe, ranks=RANKS)
     with pytest.raises(UserError, match="--shm-size"):
-        preflight.check_shared_memory(recipe, RANKS)
+        preflight.check_shared_memory(context)
     tell([start(), STEP])
     with pytest.raises(RetryableError, match="does something else use this node"):
-        preflight.check_shared_memory(recipe, RANKS)
+        preflight.check_shared_memory(context)

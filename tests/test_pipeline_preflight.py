@@ -12,8 +12,9 @@ from model.errors import UserError
 from pipeline.checkpoint.folder import MANIFEST
 from pipeline.distributed.ranks import Ranks
 from pipeline.flops import CHECKPOINT_BYTES, count_parameters
-from pipeline.recipe import Recipe, load_recipe
+from pipeline.recipe import load_recipe
 from pipeline.run import preflight
+from pipeline.run.preflight import Context
 from tests.support.launch import finish, fork_python, fork_ranks
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
@@ -44,8 +45,9 @@ def copy(shards: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(shards, tmp_path / "shards"))
 
 
-def recipe(recipe_file: Path, shards: Path, *overrides: str) -> Recipe:
-    return load_recipe(recipe_file, [f"data.shards={shards}", "run.dir=none", *overrides])
+def context(recipe_file: Path, shards: Path, *overrides: str) -> Context:
+    recipe = load_recipe(recipe_file, [f"data.shards={shards}", "run.dir=none", *overrides])
+    return Context(recipe=recipe, ranks=ALONE)
 
 
 def test_all_problems_of_all_nodes_are_told_at_once_on_every_rank(recipe_file, copy, tmp_path):
@@ -66,30 +68,30 @@ def test_all_problems_of_all_nodes_are_told_at_once_on_every_rank(recipe_file, c
 
 
 def test_shards_of_wrong_size_are_one_line_with_the_first_and_their_number(recipe_file, copy, monkeypatch):
-    monkeypatch.setattr(preflight, "NAMED", 1)
+    monkeypatch.setattr(preflight, "MAX_NAMED", 1)
     for shard in copy.glob("*.tar"):
         shard.write_bytes(b"short")
     with pytest.raises(UserError, match=r"shard-00000\.tar has 5 bytes, the manifest says \d+, and 2 more; find all"):
-        preflight.check_shards(recipe(recipe_file, copy), ALONE)
+        preflight.check_shards(context(recipe_file, copy))
 
 
 def test_hashing_stops_when_its_time_is_over_and_says_how_far_it_came(recipe_file, copy, monkeypatch):
-    assert "100% of them hashed" in preflight.check_shards(recipe(recipe_file, copy), ALONE)
+    assert "100% of them hashed" in preflight.check_shards(context(recipe_file, copy))
     shard = copy / "shard-00002.tar"
     shard.write_bytes(bytes([1]) + shard.read_bytes()[1:])
     monkeypatch.setattr(preflight, "HASHING_S", 0.0)
-    assert "0% of them hashed" in preflight.check_shards(recipe(recipe_file, copy), ALONE)
+    assert "0% of them hashed" in preflight.check_shards(context(recipe_file, copy))
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"shard-00002\.tar: its content is not"):
-        preflight.check_shards(recipe(recipe_file, copy), ALONE)
+        preflight.check_shards(context(recipe_file, copy))
 
 
 def test_held_out_shards_are_looked_at_too_and_named_by_their_key(recipe_file, shards, copy):
-    both = recipe(recipe_file, shards, f"evaluate.shards={copy}")
-    assert preflight.check_heldout(both, ALONE).startswith("held out: 3 shards of 35 samples")
-    other = recipe(recipe_file, shards, f"evaluate.shards={copy}", "model=tiny_v1")
+    both = context(recipe_file, shards, f"evaluate.shards={copy}")
+    assert preflight.check_held_out_shards(both).startswith("held out: 3 shards of 35 samples")
+    other = context(recipe_file, shards, f"evaluate.shards={copy}", "model=tiny_v1")
     with pytest.raises(UserError, match=r"^evaluate\.shards: .*prompt template"):
-        preflight.check_heldout(other, ALONE)
+        preflight.check_held_out_shards(other)
 
 
 def test_weights_of_the_hub_are_looked_for_in_its_cache_and_never_downloaded(
@@ -97,70 +99,71 @@ def test_weights_of_the_hub_are_looked_for_in_its_cache_and_never_downloaded(
 ):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    hub = recipe(recipe_file, shards, "weights.llm=someone/mamba", "weights.towers=timm")
-    for check in (preflight.check_language_model, preflight.check_towers):
+    hub = context(recipe_file, shards, "weights.llm=someone/mamba", "weights.towers=timm")
+    for check in (preflight.check_language_model, preflight.check_vision_towers):
         with pytest.raises(UserError, match=r"python -m pipeline\.prefetch"):
-            check(hub, ALONE)
+            check(hub)
     cached = tmp_path / "models--someone--mamba"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs/main").write_text("0" * 40)
     folder = cached / "snapshots" / ("0" * 40)
     folder.mkdir(parents=True)
-    rows = hub.config.llm.vocab_size
+    rows = hub.recipe.config.llm.vocab_size
     torch.save({"backbone.embedding.weight": torch.zeros(rows, 2)}, folder / "pytorch_model.bin")
-    assert preflight.check_language_model(hub, ALONE).startswith("language model someone/mamba: ")
+    assert preflight.check_language_model(hub).startswith("language model someone/mamba: ")
 
 
 def test_a_run_with_a_checkpoint_needs_no_pretrained_language_model(recipe_file, shards, tmp_path):
     (tmp_path / "checkpoints/step-00000004").mkdir(parents=True)
     (tmp_path / "checkpoints/step-00000004" / MANIFEST).touch()
-    resuming = recipe(recipe_file, shards, "weights.llm=/no/llm", f"run.dir={tmp_path}")
-    assert preflight.check_language_model(resuming, ALONE) == ""
+    resuming = context(recipe_file, shards, "weights.llm=/no/llm", f"run.dir={tmp_path}")
+    assert preflight.check_language_model(resuming) == ""
 
 
 def test_too_little_shared_memory_for_loading_is_told_with_the_remedy(recipe_file, shards):
     with pytest.raises(UserError, match=r"/dev/shm has .* GiB free, loading needs .*--shm-size"):
-        preflight.check_shared_memory(recipe(recipe_file, shards, "data.workers=9999999"), ALONE)
+        preflight.check_shared_memory(context(recipe_file, shards, "data.workers=9999999"))
 
 
 def test_too_small_a_disk_is_told_with_what_is_needed(recipe_file, shards, tmp_path):
-    short = recipe(recipe_file, shards, f"run.dir={tmp_path}/run", "checkpoint.keep_last=999999999")
+    short = context(recipe_file, shards, f"run.dir={tmp_path}/run", "checkpoint.keep_last=999999999")
     with pytest.raises(UserError, match=r"needed for 1000000001 checkpoints .* lower checkpoint\.keep_last"):
-        preflight.check_disk(short, ALONE)
+        preflight.check_checkpoint_space(short)
 
 
 def test_what_a_kill_left_is_free_again_and_a_refused_checkpoint_makes_room_for_the_next(
     recipe_file, shards, tmp_path, monkeypatch
 ):
-    told = recipe(recipe_file, shards, f"run.dir={tmp_path}", "checkpoint.keep_last=1")
-    each = CHECKPOINT_BYTES * count_parameters(told.config).trainable
+    told = context(recipe_file, shards, f"run.dir={tmp_path}", "checkpoint.keep_last=1")
+    each = CHECKPOINT_BYTES * count_parameters(told.recipe.config).trainable
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * each))
     with pytest.raises(UserError, match="needed for 3 checkpoints"):
-        preflight.check_disk(told, ALONE)
+        preflight.check_checkpoint_space(told)
     (tmp_path / "checkpoints/.refused-step-00000008").mkdir(parents=True)
-    assert "3 checkpoints" in preflight.check_disk(told, ALONE)
+    assert "3 checkpoints" in preflight.check_checkpoint_space(told)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=each))
     with pytest.raises(UserError, match="1 of which are there"):
-        preflight.check_disk(told, ALONE)
+        preflight.check_checkpoint_space(told)
     half = tmp_path / "checkpoints/.partial-step-00000009/rank-00000.00.master"
     half.parent.mkdir()
     half.touch()
     os.truncate(half, each)
-    assert "3 checkpoints" in preflight.check_disk(told, ALONE)
+    assert "3 checkpoints" in preflight.check_checkpoint_space(told)
 
 
 def test_checkpoints_that_are_kept_for_ever_are_counted_as_the_run_will_have_them(recipe_file, shards, tmp_path):
     """12 steps; saved at 2, 4, …, 12; the newest three are kept, and of the others the one at 6."""
     every = ["checkpoint.every_steps=2", "checkpoint.keep_every=3", "checkpoint.keep_last=3", f"run.dir={tmp_path}"]
-    assert preflight.check_disk(recipe(recipe_file, shards, *every), ALONE).startswith("6 checkpoints")
-    assert preflight.check_disk(recipe(recipe_file, shards, "steps=60", *every), ALONE).startswith("14 checkpoints")
+    two_epochs, longer = context(recipe_file, shards, *every), context(recipe_file, shards, "steps=60", *every)
+    assert preflight.check_checkpoint_space(two_epochs).startswith("6 checkpoints")
+    assert preflight.check_checkpoint_space(longer).startswith("14 checkpoints")
 
 
 HANGING = """
 import threading, torch
-from pipeline.run.preflight import within
+from pipeline.run.watchdog import time_limit
 from pipeline.distributed.ranks import Ranks
-with within(0.1, "the preflight", Ranks(3, 3, 8, torch.device("cpu"))):
+with time_limit(0.1, "the preflight", Ranks(3, 3, 8, torch.device("cpu"))):
     threading.Event().wait()
 """
 

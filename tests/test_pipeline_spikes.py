@@ -11,7 +11,7 @@ from pipeline.distributed.ranks import Ranks
 from pipeline.initial_model import initial_model
 from pipeline.metrics.spikes import MEDIAN_STEPS, MIN_NOISE_STEPS, NOISE_STEPS, SpikeDetector
 from pipeline.recipe import load_recipe
-from pipeline.step import StepReport, row_losses
+from pipeline.step import Requests, StepReport, row_losses
 
 FIRST = MEDIAN_STEPS + MIN_NOISE_STEPS  # the first step that may be a spike
 
@@ -22,11 +22,9 @@ def report(total, grad_norm=1.0):
         align=None,
         total=total,
         grad_norm=grad_norm,
-        stop=False,
-        save=False,
-        writing=False,
         text_by_source=np.zeros(1),
-        seconds=[],
+        requests=Requests(),
+        timings=[],
     )
 
 

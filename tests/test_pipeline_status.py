@@ -207,34 +207,34 @@ def state_later(run, seconds):
 def test_a_start_that_loads_is_neither_stopped_nor_dead_but_not_for_ever(loading):
     assert state_later(loading, 300) == "starting"
     assert state_later(loading, 3 * 3600) == "dead: it began to start 3:00:00 ago"
-    loading.begin(5, {})
+    loading.accept_start(5, {})
     assert state_later(loading, 0) == "stopped", "the word of metrics.jsonl, now that this start can tell there"
 
 
 def test_a_start_gives_a_sign_of_life_once_it_is_accepted(loading):
-    loading.beat()
-    assert not loading.alive.exists()
-    loading.begin(5, {})
-    loading.beat()
-    assert loading.alive.exists()
+    loading.heartbeat()
+    assert not loading.heartbeat_file.exists()
+    loading.accept_start(5, {})
+    loading.heartbeat()
+    assert loading.heartbeat_file.exists()
 
 
 def test_a_start_that_is_refused_leaves_the_state_as_it_was(loading):
-    loading.end("failed", None, "optim.lr was 0.001, now 0.003")
+    loading.write_outcome("failed", None, "optim.lr was 0.001, now 0.003")
     assert state_later(loading, 0) == "stopped by SIGUSR1"
-    loading.end("lost", 0, "rank 0 has ended")
+    loading.write_outcome("lost", 0, "rank 0 has ended")
     assert state_later(loading, 0) == "stopped by SIGUSR1"
 
 
 def test_of_a_start_that_is_lost_before_its_first_step_the_first_word_counts(loading):
     loading.record_failed_start("failed: OSError: no such device")
-    loading.end("lost", 0, "rank 1 has ended")
+    loading.write_outcome("lost", 0, "rank 1 has ended")
     assert state_later(loading, 0) == "failed: OSError: no such device"
 
 
 def test_a_crash_before_and_after_the_first_step_is_told(recipe_file, shards, tmp_path):
     words = [recipe_file, f"data.shards={shards}", f"run.dir={tmp_path}"]
-    for place in ("build_engine", "Loop.train_from"):
+    for place in ("build_engine", "Loop.run"):
         crashing = f"from pipeline import train; train.{place} = lambda *_: 1 / 0; train.main()"
         assert fork_python("-c", crashing, *words).returncode == 1
         told = run_python("-m", "pipeline.status", tmp_path).stdout

@@ -20,8 +20,8 @@ from pipeline.checkpoint.layout import full_state
 from pipeline.checkpoint.verify import find_damage
 from pipeline.distributed.ranks import Ranks
 from pipeline.recipe import load_recipe
+from pipeline.run.failure import exit_after
 from pipeline.run.folder import RunFolder
-from pipeline.train import fail
 from tests.support.launch import finish, fork_python, fork_ranks, kill_all, run_python, torchrun
 
 STEPS = 12  # two epochs
@@ -249,7 +249,7 @@ def test_a_users_mistakes_are_one_line_each(recipe_file, shards, tmp_path):
     (closed / "index.parquet").unlink()
     (closed / "index.parquet").mkdir()
     mistakes = [
-        ([], closed, "run", [f"{closed}/index.parquet: Is a directory; look at the path"]),
+        ([], closed, "run", [f"{closed}/index.parquet: Is a directory; check the path"]),
         ([f"engine.ds_config={'long' * 99}.json"], shards, "run", ["File name too long"]),
         (["optim.learning_rate=1"], shards, "run", ["'learning_rate'", "valid here"]),
         ([], tmp_path / "empty", "run", ["manifest.json", "build_shards.py"]),
@@ -296,20 +296,20 @@ def test_a_disk_that_is_full_when_a_line_is_written_is_one_line_and_no_crash(rec
     (run / "metrics.jsonl").symlink_to("/dev/full")
     line = one_line(fork_python(*command(recipe_file, shards, run)), code=2)
     assert (
-        line == f"error: {run}/metrics.jsonl: No space left on device; make room there, and run the same command again"
+        line == f"error: {run}/metrics.jsonl: No space left on device; free some space, and run the same command again"
     )
     assert outcome(run)["outcome"] == "failed"
 
 
 def test_a_mistake_ends_with_its_exit_code_though_the_run_folder_takes_no_word_of_it(monkeypatch, capsys):
     class OnAFullDisk:
-        begun_at = 3
+        first_step = 3
 
-        def end(self, *_):
+        def write_outcome(self, *_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("pipeline.train.os._exit", sys.exit)
+    monkeypatch.setattr("pipeline.run.failure.os._exit", sys.exit)
     with pytest.raises(SystemExit) as ended:
-        fail(UserError("no room"), None, cast(RunFolder, OnAFullDisk()), code=2)
+        exit_after(UserError("no room"), None, None, cast(RunFolder, OnAFullDisk()))
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: no room\n"

@@ -101,7 +101,7 @@ class MetricsLogger:
         if not self.ranks.is_main:
             return
         self.window.add(batch, report)
-        may_end = report.stop or report.save or not report.finite
+        may_end = report.requests.stop or report.requests.save or not report.finite
         if step % self.recipe.log.every_steps and step != self.data.total_steps and not may_end:
             return
         values = {

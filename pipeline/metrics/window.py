@@ -41,9 +41,9 @@ class Window:
         self.tokens += batch.tokens
         self.padding += batch.padding_ratio
         self.useful_flops += self.flops.of_batch(batch)
-        self.data_wait += max(rank.data_wait for rank in report.seconds)
-        self.gc += max(rank.gc for rank in report.seconds)
-        self.towers = self.towers + np.array([rank.towers for rank in report.seconds])
+        self.data_wait += max(rank.data_wait_s for rank in report.timings)
+        self.gc += max(rank.gc_s for rank in report.timings)
+        self.towers = self.towers + np.array([rank.towers_s for rank in report.timings])
         self.samples_by_source += batch.sources.samples
         if report.finite:
             self.text += report.text_by_source

@@ -1,8 +1,8 @@
-"""Requests from outside: a file appears in the run folder, the ranks agree, and the run does it.
+"""Requests from outside to save or to stop: files in the run folder's `control/`, and signals.
 
-A batch script or a person makes `control/stop` or `control/save`; the script writes into it which signal it got. A file
-survives what a signal does not: launchers, loader processes and wandb's helper would all receive the signal too, and
-die of it.
+A person or the batch script creates `control/stop` or `control/save`. The script writes into the file which signal it
+received. It passes a signal on as a file because launchers, loading processes and wandb's helper process would receive
+a signal too, and would die from it.
 """
 
 from __future__ import annotations
@@ -10,61 +10,66 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Literal
 
-BATCH_SCRIPT = "EMMA_JOB"  # the job that it runs in; SLURM_JOB_ID is there in a shell in an allocation too
+# The batch script sets it to its job's id. SLURM_JOB_ID would not do: any shell inside an allocation has it.
+BATCH_SCRIPT = "EMMA_JOB"
 
 
 class Control:
-    """The request files of one run folder."""
+    """The request files of one run folder, as one rank sees them."""
 
     def __init__(self, run_dir: Path):
         self.folder = run_dir / "control"
-        self.signalled = ""
+        self.signal_name = ""  # of the first signal that this rank received
 
-    def clear(self) -> None:
-        """Forget requests that nobody was there to answer. Main rank only.
+    def clear_unanswered(self) -> None:
+        """Remove the requests that an earlier start left unanswered. Main rank only.
 
-        The batch script has done so, before it passed the first signal on; that one must stay.
+        In a batch job they stay, since the script has already removed old requests, and may have passed on a new one.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if BATCH_SCRIPT not in os.environ:
-            self.done("stop")
-            self.done("save")
+            self.clear("stop")
+            self.clear("save")
+
+    def clear(self, request: Literal["stop", "save"]) -> None:
+        (self.folder / request).unlink(missing_ok=True)
 
     def stop_on_signals(self) -> None:
-        """Take some signals for a request to stop.
+        """Treat SIGTERM and SIGUSR1 as requests to stop.
 
-        A preemption with grace time, and `scancel --signal=USR1` without --batch, tell the ranks, and nobody else.
-        They leave no file: the launcher sends SIGTERM too, when another rank has died, which is not a stop by hand.
+        A preemption with grace time, and `scancel --signal=USR1` without --batch, signal the ranks but not the batch
+        script. The signal leaves no file, because a launcher also sends SIGTERM when another rank has died, and a file
+        would read as a stop by hand.
         """
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
+            signal.signal(number, self._remember_signal)
 
-    def _note(self, number: int, _: object) -> None:
-        self.signalled = self.signalled or signal.Signals(number).name
+    def _remember_signal(self, number: int, _: object) -> None:
+        self.signal_name = self.signal_name or signal.Signals(number).name
 
-    def refuse(self, reason: str) -> None:
-        """Tell the batch script that the same command would be refused again. Nobody else waits for it.
+    def stop_requested(self) -> bool:
+        return bool(self.signal_name) or (self.folder / "stop").exists()
 
-        It cannot go by the exit code: the launcher kills the ranks that end a moment after the first one. The line has
-        the job's name, because another job may train in this folder, and that one was not refused.
+    def save_requested(self) -> bool:
+        return (self.folder / "save").exists()
+
+    def stop_reason(self) -> str:
+        """Return who requested the stop: "by hand", or "by SIG…" for a signal to the batch script or to this rank."""
+        try:
+            requester = (self.folder / "stop").read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            requester = self.signal_name or "SIGTERM"
+        return f"by {requester}" if requester.startswith("SIG") else "by hand"
+
+    def record_refusal(self, reason: str) -> None:
+        """Tell the batch script, if there is one, that the same command would be refused again.
+
+        The script cannot rely on the exit code, because the launcher may kill this rank before it exits. The line names
+        the job, because another job may be training in the same folder and was not refused.
         """
         job = os.environ.get(BATCH_SCRIPT)
         if job and self.folder.is_dir():
             with (self.folder / "refused").open("a", encoding="utf-8") as file:
                 file.write(f"{job}\t{reason}\n")
-
-    def who_asked_to_stop(self) -> str:
-        """Who asked for the stop that was agreed on: "by hand", or a signal to the batch script or to us: "by SIG…"."""
-        try:
-            told = (self.folder / "stop").read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            told = self.signalled or "SIGTERM"
-        return f"by {told}" if told.startswith("SIG") else "by hand"
-
-    def requests(self) -> tuple[bool, bool]:
-        """(stop, save) as this rank sees them."""
-        return bool(self.signalled) or (self.folder / "stop").exists(), (self.folder / "save").exists()
-
-    def done(self, request: str) -> None:
-        (self.folder / request).unlink(missing_ok=True)

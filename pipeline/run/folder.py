@@ -1,4 +1,4 @@
-"""The run folder: claimed by one training at a time, and left with a word on how it ended."""
+"""The run folder: locked by one training at a time, with heartbeat and outcome files."""
 
 from __future__ import annotations
 
@@ -16,78 +16,94 @@ from preprocess.atomic import write_json
 
 
 class RunFolder:
-    """One start in a run folder. Every rank has one; only the main rank's writes.
+    """One start of a training in its run folder. Every rank has one, but only the main rank locks and prepares it.
 
-    Raises: UserError if the folder cannot be written, or another process trains there.
+    Raises: UserError if the folder cannot be written, or if another process trains in it.
     """
 
     def __init__(self, recipe: Recipe, ranks: Ranks):
         self.recipe, self.ranks = recipe, ranks
         self.folder = Path(recipe.run.dir)
         self.control = Control(self.folder)
-        # The step; None until the folder's checkpoints were found to be this training's.
-        self.begun_at: int | None = None
-        # There from the claim to the first step; empty, or with a word on how the start ended before that.
-        self.starting = self.folder / "control/starting"
-        self.alive = self.folder / "control/alive"
+        self.first_step: int | None = None  # where this start continues; None until `accept_start`
+        # Exists from the lock to `accept_start`. Holds the reason if the start fails in between, otherwise empty.
+        self.starting_file = self.folder / "control/starting"
+        self.heartbeat_file = self.folder / "control/alive"
         if ranks.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self.lock = _claim(self.folder / ".lock")
-                self.control.clear()
-                self.starting.write_text("")
+                self.lock = _lock(self.folder / ".lock")
+                self.control.clear_unanswered()
+                self.starting_file.write_text("")
             except OSError as error:
-                raise UserError(f"run.dir: {self.folder}: cannot be written ({error}); give one that you own") from None
-
-    def begin(self, step: int, weights: dict[str, Any]) -> None:
-        """The start was accepted: from here on the folder tells of it, and what an earlier start told is over."""
-        self.begun_at = step
-        if self.ranks.is_main:
-            (self.folder / "outcome.json").unlink(missing_ok=True)
-            self.starting.unlink(missing_ok=True)
-            write_json(self.folder / "recipe.json", asdict(self.recipe))
-            if not self.weights_file.exists():
-                write_json(self.weights_file, weights)
-
-    def end(self, outcome: str, step: int | None, reason: str = "") -> None:
-        """Leave `outcome.json`: "done", "stopped", "failed" or "lost", and from which step this start went on.
-
-        The reason of a stop is who asked for it.
-        """
-        if self.begun_at is not None:
-            facts = {"outcome": outcome, "step": step, "from_step": self.begun_at, "reason": reason}
-            write_json(self.folder / "outcome.json", facts)
-        elif outcome == "failed":  # refused: the folder is as it was before
-            self.starting.unlink(missing_ok=True)
-        else:
-            self.record_failed_start(f"{outcome}: {reason}")
-
-    def record_failed_start(self, word: str) -> None:
-        """The start ended before its first step. The first rank's word counts: the others' ends come of it."""
-        if self.starting.exists() and not self.starting.stat().st_size:
-            self.starting.write_text(word + "\n", encoding="utf-8")
-
-    def beat(self) -> None:
-        """A sign of life, since a first step, a save or an evaluation tells of itself only when it is over.
-
-        Not before the start is accepted: one that is refused must not make a dead run look alive.
-        """
-        if self.ranks.is_main and self.begun_at is not None:
-            self.alive.touch()
+                raise UserError(
+                    f"run.dir: {self.folder}: cannot be written ({error}). Give a folder that you own."
+                ) from None
 
     @property
     def weights_file(self) -> Path:
-        """What was loaded when the run began; a resumed one takes its weights from the checkpoint."""
+        """Record of the files that the run's first start loaded; later starts load a checkpoint instead."""
         return self.folder / "weights.json"
 
+    def accept_start(self, step: int, loaded: dict[str, Any]) -> None:
+        """Record that training begins, now that the folder's checkpoints are known to belong to it.
 
-def _claim(path: Path) -> IO[str]:
-    """Hold the lock until this process ends, however it ends. A file system without locks is trusted."""
+        Args:
+            step: Number of steps already done.
+            loaded: Which weights were loaded, and from where; written by the first start only.
+        """
+        self.first_step = step
+        if self.ranks.is_main:
+            (self.folder / "outcome.json").unlink(missing_ok=True)
+            self.starting_file.unlink(missing_ok=True)
+            write_json(self.folder / "recipe.json", asdict(self.recipe))
+            if not self.weights_file.exists():
+                write_json(self.weights_file, loaded)
+
+    def heartbeat(self) -> None:
+        """Show that the run is alive, since a first step, a save or an evaluation can be silent for long.
+
+        Does nothing before the start is accepted, so that a refused start does not make a dead run look alive.
+        """
+        if self.ranks.is_main and self.first_step is not None:
+            self.heartbeat_file.touch()
+
+    def write_outcome(self, outcome: str, step: int | None, reason: str = "") -> None:
+        """Write `outcome.json`, which the batch script and `pipeline.status` read.
+
+        Before the start is accepted, the outcome of an earlier start stays, and only `control/starting` changes.
+
+        Args:
+            outcome: "done", "stopped", "failed" or "lost".
+            step: Number of steps done, if known.
+            reason: The error; for a stop, who requested it.
+        """
+        if self.first_step is not None:
+            facts = {"outcome": outcome, "step": step, "from_step": self.first_step, "reason": reason}
+            write_json(self.folder / "outcome.json", facts)
+        elif outcome == "failed":  # refused, so the folder is left as it was before
+            self.starting_file.unlink(missing_ok=True)
+        else:
+            self.record_failed_start(f"{outcome}: {reason}")
+
+    def record_failed_start(self, reason: str) -> None:
+        """Record why the start ended before its first step.
+
+        Only the first rank's reason is kept, because the other ranks fail as a consequence.
+        """
+        if self.starting_file.exists() and not self.starting_file.stat().st_size:
+            self.starting_file.write_text(reason + "\n", encoding="utf-8")
+
+
+def _lock(path: Path) -> IO[str]:
+    """Lock a file until this process ends, even if it is killed. A file system without locks is trusted."""
     file = path.open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             file.close()
-            raise UserError(f"run.dir: {path.parent}: another process trains here; stop it, or give another") from None
+            raise UserError(
+                f"run.dir: {path.parent}: another process trains here. Stop it, or give another run.dir."
+            ) from None
     return file

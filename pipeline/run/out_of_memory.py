@@ -1,4 +1,4 @@
-"""Too little memory: a mistake in the recipe, or, where steps of just this kind have had room, a node in other use."""
+"""Out-of-memory errors: a mistake in the recipe, unless steps with the same settings have fitted before."""
 
 from __future__ import annotations
 
@@ -19,26 +19,34 @@ from pipeline.recipe import Recipe
 
 
 def memory_settings(recipe: Recipe) -> dict[str, Any]:
-    """What the memory of a rank depends on, beside the number of ranks, and may change from start to start."""
+    """Return the settings that decide how much memory a rank needs, and that may change between two starts.
+
+    The number of ranks counts too, and is stored beside them.
+    """
     return {"micro_batch": recipe.optim.micro_batch, "workers": recipe.data.workers, **asdict(recipe.engine)}
 
 
-def out_of_memory_error(recipe: Recipe, ranks: Ranks, told: str, remedy: str) -> UserError | RetryableError:
-    """What to raise: to be tried again, elsewhere perhaps, if this run has done a step with these very settings."""
+def out_of_memory_error(recipe: Recipe, ranks: Ranks, problem: str, remedy: str) -> UserError | RetryableError:
+    """Return the error to raise when memory runs out.
+
+    It is worth a retry if this run has done a step with the same settings: then something else may be using the node.
+    """
     if has_stepped_with(Path(recipe.run.dir), world_size=ranks.world_size, settings=memory_settings(recipe)):
-        return RetryableError(f"{told}; steps of this run have had room: does something else use this node?")
-    return UserError(f"{told}; {remedy}")
+        return RetryableError(
+            f"{problem}; earlier steps of this run with the same settings fitted: does something else use this node?"
+        )
+    return UserError(f"{problem}; {remedy}")
 
 
 @contextmanager
 def explain_out_of_memory(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
-    """In place of CUDA's error, what to do about it. Raises: what `out_of_memory_error` makes."""
+    """Turn CUDA's out-of-memory error into one line that says what to change. Raises: `out_of_memory_error`."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         remedy = (
-            f"lower optim.micro_batch (now {recipe.optim.micro_batch}), which changes nothing else, or "
+            f"lower optim.micro_batch (now {recipe.optim.micro_batch}), which does not change the training, or "
             "engine.keep_layers or engine.memory_gib, if they are set"
         )
-        told = f"rank {ranks.rank} on {socket.gethostname()}: {first_line(error)}"
-        raise out_of_memory_error(recipe, ranks, told, remedy) from None
+        problem = f"rank {ranks.rank} on {socket.gethostname()}: {first_line(error)}"
+        raise out_of_memory_error(recipe, ranks, problem, remedy) from None

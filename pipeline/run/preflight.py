@@ -1,23 +1,22 @@
-"""What would go wrong later is found now, and all of it at once, before the model is built.
+"""Preflight: check everything that can be checked before the model is built, and report all problems at once.
 
-Every rank checks what it can see, hears what the others found, and all go on or all stop. Nothing is downloaded, and
-what could take long has a limit.
+Every rank runs the checks for what it can see, and then all ranks continue or all stop. Checks download nothing, and
+those that could take long have a time limit.
+
+To add a check, write a function like the ones below and list it in `preflight` under the ranks that should run it.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import random
 import shutil
 import socket
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ from model.errors import UserError
 from model.hashing import file_sha256
 from model.kernels.dispatch import kernel_report
 from model.vision import tower_file
-from pipeline.checkpoint.folder import REFUSED, find_leftovers, list_steps
+from pipeline.checkpoint.folder import CHECKPOINTS, REFUSED, find_leftovers, list_steps
 from pipeline.checkpoint.retention import count_kept_forever
 from pipeline.data.loader import check_shards_match_model, prefetched_bytes
 from pipeline.distributed.collectives import run_checks
@@ -39,156 +38,167 @@ from pipeline.initial_model import llm_source, tower_source
 from pipeline.prefetch import language_model
 from pipeline.recipe import Recipe
 from pipeline.run.out_of_memory import out_of_memory_error
-from pipeline.run.watchdog import EXIT_LOST
+from pipeline.run.watchdog import time_limit
 from preprocess.shards.folder import ShardFolder
 from preprocess.shards.manifest import Manifest
 
-ROOM_FOR = 2  # checkpoints, beside those that retention keeps: one being written, one to spare
-HASHING_S = 15.0  # for a sample of the shards
+SPARE_CHECKPOINTS = 2  # beside those that retention keeps: one that is being written, and one to spare
+HASHING_S = 15.0  # for the shards; those that are not hashed by then are not checked further
 CHUNK_BYTES = 8 << 20
 PROBE_BYTES = 64 << 20
-LIMIT_S = 120.0  # for the whole: checks are quick, so something hangs
+LIMIT_S = 120.0  # for all checks; each is quick, so one that takes longer hangs
 SHARED_MEMORY = Path("/dev/shm")  # where loading processes put their micro-batches
-NAMED = 3  # bad shards, in a line that counts them all
+MAX_NAMED = 3  # damaged shards that a message names; it counts the others
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What the checks look at."""
+
+    recipe: Recipe
+    ranks: Ranks
+
+    @property
+    def checkpoints(self) -> Path:
+        return Path(self.recipe.run.dir) / CHECKPOINTS
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The manifest of the training shards. Raises: UserError if there is none."""
+        with convert_oserrors(self.recipe.data.shards):
+            return Manifest.load(self.recipe.data.shards)
+
+
+# Returns a line for the log, or "". Raises UserError or RetryableError.
+Check = Callable[[Context], str]
 
 
 def preflight(recipe: Recipe, ranks: Ranks) -> list[str]:
-    """Check everything; what is worth telling. Every rank must call it.
+    """Run all checks. Return lines for the log. Every rank must call it.
 
-    Raises: UserError on all ranks, with all problems; RetryableError if none of them is the user's.
+    Raises: On all ranks, UserError with all problems of all ranks; RetryableError if none is the user's mistake.
     """
-    checks: list[Callable[[Recipe, Ranks], str]] = [check_ranks, check_kernels, check_memory]
-    if ranks.local_rank == 0:
-        checks += [check_towers, check_shared_memory, check_shards, check_heldout]
+    checks: list[Check] = [check_communication, check_kernels, check_gpu_memory]
+    if ranks.local_rank == 0:  # one rank per node, because these look at the node
+        checks += [check_vision_towers, check_shared_memory, check_shards, check_held_out_shards]
     if ranks.is_main:
-        checks += [check_language_model, check_batch, check_disk]
-    with within(LIMIT_S, "the preflight", ranks):
-        return list(filter(None, run_checks(ranks, [functools.partial(check, recipe, ranks) for check in checks])))
+        checks += [check_language_model, check_deepspeed_config, check_checkpoint_space]
+    context = Context(recipe=recipe, ranks=ranks)
+    with time_limit(LIMIT_S, "the preflight", ranks):
+        return list(filter(None, run_checks(ranks, [partial(check, context) for check in checks])))
 
 
-@contextmanager
-def within(limit_s: float, what: str, ranks: Ranks) -> Iterator[None]:
-    """End this process, to be tried again, if `what` hangs: a collective that a rank never enters waits for hours."""
-
-    def give_up() -> None:
-        where = f"rank {ranks.rank} of {ranks.world_size} on {socket.gethostname()}"
-        print(f"error: {where}: {what} takes longer than {limit_s:g} s", file=sys.stderr, flush=True)
-        print("look for a rank that did not start, and at the network between the nodes", file=sys.stderr, flush=True)
-        os._exit(EXIT_LOST)
-
-    timer = threading.Timer(limit_s, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def check_ranks(recipe: Recipe, ranks: Ranks) -> str:
-    """Every rank hears every other, and how fast: an all-reduce of their numbers, then of a larger tensor."""
+def check_communication(context: Context) -> str:
+    """Check that every rank receives from every other, and measure how fast."""
+    ranks = context.ranks
     total = torch.tensor([float(ranks.rank)], device=ranks.device)
     dist.all_reduce(total)
     expected = ranks.world_size * (ranks.world_size - 1) / 2
     if total.item() != expected:
         raise UserError(
-            f"rank {ranks.rank}: the ranks add up to {total.item():.0f}, expected {expected:.0f}; look at the network"
+            f"rank {ranks.rank}: an all-reduce returns a wrong sum (found {total.item():.0f}, expected {expected:.0f})."
+            " Check the network between the nodes."
         )
     if ranks.world_size == 1:
         return ""
     probe = torch.ones(PROBE_BYTES // 4, device=ranks.device)
     dist.all_reduce(probe)
-    begun = time.monotonic()
+    began = time.monotonic()
     dist.all_reduce(probe)
     if ranks.device.type == "cuda":
         torch.cuda.synchronize()
-    # A ring moves 2 (w - 1) / w times the tensor through every rank.
+    # A ring all-reduce moves 2 (w - 1) / w times the tensor through every rank.
     moved = 2 * (ranks.world_size - 1) / ranks.world_size * PROBE_BYTES
-    return f"{ranks.world_size} ranks, all-reduce {moved / (time.monotonic() - begun) / 1e9:.1f} GB/s"
+    return f"{ranks.world_size} ranks, all-reduce {moved / (time.monotonic() - began) / 1e9:.1f} GB/s"
 
 
-def check_kernels(recipe: Recipe, ranks: Ranks) -> str:
-    return kernel_report(ranks.device)
+def check_kernels(context: Context) -> str:
+    return kernel_report(context.ranks.device)
 
 
-def check_memory(recipe: Recipe, ranks: Ranks) -> str:
-    """The rank's share of the training states must fit into what its GPU has free."""
+def check_gpu_memory(context: Context) -> str:
+    """Check that this rank's share of weights, gradients and optimizer states fits into its GPU's free memory."""
+    recipe, ranks = context.recipe, context.ranks
     if ranks.device.type != "cuda":
         return ""
     parameters = count_parameters(recipe.config)
     needed = STATE_BYTES[recipe.engine.precision] * parameters.trainable / ranks.world_size + 2 * parameters.vision
-    free, whole = torch.cuda.mem_get_info(ranks.device)
+    free, total = torch.cuda.mem_get_info(ranks.device)
     if free < needed:
-        told = (
-            f"rank {ranks.rank} on {socket.gethostname()}: GPU has {free / GIB:.1f} of {whole / GIB:.1f} GiB free, "
+        problem = (
+            f"rank {ranks.rank} on {socket.gethostname()}: GPU has {free / GIB:.1f} of {total / GIB:.1f} GiB free, "
             f"the states alone need {needed / GIB:.1f}"
         )
-        raise out_of_memory_error(recipe, ranks, told, "free the GPU or use more ranks")
+        raise out_of_memory_error(recipe, ranks, problem, "free the GPU or use more ranks")
     return f"states {needed / GIB:.1f} GiB of {free / GIB:.1f} GiB free"
 
 
-def check_shared_memory(recipe: Recipe, ranks: Ranks) -> str:
-    """Containers have little of it by default, and loading processes die when it is full."""
+def check_vision_towers(context: Context) -> str:
+    """Check that the towers' weights are on this node, in their folder or in the hub's cache."""
+    if source := tower_source(context.recipe):
+        for tower in context.recipe.config.vision.towers:
+            tower_file(tower, source, cached=True)
+    return ""
+
+
+def check_shared_memory(context: Context) -> str:
+    """Check that shared memory holds what loading processes prefetch, because they die when it is full."""
+    recipe, ranks = context.recipe, context.ranks
     needed = prefetched_bytes(recipe) * local_ranks(ranks)
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else needed
     if free < needed:
-        told = (
+        problem = (
             f"{socket.gethostname()}: {SHARED_MEMORY} has {free / GIB:.2f} GiB free, loading needs {needed / GIB:.2f}"
         )
         remedy = "give the container more (docker --shm-size), or lower data.workers"
-        raise out_of_memory_error(recipe, ranks, told, remedy)
+        raise out_of_memory_error(recipe, ranks, problem, remedy)
     return ""
 
 
 def local_ranks(ranks: Ranks) -> int:
-    """Ranks on this machine, as the launcher tells."""
-    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or "1"
-    return min(int(told), ranks.world_size)
+    """Return how many ranks the launcher started on this machine."""
+    count = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or "1"
+    return min(int(count), ranks.world_size)
 
 
-def check_batch(recipe: Recipe, ranks: Ranks) -> str:
-    compose_config(recipe, ranks.world_size)
-    return ""
+def check_shards(context: Context) -> str:
+    with convert_oserrors(context.recipe.data.shards):
+        return inspect_shards(context.manifest, context.recipe)
 
 
-def check_shards(recipe: Recipe, ranks: Ranks) -> str:
-    with convert_oserrors(recipe.data.shards):
-        return inspect_shards(recipe)
-
-
-def check_heldout(recipe: Recipe, ranks: Ranks) -> str:
+def check_held_out_shards(context: Context) -> str:
+    recipe = context.recipe
     if recipe.evaluate.shards is None:
         return ""
-    heldout = replace(recipe, data=replace(recipe.data, shards=recipe.evaluate.shards))
+    held_out = replace(recipe, data=replace(recipe.data, shards=recipe.evaluate.shards))
     try:
-        with convert_oserrors(heldout.data.shards):
-            return f"held out: {inspect_shards(heldout)}"
+        with convert_oserrors(held_out.data.shards):
+            return f"held out: {inspect_shards(Manifest.load(held_out.data.shards), held_out)}"
     except UserError as error:
         raise UserError(str(error).replace("data.shards", "evaluate.shards", 1)) from None
 
 
-def inspect_shards(recipe: Recipe) -> str:
-    """They fit the model, every file has its size, and as many as there is time for have their hash."""
+def inspect_shards(manifest: Manifest, recipe: Recipe) -> str:
+    """Check that shards fit the model, that every file has its size, and the hashes of as many as time allows."""
     folder = ShardFolder(Path(recipe.data.shards))
-    manifest = Manifest.load(folder)
     check_shards_match_model(manifest, recipe)
     repair = f"find all damage with `python -m preprocess.shardset verify {folder}` and build the shards again"
     if not folder.index.exists() or file_sha256(folder.index) != manifest.index["sha256"]:
         raise UserError(f"{folder.index}: is not the manifest's index; {repair}")
-    wrong = [
+    damaged = [
         f"{path} has {size} bytes, the manifest says {shard.bytes}"
         for shard in manifest.shards
         if (size := _size(path := folder.file(shard.name))) != shard.bytes
     ]
-    if wrong:
-        more = f", and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
-        raise UserError(f"{', '.join(wrong[:NAMED])}{more}; {repair}")
+    if damaged:
+        more = f", and {len(damaged) - MAX_NAMED} more" if len(damaged) > MAX_NAMED else ""
+        raise UserError(f"{', '.join(damaged[:MAX_NAMED])}{more}; {repair}")
     hashed, until = 0, time.monotonic() + HASHING_S
-    for shard in random.sample(manifest.shards, len(manifest.shards)):  # others on each node, and at each start
+    for shard in random.sample(manifest.shards, len(manifest.shards)):  # other shards on each node and at each start
         path = folder.file(shard.name)
-        if (found := hash_until(path, until)) is None:
+        if (sha256 := sha256_within(path, until)) is None:
             break
-        if found != shard.sha256:
+        if sha256 != shard.sha256:
             raise UserError(f"{path}: its content is not what the manifest says; {repair}")
         hashed += shard.bytes
     share = hashed / max(1, sum(shard.bytes for shard in manifest.shards))
@@ -199,8 +209,8 @@ def _size(path: Path) -> int | None:
     return path.stat().st_size if path.exists() else None
 
 
-def hash_until(path: Path, until: float) -> str | None:
-    """A file's SHA-256; None if the time is over before it is read, however slow the disk is."""
+def sha256_within(path: Path, until: float) -> str | None:
+    """Return a file's SHA-256, or None if it cannot be read before `until`, however slow the disk is."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while time.monotonic() < until:
@@ -210,51 +220,48 @@ def hash_until(path: Path, until: float) -> str | None:
     return None
 
 
-def check_language_model(recipe: Recipe, ranks: Ranks) -> str:
-    """In its folder or in the hub's cache; only the main rank reads it, and only if there is no checkpoint."""
-    source = llm_source(recipe)
-    if source is None or list_steps(Path(recipe.run.dir) / "checkpoints"):
+def check_language_model(context: Context) -> str:
+    """Check that the pretrained language model is in its folder or in the hub's cache, unless the run resumes."""
+    source = llm_source(context.recipe)
+    if source is None or list_steps(context.checkpoints):
         return ""
-    return f"language model {source}: {language_model(recipe, source, cached=True)}"
+    return f"language model {source}: {language_model(context.recipe, source, cached=True)}"
 
 
-def check_towers(recipe: Recipe, ranks: Ranks) -> str:
-    """In their folder or in the hub's cache, on every node."""
-    if source := tower_source(recipe):
-        for tower in recipe.config.vision.towers:
-            tower_file(tower, source, cached=True)
+def check_deepspeed_config(context: Context) -> str:
+    """Check the DeepSpeed JSON, and that the global batch divides into micro-batches of all ranks."""
+    compose_config(context.recipe, context.ranks.world_size)
     return ""
 
 
-def check_disk(recipe: Recipe, ranks: Ranks) -> str:
-    """Room for what retention keeps and for the checkpoint that is being written.
+def check_checkpoint_space(context: Context) -> str:
+    """Check that the disk has room for the checkpoints that retention keeps, and for one that is being written.
 
-    Refused checkpoints count as there, since the next save deletes them; what the start will remove counts as free.
+    A refused checkpoint counts as one that is there, since the next save deletes it. What the start will remove counts
+    as free.
     """
-    folder = Path(recipe.run.dir) / "checkpoints"
+    recipe = context.recipe
+    folder = context.checkpoints
     each = CHECKPOINT_BYTES * count_parameters(recipe.config).trainable
-    kept = count_kept_forever(recipe.checkpoint, _total_steps(recipe))
-    count = recipe.checkpoint.keep_last + kept + ROOM_FOR
+    kept = count_kept_forever(recipe.checkpoint, _total_steps(recipe, context.manifest))
+    count = recipe.checkpoint.keep_last + kept + SPARE_CHECKPOINTS
     there = len([*folder.glob("step-*"), *folder.glob(f"{REFUSED}*")])
     needed = each * max(1, count - there)
-    free = shutil.disk_usage(next(_existing(Path(recipe.run.dir).absolute()))).free
+    run_dir = Path(recipe.run.dir).absolute()
+    free = shutil.disk_usage(next(folder for folder in (run_dir, *run_dir.parents) if folder.is_dir())).free
     free += sum(file.stat().st_size for leftover in find_leftovers(folder) for file in leftover.iterdir())
     if free < needed:
-        keeping = f", {kept} of them kept for ever" if kept else ""
+        forever = f", {kept} of them kept for ever" if kept else ""
         remedy = "lower checkpoint.keep_last" + " or raise checkpoint.keep_every" * bool(kept)
         raise UserError(
             f"run.dir: {recipe.run.dir}: {free / GIB:.1f} GiB free, {needed / GIB:.1f} needed for {count} checkpoints "
-            f"of {each / GIB:.1f}{keeping}, {there} of which are there; make room or {remedy}"
+            f"of {each / GIB:.1f}{forever}, {there} of which are there; make room or {remedy}"
         )
     return f"{count} checkpoints of {each / GIB:.2f} GiB, {there} of them there; {free / GIB:.0f} GiB free"
 
 
-def _total_steps(recipe: Recipe) -> int:
-    """As the plan will have it: every global batch is of one modality."""
-    counts = Manifest.load(recipe.data.shards).counts
+def _total_steps(recipe: Recipe, manifest: Manifest) -> int:
+    """Compute the number of steps as the plan does: every global batch is of one modality."""
+    counts = manifest.counts
     modalities = (counts["text_only"], counts["samples"] - counts["text_only"])
     return recipe.steps or recipe.data.epochs * sum(-(-each // recipe.optim.global_batch) for each in modalities)
-
-
-def _existing(path: Path) -> Iterator[Path]:
-    return (folder for folder in (path, *path.parents) if folder.is_dir())

@@ -1,8 +1,17 @@
-"""Ends a run that hangs, or that lost a rank, with the Python stacks of every rank in the run folder.
+"""Watchdog: end a run in which a rank died or hangs, so that it is requeued. What happens when a rank dies:
 
-Each rank has a thread that watches its own step, and the other ranks' processes on its machine. A collective that one
-rank never enters holds up all of them, so all write their stacks at about the same time; what one rank sees, the
-others read off the folder that it made. The main rank's also gives the signs of life that `pipeline.status` goes by.
+1. The other ranks would wait for it in a collective for hours. On its machine, the watchdog threads of the other ranks
+   see within a second that its process has ended. If a whole machine is lost, or a rank hangs, the others exceed the
+   time limit of their step: `watchdog.slow_factor` times the usual step, but at least `watchdog.least_s`; for the first
+   steps, a save or an evaluation, `watchdog.first_s`.
+2. Each of them writes its Python stacks to `RUN/stacks/TIME/rank-N.txt`. Ranks on other machines see that folder and do
+   the same. The first rank also writes the reason to stderr, to `metrics.jsonl`, and to `outcome.json` as "lost".
+3. All of them exit with code 4 (retry) without waiting for the dead rank. torchrun or srun kills what is left.
+4. `slurm/train_emma.sh` requeues a lost run, within its limits. The next start resumes from the newest checkpoint that
+   verifies (`pipeline.checkpoint.checkpointer`); the steps since then are trained again, with the same result.
+
+A rank that ends itself after an error it understands does not get here: see `pipeline.run.failure`. Before the watchdog
+starts, `time_limit` ends a start that hangs. The main rank's watchdog also writes the run's heartbeat.
 """
 
 from __future__ import annotations
@@ -21,157 +30,182 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from types import TracebackType
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch.distributed as dist
 
-from model.errors import UserError
+from model.errors import ExitCode, UserError
 from pipeline.distributed.processes import PROBLEM_STATES, process_state
 from pipeline.distributed.ranks import Ranks
 from pipeline.metrics.logger import append_event
 from pipeline.recipe import Recipe
 from pipeline.run.folder import RunFolder
 
-EXIT_LOST = 4  # try again: neither the recipe nor the data is to blame
-FIRST_STEPS = 8  # whose compilation and warming up may take long
-REMEMBERED = 50  # steps, for their median time
+FIRST_STEPS = 8  # which may be slow because of compilation and warm-up
+REMEMBERED_STEPS = 50  # for the median step time
 POLL_S = 1.0
-GRACE_S = 5.0  # from a rank's stacks to its end, so that the others can write theirs
-STUCK_S = 60.0  # after which a rank that could not end itself writes its stacks to the log, and then ends all the same
-SUSPENDED_S = 5.0  # a thread that was held up for longer was so with the whole job, as by `scontrol suspend`
+GRACE_S = 5.0  # between a rank's stacks and its exit, so that the other ranks can write theirs
+STUCK_S = 60.0  # past the limit, a rank dumps its stacks to stderr; past twice that, it exits without reporting
+SUSPENDED_S = 5.0  # a longer gap between two polls means that the whole job was suspended, as by `scontrol suspend`
 
 
-def bound_collectives(recipe: Recipe) -> None:
-    """Let collectives fail by themselves, but after the watchdog had its chance. Call it before the ranks meet."""
+def set_collective_timeouts(recipe: Recipe) -> None:
+    """Set the timeout of collectives to twice the watchdog's longest limit. Call it before the process group exists."""
     minutes = math.ceil(2 * recipe.watchdog.first_s / 60)
     os.environ.setdefault("DEEPSPEED_TIMEOUT", str(minutes))  # of the process group
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")  # a failed collective ends its process
 
 
-class Watchdog:
-    """Context manager; every rank must enter it.
+@contextmanager
+def time_limit(limit_s: float, operation: str, ranks: Ranks) -> Iterator[None]:
+    """End this process with the exit code for a retry if the block takes longer, as when a rank never joins it."""
 
-    `step_done` sets the time for the next step; `during` gives something else than a step the time that it may take.
+    def end_process() -> None:
+        where = f"rank {ranks.rank} of {ranks.world_size} on {socket.gethostname()}"
+        print(
+            f"error: {where}: {operation} takes longer than {limit_s:g} s. "
+            "Look for a rank that did not start, and check the network between the nodes.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(ExitCode.RETRY)
+
+    timer = threading.Timer(limit_s, end_process)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+class Deadline(NamedTuple):
+    operation: str
+    limit_s: float
+    at: float  # in seconds of `Watchdog.active_s`
+
+
+class Watchdog:
+    """Context manager that ends this process if its current operation exceeds a time limit, or if another rank dies.
+
+    Every rank must enter it. `step_done` sets the limit for the next step, and `allow_time_for` for other operations.
     """
 
     def __init__(self, run: RunFolder, ranks: Ranks):
-        self.run, self.ranks, self.options = run, ranks, run.recipe.watchdog
-        self.step, self.seconds = 0, deque[float](maxlen=REMEMBERED)
-        self.lived = 0.0  # seconds, without those for which the job was suspended
-        self.ended = threading.Event()
+        self.run, self.ranks, self.config = run, ranks, run.recipe.watchdog
+        self.step, self.step_times = 0, deque[float](maxlen=REMEMBERED_STEPS)
+        self.active_s = 0.0  # since the start, without the time for which the job was suspended
+        self.closed = threading.Event()
 
     def __enter__(self) -> Watchdog:
-        everyone: list[tuple[str, int, float]] = [("", 0, 0.0)] * self.ranks.world_size
-        dist.all_gather_object(everyone, (_where(), os.getpid(), time.time()))
-        began = time.strftime("%Y%m%d-%H%M%S", time.gmtime(everyone[0][2]))
+        by_rank: list[tuple[str, int, float]] = [("", 0, 0.0)] * self.ranks.world_size
+        dist.all_gather_object(by_rank, (_process_namespace(), os.getpid(), time.time()))
+        began = time.strftime("%Y%m%d-%H%M%S", time.gmtime(by_rank[0][2]))  # the same name on all ranks
         self.folder = self.run.folder / "stacks" / began
-        here = [(rank, pid) for rank, (host, pid, _) in enumerate(everyone) if host == _where()]
+        here = [(rank, pid) for rank, (namespace, pid, _) in enumerate(by_rank) if namespace == _process_namespace()]
         self.peers = {rank: pid for rank, pid in here if rank != self.ranks.rank and process_state(pid)}
-        self._expect("the start", self.options.first_s)
-        faulthandler.enable()  # and a crash in compiled code tells where it was
-        threading.Thread(target=self._keep_time, name="watchdog's clock", daemon=True).start()
+        self._set_deadline("the start", self.config.first_s)
+        faulthandler.enable()  # so that a crash in compiled code prints its stack
+        threading.Thread(target=self._keep_time, name="watchdog clock", daemon=True).start()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """An error may be another rank's death: that rank is looked for, and named."""
-        self.ended.set()
+        """Stop watching. An unexpected error may come from a rank that died, so look for one and report it instead."""
+        self.closed.set()
         faulthandler.cancel_dump_traceback_later()
         if isinstance(error, Exception) and not isinstance(error, UserError):
             until = time.monotonic() + 2 * POLL_S
             while time.monotonic() < until:
-                if lost := self._lost_rank():
-                    self._end(lost)
+                if reason := self._dead_rank():
+                    self._end_process(reason)
                 time.sleep(POLL_S / 10)
 
     def step_done(self, step: int) -> None:
-        """`step` steps are done, and the next one begins."""
-        now = time.monotonic()
-        self.seconds.append(now - self.since)
+        """Note that `step` steps are done, and set the time limit of the next one."""
+        self.step_times.append(time.monotonic() - self.since)
         self.step = step
-        self._expect(f"step {step + 1}", self.allowance())
+        self._set_deadline(f"step {step + 1}", self.step_limit_s())
 
     @contextmanager
-    def during(self, what: str) -> Iterator[None]:
-        """A save or an evaluation, which may take longer than a step."""
-        self._expect(what, self.options.first_s)
+    def allow_time_for(self, operation: str) -> Iterator[None]:
+        """Allow `first_s` for a block between two steps, such as a save or an evaluation."""
+        self._set_deadline(operation, self.config.first_s)
         yield
-        self._expect(f"step {self.step + 1}", self.allowance())
+        self._set_deadline(f"step {self.step + 1}", self.step_limit_s())
 
     @contextmanager
-    def before_the_end(self) -> Iterator[None]:
-        """Around the steps: what comes after them, as wandb's last words, may take longer too."""
+    def allow_time_to_finish(self) -> Iterator[None]:
+        """Allow `first_s` for what follows the block, such as wandb's clean-up, also after an error."""
         try:
             yield
         finally:
-            self._expect("the end", self.options.first_s)
+            self._set_deadline("the end", self.config.first_s)
 
-    def allowance(self) -> float:
-        """Seconds that the next step may take."""
-        if len(self.seconds) < FIRST_STEPS:
-            return self.options.first_s
-        return max(self.options.slow_factor * median(self.seconds), self.options.least_s)
+    def step_limit_s(self) -> float:
+        """Compute how long the next step may take, from the median of the last steps."""
+        if len(self.step_times) < FIRST_STEPS:
+            return self.config.first_s
+        return max(self.config.slow_factor * median(self.step_times), self.config.least_s)
 
-    def _expect(self, what: str, allowance: float) -> None:
+    def _set_deadline(self, operation: str, limit_s: float) -> None:
         self.since = time.monotonic()
-        if self.options.slow_factor:
-            self.due = (what, allowance, self.lived + allowance)
-            faulthandler.dump_traceback_later(allowance + STUCK_S)
+        if self.config.slow_factor:
+            self.deadline = Deadline(operation, limit_s, self.active_s + limit_s)
+            faulthandler.dump_traceback_later(limit_s + STUCK_S)
         else:
-            self.due = (what, allowance, math.inf)
+            self.deadline = Deadline(operation, limit_s, math.inf)
 
     def _keep_time(self) -> None:
-        """Count the seconds, and end this rank if `_watch` cannot: the run folder's file system may never answer it.
+        """Count `active_s`. End the process if `_watch` cannot, because the run folder's file system does not respond.
 
-        So this thread touches no file. faulthandler, which writes the stacks before, would not know of a suspension.
+        For that reason this thread touches no file.
         """
-        asked = time.monotonic()
-        while not self.ended.wait(POLL_S):
+        last = time.monotonic()
+        while not self.closed.wait(POLL_S):
             now = time.monotonic()
-            self.lived += min(now - asked, SUSPENDED_S)
-            asked = now
-            if self.lived > self.due[2] + 2 * STUCK_S:
-                os._exit(EXIT_LOST)
+            self.active_s += min(now - last, SUSPENDED_S)
+            last = now
+            if self.active_s > self.deadline.at + 2 * STUCK_S:
+                os._exit(ExitCode.RETRY)
 
     def _watch(self) -> None:
-        while not self.ended.wait(POLL_S):
-            what, allowance, until = self.due
-            if lost := self._lost_rank():
-                self._end(lost)
-            if self.lived > until:
-                self._end(f"{what} takes longer than {allowance:.0f} s{self._usual()}{self._telling()}")
-            if self._others_end():
-                self._end("another rank ends the run")
+        while not self.closed.wait(POLL_S):
+            operation, limit_s, at = self.deadline
+            if reason := self._dead_rank():
+                self._end_process(reason)
+            if self.active_s > at:
+                usual = f" (usually {median(self.step_times):.1f})" if self.step_times else ""
+                self._end_process(f"{operation} takes longer than {limit_s:.0f} s{usual}{self._problem_ranks()}")
+            if self._another_rank_ends():
+                self._end_process("another rank ends the run")
             with contextlib.suppress(OSError):
-                self.run.beat()
+                self.run.heartbeat()
 
-    def _others_end(self) -> bool:
-        """A file system that fails tells nothing of them."""
+    def _dead_rank(self) -> str | None:
+        dead = [rank for rank, pid in self.peers.items() if process_state(pid) in ("", "Z")]
+        return f"rank {dead[0]} has ended" if dead else None
+
+    def _another_rank_ends(self) -> bool:
+        """Return whether another rank has created the folder for stacks. False if the file system fails."""
         with contextlib.suppress(OSError):
             return self.folder.exists()
         return False
 
-    def _usual(self) -> str:
-        return f" (usually {median(self.seconds):.1f})" if self.seconds else ""
-
-    def _telling(self) -> str:
-        """Of ranks on this machine, what their process state gives away."""
+    def _problem_ranks(self) -> str:
+        """List the ranks on this machine whose process state explains a hang."""
         states = {rank: PROBLEM_STATES.get(process_state(pid)) for rank, pid in self.peers.items()}
         return "".join(f"; rank {rank} is {state}" for rank, state in states.items() if state)
 
-    def _lost_rank(self) -> str | None:
-        gone = [rank for rank, pid in self.peers.items() if process_state(pid) in ("", "Z")]
-        return f"rank {gone[0]} has ended" if gone else None
-
-    def _end(self, reason: str) -> NoReturn:
-        """Write the stacks; the first to come also tells why; wait for the others, and leave."""
+    def _end_process(self, reason: str) -> NoReturn:
+        """Write this rank's stacks, report the reason if no other rank has, give the other ranks time, and exit."""
         try:
             self._write_stacks(reason)
-            code = self._tell(reason)
+            code = self._report(reason)
         except OSError as error:
-            print(f"error: {reason}; the run folder does not take the stacks ({error})", file=sys.stderr, flush=True)
+            print(f"error: {reason}; cannot write stacks to the run folder ({error})", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
-            code = EXIT_LOST
+            code = ExitCode.RETRY
         time.sleep(GRACE_S)
         os._exit(code)
 
@@ -182,23 +216,26 @@ class Watchdog:
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
 
-    def _tell(self, reason: str) -> int:
-        """Once for all ranks. The exit code: not to be tried again if a rank has told of a mistake before it ended."""
+    def _report(self, reason: str) -> int:
+        """Report the reason, once for all ranks. Return the exit code.
+
+        The code is 1 if an outcome is there already: a rank reported its own error before it ended.
+        """
         try:
             with (self.folder / "reason.txt").open("x") as file:
                 file.write(f"{reason}\n")
         except FileExistsError:
-            return EXIT_LOST
-        if self.run.begun_at is not None and (self.run.folder / "outcome.json").exists():
+            return ExitCode.RETRY
+        if self.run.first_step is not None and (self.run.folder / "outcome.json").exists():
             return 1
         print(f"error: {reason}; Python stacks of the ranks are in {self.folder}", file=sys.stderr, flush=True)
-        self.run.end("lost", self.step, reason)
+        self.run.write_outcome("lost", self.step, reason)
         append_event(self.run.folder, "lost", self.step, reason=reason, stacks=str(self.folder))
-        return EXIT_LOST
+        return ExitCode.RETRY
 
 
-def _where() -> str:
-    """The machine, and the container on it: where a process's number means the same process."""
+def _process_namespace() -> str:
+    """Name the machine and its container, within which a process id means the same process."""
     try:
         return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:

@@ -16,12 +16,12 @@ from pathlib import Path
 import pipeline.checkpoint.saver
 import pipeline.checkpoint.snapshot
 import pipeline.checkpoint.verify
+from model.errors import ExitCode
 from pipeline import train
 from pipeline.checkpoint.layout import Layout
 from pipeline.checkpoint.saver import Saver
 from pipeline.checkpoint.snapshot import Snapshot
 from pipeline.engine import init_distributed  # noqa: F401  (imported before the fork)
-from pipeline.run.watchdog import EXIT_LOST
 
 FATAL_SAVE = 2  # the save of a life that does not survive
 
@@ -132,7 +132,7 @@ def train_until(stage, words):
 
 def live_and_die(stages, words):
     for stage in stages:
-        expected = EXIT_LOST if hasattr(Failures, stage) else -signal.SIGKILL
+        expected = ExitCode.RETRY if hasattr(Failures, stage) else -signal.SIGKILL
         code = os.waitstatus_to_exitcode(live(stage, words))
         assert code == expected, f"{stage}: ended with {code}"
         print(f"survived: {stage}", flush=True)

@@ -30,7 +30,7 @@ def leave(outcome, code, step, reason=""):
     if rank == 0:
         word = {"outcome": outcome, "step": step, "from_step": began, "reason": reason}
         (run / "outcome.json").write_text(json.dumps(word))
-        control.done("stop")
+        control.clear("stop")
     time.sleep(float(told.get("goodbye_s", 0)))  # wandb's
     sys.exit(code)
 
@@ -61,17 +61,17 @@ def main():
         if end == "refused":
             if rank == 1:
                 time.sleep(9)  # and is killed by then
-            control.refuse("micro_batch is 3")
+            control.record_refusal("micro_batch is 3")
             sys.exit(2)
-        stop, save = control.requests()
+        stop, save = control.stop_requested(), control.save_requested()
         if save and rank == 0:
             checkpoint(step)
-            control.done("save")
+            control.clear("save")
         if stop and end not in ("deaf", "killed"):
             time.sleep(0.3)
             (run / f"running-{rank}").unlink()
             checkpoint(step)
-            leave("stopped", 0, step, control.who_asked_to_stop())
+            leave("stopped", 0, step, control.stop_reason())
     checkpoint(step)
     leave("done", 0, step)
 

@@ -34,7 +34,7 @@ from pipeline.engine import build_engine, init_distributed
 from pipeline.lr_schedule import learning_rate
 from pipeline.recipe import load_recipe
 from pipeline.run.folder import RunFolder
-from pipeline.train import _identity, build_model
+from pipeline.train import build_model, training_identity
 
 row_losses = step.row_losses
 HELD_S = 60.0  # at most
@@ -54,7 +54,7 @@ def main() -> None:
     emma, towers, _ = build_model(run, ranks, resume=bool(saved_steps))
     engine = build_engine(emma, recipe, ranks)
     probe = Probe(engine, towers, recipe, ranks, data)
-    identity = _identity(recipe, data)
+    identity = training_identity(recipe, data)
     context = CheckpointContext(recipe=recipe, ranks=ranks, identity=identity, engine=engine, probe=probe)
     first, notes = Resumer(context).resume(saved_steps)
     saver = Saver(context, resumed_from=first)
@@ -69,7 +69,8 @@ def main() -> None:
     for batch in data.from_step(first):
         lr = learning_rate(recipe, batch.step, data.total_steps)
         spoil_the_loss(batch.step == int(ours["spoil"]) and ranks.is_main)
-        report = step.optimizer_step(engine, towers, recipe, batch, lr)
+        losses = step.optimizer_step(engine, towers, recipe, batch, lr)
+        report = step.reduce_step(losses, step.Requests(), step.Timings())
         reports.append(vars(report) | {"writing_here": saver.writing, "learning_rates": learning_rates(engine)})
         if saver.due(batch.step + 1):
             saver.save(batch.step + 1)
