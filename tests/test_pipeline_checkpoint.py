@@ -156,10 +156,9 @@ def small_disk(folder, megabytes):
 def test_a_full_disk_gives_one_line_and_leaves_earlier_checkpoints_unchanged(recipe_file, shards, tmp_path):
     with small_disk(tmp_path / "disk", megabytes=96) as disk:
         run = disk / "run"
-        run_arguments = arguments(recipe_file, shards, run, "checkpoint.every_steps=4", f"fill={disk / 'other'}")
-        output = finish(
-            fork_ranks(2, ["tests/programs/train_on_ranks.py", tmp_path / "kept.pt", *run_arguments]), code=None
-        )
+        program = ["tests/programs/train_on_ranks.py", f"--fill-disk={disk / 'other'}", tmp_path / "kept.pt"]
+        run_arguments = arguments(recipe_file, shards, run, "checkpoint.every_steps=4")
+        output = finish(fork_ranks(2, [*program, *run_arguments]), code=None)
         assert "UserError" in output
         assert "the checkpoint of step 8 could not be written" in output
         assert "No space left on device" in output

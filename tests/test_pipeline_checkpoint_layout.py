@@ -21,10 +21,13 @@ ZERO = {2: "ds_configs/zero2.json", 3: "ds_configs/zero3_small.json"}
 LOSS_TOLERANCE = 2e-6  # relative; ranks and micro-batches change only the order of fp32 sums
 
 
-def run_ranks(recipe_file, shards, run, ranks, stage, until, *words):
+def run_ranks(recipe_file, shards, run, ranks, stage, until, *options):
     out = run.parent / f"kept-{ranks}-{until}.pt"
     program = [
         "tests/programs/train_on_ranks.py",
+        "--states",
+        f"--until={until}",
+        *options,
         out,
         recipe_file,
         f"data.shards={shards}",
@@ -32,7 +35,7 @@ def run_ranks(recipe_file, shards, run, ranks, stage, until, *words):
         f"steps={STEPS}",
     ]
     split = [f"engine.ds_config={ZERO[stage]}", f"optim.micro_batch={8 // max(ranks, 2)}"]
-    finish(fork_ranks(ranks, [*program, *split, f"until={until}", "keep=states", *words]))
+    finish(fork_ranks(ranks, [*program, *split]))
     return torch.load(out, weights_only=False)
 
 
@@ -42,7 +45,7 @@ def three_starts(recipe_file, shards, tmp_path_factory):
     run = tmp_path_factory.mktemp("resharded") / "run"
     inputs = (recipe_file, shards, run)
     return run, [
-        run_ranks(*inputs, 2, 3, 6, "disk=slow"),
+        run_ranks(*inputs, 2, 3, 6, "--hold-writes"),
         run_ranks(*inputs, 1, 2, 8),
         run_ranks(*inputs, 4, 3, STEPS),
     ]

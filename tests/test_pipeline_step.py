@@ -30,17 +30,17 @@ def reference(base, tmp_path_factory):
     return [step.gradients for step in steps], [step.modality for step in steps]
 
 
-def run_ranks(tmp_path, ranks, base, *overrides):
+def run_ranks(tmp_path, ranks, base, *overrides, options=()):
     out = tmp_path / f"gradients-{ranks}.pt"
-    program = ["tests/programs/train_on_ranks.py", out, *base, f"run.dir={tmp_path / 'run'}", *overrides]
+    program = ["tests/programs/train_on_ranks.py", *options, out, *base, f"run.dir={tmp_path / 'run'}", *overrides]
     finish(fork_ranks(ranks, program))
     return torch.load(out, weights_only=False)
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(2, 3), (1, 2)])
 def test_an_infinite_loss_with_finite_gradients_on_one_rank_updates_nothing_on_any(tmp_path, base, ranks, stage):
-    spoilt = ["spoil=1", "until=3", "checkpoint.every_steps=1", f"engine.ds_config={CONFIGS[stage]}"]
-    told = run_ranks(tmp_path, ranks, base, *spoilt)
+    overrides = ["checkpoint.every_steps=1", f"engine.ds_config={CONFIGS[stage]}"]
+    told = run_ranks(tmp_path, ranks, base, *overrides, options=["--infinite-loss=1", "--until=3"])
     assert [math.isfinite(report["text"]) for report in told["reports"]] == [True, False, True]
     folders = [tmp_path / "run/checkpoints" / folder_name(step) for step in (1, 2, 3)]
     for kind in ("master", "exp_avg", "exp_avg_sq"):

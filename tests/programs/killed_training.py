@@ -1,9 +1,12 @@
-"""Run by the tests: one training after the other in the same run folder, each killed in another stage of a save.
+"""Trainings in one run folder, each killed at another stage of a save, or ended by a failing file system.
 
-killed_program.py STAGE,STAGE,… RECIPE [key=value …]: after the last stage the training is left alone until its end.
-A stage may also be one in which the file system fails: that life must end by itself, to be tried again.
-Each is a process of its own, forked from this one, which has imported everything and started nothing. Under torchrun
-there is one life, of the one stage that is named: the first rank that comes there dies.
+    python -m tests.programs.killed_training STAGE,STAGE,… RECIPE [key=value …]
+
+Every stage is a training in a fork of this process, which has imported everything and started no thread. A killed
+training must die by SIGKILL, and one whose file system fails must end by itself with the exit code for a retry. A last
+training runs to its end.
+
+Under torchrun there is only one training, with one stage: the first rank that reaches the stage dies.
 """
 
 import errno
@@ -23,43 +26,43 @@ from pipeline.checkpoint.saver import Saver
 from pipeline.checkpoint.snapshot import Snapshot
 from pipeline.engine import init_distributed  # noqa: F401  (imported before the fork)
 
-FATAL_SAVE = 2  # the save of a life that does not survive
+FATAL_SAVE = 2  # the number of the save in which a training is killed or fails
 
 
 class Stages:
-    """Each method has a stage of the second save end this process, as `kill -9` would."""
+    """Each method arranges that this process is killed at one stage of the second save."""
 
     @staticmethod
     def snapshot_taken():
-        before(Snapshot, "write", lambda *_: True)
+        die_before(Snapshot, "write", lambda *_: True)
 
     @staticmethod
     def half_written():
-        before(pipeline.checkpoint.snapshot, "sync", lambda *_: True)
+        die_before(pipeline.checkpoint.snapshot, "sync", lambda *_: True)
 
     @staticmethod
     def written():
-        before(Layout, "save", lambda *_: True)
+        die_before(Layout, "save", lambda *_: True)
 
     @staticmethod
     def manifest_written():
-        before(Path, "rename", lambda path, *_: path.name.startswith(".partial-"))
+        die_before(Path, "rename", lambda path, *_: path.name.startswith(".partial-"))
 
     @staticmethod
     def renamed():
-        before(pipeline.checkpoint.saver, "sync_folder", lambda folder: folder.name == "checkpoints")
+        die_before(pipeline.checkpoint.saver, "sync_folder", lambda folder: folder.name == "checkpoints")
 
     @staticmethod
     def before_latest():
-        before(pipeline.checkpoint.saver, "publish", lambda path, _: path.name == "latest")
+        die_before(pipeline.checkpoint.saver, "publish", lambda path, _: path.name == "latest")
 
     @staticmethod
     def pruning():
-        before(shutil, "rmtree", lambda path, **_: path.name.startswith(".pruned-"))
+        die_before(shutil, "rmtree", lambda path, **_: path.name.startswith(".pruned-"))
 
 
 class Failures:
-    """Each method has the file system fail, in one call after the other."""
+    """Each method arranges that the file system fails in one kind of call."""
 
     @staticmethod
     def hashing_fails():
@@ -77,30 +80,32 @@ class Failures:
 saves = 0
 
 
-def fail(owner, name, number, saves_before):
-    called = getattr(owner, name)
+def fail(owner, name, error_number, *, saves_before):
+    """Make `owner.name` raise this OSError after a number of saves."""
+    original = getattr(owner, name)
 
     def failing(*arguments):
         if saves == saves_before:
-            raise OSError(number, os.strerror(number))
-        return called(*arguments)
+            raise OSError(error_number, os.strerror(error_number))
+        return original(*arguments)
 
     setattr(owner, name, failing)
 
 
-def before(owner, name, is_it):
-    """Die instead of calling `owner.name` with arguments that are meant, in the second save."""
-    called = getattr(owner, name)
+def die_before(owner, name, matches):
+    """Make `owner.name` kill this process in the fatal save if its arguments match."""
+    original = getattr(owner, name)
 
     def fatal(*arguments, **options):
-        if saves == FATAL_SAVE and is_it(*arguments, **options):
+        if saves == FATAL_SAVE and matches(*arguments, **options):
             os.kill(os.getpid(), signal.SIGKILL)
-        return called(*arguments, **options)
+        return original(*arguments, **options)
 
     setattr(owner, name, fatal)
 
 
 def count_saves():
+    """Count the saves, and finish each one before the next."""
     save = Saver.save
 
     def counted(self, step):
@@ -109,38 +114,39 @@ def count_saves():
         saves += 1
         return save(self, step)
 
-    setattr(Saver, "save", counted)  # noqa: B010 (the type checker minds the other way)
+    setattr(Saver, "save", counted)  # noqa: B010 (mypy refuses the assignment)
 
 
-def live(stage, words):
-    """One life; its exit status."""
-    pid = os.fork()
-    if pid == 0:
-        train_until(stage, words)
-        sys.stdout.flush()
-        os._exit(0)
-    return os.waitpid(pid, 0)[1]
-
-
-def train_until(stage, words):
-    sys.argv = ["pipeline.train", *words]
+def train_until(stage, arguments):
+    """Train in this process until the stage, or to the end without one."""
+    sys.argv = ["pipeline.train", *arguments]
     count_saves()
     if stage:
         getattr(Failures if hasattr(Failures, stage) else Stages, stage)()
     train.main()
 
 
-def live_and_die(stages, words):
+def fork_and_train(stage, arguments):
+    """Train in a fork. Return its exit code."""
+    pid = os.fork()
+    if pid == 0:
+        train_until(stage, arguments)
+        sys.stdout.flush()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def main(stages, arguments):
     for stage in stages:
         expected = ExitCode.RETRY if hasattr(Failures, stage) else -signal.SIGKILL
-        code = os.waitstatus_to_exitcode(live(stage, words))
+        code = fork_and_train(stage, arguments)
         assert code == expected, f"{stage}: ended with {code}"
         print(f"survived: {stage}", flush=True)
-    assert live(None, words) == 0
+    assert fork_and_train(None, arguments) == 0
 
 
 if __name__ == "__main__":
     if "RANK" in os.environ:
         train_until(sys.argv[1], sys.argv[2:])
     else:
-        live_and_die(sys.argv[1].split(","), sys.argv[2:])
+        main(sys.argv[1].split(","), sys.argv[2:])

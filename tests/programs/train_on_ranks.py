@@ -1,18 +1,20 @@
-"""Run by the tests on several ranks: a few training steps whose whole gradients, or states, are kept.
+"""A short training that keeps what tests compare: gradients, reports, and the states that DeepSpeed itself sees.
 
-rank_program.py OUT RECIPE [key=value …] [until=N] [keep=states] [disk=slow] [fill=FILE] [spoil=N]
+    torchrun … tests/programs/train_on_ranks.py [OPTIONS] OUT RECIPE [key=value …]
 
-OUT becomes {"gradients": [{name: tensor} per step], "reports": […], "first": step}; with keep=states also "states":
-{step: what DeepSpeed says of every parameter}, right after resuming and at each save; "untrained": the updates that a
-snapshot before the first step has counted. `until` ends it early; on a slow
-disk nothing is written before that; `fill` leaves room for one checkpoint, of which the main rank writes its part last.
-`spoil`: a step (0-based) in which the main rank's losses are infinite, its gradients finite.
+The main rank saves a dict to OUT:
+    reports     the report of each step, with the learning rates and whether this rank was still writing a checkpoint
+    gradients   without --states: {name: whole gradient before clipping} of each step
+    states      with --states: {step: masters, moments, groups and update counts}, after resuming and at each save
+    first       the step from which the training resumed, or 0
+    notes       the lines that resuming reported
+    untrained   the number of updates that a snapshot before the first step has counted; None after resuming
 """
 
+import argparse
 import math
 import os
 import shutil
-import sys
 import threading
 import time
 from pathlib import Path
@@ -37,15 +39,28 @@ from pipeline.run.folder import RunFolder
 from pipeline.train import build_model, training_identity
 
 row_losses = step.row_losses
-HELD_S = 60.0  # at most
+WAIT_S = 60.0  # longest wait for another rank or the test
 SLACK_BYTES = 1 << 20  # less than a rank's share
-OURS = {"until": str(2**31), "keep": "gradients", "disk": "fast", "fill": "", "spoil": "-1"}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--until", type=int, metavar="STEP", help="stop after this step without saving")
+    parser.add_argument("--states", action="store_true", help="keep states instead of gradients")
+    parser.add_argument("--hold-writes", action="store_true", help="write no checkpoint file before the last step")
+    parser.add_argument("--fill-disk", type=Path, metavar="FILE", help="leave space for one checkpoint; rank 0 is last")
+    parser.add_argument(
+        "--infinite-loss", type=int, metavar="STEP", help="0-based step with an infinite loss on rank 0"
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*")
+    return parser.parse_args()
 
 
 def main() -> None:
-    words = [word.split("=", 1) for word in sys.argv[3:]]
-    ours = OURS | {key: value for key, value in words if key in OURS}
-    recipe = load_recipe(sys.argv[2], [f"{key}={value}" for key, value in words if key not in OURS])
+    arguments = parse_arguments()
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
     ranks = find_ranks(recipe.engine.device)
     init_distributed(ranks)
     data = TrainData(recipe, ranks)
@@ -53,109 +68,111 @@ def main() -> None:
     saved_steps = list_steps(run.folder / "checkpoints")
     emma, towers, _ = build_model(run, ranks, resume=bool(saved_steps))
     engine = build_engine(emma, recipe, ranks)
-    probe = Probe(engine, towers, recipe, ranks, data)
-    identity = training_identity(recipe, data)
-    context = CheckpointContext(recipe=recipe, ranks=ranks, identity=identity, engine=engine, probe=probe)
+    context = CheckpointContext(
+        recipe=recipe,
+        ranks=ranks,
+        identity=training_identity(recipe, data),
+        engine=engine,
+        probe=Probe(engine, towers, recipe, ranks, data),
+    )
     first, notes = Resumer(context).resume(saved_steps)
+    kept: dict[str, Any] = {"first": first, "notes": notes, "reports": [], "states": {}}
+    kept["untrained"] = None if first else context.snapshot.take()
+    kept["gradients"] = [] if arguments.states else record_gradients(engine)
+    if arguments.states and first:
+        kept["states"][first] = state_of(engine)
+    if arguments.fill_disk and ranks.is_main:
+        fill_disk(arguments.fill_disk, but_for=context.total_bytes + SLACK_BYTES)
+        write_last(context)
     saver = Saver(context, resumed_from=first)
-    disk = hold_up_the_disk() if ours["disk"] == "slow" else None
-    untrained = None if first else context.snapshot.take()
-    if ours["fill"] and ranks.is_main:
-        fill_the_disk(Path(ours["fill"]), but_for=context.total_bytes + SLACK_BYTES)
-        write_after_the_others(context)
-    states = {first: full_state_of(engine)} if ours["keep"] == "states" and first else {}
-    gradients = keep_gradients(engine) if ours["keep"] == "gradients" else []
-    reports = []
+    release_writes = hold_writes() if arguments.hold_writes else threading.Event()
     for batch in data.from_step(first):
+        make_loss_infinite(batch.step == arguments.infinite_loss and ranks.is_main)
         lr = learning_rate(recipe, batch.step, data.total_steps)
-        spoil_the_loss(batch.step == int(ours["spoil"]) and ranks.is_main)
         losses = step.optimizer_step(engine, towers, recipe, batch, lr)
         report = step.reduce_step(losses, step.Requests(), step.Timings())
-        reports.append(vars(report) | {"writing_here": saver.writing, "learning_rates": learning_rates(engine)})
+        rates = [group["lr"] for group in engine.optimizer.param_groups]
+        kept["reports"].append(vars(report) | {"writing_here": saver.writing, "learning_rates": rates})
         if saver.due(batch.step + 1):
             saver.save(batch.step + 1)
-            if ours["keep"] == "states":
-                states[batch.step + 1] = full_state_of(engine)
-        if batch.step + 1 == int(ours["until"]):
+            if arguments.states:
+                kept["states"][batch.step + 1] = state_of(engine)
+        if batch.step + 1 == arguments.until:
             break
-    if disk:
-        disk.set()
+    release_writes.set()
     saver.finish()
     if ranks.is_main:
-        kept = {"gradients": gradients, "reports": reports, "first": first, "states": states, "notes": notes}
-        kept["untrained"] = untrained
-        torch.save(kept, sys.argv[1])
+        torch.save(kept, arguments.out)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def learning_rates(engine):
-    return [group["lr"] for group in engine.optimizer.optimizer.param_groups]
-
-
-def keep_gradients(engine):
-    """Collect what the update is about to use, whole, on every rank, before it is clipped."""
+def record_gradients(engine) -> list[dict[str, torch.Tensor]]:
+    """Return a list to which each update appends the whole gradients that it is about to use, before clipping."""
     gradients, update = [], engine.step
 
-    def step():
+    def record_and_step():
         if engine.is_gradient_accumulation_boundary():
             named = engine.module.named_parameters()
             gradients.append({name: safe_get_full_grad(parameter).clone() for name, parameter in named})
         update()
 
-    engine.step = step
+    engine.step = record_and_step
     return gradients
 
 
-def full_state_of(engine):
-    """As DeepSpeed itself finds it: masters and moments by name; the groups, and the updates that Adam has counted."""
+def state_of(engine) -> dict[str, Any]:
+    """Return the training state as DeepSpeed reads it: masters and moments by name, groups, Adam's update counts."""
     if engine.zero_optimization_stage() < 3:
-        engine.optimizer._lazy_init_hp_params_optimizer_state()  # else only after a step
+        engine.optimizer._lazy_init_hp_params_optimizer_state()  # otherwise it exists only after a step
     named = list(engine.module.named_parameters())
     state: dict[str, Any] = {"master": {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in named}}
     for kind in ("exp_avg", "exp_avg_sq"):
         state[kind] = {name: safe_get_full_optimizer_state(p, kind).clone() for name, p in named}
     inner = engine.optimizer.optimizer
     state["groups"] = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in inner.param_groups]
-    state["updates"] = [float(each["step"]) for each in inner.state.values()]
+    state["updates"] = [float(adam["step"]) for adam in inner.state.values()]
     return state
 
 
-def hold_up_the_disk() -> threading.Event:
-    """Nothing is written until the event is set."""
-    write, free = Snapshot.write, threading.Event()
+def hold_writes() -> threading.Event:
+    """Make snapshots wait before they write, until the event is set."""
+    write, released = Snapshot.write, threading.Event()
 
-    def held(self, folder: Path, rank: int):
-        assert free.wait(timeout=HELD_S)
+    def wait_and_write(self, folder: Path, rank: int):
+        assert released.wait(timeout=WAIT_S)
         return write(self, folder, rank)
 
-    setattr(Snapshot, "write", held)  # noqa: B010 (the type checker minds the other way)
-    return free
+    setattr(Snapshot, "write", wait_and_write)  # noqa: B010 (mypy refuses the assignment)
+    return released
 
 
-def write_after_the_others(context: CheckpointContext):
-    """This rank writes when the others have taken some of the room for all."""
-    write, until = context.snapshot.write, time.monotonic() + HELD_S
+def write_last(context: CheckpointContext) -> None:
+    """Make this rank write its files once the other ranks have used some of the space that is left."""
+    write, deadline = context.snapshot.write, time.monotonic() + WAIT_S
 
-    def late(folder: Path, rank: int):
-        while shutil.disk_usage(context.folder).free >= context.total_bytes and time.monotonic() < until:
+    def wait_and_write(folder: Path, rank: int):
+        while shutil.disk_usage(context.folder).free >= context.total_bytes and time.monotonic() < deadline:
             time.sleep(0.01)
         return write(folder, rank)
 
-    setattr(context.snapshot, "write", late)  # noqa: B010 (the type checker minds the other way)
+    setattr(context.snapshot, "write", wait_and_write)  # noqa: B010 (mypy refuses the assignment)
 
 
-def spoil_the_loss(now: bool):
-    def spoilt(engine, towers, recipe, batch):
+def make_loss_infinite(infinite: bool) -> None:
+    """Make the text losses of the following step infinite, with finite gradients, or normal again."""
+
+    def infinite_losses(engine, towers, recipe, batch):
         text, align = row_losses(engine, towers, recipe, batch)
         return text + torch.where(batch.real, math.inf, 0.0), align
 
-    step.row_losses = spoilt if now else row_losses
+    step.row_losses = infinite_losses if infinite else row_losses
 
 
-def fill_the_disk(file: Path, but_for: int):
-    with file.open("wb") as other:
-        os.posix_fallocate(other.fileno(), 0, shutil.disk_usage(file.parent).free - but_for)
+def fill_disk(file: Path, *, but_for: int) -> None:
+    """Allocate all free space to a file, except this number of bytes."""
+    with file.open("wb") as output:
+        os.posix_fallocate(output.fileno(), 0, shutil.disk_usage(file.parent).free - but_for)
 
 
 if __name__ == "__main__":
