@@ -14,18 +14,22 @@ from tests.support.launch import REPOSITORY
 
 PACKAGES = ("model", "preprocess", "pipeline", "ds_configs")
 BUILD_FILES = ("pyproject.toml", "README.md", "LICENSE")
-IMPORT_ALL = """
-import importlib, pathlib, sys
-installed = pathlib.Path(sys.argv[1])
+IMPORT_ALL_AND_DESCRIBE = """
+import importlib, sys
+from pathlib import Path
+installed = Path(sys.argv[1])
 for name in sys.argv[2:]:
     module = importlib.import_module(name)
-    assert pathlib.Path(module.__file__).is_relative_to(installed), f"{name} is {module.__file__}"
+    assert Path(module.__file__).is_relative_to(installed), f"{name} is {module.__file__}"
+from pipeline import describe
 from pipeline.recipe import load_recipe
 from preprocess.annotations.mix import load_mix
 for recipe in (installed / "pipeline/recipes").glob("*.toml"):
     load_recipe(recipe, planning=True)
 for mix in (installed / "preprocess/mixes").glob("*.toml"):
     load_mix(mix)
+sys.argv = ["pipeline.describe", str(installed / "pipeline/recipes/emma_v2.toml")]
+describe.main()
 """
 
 
@@ -53,13 +57,6 @@ def python(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[st
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
-@pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("installed")
-    pip("install", "--target", folder, wheel)
-    return folder
-
-
 def package_files() -> dict[str, bytes]:
     paths = [path for name in PACKAGES for path in (REPOSITORY / name).rglob("*") if path.is_file()]
     return {
@@ -75,19 +72,12 @@ def test_the_wheel_holds_the_files_of_the_packages_and_no_others(wheel):
     assert packed == files
 
 
-def run_installed(installed: Path, cwd: Path, *words: str | Path) -> str:
-    done = python(*words, cwd=cwd, env={**os.environ, "PYTHONPATH": str(installed)})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_every_module_recipe_and_mix_loads_from_the_installed_wheel(installed, tmp_path):
+def test_every_module_recipe_and_mix_loads_from_the_installed_wheel(wheel, tmp_path):
+    installed = tmp_path / "installed"
+    pip("install", "--target", installed, wheel)
     paths = [name.removesuffix(".py").removesuffix("/__init__") for name in package_files() if name.endswith(".py")]
     modules = [path.replace("/", ".") for path in paths]
-    assert {"pipeline.train", "pipeline.export", "preprocess.build_shards"} <= set(modules)
-    run_installed(installed, tmp_path, "-c", IMPORT_ALL, installed, *modules)
-
-
-def test_a_command_runs_from_the_installed_wheel(installed, tmp_path):
-    recipe = installed / "pipeline/recipes/emma_v2.toml"
-    assert "emma_v2" in run_installed(installed, tmp_path, "-m", "pipeline.describe", recipe)
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    done = python("-c", IMPORT_ALL_AND_DESCRIBE, installed, *modules, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "emma_v2" in done.stdout
