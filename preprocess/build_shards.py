@@ -12,17 +12,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from model.errors import UserError
+from model.errors import ExitCode, run_cli
 from preprocess.builder.build import build, check
 from preprocess.builder.output_folder import user_oserrors
 from preprocess.builder.request import request_from
 from preprocess.builder.sigterm import Terminated, sigterm_raises
-from preprocess.rejects import TooManyRejectsError
 from preprocess.remote_path import parse_path
 
 PAPER_MIX = Path("preprocess/mixes/emma_1m2.toml")
 SAMPLES_PER_SHARD = 4096
-EXIT_USER_ERROR, EXIT_TOO_MANY_REJECTS, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 3, 130, 143
 STOPPED = "stopped; finished shards are kept, and the same command continues from there"
 
 EXAMPLES = """examples:
@@ -36,27 +34,24 @@ this machine. --root and --out must be the same place on every node.
 The next run notices images that were missing and are now there, and rejected images that were repaired. It notices that
 an accepted image was replaced only with --compare-images, which asks for the size of every image.
 
-exit codes: 0 done, 2 user error (one line says which), 3 too many rejects, 130 stopped by Ctrl-C, 143 stopped by
-SIGTERM, anything else a crash. After a stop, finished shards are kept and the same command continues from there.
+exit codes: 0 done, 2 user error (one line says which), 3 too many rejects, 4 transient failure, 130 stopped by Ctrl-C,
+143 stopped by SIGTERM. Finished shards are always kept, and the same command continues from there.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse(arguments)
     try:
-        with sigterm_raises(), user_oserrors(parsed.out):
+        with sigterm_raises(), user_oserrors(parsed.out, then="run the same command again: finished shards are kept"):
             request = request_from(parsed)
             if parsed.check:
                 check(request)
             else:
                 build(request)
-    except UserError as error:
-        print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr, flush=True)  # without Ray's traceback
-        return EXIT_TOO_MANY_REJECTS if isinstance(error, TooManyRejectsError) else EXIT_USER_ERROR
     except KeyboardInterrupt as stop:
         print(STOPPED, file=sys.stderr, flush=True)
-        return EXIT_TERMINATED if isinstance(stop, Terminated) else EXIT_INTERRUPTED
-    return 0
+        return ExitCode.TERMINATED if isinstance(stop, Terminated) else ExitCode.INTERRUPTED
+    return ExitCode.OK
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -101,4 +96,4 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_cli(main)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from model.errors import UserError
+from model.errors import ExitCode, UserError
 
 REASONS = {
     "broken_json": "the line is not valid JSON",
@@ -82,6 +82,8 @@ RejectCounts = Counter[tuple[str, str]]  # (source, reason) -> number of rows
 
 class TooManyRejectsError(UserError):
     """Raised when a source loses more of its rows than `--max-reject-ratio` allows."""
+
+    exit_code = ExitCode.FAILED
 
 
 def count_rejects(path: Path) -> RejectCounts:

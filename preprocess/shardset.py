@@ -1,6 +1,6 @@
 """Inspect a shard set: `verify` checks every file, `info` prints a summary, `preview` writes a web page of samples.
 
-Exit codes: 0 intact, 1 damaged, 2 user error, such as a folder that is not a shard set.
+Exit codes: 0 intact, 1 damaged, 2 user error, such as a folder that is not a shard set, 4 the disk failed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.errors import UserError
+from model.errors import ExitCode, UserError, run_cli
 from preprocess.builder.output_folder import user_oserrors
 from preprocess.progress import Progress
 from preprocess.rejects import REASONS
@@ -25,23 +25,18 @@ EXAMPLES = """examples:
   python -m preprocess.shardset info /data/shards
   python -m preprocess.shardset preview /data/shards --out preview.html --samples 100
 """
-EXIT_DAMAGED, EXIT_USER_ERROR = 1, 2
 HISTOGRAM_BINS, BAR_CHARACTERS = 12, 40
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
-    try:
-        if parsed.verb == "verify":
-            return run_verify(parsed.folder)
-        if parsed.verb == "info":
-            print("\n".join(info(parsed.folder)))
-        else:
-            print(run_preview(parsed.folder, parsed.out, parsed.samples))
-    except (UserError, OSError) as error:  # an OSError names the file
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+    if parsed.verb == "verify":
+        return run_verify(parsed.folder)
+    if parsed.verb == "info":
+        print("\n".join(info(parsed.folder)))
+    else:
+        print(run_preview(parsed.folder, parsed.out, parsed.samples))
+    return ExitCode.OK
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,9 +78,9 @@ def run_verify(folder: Path) -> int:
         print(problem, flush=True)
     if problems:
         print(f"{folder} is damaged: {problems} problems; {REMEDY}")
-        return EXIT_DAMAGED
+        return ExitCode.DAMAGED
     print(f"{folder} is intact: {samples} samples, every byte as it was written")
-    return 0
+    return ExitCode.OK
 
 
 def run_preview(folder: Path, out: Path | None, samples: int) -> str:
@@ -141,4 +136,4 @@ def _histogram(lengths: np.ndarray) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_cli(main)

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from skimage import data as photographs
 
-from preprocess import build_shards
+from model.errors import ExitCode
 from tests.programs import soak_shards
 from tests.support.golden_tokenizer import gpt_neox
 from tests.support.launch import run_python
@@ -122,7 +122,7 @@ def test_a_picture_that_makes_every_process_crash_is_named(cluster: RayCluster, 
             for pid in cluster.workers("build_shard"):
                 os.kill(pid, signal.SIGSEGV)
         said, _ = driver.communicate(timeout=60)
-    assert driver.returncode == build_shards.EXIT_USER_ERROR, said
+    assert driver.returncode == ExitCode.USER_ERROR, said
     complaint = "error: shard-00029: its process died 4 times, the last time at row 590 of photographs, image 590.jpg ("
     assert said.splitlines()[-1].startswith(complaint)
 
@@ -135,7 +135,7 @@ def test_processes_that_are_killed_for_memory_are_not_started_for_ever(tmp_path:
     os.mkfifo(root / "0.jpg")
     full = {"RAY_memory_usage_threshold": "0.0001", "RAY_memory_monitor_refresh_ms": "100"}
     done = run_python(SCRIPT, *command(root, tmp_path / "out", workers=1), timeout=120, RAY_ADDRESS="", **full)
-    assert done.returncode == build_shards.EXIT_USER_ERROR, done.stderr
+    assert done.returncode == ExitCode.USER_ERROR, done.stderr
     assert "error: shard-00000: its process died 4 times, the last time at " in done.stderr.splitlines()[-1]
     assert "the machine's memory is full: give fewer --workers" in done.stderr.splitlines()[-1]
 
@@ -190,7 +190,7 @@ def test_an_interrupted_build_says_that_it_can_run(cluster: RayCluster, root: Pa
         wait_for_shards(driver, tmp_path / "out", 1)
         driver.send_signal(signal.SIGINT)
         said, _ = driver.communicate(timeout=60)
-    assert driver.returncode == build_shards.EXIT_INTERRUPTED, said
+    assert driver.returncode == ExitCode.INTERRUPTED, said
     assert STOPPED in said
     assert "Traceback" not in said
     assert list((tmp_path / "out").glob("shard-*.json"))
@@ -208,7 +208,7 @@ def test_a_terminated_build_ends_as_an_interrupted_one(
         wait_for_shards(driver, out, 1)
         driver.terminate()
         said, _ = driver.communicate(timeout=60)
-    assert driver.returncode == build_shards.EXIT_TERMINATED, said
+    assert driver.returncode == ExitCode.TERMINATED, said
     assert said.count(STOPPED) == 1
     assert not re.search("Traceback|SIGTERM|\\*\\*\\*", said), said
     assert not (out / "manifest.json").exists()
@@ -236,5 +236,5 @@ def test_a_build_that_is_terminated_while_its_ray_starts_ends_so_too(root: Path,
     wait_until(lambda: psutil.Process(driver.pid).children(), driver)
     driver.terminate()
     said, _ = driver.communicate(timeout=60)
-    assert driver.returncode == build_shards.EXIT_TERMINATED, said
+    assert driver.returncode == ExitCode.TERMINATED, said
     assert said.splitlines()[-1] == STOPPED

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from skimage import data as photographs
 
+from model.errors import ExitCode
 from preprocess import build_shards
 from preprocess.builder import task
 from preprocess.images.codec import codec_versions
@@ -18,7 +19,15 @@ from preprocess.shards.verify import verify
 from tests.support.golden_tokenizer import gpt_neox
 from tests.support.launch import run_python
 from tests.support.ray_cluster import RayCluster, ray_cluster
-from tests.support.shard_builds import PHOTOGRAPHS, arguments, build_in_process, contents, dialogue_row, write_mix
+from tests.support.shard_builds import (
+    PHOTOGRAPHS,
+    arguments,
+    build_in_process,
+    contents,
+    dialogue_row,
+    exit_code_of,
+    write_mix,
+)
 
 SCRIPT = "preprocess/build_shards.py"
 NUM_ROWS, SAMPLES_PER_SHARD = 240, 20
@@ -115,13 +124,13 @@ def test_a_full_disk_is_one_clear_line_and_nothing_finished_is_lost(root: Path, 
     """A limit on the size of files stands for the full disk."""
     largest = max(path.stat().st_size for path in expected.glob("*.tar"))
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); "
-    program = limited + "from preprocess.build_shards import main; sys.exit(main(sys.argv[1:]))"
+    program = limited + "from model.errors import run_cli; from preprocess.build_shards import main; run_cli(main)"
     words = [str(word) for word in command(root, tmp_path / "out", workers=0)]
     done = run_python("-c", program, str(largest - 1), *words)
-    assert done.returncode == build_shards.EXIT_USER_ERROR, done.stderr
-    assert (
-        done.stderr
-        == f"error: no space left for {tmp_path / 'out'}; what is finished is kept: make room and run again\n"
+    assert done.returncode == ExitCode.USER_ERROR, done.stderr
+    assert done.stderr == (
+        f"error: {tmp_path / 'out'}: File too large; raise the limit on file sizes, "
+        "then run the same command again: finished shards are kept\n"
     )
     assert build_shards.main(command(root, tmp_path / "out", workers=0)) == 0
     assert contents(tmp_path / "out") == contents(expected)
@@ -129,7 +138,7 @@ def test_a_full_disk_is_one_clear_line_and_nothing_finished_is_lost(root: Path, 
 
 def test_the_address_of_a_job_server_is_told_from_that_of_a_cluster(root: Path, tmp_path: Path) -> None:
     done = run_python(SCRIPT, *command(root, tmp_path / "out"), RAY_ADDRESS="http://127.0.0.1:1")
-    assert done.returncode == build_shards.EXIT_USER_ERROR
+    assert done.returncode == ExitCode.USER_ERROR
     assert "RAY_ADDRESS http://127.0.0.1:1 is a job server: use `ray job submit`" in done.stderr.splitlines()[-1]
 
 
@@ -200,7 +209,7 @@ def test_a_shard_that_was_replaced_before_its_sidecar_is_built_again(
     shutil.copy(root / "photographs/camera.jpg", other / "photographs/text.jpg")
     with monkeypatch.context() as interrupted:
         interrupted.setattr(task, "publish", interrupt)
-        assert build_shards.main(words) == build_shards.EXIT_INTERRUPTED
+        assert exit_code_of(build_shards.main, words) == ExitCode.INTERRUPTED
     shutil.copy(root / "photographs/text.jpg", other / "photographs/text.jpg")
     assert build_shards.main(words) == 0
     assert list(verify(out)) == []
@@ -279,7 +288,7 @@ def test_a_check_lists_what_is_missing_and_what_is_bad(tmp_path: Path, capsys: p
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     write_mix(tmp_path, [{"name": "a", "format": "llava", "annotations": "rows.json", "expected_rows": 4}])
     words = arguments(tmp_path, tmp_path / "out", gpt_neox(), samples_per_shard=1)
-    assert build_shards.main([*words, "--dry-run"]) == build_shards.EXIT_USER_ERROR
+    assert exit_code_of(build_shards.main, [*words, "--dry-run"]) == ExitCode.USER_ERROR
     said = capsys.readouterr()
     assert said.out.splitlines() == [
         "a: 3 rows, 0 rejected before any image is read",

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from model.errors import ExitCode
 from preprocess import build_shards
 from preprocess.builder import output_folder
 from preprocess.builder.output_folder import build_lock
 from preprocess.shards.folder import ShardFolder
 from tests.support.golden_tokenizer import gpt_neox
-from tests.support.shard_builds import arguments, build_in_process, write_talk
+from tests.support.shard_builds import arguments, build_in_process, exit_code_of, write_talk
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_a_folder_with_files_of_others_is_refused(
     out = tmp_path / "out"
     out.mkdir()
     (out / name).write_text("mine")
-    assert build_shards.main([*command(root, out), *words]) == build_shards.EXIT_USER_ERROR
+    assert exit_code_of(build_shards.main, [*command(root, out), *words]) == ExitCode.USER_ERROR
     assert f"--out {out} holds {name} but neither manifest.json nor .work" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == [name]
 
@@ -71,5 +72,5 @@ def test_a_manifest_that_is_withdrawn_does_not_come_back_after_a_loss_of_power(
 
 def test_two_builds_of_one_folder_are_refused(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with build_lock(ShardFolder(tmp_path / "out")):
-        assert build_shards.main(command(root, tmp_path / "out")) == build_shards.EXIT_USER_ERROR
+        assert exit_code_of(build_shards.main, command(root, tmp_path / "out")) == ExitCode.USER_ERROR
     assert "another build_shards.py is building into" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from model.errors import ExitCode
 from preprocess import build_shards
 from preprocess.annotations.mix import load_mix
 from preprocess.annotations.worklist import make_worklist
@@ -16,7 +17,15 @@ from preprocess.shards.manifest import Manifest
 from preprocess.shards.verify import verify
 from tests.support.golden_tokenizer import gpt_neox
 from tests.support.launch import run_python
-from tests.support.shard_builds import arguments, build_in_process, contents, talk_row, write_mix, write_talk
+from tests.support.shard_builds import (
+    arguments,
+    build_in_process,
+    contents,
+    exit_code_of,
+    talk_row,
+    write_mix,
+    write_talk,
+)
 
 SCRIPT = "preprocess/build_shards.py"
 
@@ -61,7 +70,7 @@ def test_rows_that_are_lost_before_any_work_fail_the_build_then(
     half_bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert build_shards.main(command(half_bad, out, workers=0)) == build_shards.EXIT_TOO_MANY_REJECTS
+    assert exit_code_of(build_shards.main, command(half_bad, out, workers=0)) == ExitCode.FAILED
     said = capsys.readouterr()
     assert said.out.splitlines() == HALF_BAD
     assert said.err.startswith(f"{TOO_MANY}{out / 'rejects.jsonl'} lists them with their reasons; ")
@@ -71,7 +80,7 @@ def test_rows_that_are_lost_before_any_work_fail_the_build_then(
 
 def test_a_check_fails_as_the_build_would(half_bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*command(half_bad, tmp_path / "out"), "--check"]
-    assert build_shards.main(words) == build_shards.EXIT_TOO_MANY_REJECTS
+    assert exit_code_of(build_shards.main, words) == ExitCode.FAILED
     said = capsys.readouterr()
     assert said.out.splitlines()[-2:] == HALF_BAD
     assert said.err.startswith(TOO_MANY)
@@ -98,7 +107,7 @@ def test_a_set_that_is_refused_later_is_no_set_until_it_is_allowed_again(
     build_in_process(root, out, gpt_neox(), max_reject_ratio=0.1)
     first, shards = contents(out), {path: path.stat().st_mtime_ns for path in out.glob("shard-*")}
     for _ in range(2):
-        assert build_shards.main(command(root, out, workers=0)) == build_shards.EXIT_TOO_MANY_REJECTS
+        assert exit_code_of(build_shards.main, command(root, out, workers=0)) == ExitCode.FAILED
         said = capsys.readouterr()
         assert "  rejected       1  talk: picture_missing\n" in said.out
         assert f"talk 10.00% (1 of 10 rows); {out / 'rejects.jsonl'} lists them with their reasons" in said.err

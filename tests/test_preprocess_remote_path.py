@@ -8,14 +8,14 @@ import fsspec
 import pytest
 from PIL import Image
 
-from model.errors import UserError
+from model.errors import ExitCode, UserError
 from preprocess import build_shards
 from preprocess.images import store as image_store
 from preprocess.images.store import ImageStore, sha256_hex
 from preprocess.rejects import Rejected
 from preprocess.remote_path import RemotePath, parse_path
 from tests.support.golden_tokenizer import gpt_neox
-from tests.support.shard_builds import arguments, build_in_process, write_mix
+from tests.support.shard_builds import arguments, build_in_process, exit_code_of, write_mix
 from tests.test_preprocess_image_store import LAYOUTS
 
 
@@ -123,7 +123,7 @@ def test_an_empty_file_behind_a_url_is_empty_though_it_has_no_range(
 def test_a_url_that_nobody_can_read_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = raw_data(tmp_path / "root")
     words = [*arguments(root, tmp_path / "out", gpt_neox(), workers=0), "--root", "nowhere://bucket"]
-    assert build_shards.main(words) == build_shards.EXIT_USER_ERROR
+    assert exit_code_of(build_shards.main, words) == ExitCode.USER_ERROR
     said = capsys.readouterr().err
     assert said.startswith("error: nowhere://bucket cannot be read: Protocol not known: nowhere")
     assert said.count("\n") == 1

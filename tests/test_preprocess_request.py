@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from model.errors import ExitCode
 from preprocess import build_shards
 from preprocess.annotations import worklist
 from tests.support.golden_tokenizer import gpt_neox
-from tests.support.shard_builds import arguments, dialogue_row, write_mix, write_talk
+from tests.support.shard_builds import arguments, dialogue_row, exit_code_of, write_mix, write_talk
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def test_a_relative_path_is_refused_where_it_would_be_lost(
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
     words = [*command(root, tmp_path / "out"), "--root", "data/raw"]
-    assert build_shards.main(words) == build_shards.EXIT_USER_ERROR
+    assert exit_code_of(build_shards.main, words) == ExitCode.USER_ERROR
     complaint = "--root data/raw is relative, but this job runs in a temporary copy. Give an absolute path"
     assert complaint in capsys.readouterr().err
 
@@ -45,8 +46,11 @@ MISTAKES = {
         "--check does not compare images: leave out --check or --compare-images",
     ),
     "impossible ratio": (["--max-reject-ratio", "7"], "--max-reject-ratio is 7.0, expected a number from 0 to 1"),
-    "out is read-only": (["--out", "/sys/shards"], "/sys/shards cannot be used: "),
-    "out is a file": (["--out", __file__], f"{__file__}/.work cannot be used: Not a directory"),
+    "out is read-only": (["--out", "/sys/shards"], "/sys/shards: "),
+    "out is a file": (
+        ["--out", __file__],
+        f"{__file__}/.work: Not a directory; check the path, then run the same command again",
+    ),
 }
 
 
@@ -55,7 +59,7 @@ def test_a_mistake_is_one_clear_line(
     mistake: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words, complaint = MISTAKES[mistake]
-    assert build_shards.main([*command(root, tmp_path / "out"), *words]) == build_shards.EXIT_USER_ERROR
+    assert exit_code_of(build_shards.main, [*command(root, tmp_path / "out"), *words]) == ExitCode.USER_ERROR
     said = capsys.readouterr().err
     assert complaint in said
     assert said.startswith("error: ")
@@ -69,7 +73,7 @@ def test_a_missing_picture_folder_is_noticed_before_any_work(
     rows = [dialogue_row(i) | {"image": f"coco/train2017/{i}.jpg"} for i in range(9)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     write_mix(tmp_path, [{"name": "llava", "format": "llava", "annotations": "rows.json"}])
-    assert build_shards.main(command(tmp_path, tmp_path / "out")) == build_shards.EXIT_USER_ERROR
+    assert exit_code_of(build_shards.main, command(tmp_path, tmp_path / "out")) == ExitCode.USER_ERROR
     said = capsys.readouterr().err
     assert f"image folders are missing under {tmp_path}: coco/train2017 (9 rows)" in said
     assert not list((tmp_path / "out").glob("shard*"))
@@ -78,7 +82,7 @@ def test_a_missing_picture_folder_is_noticed_before_any_work(
 def test_a_mix_without_rows_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rows.json").write_text("[]")
     write_mix(tmp_path, [{"name": "none", "format": "llava", "annotations": "rows.json"}])
-    assert build_shards.main(command(tmp_path, tmp_path / "out")) == build_shards.EXIT_USER_ERROR
+    assert exit_code_of(build_shards.main, command(tmp_path, tmp_path / "out")) == ExitCode.USER_ERROR
     assert "have no rows: there is nothing to build" in capsys.readouterr().err
 
 
@@ -89,8 +93,11 @@ def test_a_check_explains_what_may_not_be_read(
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(worklist, "read_rows", closed)
-    assert build_shards.main([*command(root, tmp_path / "out"), "--check"]) == build_shards.EXIT_USER_ERROR
-    assert capsys.readouterr().err == f"error: {root / 'rows.json'} cannot be used: Permission denied\n"
+    assert exit_code_of(build_shards.main, [*command(root, tmp_path / "out"), "--check"]) == ExitCode.USER_ERROR
+    assert capsys.readouterr().err == (
+        f"error: {root / 'rows.json'}: Permission denied; ask its owner for permission, or choose another path, "
+        "then run the same command again: finished shards are kept\n"
+    )
 
 
 @pytest.mark.parametrize("words", [["--check"], []])
@@ -100,7 +107,7 @@ def test_all_that_is_missing_under_the_root_is_named(
     sources = [{"name": name, "format": "llava", "annotations": f"{name}.json"} for name in ("a", "b", "c")]
     (tmp_path / "b.json").write_text("[]")
     write_mix(tmp_path, [*sources[:2], sources[2] | {"images": "p"}])
-    assert build_shards.main([*command(tmp_path, tmp_path / "out"), *words]) == build_shards.EXIT_USER_ERROR
+    assert exit_code_of(build_shards.main, [*command(tmp_path, tmp_path / "out"), *words]) == ExitCode.USER_ERROR
     assert capsys.readouterr().err == (
         f"error: source 'a': annotation file {tmp_path}/a.json is missing; "
         f"source 'c': annotation file {tmp_path}/c.json is missing; "

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from model.errors import UserError
+from model.errors import ExitCode, UserError
 from model.hashing import file_sha256
 from preprocess.prompts import load_tokenizer
 from preprocess.rejects import Reject
@@ -21,8 +21,8 @@ from preprocess.shards.folder import MANIFEST
 from preprocess.shards.manifest import Manifest, load_index
 from preprocess.shards.preview import choose_rejects, choose_rows
 from preprocess.shards.verify import verify
-from preprocess.shardset import EXIT_DAMAGED, EXIT_USER_ERROR, info, main
-from tests.support.shard_builds import build_in_process, write_mix
+from preprocess.shardset import info, main
+from tests.support.shard_builds import build_in_process, exit_code_of, write_mix
 from tests.support.tiny_data import write_byte_tokenizer
 
 
@@ -173,7 +173,7 @@ def test_whatever_bit_of_an_index_flips_it_is_read_or_refused_in_our_words(copy:
 
 def test_damage_is_an_exit_code_and_a_remedy(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copy / "shard-00002.tar").write_bytes(b"")
-    assert main(["verify", str(copy)]) == EXIT_DAMAGED
+    assert exit_code_of(main, ["verify", str(copy)]) == ExitCode.DAMAGED
     said = capsys.readouterr().out
     assert "shard-00002.tar has changed since it was written" in said
     assert "delete the files named above and run build_shards.py with the same arguments again" in said
@@ -186,7 +186,7 @@ def test_what_is_no_set_is_refused_in_one_line(
 ) -> None:
     (tmp_path / "unfinished" / ".work").mkdir(parents=True)
     (tmp_path / "other").mkdir()
-    assert main([verb, str(tmp_path / folder)]) == EXIT_USER_ERROR
+    assert exit_code_of(main, [verb, str(tmp_path / folder)]) == ExitCode.USER_ERROR
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert said.count("\n") == 1
@@ -219,7 +219,7 @@ def test_a_preview_that_cannot_be_made_is_one_clear_line(
     words, missing, complaint = PREVIEWS[mistake]
     if missing:
         (copy / missing).unlink()
-    assert main(["preview", str(copy), *words]) == EXIT_USER_ERROR
+    assert exit_code_of(main, ["preview", str(copy), *words]) == ExitCode.USER_ERROR
     said = capsys.readouterr().err
     assert complaint in said
     assert said.count("\n") == 1
@@ -229,7 +229,7 @@ def test_a_preview_that_cannot_be_made_is_one_clear_line(
 def test_a_preview_of_a_damaged_tar_is_one_clear_line(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tar = copy / "shard-00001.tar"
     tar.write_bytes(bytes(tar.stat().st_size))
-    assert main(["preview", str(copy)]) == EXIT_USER_ERROR
+    assert exit_code_of(main, ["preview", str(copy)]) == ExitCode.USER_ERROR
     assert "shard-00001.tar is missing or damaged (" in capsys.readouterr().err
 
 
@@ -299,16 +299,25 @@ def test_a_preview_shows_every_source_and_spreads_over_each() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "said"), [(errno.EIO, "Input/output error"), (errno.EACCES, "index.parquet cannot be read")]
+    ("number", "code", "said"),
+    [
+        (errno.EIO, ExitCode.RETRY, "Input/output error; try again"),
+        (errno.EACCES, ExitCode.USER_ERROR, "index.parquet cannot be read"),
+    ],
 )
 def test_an_index_that_cannot_be_read_is_one_line(
-    sound: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, said: str
+    sound: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    code: ExitCode,
+    said: str,
 ) -> None:
     def fails(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("preprocess.shards.manifest.pq.read_table", fails)
-    assert main(["info", str(sound)]) == 2
+    assert exit_code_of(main, ["info", str(sound)]) == code
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert said in line

@@ -18,7 +18,7 @@ from ray.exceptions import (
 )
 from ray.util.metrics import Gauge
 
-from model.errors import UserError, first_line
+from model.errors import CommandError, UserError, first_line
 from preprocess.builder.sigterm import restore_sigterm_handler
 from preprocess.builder.task import ShardTask, build_shard, read_last_seen
 from preprocess.progress import Progress
@@ -72,7 +72,7 @@ def _max_in_flight() -> int:
 def _final_error(error: Exception, task: ShardTask) -> Exception:
     """Return the error to raise once the retries are used up."""
     if isinstance(error, OSError):
-        return error
+        return error.cause if isinstance(error, RayTaskError) else error
     advice = "if an image of that row causes it, remove the image"
     if isinstance(error, OutOfMemoryError):
         advice = "the machine ran out of memory: give fewer --workers"
@@ -101,7 +101,9 @@ def _cluster(workers: int | None) -> Iterator[None]:
         raise UserError(
             f"no Ray cluster answers at RAY_ADDRESS {address} ({error}); correct it, or unset it to run on this machine"
         ) from None
-    except RayTaskError:
+    except RayTaskError as error:
+        if isinstance(error.cause, CommandError):
+            raise error.cause from None  # without Ray's traceback, which only crashes need
         raise
     except RayError as error:
         raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -13,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from model.errors import UserError
+from model.errors import UserError, oserror_remedy, oserror_text
 from model.hashing import file_sha256
 from preprocess.annotations.worklist import Worklist
 from preprocess.atomic import sync_folder
@@ -24,8 +23,6 @@ from preprocess.images.store import ImageStore
 from preprocess.shards.folder import INDEX, MANIFEST, PROGRESS, REJECTS, TOKENIZER, WORK, ShardFolder
 from preprocess.shards.manifest import Manifest
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_ACCESS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{32}\.tmp")  # as `published` names them
 _SHARD = re.compile(r"(?P<name>shard-(\d{5}|[1-9]\d{5,}))\.(tar|json)")
 
@@ -50,16 +47,18 @@ def build_lock(folder: ShardFolder) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def user_oserrors(out: Path) -> Iterator[None]:
-    """Raise a full disk or missing permissions as a UserError. Ray wraps the original error as `cause`."""
+def user_oserrors(path: Path, then: str = "run the same command again") -> Iterator[None]:
+    """Raise a UserError for each OSError that the user can fix, such as a full disk.
+
+    Args:
+        path: named in the message if the error names no file.
+        then: what to do after the error is fixed.
+    """
     try:
         yield
     except OSError as error:
-        cause = getattr(error, "cause", error)
-        if cause.errno in _NO_SPACE:
-            raise UserError(f"no space left for {out}; what is finished is kept: make room and run again") from None
-        if cause.errno in _NO_ACCESS:
-            raise UserError(f"{cause.filename or out} cannot be used: {cause.strerror}") from None
+        if remedy := oserror_remedy(error):
+            raise UserError(f"{oserror_text(error, path)}; {remedy}, then {then}") from None
         raise
 
 

@@ -27,7 +27,7 @@ import psutil
 from PIL import Image
 from skimage import data as photographs
 
-from preprocess.build_shards import EXIT_USER_ERROR
+from model.errors import ExitCode
 from tests.support.golden_tokenizer import gpt_neox
 from tests.support.launch import run_python
 from tests.support.ray_cluster import RayCluster, ray_cluster, wait_until
@@ -156,8 +156,11 @@ def fill_a_disk(folder: Path, expected: Path) -> None:
         words = ["preprocess/build_shards.py", *arguments(folder / "root", disk / "out", gpt_neox(), workers=2)]
         words += ["--samples-per-shard", str(SAMPLES)]
         failed = run_python(*words, timeout=300, RAY_ADDRESS="")
-        assert failed.returncode == EXIT_USER_ERROR, failed.stdout + failed.stderr
-        complaint = f"error: no space left for {disk / 'out'}; what is finished is kept: make room and run again"
+        assert failed.returncode == ExitCode.USER_ERROR, failed.stdout + failed.stderr
+        complaint = (
+            f"error: {disk / 'out'}: No space left on device; free some space, "
+            "then run the same command again: finished shards are kept"
+        )
         assert failed.stderr.splitlines()[-1] == complaint, failed.stderr
         before = finished(disk / "out")
         subprocess.run(["mount", "-o", f"remount,size={4 * size}", disk], check=True)

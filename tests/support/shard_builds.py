@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from model.errors import run_cli
 from preprocess import build_shards
 from preprocess.prompts import Tokenizer
 from preprocess.shards.folder import ShardFolder
@@ -36,6 +40,14 @@ def arguments(root: Path, out: Path, tokenizer: Tokenizer, model: str = "emma_v2
     for name, value in options.items():
         words += [f"--{name.replace('_', '-')}", value]
     return [str(word) for word in words]
+
+
+def exit_code_of(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Run a command in this process as its script would. Return the exit code."""
+    with pytest.raises(SystemExit) as exited:
+        run_cli(lambda: main(arguments))
+    assert isinstance(exited.value.code, int)
+    return exited.value.code
 
 
 def build_in_process(root: Path, out: Path, tokenizer: Tokenizer, **options: Any) -> Path:
