@@ -1,4 +1,4 @@
-"""What one rank cannot do, all hear of; whether it is to be tried again depends on all that was told."""
+"""Errors of one rank are raised on all ranks; they are worth a retry only if every one of them is."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ def os_error(code, path="/data/index.parquet"):
 
 
 @pytest.mark.parametrize(
-    ("errors", "others", "kind", "said"),
+    ("errors", "other_rank", "kind", "expected"),
     [
         ([UserError("a mistake")], {}, UserError, ["a mistake"]),
         ([RetryableError("a bad disk")], {}, RetryableError, ["a bad disk"]),
@@ -49,14 +49,16 @@ def os_error(code, path="/data/index.parquet"):
         ([OSError(errno.EIO, "Input/output error")], {}, RetryableError, ["Input/output error, on "]),
     ],
 )
-def test_problems_of_all_ranks_are_told_and_a_single_mistake_ends_the_run(monkeypatch, errors, others, kind, said):
-    def gather(everywhere, mine):
-        everywhere[:] = [mine, others]
+def test_errors_of_all_ranks_are_combined(
+    monkeypatch, errors, other_rank, kind, expected
+):
+    def gather(errors_by_rank, mine):
+        errors_by_rank[:] = [mine, other_rank]
 
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
-    with pytest.raises(kind) as told:
+    with pytest.raises(kind) as raised:
         run_checks(TWO, [lambda: 1, *map(failing, errors)])
-    assert type(told.value) is kind
-    assert not str(told.value).startswith(":")
-    for words in said:
-        assert words in str(told.value)
+    assert type(raised.value) is kind
+    assert not str(raised.value).startswith(":")
+    for text in expected:
+        assert text in str(raised.value)

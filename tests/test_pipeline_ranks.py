@@ -1,4 +1,4 @@
-"""Each rank has a GPU of its own, or is told that there are too few. The variables are those that SLURM 22.05 sets."""
+"""Each rank gets its own GPU, or an error if there are too few. The variables are those that SLURM 22.05 sets."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from model.errors import UserError
 from pipeline.distributed.ranks import find_ranks
 
 STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NODEID": "0"}
-MEETING = {"MASTER_PORT": "1", "MASTER_ADDR": "gpu7"}
+RENDEZVOUS = {"MASTER_PORT": "1", "MASTER_ADDR": "gpu7"}
 SHELL = {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NODEID": "0", "SLURM_NTASKS": "8"}
 TORCHRUN = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}
 FOUR, OWN, LAST = "0,1,2,3", "3", {"SLURM_NODEID": "1"}
@@ -15,15 +15,15 @@ FOUR, OWN, LAST = "0,1,2,3", "3", {"SLURM_NODEID": "1"}
 
 @pytest.fixture
 def rank_on(monkeypatch):
-    """A rank of this local number, with the launcher's variables, on a node where torch sees so many GPUs."""
+    """Return a function that finds a rank's device, given its local rank, torch's GPU count and the environment."""
 
     def rank_on(local_rank: int, gpus: int, variables: dict[str, str]) -> torch.device:
         word = str(local_rank)
         if "LOCAL_WORLD_SIZE" in variables:
-            told = {**variables, "RANK": word, "LOCAL_RANK": word}
+            environment = {**variables, "RANK": word, "LOCAL_RANK": word}
         else:
-            told = {**STEP, **MEETING, **variables, "SLURM_PROCID": word, "SLURM_LOCALID": word}
-        monkeypatch.setattr("pipeline.distributed.ranks.os.environ", told)
+            environment = {**STEP, **RENDEZVOUS, **variables, "SLURM_PROCID": word, "SLURM_LOCALID": word}
+        monkeypatch.setattr("pipeline.distributed.ranks.os.environ", environment)
         monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
         return find_ranks("cuda").device
 
@@ -42,11 +42,11 @@ def on_node(tasks, gpus, visible):
         pytest.param(4, on_node("8", "4", FOUR), id="--gpus-per-node=4"),
         pytest.param(4, on_node("8(x2)", "4", FOUR) | LAST, id="--gpus-per-node=4 on two nodes"),
         pytest.param(1, on_node("8", "4", OWN), id="two tasks bound to each GPU"),
-        pytest.param(4, on_node("8", "", ""), id="a SLURM that knows nothing of GPUs"),
+        pytest.param(4, on_node("8", "", ""), id="a SLURM without GPU support"),
         pytest.param(4, TORCHRUN, id="torchrun"),
     ],
 )
-def test_eight_ranks_on_four_gpus_are_refused_on_every_rank_alike(rank_on, local_rank, gpus, variables):
+def test_eight_ranks_on_four_gpus_are_refused_on_every_rank(rank_on, local_rank, gpus, variables):
     with pytest.raises(UserError, match=r"8 ranks on 4 GPU.*--ntasks-per-node=4"):
         rank_on(local_rank, gpus, variables)
 
@@ -58,20 +58,20 @@ def test_eight_ranks_on_four_gpus_are_refused_on_every_rank_alike(rank_on, local
         pytest.param(4, on_node("2,4", "4", FOUR) | LAST, "cuda:3", id="the fuller one of two nodes"),
         pytest.param(1, on_node("8", "8", OWN), "cuda:0", id="--gpus-per-task=1"),
         pytest.param(2, on_node("4", "8", "6,7"), "cuda:1", id="--gpus-per-task=2"),
-        pytest.param(1, on_node("8", "", OWN), "cuda:0", id="bound by a program of the user's"),
-        pytest.param(1, TORCHRUN | {"CUDA_VISIBLE_DEVICES": OWN}, "cuda:0", id="bound by one under torchrun"),
+        pytest.param(1, on_node("8", "", OWN), "cuda:0", id="bound by the user's own wrapper"),
+        pytest.param(1, TORCHRUN | {"CUDA_VISIBLE_DEVICES": OWN}, "cuda:0", id="bound by a wrapper under torchrun"),
         pytest.param(8, TORCHRUN, "cuda:3", id="torchrun"),
     ],
 )
-def test_a_rank_with_a_gpu_of_its_own_takes_it_however_it_was_bound(rank_on, gpus, variables, device):
+def test_a_rank_uses_its_own_gpu_however_it_is_bound_to_it(rank_on, gpus, variables, device):
     assert str(rank_on(3, gpus, variables)) == device
 
 
-def test_a_shell_in_an_allocation_of_eight_tasks_is_a_rank_alone(monkeypatch):
+def test_a_shell_inside_an_allocation_of_eight_tasks_is_a_single_rank(monkeypatch):
     monkeypatch.setattr("pipeline.distributed.ranks.os.environ", {**SHELL, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
     assert find_ranks("cpu").world_size == 1
 
 
-def test_two_ranks_on_the_only_gpu_are_refused(rank_on):
+def test_two_ranks_on_a_single_gpu_are_refused(rank_on):
     with pytest.raises(UserError, match="2 ranks on 1 GPU"):
         rank_on(1, 1, on_node("2", "1", "0"))

@@ -1,4 +1,4 @@
-"""Who this process is among the ranks, whether torchrun, srun or nobody started it."""
+"""This process's rank, world size and device, as set by torchrun or srun, or for a process on its own."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ import torch
 
 from model.errors import UserError
 
-# Of the step: SLURM_NTASKS is the job's, and a shell in an allocation, which is a step of one task, has it too.
+# Variables of the job step. SLURM_NTASKS would be wrong: it counts the tasks of the job, and a shell inside an
+# allocation has it too, although it is a step of one task.
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 @dataclass(frozen=True)
 class Ranks:
+    """This process's place among all ranks."""
+
     rank: int
-    local_rank: int
+    local_rank: int  # among the ranks on this node
     world_size: int
     device: torch.device
 
@@ -33,9 +36,12 @@ class Ranks:
 
 
 def find_ranks(device: str) -> Ranks:
-    """Read the launcher's variables and set the ones that DeepSpeed reads; it knows none of SLURM's.
+    """Find this process's rank and device, and set the environment variables that DeepSpeed reads.
 
-    Raises: UserError if the recipe asks for a GPU and there is none, or too few for the ranks of this node.
+    Args:
+        device: "auto", "cpu" or "cuda".
+
+    Raises: UserError if the device is "cuda" and there is no GPU, or if this node has fewer GPUs than ranks.
     """
     if "RANK" not in os.environ:
         inside_srun = "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ
@@ -51,36 +57,38 @@ def _device(device: str, local_rank: int) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # read by DeepSpeed when it is first imported
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it when it is first imported
         return torch.device("cpu")
     if torch.cuda.device_count() == 0:
-        raise UserError(
-            "engine.device is 'cuda', but torch sees no GPU here; use engine.device=cpu or a node that has one"
-        )
-    ranks = _ranks_here(local_rank)
-    gpus = _gpus_here(ranks)
+        raise UserError("engine.device is 'cuda', but torch finds no GPU. Use engine.device=cpu, or a node with a GPU.")
+    ranks = _count_local_ranks(local_rank)
+    gpus = _count_local_gpus(ranks)
     if ranks > gpus:
         raise UserError(
-            f"{socket.gethostname()}: {ranks} ranks on {gpus} GPU(s), but each needs one of its own; "
-            f"give as many tasks as GPUs: sbatch --ntasks-per-node={gpus}, torchrun --nproc-per-node={gpus}"
+            f"{socket.gethostname()}: {ranks} ranks on {gpus} GPU(s), but each rank needs its own. "
+            f"Start one rank per GPU: sbatch --ntasks-per-node={gpus}, torchrun --nproc-per-node={gpus}."
         )
-    # A task that SLURM bound to its own GPU sees that one alone.
+    # A task that SLURM has bound to one GPU finds only that one, as device 0.
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
-def _gpus_here(ranks: int) -> int:
-    """GPUs of this node that the ranks share out among them; a rank that was bound to some of them sees only those."""
-    seen = torch.cuda.device_count()
+def _count_local_gpus(ranks: int) -> int:
+    """Count the GPUs of this node that its ranks may use, although a rank bound to some of them finds only those."""
+    visible = torch.cuda.device_count()
     if "LOCAL_WORLD_SIZE" not in os.environ and "SLURM_GPUS_ON_NODE" in os.environ:
-        return max(seen, int(os.environ["SLURM_GPUS_ON_NODE"]))
+        return max(visible, int(os.environ["SLURM_GPUS_ON_NODE"]))
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    return ranks if seen == 1 and len(names) == 1 and names[0] else seen
+    return ranks if visible == 1 and len(names) == 1 and names[0] else visible
 
 
-def _ranks_here(local_rank: int) -> int:
-    """As the launcher says: "8", or "8(x2),4" by node. Without a word from it, as far as this rank can tell."""
+def _count_local_ranks(local_rank: int) -> int:
+    """Count the ranks on this node.
+
+    SLURM lists the tasks of all nodes, for example "8(x2),4". Without a launcher, this rank's own number is the only
+    evidence.
+    """
     if "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["LOCAL_WORLD_SIZE"])
-    told = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    by_node = [int(tasks) for tasks, nodes in told for _ in range(int(nodes or 1))]
+    groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    by_node = [int(tasks) for tasks, nodes in groups for _ in range(int(nodes or 1))]
     return max(local_rank + 1, by_node[int(os.environ["SLURM_NODEID"])] if by_node else 0)
