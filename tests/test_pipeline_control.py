@@ -1,4 +1,4 @@
-"""Requests from outside, as one rank sees them. That all agree and save is in test_pipeline_train.py."""
+"""Stop and save requests as one rank sees them. test_pipeline_train.py tests that all ranks agree on them."""
 
 import json
 import signal
@@ -16,28 +16,28 @@ from tests.support.slurm import wait_until
 
 @pytest.fixture
 def control(tmp_path, monkeypatch):
-    """Of a run folder in which somebody has asked for a stop, and nobody was there."""
+    """Return the control of a run folder with an unanswered stop request."""
     monkeypatch.delenv("EMMA_JOB", raising=False)
     (tmp_path / "control").mkdir()
     (tmp_path / "control/stop").touch()
     return Control(tmp_path)
 
 
-def test_a_request_that_nobody_answered_ends_no_later_training_in_a_shell_in_an_allocation(control, monkeypatch):
+def test_an_unanswered_request_is_cleared_in_a_shell_inside_an_allocation(control, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4242")
     control.clear_unanswered()
     assert not control.stop_requested()
     assert not control.save_requested()
 
 
-def test_a_request_that_came_after_the_batch_script_had_cleared_away_the_old_ones_stands(control, monkeypatch):
+def test_a_request_is_kept_in_a_batch_job_whose_script_cleared_old_ones(control, monkeypatch):
     monkeypatch.setenv("EMMA_JOB", "4242")
     control.clear_unanswered()
     assert control.stop_requested()
     assert not control.save_requested()
 
 
-def test_the_batch_script_is_told_of_a_refusal_and_nobody_else_is(control, monkeypatch):
+def test_a_refusal_is_recorded_for_the_batch_script_only(control, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4242")
     control.record_refusal("in a shell in an allocation")
     monkeypatch.setenv("EMMA_JOB", "4240_3")
@@ -46,7 +46,7 @@ def test_the_batch_script_is_told_of_a_refusal_and_nobody_else_is(control, monke
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_a_rank_is_a_request_to_stop_and_the_first_one_is_remembered(control, number):
+def test_a_signal_is_a_stop_request_and_the_first_one_is_its_reason(control, number):
     control.clear_unanswered()
     before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)}
     control.stop_on_signals()
@@ -61,9 +61,7 @@ def test_a_signal_to_a_rank_is_a_request_to_stop_and_the_first_one_is_remembered
     assert control.stop_reason() == f"by {number.name}"
 
 
-def test_a_signal_to_all_processes_of_a_training_as_scancel_sends_it_lets_it_save_and_stop(
-    recipe_file, shards, tmp_path
-):
+def test_a_signal_to_all_processes_as_from_scancel_saves_and_stops(recipe_file, shards, tmp_path):
     run, endless = tmp_path / "run", ["steps=100000", "checkpoint.every_steps=100000"]
     words = [recipe_file, f"data.shards={shards}", f"run.dir={run}", "data.workers=1", *endless]
     command = [sys.executable, "-m", "pipeline.train", *map(str, words)]

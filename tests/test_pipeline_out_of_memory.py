@@ -1,4 +1,4 @@
-"""Too little memory is the recipe's fault, unless a step of just this kind has had room."""
+"""Out of memory is the user's mistake, unless a step with the same settings has fitted before."""
 
 import json
 
@@ -19,7 +19,7 @@ MISTAKE, LOST = (UserError, "lower optim.micro_batch (now 4)"), (RetryableError,
 
 @pytest.fixture
 def run(recipe_file, tmp_path):
-    """The recipe, and what tells the run folder of a start with these overrides, on so many ranks."""
+    """Return the recipe, a function that makes the event of a start, and one that writes `metrics.jsonl`."""
 
     def recipe(*overrides):
         return load_recipe(recipe_file, [*overrides, f"run.dir={tmp_path}"], planning=True)
@@ -27,30 +27,30 @@ def run(recipe_file, tmp_path):
     def start(*overrides, ranks=8):
         return {"event": "resume", "step": 0, "world_size": ranks, "settings": memory_settings(recipe(*overrides))}
 
-    def tell(lines):
+    def write_metrics(lines):
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    return recipe(), start, tell
+    return recipe(), start, write_metrics
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("history", "expected"),
     [
         pytest.param(lambda start: [], MISTAKE, id="the first start"),
         pytest.param(lambda start: [start(), STEP], LOST, id="a step was done"),
         pytest.param(lambda start: [start(), SAVE], LOST, id="a step was saved"),
-        pytest.param(lambda start: [start()], MISTAKE, id="none was done"),
-        pytest.param(lambda start: [start("optim.micro_batch=2"), STEP, start()], MISTAKE, id="of another size"),
-        pytest.param(lambda start: [start("engine.segment_layers=1"), STEP], MISTAKE, id="recomputing more"),
-        pytest.param(lambda start: [start(ranks=16), STEP], MISTAKE, id="on more ranks"),
-        pytest.param(lambda start: [start(), STEP, start(ranks=16)], LOST, id="on as many ranks, once"),
+        pytest.param(lambda start: [start()], MISTAKE, id="no step was done"),
+        pytest.param(lambda start: [start("optim.micro_batch=2"), STEP, start()], MISTAKE, id="another micro-batch"),
+        pytest.param(lambda start: [start("engine.segment_layers=1"), STEP], MISTAKE, id="more recomputation"),
+        pytest.param(lambda start: [start(ranks=16), STEP], MISTAKE, id="more ranks"),
+        pytest.param(lambda start: [start(), STEP, start(ranks=16)], LOST, id="as many ranks, two starts ago"),
     ],
 )
-def test_a_gpu_without_room_ends_in_one_line_and_is_tried_again_only_where_it_had_room(run, told, expected):
-    recipe, start, tell = run
+def test_out_of_memory_is_one_line_and_a_retry_only_if_it_fitted_before(run, history, expected):
+    recipe, start, write_metrics = run
     kind, advice = expected
-    if lines := told(start):
-        tell(lines)
+    if lines := history(start):
+        write_metrics(lines)
     with pytest.raises(kind) as raised, explain_out_of_memory(recipe, RANKS):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words")
     line = str(raised.value)
@@ -60,12 +60,12 @@ def test_a_gpu_without_room_ends_in_one_line_and_is_tried_again_only_where_it_ha
     assert advice in line
 
 
-def test_a_node_that_something_else_has_filled_does_not_end_a_run_that_had_room(run, monkeypatch):
-    recipe, start, tell = run
+def test_full_shared_memory_is_a_retry_only_if_it_sufficed_before(run, monkeypatch):
+    recipe, start, write_metrics = run
     monkeypatch.setattr(preflight, "prefetched_bytes", lambda _: 1 << 60)
     context = preflight.Context(recipe=recipe, ranks=RANKS)
     with pytest.raises(UserError, match="--shm-size"):
         preflight.check_shared_memory(context)
-    tell([start(), STEP])
+    write_metrics([start(), STEP])
     with pytest.raises(RetryableError, match="does something else use this node"):
         preflight.check_shared_memory(context)

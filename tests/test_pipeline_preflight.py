@@ -1,4 +1,4 @@
-"""What a start checks: each problem is one line, all of them are told at once, and nothing takes long."""
+"""Preflight: each problem is one line, all problems are reported at once, and every check is quick."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ from tests.support.launch import finish, fork_python, fork_ranks
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 
-# Two ranks that are two nodes: each looks for what must be on every node in a working directory of its own.
+# Two ranks that pretend to be two nodes: each has its own working directory for what must be on every node.
 TWO_NODES = """
 import os, sys
 from dataclasses import replace
@@ -50,7 +50,7 @@ def context(recipe_file: Path, shards: Path, *overrides: str) -> Context:
     return Context(recipe=recipe, ranks=ALONE)
 
 
-def test_all_problems_of_all_nodes_are_told_at_once_on_every_rank(recipe_file, copy, tmp_path):
+def test_every_rank_reports_all_problems_of_all_nodes_at_once(recipe_file, copy, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(TWO_NODES)
     for node in ("node0", "node1"):
@@ -59,15 +59,15 @@ def test_all_problems_of_all_nodes_are_told_at_once_on_every_rank(recipe_file, c
     (copy / "shard-00001.tar").unlink()
     wrong = ["optim.micro_batch=3", "evaluate.shards=/no/held-out", "weights.llm=/no/llm", "weights.towers=no_towers"]
     words = [recipe_file, f"data.shards={copy}", f"run.dir={tmp_path}/run", *wrong]
-    told = finish(fork_ranks(2, [program, tmp_path, *words]))
+    output = finish(fork_ranks(2, [program, tmp_path, *words]))
     for rank in (0, 1):
-        lines = told.split(f"<rank {rank}>")[1].split("</>")[0].splitlines()
+        lines = output.split(f"<rank {rank}>")[1].split("</>")[0].splitlines()
         assert lines[0] == f"{len(lines) - 1} problems:"
-        for said in ("micro_batch 3", "shard-00001.tar has None bytes", "/no/held-out", "/no/llm", "tower siglip"):
-            assert len([line for line in lines if said in line]) == 1, lines
+        for text in ("micro_batch 3", "shard-00001.tar has None bytes", "/no/held-out", "/no/llm", "tower siglip"):
+            assert len([line for line in lines if text in line]) == 1, lines
 
 
-def test_shards_of_wrong_size_are_one_line_with_the_first_and_their_number(recipe_file, copy, monkeypatch):
+def test_shards_of_wrong_size_are_one_line_with_the_first_and_a_count(recipe_file, copy, monkeypatch):
     monkeypatch.setattr(preflight, "MAX_NAMED", 1)
     for shard in copy.glob("*.tar"):
         shard.write_bytes(b"short")
@@ -75,7 +75,7 @@ def test_shards_of_wrong_size_are_one_line_with_the_first_and_their_number(recip
         preflight.check_shards(context(recipe_file, copy))
 
 
-def test_hashing_stops_when_its_time_is_over_and_says_how_far_it_came(recipe_file, copy, monkeypatch):
+def test_hashing_stops_at_its_time_limit_and_reports_the_share(recipe_file, copy, monkeypatch):
     assert "100% of them hashed" in preflight.check_shards(context(recipe_file, copy))
     shard = copy / "shard-00002.tar"
     shard.write_bytes(bytes([1]) + shard.read_bytes()[1:])
@@ -86,7 +86,7 @@ def test_hashing_stops_when_its_time_is_over_and_says_how_far_it_came(recipe_fil
         preflight.check_shards(context(recipe_file, copy))
 
 
-def test_held_out_shards_are_looked_at_too_and_named_by_their_key(recipe_file, shards, copy):
+def test_held_out_shards_are_checked_and_named_by_their_key(recipe_file, shards, copy):
     both = context(recipe_file, shards, f"evaluate.shards={copy}")
     assert preflight.check_held_out_shards(both).startswith("held out: 3 shards of 35 samples")
     other = context(recipe_file, shards, f"evaluate.shards={copy}", "model=tiny_v1")
@@ -94,9 +94,7 @@ def test_held_out_shards_are_looked_at_too_and_named_by_their_key(recipe_file, s
         preflight.check_held_out_shards(other)
 
 
-def test_weights_of_the_hub_are_looked_for_in_its_cache_and_never_downloaded(
-    recipe_file, shards, tmp_path, monkeypatch
-):
+def test_weights_from_the_hub_must_be_cached_and_are_never_downloaded(recipe_file, shards, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     hub = context(recipe_file, shards, "weights.llm=someone/mamba", "weights.towers=timm")
@@ -120,39 +118,37 @@ def test_a_run_with_a_checkpoint_needs_no_pretrained_language_model(recipe_file,
     assert preflight.check_language_model(resuming) == ""
 
 
-def test_too_little_shared_memory_for_loading_is_told_with_the_remedy(recipe_file, shards):
+def test_too_little_shared_memory_is_an_error_with_a_remedy(recipe_file, shards):
     with pytest.raises(UserError, match=r"/dev/shm has .* GiB free, loading needs .*--shm-size"):
         preflight.check_shared_memory(context(recipe_file, shards, "data.workers=9999999"))
 
 
-def test_too_small_a_disk_is_told_with_what_is_needed(recipe_file, shards, tmp_path):
+def test_a_disk_that_is_too_small_is_an_error_with_the_space_needed(recipe_file, shards, tmp_path):
     short = context(recipe_file, shards, f"run.dir={tmp_path}/run", "checkpoint.keep_last=999999999")
     with pytest.raises(UserError, match=r"needed for 1000000001 checkpoints .* lower checkpoint\.keep_last"):
         preflight.check_checkpoint_space(short)
 
 
-def test_what_a_kill_left_is_free_again_and_a_refused_checkpoint_makes_room_for_the_next(
-    recipe_file, shards, tmp_path, monkeypatch
-):
-    told = context(recipe_file, shards, f"run.dir={tmp_path}", "checkpoint.keep_last=1")
-    each = CHECKPOINT_BYTES * count_parameters(told.recipe.config).trainable
+def test_interrupted_saves_and_refused_checkpoints_count_as_free_space(recipe_file, shards, tmp_path, monkeypatch):
+    run = context(recipe_file, shards, f"run.dir={tmp_path}", "checkpoint.keep_last=1")
+    each = CHECKPOINT_BYTES * count_parameters(run.recipe.config).trainable
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * each))
     with pytest.raises(UserError, match="needed for 3 checkpoints"):
-        preflight.check_checkpoint_space(told)
+        preflight.check_checkpoint_space(run)
     (tmp_path / "checkpoints/.refused-step-00000008").mkdir(parents=True)
-    assert "3 checkpoints" in preflight.check_checkpoint_space(told)
+    assert "3 checkpoints" in preflight.check_checkpoint_space(run)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=each))
     with pytest.raises(UserError, match="1 of which are there"):
-        preflight.check_checkpoint_space(told)
+        preflight.check_checkpoint_space(run)
     half = tmp_path / "checkpoints/.partial-step-00000009/rank-00000.00.master"
     half.parent.mkdir()
     half.touch()
     os.truncate(half, each)
-    assert "3 checkpoints" in preflight.check_checkpoint_space(told)
+    assert "3 checkpoints" in preflight.check_checkpoint_space(run)
 
 
-def test_checkpoints_that_are_kept_for_ever_are_counted_as_the_run_will_have_them(recipe_file, shards, tmp_path):
-    """12 steps; saved at 2, 4, …, 12; the newest three are kept, and of the others the one at 6."""
+def test_checkpoints_kept_for_ever_are_counted_as_of_the_end_of_the_run(recipe_file, shards, tmp_path):
+    """Of the saves at 2, 4, …, 12, the newest three and the one at 6 are kept."""
     every = ["checkpoint.every_steps=2", "checkpoint.keep_every=3", "checkpoint.keep_last=3", f"run.dir={tmp_path}"]
     two_epochs, longer = context(recipe_file, shards, *every), context(recipe_file, shards, "steps=60", *every)
     assert preflight.check_checkpoint_space(two_epochs).startswith("6 checkpoints")
@@ -168,7 +164,7 @@ with time_limit(0.1, "the preflight", Ranks(3, 3, 8, torch.device("cpu"))):
 """
 
 
-def test_a_preflight_that_hangs_ends_with_a_line_and_is_to_be_tried_again():
+def test_a_hanging_preflight_ends_with_one_line_and_the_code_for_a_retry():
     done = fork_python("-c", HANGING)
     assert done.returncode == 4
     assert done.stderr.startswith("error: rank 3 of 8 on ")

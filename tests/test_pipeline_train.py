@@ -1,4 +1,4 @@
-"""Training on two real ranks: killed, stopped, damaged, resumed, and the same bits as if nothing had happened."""
+"""Training on two real ranks: after a kill, a stop or damage, the resumed run ends with the same bits."""
 
 import errno
 import fcntl
@@ -45,7 +45,7 @@ def lines(run: Path) -> list[dict]:
 
 
 def losses(run: Path) -> dict[int, tuple]:
-    """The last word on every step: a step that was redone after a resume stands there twice."""
+    """Return the losses of each step. A step that was repeated after a resume has two lines; the last one counts."""
     return {
         line["step"]: (line["loss/text"], line["loss/align"], line["optim/grad_norm"])
         for line in lines(run)
@@ -61,7 +61,7 @@ def wait_for(condition, process, timeout=180):
     until = time.monotonic() + timeout
     while not condition():
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until, "it did not happen in time"
+        assert time.monotonic() < until, "timed out"
         time.sleep(0.02)
 
 
@@ -81,7 +81,7 @@ def assert_same_end(run, undisturbed):
     assert losses(run) == losses(undisturbed)
 
 
-def test_a_run_reports_every_step_and_ends_with_a_checkpoint(undisturbed):
+def test_a_run_logs_every_step_and_ends_with_a_checkpoint(undisturbed):
     assert sorted(losses(undisturbed)) == list(range(1, STEPS + 1))
     events = [(line["event"], line["step"]) for line in lines(undisturbed) if "event" in line]
     assert events == [("start", 0), ("save", 4), ("save", 8), ("save", STEPS), ("done", STEPS)]
@@ -90,26 +90,24 @@ def test_a_run_reports_every_step_and_ends_with_a_checkpoint(undisturbed):
     assert (undisturbed / "checkpoints/latest").read_text().strip() == folder_name(STEPS)
 
 
-def test_a_memory_budget_changes_what_is_recomputed_and_nothing_that_is_learnt(
-    recipe_file, shards, undisturbed, tmp_path
-):
+def test_a_memory_budget_changes_recomputation_but_no_trained_value(recipe_file, shards, undisturbed, tmp_path):
     budget = ["engine.segment_layers=2", "engine.memory_gib=1"]
     assert "6 keep" in finish(fork_ranks(2, command(recipe_file, shards, tmp_path / "run", *budget)))
     assert_same_end(tmp_path / "run", undisturbed)
 
 
-def test_killed_in_the_middle_the_same_command_ends_with_the_same_bits(recipe_file, shards, undisturbed, tmp_path):
+def test_after_a_kill_the_same_command_ends_with_the_same_bits(recipe_file, shards, undisturbed, tmp_path):
     run = tmp_path / "run"
     process = fork_ranks(2, command(recipe_file, shards, run))
     wait_for(lambda: list_steps(run / "checkpoints"), process)
     kill_all(process)
     assert max(losses(run)) < STEPS
     assert not (run / "outcome.json").exists()
-    cut_off = run / "checkpoints/.partial-step-00000008"  # as a kill during a save leaves it
+    cut_off = run / "checkpoints/.partial-step-00000008"  # what a kill during a save leaves behind
     cut_off.mkdir(exist_ok=True)
     (cut_off / "rank-00000.00.master").write_bytes(b"half")
 
-    heldout = [f"evaluate.shards={shards}", "evaluate.every_steps=5"]  # it changes no bit either
+    heldout = [f"evaluate.shards={shards}", "evaluate.every_steps=5"]  # an evaluation must not change a bit
     output = finish(fork_ranks(2, command(recipe_file, shards, run, *heldout)))
     assert "its save was cut off" in output
     assert "heldout at step" in output
@@ -118,9 +116,7 @@ def test_killed_in_the_middle_the_same_command_ends_with_the_same_bits(recipe_fi
     assert_same_end(run, undisturbed)
 
 
-def test_a_damaged_checkpoint_is_refused_with_its_reason_and_the_one_before_is_taken(
-    recipe_file, shards, undisturbed, tmp_path
-):
+def test_a_damaged_checkpoint_is_refused_and_the_previous_one_is_loaded(recipe_file, shards, undisturbed, tmp_path):
     run = tmp_path / "run"
     finish(fork_ranks(2, command(recipe_file, shards, run)))
     checkpoints = run / "checkpoints"
@@ -143,7 +139,7 @@ def flip_one_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_stop_request_is_agreed_on_saved_and_resumed_at_the_next_step(recipe_file, shards, undisturbed, tmp_path):
+def test_a_stop_request_saves_a_checkpoint_and_no_step_is_repeated(recipe_file, shards, undisturbed, tmp_path):
     run = tmp_path / "run"
     process = fork_ranks(2, command(recipe_file, shards, run))
     wait_for(lambda: losses(run), process)
@@ -158,20 +154,20 @@ def test_a_stop_request_is_agreed_on_saved_and_resumed_at_the_next_step(recipe_f
     heldout = [f"evaluate.shards={shards}", "evaluate.every_steps=1", "evaluate.samples=8"]
     finish(fork_ranks(2, command(recipe_file, shards, run, *heldout)))
     evaluated = [line["step"] for line in lines(run) if line.get("event") == "heldout"]
-    assert evaluated == list(range(stopped["step"], STEPS + 1)), "the stop's is made up for"
-    assert len(losses(run)) == len([line for line in lines(run) if "event" not in line]), "a step was redone"
+    assert evaluated == list(range(stopped["step"], STEPS + 1)), "the evaluation that the stop skipped is missing"
+    assert len(losses(run)) == len([line for line in lines(run) if "event" not in line]), "a step was repeated"
     assert_same_end(run, undisturbed)
 
 
 def test_another_training_in_the_same_folder_is_refused_and_changes_nothing(recipe_file, shards, undisturbed):
     before = [(undisturbed / name).read_bytes() for name in ("recipe.json", "outcome.json", "metrics.jsonl")]
-    told = finish(fork_ranks(2, command(recipe_file, shards, undisturbed, "optim.lr=3e-3", "seed=8")), code=None)
-    assert "optim.lr was 0.001, now 0.003" in told
-    assert "seed was 7, now 8" in told
+    output = finish(fork_ranks(2, command(recipe_file, shards, undisturbed, "optim.lr=3e-3", "seed=8")), code=None)
+    assert "optim.lr was 0.001, now 0.003" in output
+    assert "seed was 7, now 8" in output
     assert [(undisturbed / name).read_bytes() for name in ("recipe.json", "outcome.json", "metrics.jsonl")] == before
 
 
-def test_a_run_that_lost_all_its_checkpoints_never_starts_afresh_by_itself(recipe_file, shards, tmp_path):
+def test_a_run_without_a_good_checkpoint_never_starts_afresh_by_itself(recipe_file, shards, tmp_path):
     run = tmp_path / "run"
     words = command(recipe_file, shards, run, "steps=1")
     assert fork_python(*words).returncode == 0
@@ -183,7 +179,7 @@ def test_a_run_that_lost_all_its_checkpoints_never_starts_afresh_by_itself(recip
         assert not (run / "control/starting").exists()
 
 
-def test_a_second_training_in_a_folder_where_one_is_going_on_is_refused(recipe_file, shards, tmp_path):
+def test_a_second_training_in_the_same_folder_is_refused(recipe_file, shards, tmp_path):
     run = tmp_path / "run"
     (run / "control").mkdir(parents=True)
     with (run / ".lock").open("w") as lock:
@@ -192,18 +188,18 @@ def test_a_second_training_in_a_folder_where_one_is_going_on_is_refused(recipe_f
             second = fork_python(*command(recipe_file, shards, run), EMMA_JOB=job)
             assert "another process trains here" in one_line(second, code=2)
     assert not (run / "metrics.jsonl").exists()
-    told = [line.split("\t") for line in (run / "control/refused").read_text().splitlines()]
-    assert [job for job, _ in told] == ["77", "78"], "the jobs that were refused, not the one that trains"
-    assert "another process trains here" in told[0][1]
+    refusals = [line.split("\t") for line in (run / "control/refused").read_text().splitlines()]
+    assert [job for job, _ in refusals] == ["77", "78"], "only the refused jobs"
+    assert "another process trains here" in refusals[0][1]
 
 
-def test_of_two_starts_in_the_same_instant_one_is_refused(recipe_file, tmp_path):
-    """In an empty folder, and in one where somebody was before."""
+def test_of_two_simultaneous_starts_one_is_refused(recipe_file, tmp_path):
+    """The first attempt uses a new folder, and the others one that was used before."""
     recipe = load_recipe(recipe_file, [f"run.dir={tmp_path / 'run'}"], planning=True)
-    together = threading.Barrier(2)
+    barrier = threading.Barrier(2)
 
     def start() -> RunFolder | UserError:
-        together.wait()
+        barrier.wait()
         try:
             return RunFolder(recipe, Ranks(0, 0, 1, torch.device("cpu")))
         except UserError as error:
@@ -211,22 +207,22 @@ def test_of_two_starts_in_the_same_instant_one_is_refused(recipe_file, tmp_path)
 
     for _ in range(20):
         with ThreadPoolExecutor() as pool:
-            two = [each.result() for each in [pool.submit(start), pool.submit(start)]]
-        [run] = [each for each in two if isinstance(each, RunFolder)]
+            results = [future.result() for future in [pool.submit(start), pool.submit(start)]]
+        [run] = [result for result in results if isinstance(result, RunFolder)]
         run.lock.close()
-        [error] = [each for each in two if isinstance(each, UserError)]
+        [error] = [result for result in results if isinstance(result, UserError)]
         assert "another process trains here" in str(error)
 
 
-def test_what_only_the_main_rank_meets_ends_all_ranks_without_a_traceback(recipe_file, shards, tmp_path):
+def test_an_error_of_the_main_rank_alone_ends_all_ranks_without_a_traceback(recipe_file, shards, tmp_path):
     (tmp_path / "file").touch()
-    told = finish(torchrun(2, command(recipe_file, shards, tmp_path / "file/run")), code=None)
-    ours = told.split("torch.distributed.elastic")[0]
+    output = finish(torchrun(2, command(recipe_file, shards, tmp_path / "file/run")), code=None)
+    ours = output.split("torch.distributed.elastic")[0]
     assert "error: run.dir" in ours
-    assert ours.count("Traceback") <= 1, ours  # torchrun's own
+    assert ours.count("Traceback") <= 1, ours  # that of torchrun
 
 
-def test_one_process_alone_trains_without_a_launcher(recipe_file, shards, tmp_path):
+def test_one_process_trains_without_a_launcher(recipe_file, shards, tmp_path):
     run = tmp_path / "run"
     done = run_python(*command(recipe_file, shards, run, "steps=2", "engine.segment_layers=2", "data.workers=1"))
     assert done.returncode == 0, done.stderr
@@ -242,7 +238,7 @@ def one_line(done, code):
     return line
 
 
-def test_a_users_mistakes_are_one_line_each(recipe_file, shards, tmp_path):
+def test_each_mistake_of_the_user_is_one_line(recipe_file, shards, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     closed = shutil.copytree(shards, tmp_path / "closed")
@@ -260,13 +256,13 @@ def test_a_users_mistakes_are_one_line_each(recipe_file, shards, tmp_path):
         (["optim.micro_batch=3"], shards, "run", ["global_batch 8", "micro_batch 3"]),
         (["engine.device=cuda"], shards, "run", ["no GPU"]),
     ]
-    for overrides, data, run, said in mistakes:
+    for overrides, data, run, expected in mistakes:
         line = one_line(fork_python(*command(recipe_file, data, tmp_path / run, *overrides)), code=2)
-        for words in said:
-            assert words in line
+        for text in expected:
+            assert text in line
 
 
-def test_a_shard_that_was_replaced_is_found_before_training_begins(recipe_file, shards, tmp_path):
+def test_a_replaced_shard_is_found_before_training_begins(recipe_file, shards, tmp_path):
     replaced = tmp_path / "shards"
     shutil.copytree(shards, replaced)
     flip_one_bit(replaced / "shard-00001.tar")
@@ -275,22 +271,22 @@ def test_a_shard_that_was_replaced_is_found_before_training_begins(recipe_file, 
     assert "preprocess.shardset verify" in line
 
 
-def test_all_problems_are_told_at_once(recipe_file, tmp_path):
+def test_all_problems_are_reported_at_once(recipe_file, tmp_path):
     (tmp_path / "empty").mkdir()
     words = command(recipe_file, tmp_path / "empty", tmp_path / "run", "optim.micro_batch=3", "weights.llm=/no/where")
-    told = fork_python(*words).stderr
-    for said in ("3 problems", "micro_batch 3", "manifest.json", "/no/where"):
-        assert said in told
+    errors = fork_python(*words).stderr
+    for text in ("3 problems", "micro_batch 3", "manifest.json", "/no/where"):
+        assert text in errors
 
 
-def test_a_run_without_a_finite_loss_fails_for_good(recipe_file, shards, tmp_path):
+def test_a_run_without_a_finite_loss_fails_permanently(recipe_file, shards, tmp_path):
     run = tmp_path / "run"
     done = fork_python(*command(recipe_file, shards, run, "optim.lr=1e30", "optim.clip=0.0"))
     assert "no finite loss" in one_line(done, code=3)
     assert outcome(run)["outcome"] == "failed"
 
 
-def test_a_disk_that_is_full_when_a_line_is_written_is_one_line_and_no_crash(recipe_file, shards, tmp_path):
+def test_a_full_disk_while_logging_is_one_line_and_no_crash(recipe_file, shards, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").symlink_to("/dev/full")
@@ -301,7 +297,7 @@ def test_a_disk_that_is_full_when_a_line_is_written_is_one_line_and_no_crash(rec
     assert outcome(run)["outcome"] == "failed"
 
 
-def test_a_mistake_ends_with_its_exit_code_though_the_run_folder_takes_no_word_of_it(monkeypatch, capsys):
+def test_an_error_keeps_its_exit_code_if_the_outcome_cannot_be_written(monkeypatch, capsys):
     class OnAFullDisk:
         first_step = 3
 
@@ -310,6 +306,6 @@ def test_a_mistake_ends_with_its_exit_code_though_the_run_folder_takes_no_word_o
 
     monkeypatch.setattr("pipeline.run.failure.os._exit", sys.exit)
     with pytest.raises(SystemExit) as ended:
-        exit_after(UserError("no room"), None, None, cast(RunFolder, OnAFullDisk()))
+        exit_after(UserError("no space"), None, None, cast(RunFolder, OnAFullDisk()))
     assert ended.value.code == 2
-    assert capsys.readouterr().err == "error: no room\n"
+    assert capsys.readouterr().err == "error: no space\n"

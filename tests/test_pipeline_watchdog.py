@@ -1,4 +1,4 @@
-"""A rank that hangs or dies ends the run within seconds, with stacks and a word that says to try again."""
+"""A run with a rank that hangs or dies ends within seconds, with stacks and the exit code for a retry."""
 
 import errno
 import faulthandler
@@ -38,18 +38,17 @@ def wait_for_steps(run: Path, count: int) -> None:
     until = time.monotonic() + 180
     lines = run / "metrics.jsonl"
     while not lines.exists() or len(lines.read_text().splitlines()) <= count:
-        assert time.monotonic() < until, "it did not get that far"
+        assert time.monotonic() < until, "timed out"
         time.sleep(0.05)
 
 
-def told(run: Path) -> tuple[dict, dict]:
-    """The outcome, and the last event."""
+def outcome_and_last_event(run: Path) -> tuple[dict, dict]:
     return json.loads((run / "outcome.json").read_text()), json.loads(
         (run / "metrics.jsonl").read_text().splitlines()[-1]
     )
 
 
-def test_a_rank_that_hangs_ends_the_run_with_the_others_stacks(recipe_file, shards, tmp_path):
+def test_a_hanging_rank_ends_the_run_with_the_stacks_of_the_others(recipe_file, shards, tmp_path):
     run = tmp_path / "run"
     process = torchrun(2, ["--shutdown-timeout=1", *words(recipe_file, shards, run), *IMPATIENT])
     wait_for_steps(run, FIRST_STEPS + 1)
@@ -58,7 +57,7 @@ def test_a_rank_that_hangs_ends_the_run_with_the_others_stacks(recipe_file, shar
     output = finish(process, code=None, timeout=90)
     assert not any(rank.is_running() for rank in ranks)
     assert "error: step" in output
-    outcome, event = told(run)
+    outcome, event = outcome_and_last_event(run)
     assert outcome["outcome"] == event["event"] == "lost"
     assert "takes longer than" in outcome["reason"]
     assert "rank 0 is stopped" in outcome["reason"]
@@ -68,7 +67,7 @@ def test_a_rank_that_hangs_ends_the_run_with_the_others_stacks(recipe_file, shar
     assert state_of_run(run, read_history(run), now=time.time()) == f"lost: {outcome['reason']}"
 
 
-def test_a_rank_that_dies_ends_the_others_even_without_a_launcher(recipe_file, shards, tmp_path):
+def test_a_dead_rank_ends_the_others_even_without_a_launcher(recipe_file, shards, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, *map(str, words(recipe_file, shards, run))]
     world = {
@@ -94,7 +93,7 @@ def test_a_rank_that_dies_ends_the_others_even_without_a_launcher(recipe_file, s
     ranks[0].communicate()
     assert ranks[1].returncode == ExitCode.RETRY, error
     assert "Traceback" not in error
-    outcome, event = told(run)
+    outcome, event = outcome_and_last_event(run)
     assert (outcome["outcome"], outcome["reason"]) == ("lost", "rank 0 has ended")
     assert (event["event"], event["reason"]) == ("lost", "rank 0 has ended")
 
@@ -110,7 +109,7 @@ def watchdog(recipe_file, tmp_path):
     faulthandler.cancel_dump_traceback_later()
 
 
-def test_the_first_steps_may_take_long_and_later_ones_as_much_as_is_usual(watchdog):
+def test_the_first_steps_have_a_longer_limit_than_later_ones(watchdog):
     for _ in range(FIRST_STEPS - 1):
         watchdog.step_times.append(1.0)
     assert watchdog.step_limit_s() == 500
@@ -120,14 +119,14 @@ def test_the_first_steps_may_take_long_and_later_ones_as_much_as_is_usual(watchd
     assert watchdog.step_limit_s() == 70
 
 
-def test_a_save_or_an_evaluation_may_take_long_and_the_next_step_not(watchdog):
+def test_a_save_has_a_longer_limit_than_the_next_step(watchdog):
     watchdog.step_times.extend([1.0] * FIRST_STEPS)
     with watchdog.allow_time_for("the save"):
         assert watchdog.deadline[:2] == ("the save", 500)
     assert watchdog.deadline[:2] == ("step 1", 20)
 
 
-def test_what_comes_after_the_steps_may_take_long_also_after_an_error(watchdog):
+def test_the_end_of_a_run_has_a_longer_limit_also_after_an_error(watchdog):
     watchdog.step_times.extend([1.0] * FIRST_STEPS)
     with pytest.raises(ZeroDivisionError), watchdog.allow_time_to_finish():
         raise ZeroDivisionError
@@ -135,7 +134,7 @@ def test_what_comes_after_the_steps_may_take_long_also_after_an_error(watchdog):
 
 
 class Waits:
-    """An event that is set after some waits, during each of which the clock goes on as told."""
+    """Stands for the `closed` event: each wait advances the clock by the next number, and then the event is set."""
 
     def __init__(self, monkeypatch, *seconds):
         self.now, self.seconds = 0.0, list(seconds)
@@ -155,7 +154,7 @@ def test_the_time_of_a_suspension_does_not_count(watchdog, monkeypatch):
     assert watchdog.active_s == 3 + SUSPENDED_S
 
 
-def test_while_it_watches_it_gives_signs_of_life_and_a_file_system_that_fails_stops_it_not(watchdog, monkeypatch):
+def test_heartbeats_continue_after_a_file_system_error(watchdog, monkeypatch):
     def beat():
         beats.append("beat")
         raise OSError(errno.ESTALE, "Stale file handle")
@@ -169,7 +168,7 @@ def test_while_it_watches_it_gives_signs_of_life_and_a_file_system_that_fails_st
     assert len(beats) == 3
 
 
-def test_a_rank_whose_watchdog_hangs_itself_ends_all_the_same(watchdog, monkeypatch):
+def test_a_rank_ends_even_if_its_watchdog_hangs(watchdog, monkeypatch):
     watchdog._set_deadline("step 1", 20)
     watchdog.closed = Waits(monkeypatch, *[1] * 1000)
     monkeypatch.setattr("pipeline.run.watchdog.os._exit", sys.exit)
@@ -179,7 +178,7 @@ def test_a_rank_whose_watchdog_hangs_itself_ends_all_the_same(watchdog, monkeypa
     assert watchdog.active_s == 20 + 2 * STUCK_S + 1
 
 
-def test_a_mistake_that_a_rank_has_told_of_is_not_overwritten(watchdog, tmp_path):
+def test_an_outcome_that_a_rank_has_written_is_not_overwritten(watchdog, tmp_path):
     watchdog.folder = tmp_path / "stacks"
     watchdog.folder.mkdir()
     (tmp_path / "outcome.json").write_text('{"outcome": "failed"}')
@@ -187,8 +186,8 @@ def test_a_mistake_that_a_rank_has_told_of_is_not_overwritten(watchdog, tmp_path
     assert (tmp_path / "outcome.json").read_text() == '{"outcome": "failed"}'
 
 
-def test_a_rank_ends_in_time_though_the_run_folder_takes_no_stacks(watchdog, tmp_path, monkeypatch, capfd):
-    """A full disk, say: there a file stands where the folder would."""
+def test_a_rank_ends_in_time_if_its_stacks_cannot_be_written(watchdog, tmp_path, monkeypatch, capfd):
+    """Stands for a full disk: a file has the name of the folder."""
     watchdog.folder = tmp_path / "file" / "stacks"
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("pipeline.run.watchdog.GRACE_S", 0.0)
@@ -196,12 +195,12 @@ def test_a_rank_ends_in_time_though_the_run_folder_takes_no_stacks(watchdog, tmp
     with pytest.raises(SystemExit) as end:
         watchdog._end_process("rank 0 has ended")
     assert end.value.code == ExitCode.RETRY
-    said = capfd.readouterr().err
-    assert "error: rank 0 has ended; cannot write stacks to the run folder" in said
-    assert "_end_process" in said, "no stacks in the log"
+    errors = capfd.readouterr().err
+    assert "error: rank 0 has ended; cannot write stacks to the run folder" in errors
+    assert "_end_process" in errors, "no stacks on stderr"
 
 
-def test_a_file_system_that_fails_does_not_end_the_watching(watchdog, tmp_path, monkeypatch):
+def test_a_file_system_error_does_not_end_the_watchdog(watchdog, tmp_path, monkeypatch):
     watchdog.folder = tmp_path
     monkeypatch.setattr(Path, "exists", stale)
     assert not watchdog._another_rank_ends()
@@ -211,7 +210,7 @@ def stale(path):
     raise OSError(errno.ESTALE, "Stale file handle")
 
 
-def test_a_process_is_seen_to_be_there_or_not():
+def test_the_state_of_a_process_is_found_and_empty_after_its_end():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     assert process_state(child.pid) in ("R", "S", "D")
     child.communicate()
