@@ -27,7 +27,7 @@ MAX_NONFINITE = 3  # steps in a row without a finite loss and gradient, after wh
 
 @dataclass(kw_only=True)
 class Loop:
-    """The training loop of one rank. Every rank runs it, and all ranks decide alike, from the same step reports."""
+    """The training loop of one rank. All ranks take the same decisions, because their step reports are equal."""
 
     run_folder: RunFolder
     engine: Engine
@@ -52,9 +52,8 @@ class Loop:
                 timings = Timings(data_wait_s=batch.wait_s, towers_s=towers_s, gc_s=garbage.pop_seconds())
                 report = reduce_step(losses, self._requests(), timings)
                 step += 1
-                towers_s = (
-                    tower_timer.pop_seconds()
-                )  # the device has finished this step; the next reduction carries its time
+                # The device has finished this step, so its time is known; the next step's reduction carries it.
+                towers_s = tower_timer.pop_seconds()
                 self.watchdog.step_done(step)
                 self.metrics.log_step(step, batch, report, lr)
                 if self.saver.in_progress and not report.requests.writing:
@@ -94,7 +93,10 @@ class Loop:
         self.metrics.log_event("nonfinite", step, samples=batch.ids.tolist())
         if self.nonfinite == MAX_NONFINITE:
             self._save_with(self.saver.finish)
-            raise DivergedError(f"no finite loss or gradient in steps {step - MAX_NONFINITE + 1} to {step}")
+            raise DivergedError(
+                f"no finite loss or gradient in steps {step - MAX_NONFINITE + 1} to {step}; lower optim.lr, or look at "
+                "the samples that the `nonfinite` events in metrics.jsonl name"
+            )
 
     def _save_and_evaluate(self, step: int, requests: Requests) -> None:
         finish = requests.stop or requests.save or self._is_last(step)
@@ -103,12 +105,12 @@ class Loop:
         if finish:
             self._save_with(self.saver.finish)
             self.run_folder.control.clear("save")
-        # A stop cannot wait for an evaluation; the next start does it first.
+        # A stop must not wait for an evaluation. The next start makes up for it.
         if not requests.stop and self._evaluation_due(step):
             self._evaluate(step)
 
     def _save_with(self, action: Callable[[], Saved | None]) -> None:
-        """Do one part of saving, and log the checkpoint that it published, if any."""
+        """Run one phase of a save, and log the checkpoint that it published, if any."""
         with self.watchdog.allow_time_for("the save"), self.metrics.exclude_time("save"):
             saved = action()
         if saved:

@@ -35,24 +35,24 @@ class Totals:
 
 @dataclass(frozen=True, kw_only=True)
 class Requests:
-    """Flags that one rank sets, and that count for all ranks once reduced."""
+    """What one rank asks of all ranks. After the reduction, a flag is set if any rank set it."""
 
-    stop: bool = False  # asked to save and stop
-    save: bool = False  # asked to save
-    writing: bool = False  # still writing its files of a checkpoint
+    stop: bool = False  # save, then stop
+    save: bool = False
+    writing: bool = False  # wait with publishing a checkpoint, because this rank still writes its files
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Seconds that one rank spent waiting for this step's data, and on the towers and gc of the step before."""
+    """Time that one rank spent on parts of a step, in seconds."""
 
-    data_wait_s: float = 0.0
-    towers_s: float = 0.0
-    gc_s: float = 0.0
+    data_wait_s: float = 0.0  # waiting for this step's data
+    towers_s: float = 0.0  # vision towers in the previous step
+    gc_s: float = 0.0  # garbage collection after the previous step
 
 
 class LossAccumulator:
-    """Sums of this rank's losses in fp64, kept on the device so that the host need not wait for them."""
+    """Sums of this rank's losses in fp64, kept on the device so that adding to them does not block the host."""
 
     def __init__(self, num_sources: int, device: torch.device):
         self.sums = torch.zeros(2 + num_sources, dtype=torch.float64, device=device)  # text, alignment, text by source
@@ -77,7 +77,7 @@ class LossAccumulator:
 
 @dataclass(frozen=True, kw_only=True)
 class LossSums:
-    """This rank's loss sums of one optimizer step, and what `reduce_step` needs to turn them into means."""
+    """Loss sums of one optimizer step on this rank, with the divisors and weights that `reduce_step` needs."""
 
     sums: torch.Tensor  # [2 + sources] fp64 on the device, as in LossAccumulator
     totals: Totals
@@ -88,7 +88,7 @@ class LossSums:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """Results of one optimizer step over all ranks; equal on every rank."""
+    """Losses of one optimizer step over all ranks, with requests and timings. It is equal on every rank."""
 
     text: float
     align: float | None  # None in a text-only step
@@ -115,8 +115,8 @@ def optimizer_step(engine: Engine, towers: Towers, recipe: Recipe, batch: Global
         text, align = row_losses(engine, towers, recipe, micro_batch.to(engine.device))
         losses.add(text, align, row_sources)
         loss = text.sum() / totals.text + recipe.align_weight * align.sum() / totals.images
-        # DeepSpeed skips an update only if a gradient is not finite. A loss that is not finite can have finite
-        # gradients, so this makes them not finite too.
+        # DeepSpeed skips the update only if a gradient is not finite. An infinite loss can have finite gradients, so
+        # this factor makes them NaN too.
         loss = loss * (1 + 0 * loss.detach())
         # DeepSpeed averages over ranks and micro-batches, but this loss is a sum over them.
         engine.backward(loss * len(batch.micro_batches) * dist.get_world_size())
@@ -131,15 +131,15 @@ def optimizer_step(engine: Engine, towers: Towers, recipe: Recipe, batch: Global
 
 
 def reduce_step(losses: LossSums, requests: Requests, timings: Timings) -> StepReport:
-    """Sum a step's losses over the ranks, and exchange requests and timings, in one all-reduce.
+    """Sum a step's losses over the ranks, and exchange requests and timings, in a single all-reduce.
 
-    Every rank must call it. It waits until the device has finished the step.
+    Every rank must call it. It blocks until the device has finished the step.
     """
     seconds = torch.zeros(dist.get_world_size(), len(astuple(timings)), dtype=torch.float64)
     seconds[dist.get_rank()] = torch.tensor(astuple(timings), dtype=torch.float64)
     flags = torch.tensor(astuple(requests), dtype=torch.float64)
     from_host = torch.cat([flags, seconds.flatten()])
-    # Non-blocking, because a blocking copy would wait for the device once more.
+    # The copy is non-blocking, because otherwise the host would wait for the device here too.
     values = torch.cat([losses.sums, from_host.to(losses.sums.device, non_blocking=True)])
     dist.all_reduce(values)
     sums, flags, seconds = values.cpu().split([len(losses.sums), len(flags), seconds.numel()])
@@ -170,7 +170,7 @@ def row_losses(
 
 
 def forward(model: Callable[..., Losses], towers: Towers, config: EmmaConfig, batch: MicroBatch) -> Losses:
-    """Run the frozen towers, then the model. The towers are outside the engine, which would partition them."""
+    """Run the frozen towers, then the model. The towers stay outside the engine, which would shard them."""
     if batch.pixels is None:
         return model(batch.tokens, batch.targets)
     features = towers(batch.pixels)
@@ -179,10 +179,10 @@ def forward(model: Callable[..., Losses], towers: Towers, config: EmmaConfig, ba
 
 
 def step_totals(recipe: Recipe, batch: GlobalBatch) -> Totals:
-    """Compute a step's divisors from the index, which every rank has, so that no collective is needed."""
+    """Compute a step's divisors. No collective is needed, because every rank has the index of all samples."""
     return Totals(text=max(1, int(text_weights(recipe, batch).sum())), images=max(1, batch.images))
 
 
 def text_weights(recipe: Recipe, batch: GlobalBatch) -> npt.NDArray[np.int64]:
-    """Count what the mean text loss is taken over, by source: supervised tokens or samples. [sources]"""
+    """Count the supervised tokens or the samples, as `loss.text` says, of each source in a global batch. [sources]"""
     return batch.sources.supervised_tokens if recipe.loss.text == "token" else batch.sources.samples

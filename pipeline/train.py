@@ -47,7 +47,7 @@ from pipeline.run.watchdog import Watchdog, set_collective_timeouts, time_limit
 from pipeline.validation import Validation
 from pipeline.zero import check_partition
 
-RENDEZVOUS_S = 600.0  # from the first rank's arrival to the last one's
+RENDEZVOUS_S = 600.0  # time limit for all ranks to join
 
 
 def main() -> None:
@@ -103,7 +103,7 @@ def train(run: RunFolder, ranks: Ranks, startup: StartupTimer) -> None:
         context = CheckpointContext(recipe=recipe, ranks=ranks, identity=identity, engine=engine, probe=probe)
         step, notes = Resumer(context).resume(saved_steps)
         startup.phase_done("checkpoint")
-        # Only now, because measuring with uninitialized weights could leave a NaN in a buffer.
+        # Only after the weights are loaded, because measuring with uninitialized ones could leave a NaN in a buffer.
         notes = [*fit_memory(engine, towers, recipe, data), *notes]
         startup.phase_done("memory")
         run.accept_start(step, loaded)
@@ -127,8 +127,8 @@ def train(run: RunFolder, ranks: Ranks, startup: StartupTimer) -> None:
 def build_model(run: RunFolder, ranks: Ranks, *, resume: bool) -> tuple[Emma, Towers, dict[str, Any]]:
     """Return the model to train, the frozen towers, and which weights were loaded from where.
 
-    Only the main rank of a new run loads the language model, because the engine broadcasts it. A run that resumes
-    loads all trained weights from its checkpoint later, and never starts without one.
+    In a new run, only the main rank loads the language model, because the engine broadcasts it to the other ranks. A
+    run that resumes loads all trained weights from its checkpoint later.
     """
     recipe = run.recipe
     if ranks.is_main and not resume:
@@ -161,8 +161,8 @@ def fit_memory(engine: Engine, towers: Towers, recipe: Recipe, data: TrainData) 
 def record_end(run: RunFolder, metrics: MetricsLogger, step: int, *, finished: bool) -> None:
     """Log and write the outcome, then clear the stop request. Main rank only.
 
-    The outcome comes before the clean-up of wandb, which can take long, because the batch script decides by it whether
-    to requeue. The request is cleared last, because it holds the reason.
+    The outcome is written before wandb finishes, which can take long, because the batch script needs it to decide
+    whether to requeue. The request is cleared last, because it holds the reason.
     """
     outcome, reason = ("done", "") if finished else ("stopped", run.control.stop_reason())
     metrics.log_event(outcome, step, **({"reason": reason} if reason else {}))

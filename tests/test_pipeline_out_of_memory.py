@@ -14,7 +14,7 @@ from pipeline.run.out_of_memory import explain_out_of_memory, memory_settings
 
 RANKS = Ranks(3, 3, 8, torch.device("cpu"))
 STEP, SAVE = {"step": 10, "loss/text": 1.0}, {"event": "save", "step": 4}
-MISTAKE, LOST = (UserError, "lower optim.micro_batch (now 4)"), (RetryableError, "does something else use this node?")
+MISTAKE, LOST = (UserError, "lower optim.micro_batch (now 4)"), (RetryableError, "does another process use this node?")
 
 
 @pytest.fixture
@@ -67,5 +67,5 @@ def test_full_shared_memory_is_a_retry_only_if_it_sufficed_before(run, monkeypat
     with pytest.raises(UserError, match="--shm-size"):
         preflight.check_shared_memory(context)
     write_metrics([start(), STEP])
-    with pytest.raises(RetryableError, match="does something else use this node"):
+    with pytest.raises(RetryableError, match="does another process use this node"):
         preflight.check_shared_memory(context)

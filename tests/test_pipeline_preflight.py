@@ -71,7 +71,7 @@ def test_shards_of_wrong_size_are_one_line_with_the_first_and_a_count(recipe_fil
     monkeypatch.setattr(preflight, "MAX_NAMED", 1)
     for shard in copy.glob("*.tar"):
         shard.write_bytes(b"short")
-    with pytest.raises(UserError, match=r"shard-00000\.tar has 5 bytes, the manifest says \d+, and 2 more; find all"):
+    with pytest.raises(UserError, match=r"shard-00000\.tar has 5 bytes, the manifest says \d+, and 2 more; list all"):
         preflight.check_shards(context(recipe_file, copy))
 
 
@@ -82,7 +82,7 @@ def test_hashing_stops_at_its_time_limit_and_reports_the_share(recipe_file, copy
     monkeypatch.setattr(preflight, "HASHING_S", 0.0)
     assert "0% of them hashed" in preflight.check_shards(context(recipe_file, copy))
     monkeypatch.undo()
-    with pytest.raises(UserError, match=r"shard-00002\.tar: its content is not"):
+    with pytest.raises(UserError, match=r"shard-00002\.tar: its checksum does not match"):
         preflight.check_shards(context(recipe_file, copy))
 
 
@@ -138,7 +138,7 @@ def test_interrupted_saves_and_refused_checkpoints_count_as_free_space(recipe_fi
     (tmp_path / "checkpoints/.refused-step-00000008").mkdir(parents=True)
     assert "3 checkpoints" in preflight.check_checkpoint_space(run)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=each))
-    with pytest.raises(UserError, match="1 of which are there"):
+    with pytest.raises(UserError, match="1 of which exist"):
         preflight.check_checkpoint_space(run)
     half = tmp_path / "checkpoints/.partial-step-00000009/rank-00000.00.master"
     half.parent.mkdir()

@@ -267,7 +267,7 @@ def test_a_replaced_shard_is_found_before_training_begins(recipe_file, shards, t
     shutil.copytree(shards, replaced)
     flip_one_bit(replaced / "shard-00001.tar")
     line = one_line(fork_python(*command(recipe_file, replaced, tmp_path / "run")), code=2)
-    assert "shard-00001.tar: its content is not what the manifest says" in line
+    assert "shard-00001.tar: its checksum does not match the manifest" in line
     assert "preprocess.shardset verify" in line
 
 

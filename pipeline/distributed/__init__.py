@@ -1,1 +1,1 @@
-"""Ranks: who they are, and collectives over them."""
+"""Ranks, collectives that fail on all ranks alike, process states, and warnings about slow operations."""

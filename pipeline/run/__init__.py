@@ -1,1 +1,1 @@
-"""The run folder: checks before the start, requests while training, the watchdog, the outcome."""
+"""The life of a run: preflight checks, the run folder, stop and save requests, the watchdog, and failures."""

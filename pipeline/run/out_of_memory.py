@@ -19,28 +19,26 @@ from pipeline.recipe import Recipe
 
 
 def memory_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return the settings that decide how much memory a rank needs, and that may change between two starts.
-
-    The number of ranks counts too, and is stored beside them.
-    """
+    """Return the settings that determine how much memory a rank needs, apart from the number of ranks."""
     return {"micro_batch": recipe.optim.micro_batch, "workers": recipe.data.workers, **asdict(recipe.engine)}
 
 
 def out_of_memory_error(recipe: Recipe, ranks: Ranks, problem: str, remedy: str) -> UserError | RetryableError:
     """Return the error to raise when memory runs out.
 
-    It is worth a retry if this run has done a step with the same settings: then something else may be using the node.
+    It is a RetryableError if this run has done a step with the same settings, because then another process probably
+    uses the node. Otherwise it is the user's mistake.
     """
     if has_stepped_with(Path(recipe.run.dir), world_size=ranks.world_size, settings=memory_settings(recipe)):
         return RetryableError(
-            f"{problem}; earlier steps of this run with the same settings fitted: does something else use this node?"
+            f"{problem}; earlier steps of this run with the same settings fitted: does another process use this node?"
         )
     return UserError(f"{problem}; {remedy}")
 
 
 @contextmanager
 def explain_out_of_memory(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
-    """Turn CUDA's out-of-memory error into one line that says what to change. Raises: `out_of_memory_error`."""
+    """Convert CUDA's out-of-memory error inside the block into what `out_of_memory_error` returns, and raise that."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -1,9 +1,9 @@
-"""Preflight: check everything that can be checked before the model is built, and report all problems at once.
+"""Preflight checks, which run before the model is built and report all problems of all ranks at once.
 
-Every rank runs the checks for what it can see, and then all ranks continue or all stop. Checks download nothing, and
-those that could take long have a time limit.
+Afterwards all ranks continue, or all stop. A check downloads nothing, and has a time limit if it could take long.
 
-To add a check, write a function like the ones below and list it in `preflight` under the ranks that should run it.
+To add a check, write a function `Context -> str` below, and add it in `preflight` to the list for all ranks, for one
+rank per node, or for the main rank.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from pipeline.run.watchdog import time_limit
 from preprocess.shards.folder import ShardFolder
 from preprocess.shards.manifest import Manifest
 
-SPARE_CHECKPOINTS = 2  # beside those that retention keeps: one that is being written, and one to spare
-HASHING_S = 15.0  # for the shards; those that are not hashed by then are not checked further
-CHUNK_BYTES = 8 << 20
-PROBE_BYTES = 64 << 20
-LIMIT_S = 120.0  # for all checks; each is quick, so one that takes longer hangs
+SPARE_CHECKPOINTS = 2  # beside those that retention keeps: one that is being written, and one in reserve
+HASHING_S = 15.0  # time for hashing shards; the others are checked by size alone
+CHUNK_BYTES = 8 << 20  # read at once when hashing
+PROBE_BYTES = 64 << 20  # size of the all-reduce that is timed
+LIMIT_S = 120.0  # for all checks together; one that takes longer hangs
 SHARED_MEMORY = Path("/dev/shm")  # where loading processes put their micro-batches
 MAX_NAMED = 3  # damaged shards that a message names; it counts the others
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What the checks look at."""
+    """The argument of every check."""
 
     recipe: Recipe
     ranks: Ranks
@@ -64,19 +64,19 @@ class Context:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """The manifest of the training shards. Raises: UserError if there is none."""
+        """Manifest of the training shards, read once for all checks. Raises: UserError if there is none."""
         with convert_oserrors(self.recipe.data.shards):
             return Manifest.load(self.recipe.data.shards)
 
 
-# Returns a line for the log, or "". Raises UserError or RetryableError.
+# A check returns a line for the log, or an empty one. It raises UserError or RetryableError.
 Check = Callable[[Context], str]
 
 
 def preflight(recipe: Recipe, ranks: Ranks) -> list[str]:
     """Run all checks. Return lines for the log. Every rank must call it.
 
-    Raises: On all ranks, UserError with all problems of all ranks; RetryableError if none is the user's mistake.
+    Raises on all ranks: UserError with all problems of all ranks; RetryableError if none is the user's mistake.
     """
     checks: list[Check] = [check_communication, check_kernels, check_gpu_memory]
     if ranks.local_rank == 0:  # one rank per node, because these look at the node
@@ -142,7 +142,7 @@ def check_vision_towers(context: Context) -> str:
 
 
 def check_shared_memory(context: Context) -> str:
-    """Check that shared memory holds what loading processes prefetch, because they die when it is full."""
+    """Check that the prefetched micro-batches fit into shared memory. Loading processes die when it is full."""
     recipe, ranks = context.recipe, context.ranks
     needed = prefetched_bytes(recipe) * local_ranks(ranks)
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else needed
@@ -179,12 +179,12 @@ def check_held_out_shards(context: Context) -> str:
 
 
 def inspect_shards(manifest: Manifest, recipe: Recipe) -> str:
-    """Check that shards fit the model, that every file has its size, and the hashes of as many as time allows."""
+    """Check that shards fit the model, the sizes of all files, and the hashes of as many as time allows."""
     folder = ShardFolder(Path(recipe.data.shards))
     check_shards_match_model(manifest, recipe)
-    repair = f"find all damage with `python -m preprocess.shardset verify {folder}` and build the shards again"
+    repair = f"list all damage with `python -m preprocess.shardset verify {folder}`, then build the shards again"
     if not folder.index.exists() or file_sha256(folder.index) != manifest.index["sha256"]:
-        raise UserError(f"{folder.index}: is not the manifest's index; {repair}")
+        raise UserError(f"{folder.index}: its checksum does not match the manifest; {repair}")
     damaged = [
         f"{path} has {size} bytes, the manifest says {shard.bytes}"
         for shard in manifest.shards
@@ -194,12 +194,12 @@ def inspect_shards(manifest: Manifest, recipe: Recipe) -> str:
         more = f", and {len(damaged) - MAX_NAMED} more" if len(damaged) > MAX_NAMED else ""
         raise UserError(f"{', '.join(damaged[:MAX_NAMED])}{more}; {repair}")
     hashed, until = 0, time.monotonic() + HASHING_S
-    for shard in random.sample(manifest.shards, len(manifest.shards)):  # other shards on each node and at each start
+    for shard in random.sample(manifest.shards, len(manifest.shards)):  # in another order on each node
         path = folder.file(shard.name)
         if (sha256 := sha256_within(path, until)) is None:
             break
         if sha256 != shard.sha256:
-            raise UserError(f"{path}: its content is not what the manifest says; {repair}")
+            raise UserError(f"{path}: its checksum does not match the manifest; {repair}")
         hashed += shard.bytes
     share = hashed / max(1, sum(shard.bytes for shard in manifest.shards))
     return f"{len(manifest.shards)} shards of {manifest.counts['samples']} samples, {share:.0%} of them hashed"
@@ -235,10 +235,10 @@ def check_deepspeed_config(context: Context) -> str:
 
 
 def check_checkpoint_space(context: Context) -> str:
-    """Check that the disk has room for the checkpoints that retention keeps, and for one that is being written.
+    """Check that the disk has space for the checkpoints that the run will keep and for the one being written.
 
-    A refused checkpoint counts as one that is there, since the next save deletes it. What the start will remove counts
-    as free.
+    The space of a refused checkpoint is reused, because the next save deletes it. Leftovers of interrupted saves count
+    as free space, because resuming deletes them.
     """
     recipe = context.recipe
     folder = context.checkpoints
@@ -251,13 +251,13 @@ def check_checkpoint_space(context: Context) -> str:
     free = shutil.disk_usage(next(folder for folder in (run_dir, *run_dir.parents) if folder.is_dir())).free
     free += sum(file.stat().st_size for leftover in find_leftovers(folder) for file in leftover.iterdir())
     if free < needed:
-        forever = f", {kept} of them kept for ever" if kept else ""
+        forever = f", {kept} of them kept forever" if kept else ""
         remedy = "lower checkpoint.keep_last" + " or raise checkpoint.keep_every" * bool(kept)
         raise UserError(
             f"run.dir: {recipe.run.dir}: {free / GIB:.1f} GiB free, {needed / GIB:.1f} needed for {count} checkpoints "
-            f"of {each / GIB:.1f}{forever}, {there} of which are there; make room or {remedy}"
+            f"of {each / GIB:.1f}{forever}, {there} of which exist; free some space, or {remedy}"
         )
-    return f"{count} checkpoints of {each / GIB:.2f} GiB, {there} of them there; {free / GIB:.0f} GiB free"
+    return f"{count} checkpoints of {each / GIB:.2f} GiB, {there} of which exist; {free / GIB:.0f} GiB free"
 
 
 def _total_steps(recipe: Recipe, manifest: Manifest) -> int:
