@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
 
+from model.vision import Towers
 from pipeline import step
 from pipeline.checkpoint.context import CheckpointContext
 from pipeline.checkpoint.folder import list_steps
@@ -31,10 +32,10 @@ from pipeline.checkpoint.resumer import Resumer
 from pipeline.checkpoint.saver import Saver
 from pipeline.checkpoint.snapshot import Snapshot
 from pipeline.data.loader import TrainData
-from pipeline.distributed.ranks import find_ranks
+from pipeline.distributed.ranks import Ranks, find_ranks
 from pipeline.engine import build_engine, init_distributed
 from pipeline.lr_schedule import learning_rate
-from pipeline.recipe import load_recipe
+from pipeline.recipe import Recipe, load_recipe
 from pipeline.run.folder import RunFolder
 from pipeline.train import build_model, training_identity
 
@@ -64,18 +65,8 @@ def main() -> None:
     ranks = find_ranks(recipe.engine.device)
     init_distributed(ranks)
     data = TrainData(recipe, ranks)
-    run = RunFolder(recipe, ranks)
-    saved_steps = list_steps(run.folder / "checkpoints")
-    emma, towers, _ = build_model(run, ranks, resume=bool(saved_steps))
-    engine = build_engine(emma, recipe, ranks)
-    context = CheckpointContext(
-        recipe=recipe,
-        ranks=ranks,
-        identity=training_identity(recipe, data),
-        engine=engine,
-        probe=Probe(engine, towers, recipe, ranks, data),
-    )
-    first, notes = Resumer(context).resume(saved_steps)
+    context, towers, first, notes = build_and_resume(recipe, ranks, data)
+    engine = context.engine
     kept: dict[str, Any] = {"first": first, "notes": notes, "reports": [], "states": {}}
     kept["untrained"] = None if first else context.snapshot.take()
     kept["gradients"] = [] if arguments.states else record_gradients(engine)
@@ -105,6 +96,22 @@ def main() -> None:
         torch.save(kept, arguments.out)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def build_and_resume(recipe: Recipe, ranks: Ranks, data: TrainData) -> tuple[CheckpointContext, Towers, int, list[str]]:
+    """Return what a training is made of, the step from which it resumes, and the notes on that."""
+    run = RunFolder(recipe, ranks)
+    saved_steps = list_steps(run.folder / "checkpoints")
+    emma, towers, _ = build_model(run, ranks, resume=bool(saved_steps))
+    engine = build_engine(emma, recipe, ranks)
+    context = CheckpointContext(
+        recipe=recipe,
+        ranks=ranks,
+        identity=training_identity(recipe, data),
+        engine=engine,
+        probe=Probe(engine, towers, recipe, ranks, data),
+    )
+    return context, towers, *Resumer(context).resume(saved_steps)
 
 
 def record_gradients(engine) -> list[dict[str, torch.Tensor]]:
