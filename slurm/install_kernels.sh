@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Installs the fused kernels, mamba-ssm and causal-conv1d, into the Python environment that is active (or EMMA_ENV, or
-# the checkout's .venv), built from their source packages for one GPU architecture. Needs nvcc of torch's CUDA version.
+# Builds the fused kernels (mamba-ssm and causal-conv1d) from source for one GPU architecture, and installs them into
+# EMMA_ENV, the checkout's .venv or the active Python environment. Needs nvcc of the CUDA version of torch.
 #
 #   slurm/install_kernels.sh [--arch SM] [--wheels DIR]
 #
 #   slurm/install_kernels.sh                            # A100
 #   slurm/install_kernels.sh --arch 90                  # H100, H200
-#   srun --gpus=1 --cpus-per-task=16 slurm/install_kernels.sh    # on a GPU node, so that they are tried out too
+#   srun --gpus=1 --cpus-per-task=16 slurm/install_kernels.sh    # on a GPU node: also tests the kernels
 #
 #   --arch SM      80 for A100 (default), 90 for H100 and H200
-#   --wheels DIR   keep what was built in DIR, for other environments: pip install --no-deps DIR/*.whl
+#   --wheels DIR   keep the wheels in DIR; install them elsewhere with: pip install --no-deps DIR/*.whl
 #
-# pip alone cannot do it. Their setup.py compiles nine architectures, ours keeps one; they need the torch that is
-# installed, not one of an isolated build; and mamba-ssm pins packages that Mamba-1 and Mamba-2 never import.
-# Without a network: PIP_NO_INDEX=1 PIP_FIND_LINKS=DIR, where DIR holds the two source packages, einops and ninja.
+# `pip install` is not enough: the packages compile nine architectures, they must build against the installed torch, and
+# mamba-ssm requires packages that Mamba-1 and Mamba-2 never import. Without a network, set PIP_NO_INDEX=1 and
+# PIP_FIND_LINKS=DIR, where DIR contains the two source packages, einops and ninja.
 set -euo pipefail
 
 arch=80 wheels=''
@@ -23,26 +23,26 @@ while (($#)); do
       sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$0"
       exit
       ;;
-    --arch) arch=${2:?--arch wants a number, such as 80} && shift 2 ;;
-    --wheels) wheels=$(mkdir -p "${2:?--wheels wants a folder}" && realpath "$2") && shift 2 ;;
-    *) echo "error: $1: unknown; --help lists what there is" >&2 && exit 2 ;;
+    --arch) arch=${2:?--arch needs a number, such as 80} && shift 2 ;;
+    --wheels) wheels=$(mkdir -p "${2:?--wheels needs a folder}" && realpath "$2") && shift 2 ;;
+    *) echo "error: $1: unknown option; see --help" >&2 && exit 2 ;;
   esac
 done
 
 cd "$(dirname "$0")/.."
 source slurm/environment.sh
 
-"${python[@]}" -c 'import torch; assert torch.version.cuda' 2>/dev/null || fail "no torch with CUDA here: make install"
+"${python[@]}" -c 'import torch; assert torch.version.cuda' 2>/dev/null || fail "no torch with CUDA; run make install"
 "${python[@]}" -c 'from torch.utils.cpp_extension import CUDA_HOME; assert CUDA_HOME' 2>/dev/null ||
-  fail "no nvcc: load CUDA's module, or set CUDA_HOME"
+  fail "nvcc was not found; load the CUDA module, or set CUDA_HOME"
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 wheels=${wheels:-$work/wheels}
 pip=("${python[@]}" -m pip --disable-pip-version-check)
-# FORCE_BUILD: no download of somebody else's build. SKIP_CUDA_BUILD is for the download, which only asks for metadata.
+# FORCE_BUILD prevents the download of prebuilt wheels. SKIP_CUDA_BUILD is for `pip download`, which needs no kernels.
 export MAX_JOBS=${MAX_JOBS:-$(nproc)} MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE
-# causal-conv1d's backward pass is one large file: let nvcc spread it over the cores, from CUDA 12.1 on.
+# The backward pass of causal-conv1d is one large file. From CUDA 12.1 on, nvcc can compile it on several cores.
 nvcc=$("${python[@]}" -c 'from torch.utils.cpp_extension import CUDA_HOME; print(f"{CUDA_HOME}/bin/nvcc")')
 [[ $("$nvcc" --help) != *--split-compile* ]] || export NVCC_APPEND_FLAGS="${NVCC_APPEND_FLAGS-} --split-compile=0"
 
@@ -62,7 +62,7 @@ file, name, arch = Path(sys.argv[1]), *sys.argv[2:]
 flag = re.compile(r'cc_flag\.append\("-gencode"\)\s*cc_flag\.append\("arch=compute_(\d+),code=sm_\d+"\)')
 known = flag.findall(text := file.read_text())
 if arch not in known:
-    sys.exit(f"error: --arch {arch}: {name} compiles {', '.join(known) or 'nothing that this script understands'}")
+    sys.exit(f"error: --arch {arch}: {name} compiles {', '.join(known) or 'no architecture that this script can find'}")
 file.write_text(flag.sub(lambda match: match[0] if match[1] == arch else "pass", text))
 PYTHON
 }
@@ -77,15 +77,15 @@ unpack() { # unpack REQUIREMENT FOLDER
 
 build() { # build FOLDER
   "${pip[@]}" wheel -q --no-deps --no-build-isolation -w "$wheels" "$1" >"$1.log" 2>&1 ||
-    { tail -n 40 "$1.log" >&2 && fail "$(basename "$1") did not build; the compiler's last words are above"; }
+    { tail -n 40 "$1.log" >&2 && fail "$(basename "$1") did not build; the end of its log is above"; }
 }
 
-"${pip[@]}" install -q setuptools wheel packaging ninja einops # to build; the last one is imported too
+"${pip[@]}" install -q setuptools wheel packaging ninja einops # for the build; einops is also imported at run time
 builds=()
 for requirement in "${requirements[@]}"; do
   name=${requirement%%[<>=!~]*}
   unpack "$requirement" "$work/$name"
-  echo "building $requirement for sm_$arch with $MAX_JOBS jobs; takes minutes"
+  echo "building $requirement for sm_$arch with $MAX_JOBS jobs; this takes minutes"
   build "$work/$name" &
   builds+=($!)
 done
@@ -94,14 +94,14 @@ for each in "${builds[@]}"; do
 done
 "${pip[@]}" install -q --no-deps --force-reinstall "$wheels"/{mamba_ssm,causal_conv1d}-*.whl
 
-# Imports them by the model's own door and, where there is a GPU, holds them against the plain-torch reference.
+# Import the kernels as the model does. On a GPU, compare them with the plain torch reference.
 "${python[@]}" - <<'PYTHON'
 import torch
-from model import kernels
+from model.kernels import dispatch
 
-kernels.fused()
+dispatch.fused()
 if not torch.cuda.is_available():
-    print("installed and importable; no GPU here to try them on")
+    print("the kernels are installed and can be imported; not tested, because there is no GPU here")
     raise SystemExit
 torch.manual_seed(0)
 b, l, h, p, s = 2, 512, 4, 64, 32
@@ -110,15 +110,15 @@ wide, weight, bias = torch.randn(b, l, h * p), torch.randn(h * p, 4), torch.rand
 scan = (wide, torch.randn(b, l, h * p), -torch.rand(h * p, s), B[:, :, 0], C[:, :, 0], torch.randn(h * p), None, bias)
 ssd = (x, torch.randn(b, l, h), -torch.rand(h), B, C, torch.randn(h), torch.randn(h))
 for name, ours, arguments, more in (
-    ("causal convolution", kernels.causal_conv, (wide, weight, bias), ()),
-    ("Mamba-1 scan", lambda *a: kernels.selective_scan(*a)[0], scan, ()),
-    ("Mamba-2 scan", lambda *a: kernels.ssd(*a)[0], ssd, (256,)),
+    ("causal convolution", dispatch.causal_conv, (wide, weight, bias), ()),
+    ("Mamba-1 scan", lambda *a: dispatch.selective_scan(*a)[0], scan, ()),
+    ("Mamba-2 scan", lambda *a: dispatch.ssd(*a)[0], ssd, (256,)),
 ):
     expected = ours(*arguments, *more)
     found = ours(*(a if a is None else a.cuda() for a in arguments), *more).cpu()
     error = ((found - expected).norm() / expected.norm()).item()
     print(f"{name:20} relative difference from the reference {error:.1e}")
     if not error < 1e-2:
-        raise SystemExit(f"error: {name}: the kernel computes something else")
-print(kernels.kernel_report("cuda"))
+        raise SystemExit(f"error: {name}: the kernel differs from the reference (expected less than 1e-2)")
+print(dispatch.kernel_report("cuda"))
 PYTHON

@@ -7,24 +7,24 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #
-# Builds shards under SLURM: a Ray cluster inside the allocation, and in it the job that build_shards.py is.
-# The same command goes on where it stopped: finished shards are not built again.
+# Builds shards under SLURM: starts a Ray cluster in the allocation and submits build_shards.py to it.
+# The same command continues an unfinished build: finished shards are not built again.
 #
-#   sbatch slurm/preprocess.sh MIX.toml --model PRESET --root DIR --out DIR [more of build_shards.py's options]
+#   sbatch slurm/preprocess.sh MIX.toml --model PRESET --root DIR --out DIR [options of build_shards.py]
 #
 #   sbatch slurm/preprocess.sh preprocess/mixes/emma_1m2.toml --model emma_v2 --root /data/raw --out /data/shards
 #   sbatch --nodes=4 --cpus-per-task=64 slurm/preprocess.sh …
 #
 # Variables: EMMA_ENV, EMMA_CONTAINER, EMMA_SRUN (slurm/environment.sh).
 set -euo pipefail
-# SLURM runs a copy of this script from its spool folder: the checkout is where sbatch was called.
+# SLURM runs a copy of this script from its spool folder. The checkout is the folder in which sbatch was called.
 checkout=${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}
 [[ -d $checkout/slurm ]] || { echo "error: $checkout is not a checkout; call sbatch in a checkout" >&2 && exit 2; }
 source "$checkout/slurm/environment.sh"
 (($#)) || fail 'no mix given; --help has examples'
 [[ ${SLURM_JOB_ID-} ]] || fail "this runs inside a SLURM job: sbatch slurm/preprocess.sh …"
 
-# The job's working directory is a copy of the checkout, so a relative path would be looked for, or written, there.
+# The working directory of the job is a copy of the checkout, so relative paths would refer to that copy.
 previous=''
 for word in "$@"; do
   [[ $previous != --root && $previous != --out || $word == /* ]] || fail "$previous $word: give an absolute path"
@@ -32,16 +32,16 @@ for word in "$@"; do
 done
 
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-port=$((26000 + 10 * (SLURM_JOB_ID % 600))) # ten of our own: several jobs may share a node
+port=$((26000 + 10 * (SLURM_JOB_ID % 600))) # ten ports per job, because several jobs may share a node
 dashboard=http://127.0.0.1:$((port + 1))
 submission=preprocess-$SLURM_JOB_ID
-scratch=/tmp/ray-$SLURM_JOB_ID # short: Ray puts sockets in it, and their names may have 107 characters
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun stopped inheriting it in 22.05
-# A token of this job's own: whoever else is on the node can reach the ports, and would run code as us.
+scratch=/tmp/ray-$SLURM_JOB_ID # short, because paths of Ray's sockets have at most 107 characters
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since 22.05, srun does not inherit it
+# A token for this job, because other users of the node can reach the ports and could run code as this user.
 RAY_AUTH_TOKEN=$("${python[@]}" -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token
 
-# On every node, until the step is ended: ray_node PORT HEAD SCRATCH ray...
+# Runs on every node until the step ends. Arguments: PORT HEAD SCRATCH ray…
 # shellcheck disable=SC2016
 ray_node='
   port=$1 head=$2 scratch=$3 ray=("${@:4}")
@@ -61,20 +61,20 @@ ray_node='
 cluster=$!
 
 tear_down() {
-  kill "$cluster" 2>/dev/null || true # srun then ends the whole step
+  kill "$cluster" 2>/dev/null || true # srun then ends the step on all nodes
   wait "$cluster" || true
-  "${srun[@]}" --ntasks-per-node=1 rm -rf "$scratch" || true # a cancelled job gets no further step
+  "${srun[@]}" --ntasks-per-node=1 rm -rf "$scratch" || true # fails in a cancelled job, which cannot start a step
 }
 trap tear_down EXIT
 
 until (: <"/dev/tcp/127.0.0.1/$((port + 1))") 2>/dev/null; do
-  kill -0 "$cluster" 2>/dev/null || fail "the Ray cluster did not start; its messages are above"
+  kill -0 "$cluster" 2>/dev/null || fail "the Ray cluster did not start; its output is above"
   sleep 1
 done
 
 "${container[@]}" ray job submit --log-color=false --address="$dashboard" --submission-id="$submission" \
   --working-dir=. -- python preprocess/build_shards.py "$@"
 
-# A job that was stopped rather than finished makes submit exit 0 too.
+# `ray job submit` also exits with 0 for a job that was stopped, so check the status.
 status=$("${container[@]}" ray job status --address="$dashboard" "$submission")
 [[ ${status,,} == *succeeded* ]] || fail "the Ray job $submission did not finish: $status"

@@ -9,33 +9,33 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@600
 #
-# Trains a recipe under SLURM, one task per GPU. The same command resumes. docs/slurm.md tells what is requeued when.
+# Trains a recipe under SLURM, with one task per GPU. The same command resumes. docs/slurm.md: when a job is requeued.
 #
 #   sbatch slurm/train_emma.sh RECIPE [key=value ...]
 #
 #   sbatch slurm/train_emma.sh pipeline/recipes/emma_v2.toml data.shards=/data/shards run.dir=/runs/v2
 #   sbatch --nodes=2 slurm/train_emma.sh pipeline/recipes/emma_v2.toml data.shards=/data/shards run.dir=/runs/v2
-#   sbatch --array=1-3 slurm/train_emma.sh RECIPE seed=%a run.dir=/runs/seed-%a     # %a: the array task's number
+#   sbatch --array=1-3 slurm/train_emma.sh RECIPE seed=%a run.dir=/runs/seed-%a     # %a is the number of the array task
 #   sbatch --gpus-per-node=0 --ntasks-per-node=2 slurm/train_emma.sh RECIPE engine.device=cpu
-#   DRY_RUN=1 bash slurm/train_emma.sh RECIPE [key=value ...]                       # only says what it would do
+#   DRY_RUN=1 bash slurm/train_emma.sh RECIPE [key=value ...]                       # only prints what the job would do
 #
 # Variables: EMMA_ENV, EMMA_CONTAINER, EMMA_SRUN (slurm/environment.sh), MAX_REQUEUES (20), MAX_FRUITLESS (3), DRY_RUN.
 set -euo pipefail
-trap 'echo "error: SIGUSR1 came before training began; give the job more --time than --signal takes" >&2; exit 2' USR1
-# SLURM runs a copy of this script from its spool folder: the checkout is where sbatch was called.
+trap 'echo "error: SIGUSR1 arrived before training began; --time must be longer than the time of --signal" >&2; exit 2' USR1
+# SLURM runs a copy of this script from its spool folder. The checkout is the folder in which sbatch was called.
 checkout=${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}
 [[ -d $checkout/slurm ]] || { echo "error: $checkout is not a checkout; call sbatch in a checkout" >&2 && exit 2; }
 source "$checkout/slurm/environment.sh"
 (($#)) || fail 'no recipe given; --help has examples'
 
-# -- Where and what ------------------------------------------------------------------------------------------------
+# -- Settings ------------------------------------------------------------------------------------------------------
 
 directive() { sed -n "s/^#SBATCH --$1=//p" "$0"; }
 
-# An array's tasks are requeued by this name; by its plain number the last one would requeue them all.
+# Requeueing this name requeues one task of an array. Requeueing the plain id of the last task would requeue them all.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-${SLURM_JOB_ID:-none}}
-export EMMA_JOB=$job # tells training that this script clears away old requests, and reads why a start was refused
+export EMMA_JOB=$job # tells pipeline.train that this script removes old requests and reads control/refused
 recipe=("${@//%a/${SLURM_ARRAY_TASK_ID-}}")
 run=$("${python[@]}" -m pipeline.recipe "${recipe[@]}" --get run.dir)
 control=$run/control stop=$run/control/stop starts=$run/control/starts.tsv
@@ -43,31 +43,31 @@ control=$run/control stop=$run/control/stop starts=$run/control/starts.tsv
 if [[ ${SLURM_JOB_ID-} ]]; then
   mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   export MASTER_ADDR=${hosts[0]}
-  export MASTER_PORT=$((20000 + SLURM_JOB_ID % 6000)) # below the ephemeral ports, above those of Ray's workers
+  export MASTER_PORT=$((20000 + SLURM_JOB_ID % 6000)) # below the ephemeral ports, above the ports of Ray workers
 else
   MASTER_ADDR='(first node)' MASTER_PORT='(20000 + job id modulo 6000)'
 fi
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$(directive cpus-per-task)} # srun stopped inheriting it in 22.05
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$(directive cpus-per-task)} # since 22.05, srun does not inherit it
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
 command=("${srun[@]}" --label --kill-on-bad-exit=1 "${python[@]}" -m pipeline.train "${recipe[@]}")
 
-# -- May it start? SLURM requeues too (preemption, lost nodes), so this is asked at the start as well as at the end ---
+# -- May this job start? Checked here as well as before a requeue, because SLURM requeues too (preemption, lost nodes) -
 
-# Step of the newest checkpoint; 0 without one.
+# Print the step of the newest checkpoint, or 0.
 step_saved() {
   local latest=step-0
   [[ ! -f $run/checkpoints/latest ]] || latest=$(<"$run/checkpoints/latest")
   echo "$((10#${latest##*-}))"
 }
 
-# Earlier starts of this job, and how many of them in a row before now began at the very step that we begin at.
+# Print the number of earlier starts of this job, and how many of them in a row began at the step of this start.
 earlier_starts() {
   [[ -f $starts ]] || { echo 0 0; return; }
   awk -F '\t' -v job="$job" -v step="$step" \
     '$2 == job { all++; same = $3 == step ? same + 1 : 0 } END { print all + 0, same + 0 }' "$starts"
 }
 
-# The other job that trains in this run folder right now, if there is one.
+# Print the id of another job that is training in this run folder, if there is one.
 rival() {
   [[ -f $starts ]] || return 0
   local last
@@ -76,12 +76,12 @@ rival() {
 }
 
 max_requeues=${MAX_REQUEUES:-20} max_fruitless=${MAX_FRUITLESS:-3}
-refuse_another_start() { # EARLIER FRUITLESS [WHY]: starts so far, and those in a row at the same step
-  local then="${3:+: $3}; look at the log, then submit again"
+refuse_another_start() { # EARLIER FRUITLESS [WHY]: number of starts so far, and of those in a row at the same step
+  local then="${3:+: $3}; see the log, then submit again"
   (($1 <= max_requeues)) ||
-    fail "$run: job $job was requeued $max_requeues times, as often as MAX_REQUEUES allows$then"
+    fail "$run: job $job was requeued $max_requeues times, the limit of MAX_REQUEUES$then"
   (($2 < max_fruitless)) ||
-    fail "$run: job $job started $2 times at step $step and never got further$then"
+    fail "$run: job $job started $2 times at step $step without progress$then"
 }
 
 step=$(step_saved)
@@ -103,21 +103,21 @@ PLAN
 fi
 
 other=$(rival)
-[[ ! $other ]] || fail "$run: job $other trains here; cancel it or give another run.dir"
+[[ ! $other ]] || fail "$run: job $other is training in this folder; cancel it or choose another run.dir"
 refuse_another_start "$earlier" "$fruitless"
 
-mkdir -p "$control" || fail "$run: cannot be written; give another run.dir"
+mkdir -p "$control" || fail "$run: cannot be written; choose another run.dir"
 why=submitted
 [[ ! ${SLURM_RESTART_COUNT-} ]] || why='by SLURM: preempted, or a node was lost'
 [[ ! -f $control/requeued ]] || IFS=$'\t' read -r requeued because <"$control/requeued" || true
-[[ ${requeued-} != "$job" ]] || why=$because # else it is of a job that was cancelled before it started again
-rm -f "$control"/{stop,save,refused,requeued} # of the start before; training itself leaves them alone in a job
+[[ ${requeued-} != "$job" ]] || why=$because # otherwise it is the reason of a job that was cancelled
+rm -f "$control"/{stop,save,refused,requeued} # of the previous start; in a job, pipeline.train does not remove them
 printf '%s\t%s\t%s\t%s\n' "$(date -u +%FT%TZ)" "$job" "$step" "$why" >>"$starts"
 
 # -- Train ---------------------------------------------------------------------------------------------------------
 
-# The signals come to this script alone, and a file passes them on: a signal to the ranks would also end their helpers.
-# Its content is the signal; a stop by hand has none. Whoever asks first is the one that asked.
+# SLURM signals only this script, which passes the request on as a file, because a signal to the ranks would also end
+# their helper processes. The file contains the signal's name, or nothing after a stop by hand. The first one counts.
 warned='' interrupted=''
 ask_to_stop() {
   interrupted=1
@@ -131,20 +131,20 @@ trap 'ask_to_stop SIGTERM' TERM
 by_hand() { [[ -e $stop ]] && ! grep --quiet ^SIG "$stop"; }
 
 outcome_stamp() { stat --format='%i %y' "$run/outcome.json" 2>/dev/null || true; }
-before=$(outcome_stamp) # an earlier start's word stays, until training replaces it
+before=$(outcome_stamp) # the file of an earlier start remains until training replaces it
 
 "${command[@]}" &
 while :; do
   rc=0
   wait $! || rc=$?
   [[ $interrupted ]] || break
-  interrupted='' # by a trap; the ranks are still saving
+  interrupted='' # a trap ended `wait`, while the ranks are still saving
 done
 
-# -- And then? -----------------------------------------------------------------------------------------------------
+# -- Requeue? ------------------------------------------------------------------------------------------------------
 
-# COMMAND …, again and again for two minutes: a controller that is busy or restarts must not cost the run.
-patiently() {
+# Retry COMMAND for two minutes, because a busy or restarting controller must not end the run.
+retry() { # COMMAND…
   local pause
   for pause in 1 2 5 10 20 40 42; do
     "$@" && return
@@ -155,23 +155,23 @@ patiently() {
 
 job_field() {
   local facts
-  facts=$(patiently scontrol --oneliner show job "$job") ||
-    fail "job $job: the controller does not answer, so it is not requeued; submit again to go on"
+  facts=$(retry scontrol --oneliner show job "$job") ||
+    fail "job $job: the controller does not answer, so the job is not requeued; submit it again to resume"
   tr ' ' '\n' <<<"$facts" | sed -n "s/^$1=//p"
 }
 
-# Requeue the job and end, if it is ours to do so and not the last start that it may have: go_on WHY STEP STEP_NOW
-go_on() {
-  # After scancel, the time limit or a preemption without grace time the job is COMPLETING: it stays ended, or SLURM
-  # requeues it. With grace time only the ranks are told, and a job that then ends in time counts as COMPLETED.
+# Requeue the job and exit, unless SLURM ends or requeues it itself, or the job may not start again.
+requeue() { # WHY STEP STEP_NOW: the reason, and the steps at which this start began and ended
+  # After scancel, the time limit or a preemption without grace time, the job is COMPLETING: it has ended for good, or
+  # SLURM requeues it. With grace time, SLURM signals only the ranks, and does not requeue a job that ends in time.
   local state
   state=$(job_field JobState) || exit
-  [[ $state == RUNNING ]] || { echo "$1; the job is ${state:-unknown} and not requeued from here" && exit "$rc"; }
+  [[ $state == RUNNING ]] || { echo "$1; the job is ${state:-unknown}, so it is not requeued" && exit "$rc"; }
   (($3 > $2)) && fruitless=0 || fruitless=$((fruitless + 1))
   refuse_another_start $((earlier + 1)) "$fruitless" "$1"
   echo "$1; requeued"
   printf '%s\t%s\n' "$job" "$1" >"$control/requeued"
-  patiently scontrol requeue "$job" || fail "job $job: the controller would not requeue it; submit again to go on"
+  retry scontrol requeue "$job" || fail "job $job: the controller did not requeue the job; submit it again to resume"
   exit
 }
 
@@ -181,7 +181,7 @@ preempted() {
   [[ $when == *[0-9]* ]]
 }
 
-# By this job's own word: a start in another job is refused because we train here.
+# Whether a start of this job was refused. Other jobs are refused too, because this one trains here.
 refused() { grep --quiet --no-messages "^$job"$'\t' "$control/refused"; }
 
 outcome='' reason=''
@@ -202,20 +202,20 @@ case $outcome in
       exit 0
     elif [[ $warned ]]; then
       ((step_now > step_then)) ||
-        fail "$run: not one step from the start to the signal; give the job more --time than --signal takes"
-      go_on 'warned of the time limit' "$step_then" "$step_now"
-    elif [[ $reason == 'by SIGUSR1' ]]; then # scancel --signal=USR1 without --batch told the ranks alone
-      go_on "$reason" "$step_then" "$step_now"
+        fail "$run: no step was finished between the start and the signal; --time must be longer than the time of --signal"
+      requeue 'warned of the time limit' "$step_then" "$step_now"
+    elif [[ $reason == 'by SIGUSR1' ]]; then # scancel --signal=USR1 without --batch signals only the ranks
+      requeue "$reason" "$step_then" "$step_now"
     elif preempted; then
-      go_on 'preempted' "$step_then" "$step_now"
+      requeue 'preempted' "$step_then" "$step_now"
     fi
     ;;
   refused | failed)
-    echo "error: $run: training $outcome, as the ranks have said above; not requeued: mend it, then submit again" >&2
+    echo "error: $run: training $outcome for the reason above; not requeued. Fix the cause, then submit again" >&2
     exit $((rc ? rc : 1))
     ;;
-  *) # lost: no rank could tell how it ended, or a watchdog ended it
-    ! by_hand || { echo "stopped by hand, and lost before it had saved; not requeued" && exit "$rc"; }
-    go_on "${reason:-crashed with exit code $rc}" "$step" "$(step_saved)"
+  *) # lost: the run crashed, or a watchdog ended it
+    ! by_hand || { echo "stopped by hand, but lost before the save was finished; not requeued" && exit "$rc"; }
+    requeue "${reason:-crashed with exit code $rc}" "$step" "$(step_saved)"
     ;;
 esac

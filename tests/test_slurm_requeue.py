@@ -75,7 +75,7 @@ def test_a_warning_that_comes_before_training_begins_ends_the_job_with_one_line(
     wait_until(lambda: (training.checkout / "awake").exists(), "the script to run")
     training.slurm.signal(job, "USR1")
     log = training.assert_end(job, "FAILED", restarts=0)
-    assert log == "error: SIGUSR1 came before training began; give the job more --time than --signal takes\n"
+    assert log == "error: SIGUSR1 arrived before training began; --time must be longer than the time of --signal\n"
 
 
 @side_by_side
@@ -83,7 +83,7 @@ def test_a_warning_before_the_first_step_is_done_ends_the_job_with_one_line(trai
     job = training.submit_and_wait_until_running("stuck=yes")
     training.slurm.signal(job, "USR1")
     log = training.assert_end(job, "FAILED", restarts=0)
-    assert "not one step from the start to the signal; give the job more --time" in log
+    assert "no step was finished between the start and the signal; --time must be longer than" in log
 
 
 @side_by_side
@@ -94,7 +94,7 @@ def test_scancel_signal_requeues_a_job_but_no_more_often_than_allowed(training):
         training.slurm.signal(job, "USR1")
         wait_until(lambda: training.slurm.job(job)["JobState"] != "RUNNING", "the end of this start")
     log = training.assert_end(job, "FAILED", restarts=1)
-    assert f"job {job} was requeued 1 times, as often as MAX_REQUEUES allows" in log
+    assert f"job {job} was requeued 1 times, the limit of MAX_REQUEUES" in log
 
 
 @side_by_side
@@ -148,7 +148,7 @@ def test_a_rank_that_is_killed_after_a_stop_by_hand_is_not_tried_again(training)
     (training.run / "control/stop").touch()
     training.slurm.signal(job, "USR1")
     training.slurm.run("scancel", "--signal=KILL", f"{job}.0")
-    assert "stopped by hand, and lost before it had saved" in training.assert_end(job, "FAILED", restarts=0)
+    assert "stopped by hand, but lost before the save was finished" in training.assert_end(job, "FAILED", restarts=0)
 
 
 @side_by_side
@@ -187,7 +187,7 @@ def test_restarts_by_slurm_that_lead_nowhere_come_to_an_end(training):
     job = training.submit_and_wait_until_running("stuck=yes", MAX_FRUITLESS="1", node=STORMY[2])
     training.slurm.preempt(STORMY[2])
     log = training.assert_end(job, "FAILED", restarts=1)
-    assert f"job {job} started 1 times at step 0 and never got further" in log
+    assert f"job {job} started 1 times at step 0 without progress" in log
 
 
 @side_by_side
@@ -227,7 +227,7 @@ def test_crashes_without_progress_come_to_an_end_with_one_line(training):
     job = training.submit("end=killed", "stuck=yes", MAX_FRUITLESS="2")
     log = training.assert_end(job, "FAILED", restarts=1)
     assert log.count("\nerror: ") == 1
-    assert f"job {job} started 2 times at step 0 and never got further: crashed with exit code 137; look at" in log
+    assert f"job {job} started 2 times at step 0 without progress: crashed with exit code 137; see" in log
 
 
 @side_by_side
@@ -237,7 +237,7 @@ def test_what_trying_again_would_not_mend_is_not_tried_again(training):
     training.assert_end(job, "FAILED", restarts=0)
     assert training.slurm.job(job)["ExitCode"] == "3:0"
     log = training.assert_end(training.submit("end=refused"), "FAILED", restarts=0)
-    assert f"error: {training.run}: training refused, as the ranks have said above; not requeued" in log
+    assert f"error: {training.run}: training refused for the reason above; not requeued" in log
 
 
 @side_by_side
@@ -295,7 +295,7 @@ def test_a_controller_that_answers_no_more_ends_the_job_with_one_line(training):
     training.wait_until_running()
     training.slurm.signal(job, "USR1")
     log = training.assert_end(job, "FAILED", restarts=0)
-    assert log.endswith(f"error: job {job}: the controller would not requeue it; submit again to go on\n")
+    assert log.endswith(f"error: job {job}: the controller did not requeue the job; submit it again to resume\n")
 
 
 @side_by_side
@@ -312,5 +312,5 @@ def test_the_reason_of_a_requeue_that_was_cancelled_is_not_the_next_jobs(trainin
 @side_by_side
 def test_two_jobs_do_not_train_in_one_run_folder(training):
     first = training.submit_and_wait_until_running()
-    assert f"job {first} trains here" in training.assert_end(training.submit(), "FAILED", restarts=0)
+    assert f"job {first} is training in this folder" in training.assert_end(training.submit(), "FAILED", restarts=0)
     training.slurm.run("scancel", first)
