@@ -21,7 +21,7 @@
 #
 # Variables: EMMA_ENV, EMMA_CONTAINER, EMMA_SRUN (slurm/environment.sh), MAX_REQUEUES (20), MAX_FRUITLESS (3), DRY_RUN.
 set -euo pipefail
-trap 'echo "error: SIGUSR1 arrived before training began; --time must be longer than the time of --signal" >&2; exit 2' USR1
+trap 'echo "error: SIGUSR1 arrived before training began; --time must be longer than --signal" >&2; exit 2' USR1
 # SLURM runs a copy of this script from its spool folder. The checkout is the folder in which sbatch was called.
 checkout=${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}
 [[ -d $checkout/slurm ]] || { echo "error: $checkout is not a checkout; call sbatch in a checkout" >&2 && exit 2; }
@@ -202,7 +202,7 @@ case $outcome in
       exit 0
     elif [[ $warned ]]; then
       ((step_now > step_then)) ||
-        fail "$run: no step was finished between the start and the signal; --time must be longer than the time of --signal"
+        fail "$run: no step was finished between the start and the signal; --time must be longer than --signal"
       requeue 'warned of the time limit' "$step_then" "$step_now"
     elif [[ $reason == 'by SIGUSR1' ]]; then # scancel --signal=USR1 without --batch signals only the ranks
       requeue "$reason" "$step_then" "$step_now"

@@ -1,4 +1,4 @@
-"""How the scripts enter a Python environment, and that shellcheck has nothing to say about them."""
+"""The Python environment of the batch scripts, and shellcheck."""
 
 import os
 import shutil
@@ -10,16 +10,16 @@ import pytest
 from tests.support.launch import REPOSITORY
 
 SCRIPTS = sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "slurm").glob("*.sh"))
-SAYS_WHO_IT_IS = '#!/bin/sh\necho "$0 $*" >&2\nexit 3\n'
+PRINT_ITSELF = '#!/bin/sh\necho "$0 $*" >&2\nexit 3\n'
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """With three pythons that only say where they are: in .venv, in a conda environment, in a container."""
+    """Create three pythons that only print their path: in .venv, in a conda environment and in a container."""
     shutil.copytree(REPOSITORY / "slurm", tmp_path / "slurm")
     for name in (".venv/bin", "conda/bin", "container"):
         (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "python").write_text(SAYS_WHO_IT_IS)
+        (tmp_path / name / "python").write_text(PRINT_ITSELF)
         (tmp_path / name / "python").chmod(0o755)
         (tmp_path / name / "activate").write_text(f'[ "$UNSET$*" ] || PATH={tmp_path / name}:$PATH\n')
     return tmp_path
@@ -33,9 +33,9 @@ def checkout(tmp_path: Path) -> Path:
         ({"EMMA_ENV": "module() { :; }; module load cuda; . conda/bin/activate; set -- words"}, "conda/bin"),
         ({"EMMA_CONTAINER": "env PATH=container:/usr/bin:/bin"}, "container"),
     ],
-    ids=["default", "a file", "a line of shell", "a container"],
+    ids=["default", "a file", "a shell command", "a container"],
 )
-def test_one_variable_chooses_the_environment_and_one_the_container(checkout, variables, entered):
+def test_EMMA_ENV_selects_the_environment_and_EMMA_CONTAINER_the_container(checkout, variables, entered):
     command = ["bash", "slurm/train_emma.sh", "recipe.toml"]
     environment = {"PATH": os.environ["PATH"], **variables}
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
@@ -43,12 +43,12 @@ def test_one_variable_chooses_the_environment_and_one_the_container(checkout, va
     assert done.stderr.strip().endswith(f"{entered}/python -m pipeline.recipe recipe.toml --get run.dir")
 
 
-def test_without_a_recipe_it_says_so(checkout):
+def test_a_missing_recipe_is_reported(checkout):
     done = subprocess.run(["bash", "slurm/train_emma.sh"], cwd=checkout, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: no recipe given; --help has examples\n")
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-def test_shellcheck_has_nothing_to_say():
+def test_shellcheck_finds_nothing_in_the_scripts():
     done = subprocess.run(["shellcheck", *SCRIPTS], cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")

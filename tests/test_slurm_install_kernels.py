@@ -1,4 +1,4 @@
-"""What slurm/install_kernels.sh says before it builds; building takes a CUDA compiler and minutes."""
+"""The options of slurm/install_kernels.sh. Nothing is built, because that takes a CUDA compiler and minutes."""
 
 import subprocess
 
@@ -13,9 +13,9 @@ def install_kernels(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("words", [["--sm", "80"], ["--arch"]])
-def test_a_mistake_on_the_command_line_is_one_line(words):
-    told = install_kernels(*words)
-    assert told.returncode != 0
-    assert told.stdout == ""
-    assert words[0] in told.stderr
-    assert told.stderr.count("\n") == 1
+def test_a_wrong_option_is_reported_in_one_line(words):
+    done = install_kernels(*words)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert words[0] in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""slurm/preprocess.sh on a real controller: Ray inside the allocation, a finished shard set, the right end."""
+"""slurm/preprocess.sh on a real controller, with Ray inside the allocation."""
 
 import pytest
 
@@ -13,28 +13,31 @@ def submit(slurm, raw_mix, tmp_path):
     def submit(*words: str, **environment: str) -> str:
         tokenizer = write_byte_tokenizer(tmp_path / "tokenizer")
         where = ("--root", raw_mix.parent, "--out", tmp_path / "shards", "--tokenizer", tokenizer)
-        options = ("--cpus-per-task=2", "--export=EMMA_ENV,EMMA_SRUN")  # what the script has reaches Ray all the same
+        options = (
+            "--cpus-per-task=2",
+            "--export=EMMA_ENV,EMMA_SRUN",
+        )  # Ray gets all variables of the script nevertheless
         return slurm.submit(*options, SCRIPT, raw_mix, "--model", "tiny_v2", *where, *words, **environment)
 
     return submit
 
 
-def test_a_mix_becomes_a_finished_shard_set(slurm, submit, tmp_path):
+def test_a_job_builds_a_finished_shard_set(slurm, submit, tmp_path):
     job = submit("--samples-per-shard", "16", EMMA_SRUN="--label")
     assert slurm.wait_for(job) == "COMPLETED", slurm.log(job)
     assert Manifest.load(tmp_path / "shards").counts["samples"] == 35
     assert "35/35 dialogues (100%)" in slurm.log(job)
-    assert "\n0: " in slurm.log(job), "srun's labels, asked for by EMMA_SRUN"
+    assert "\n0: " in slurm.log(job), "EMMA_SRUN did not reach srun"
 
 
-def test_a_build_that_fails_fails_the_job(slurm, submit, tmp_path):
+def test_a_failed_build_fails_the_job(slurm, submit, tmp_path):
     job = submit("--model", "no_such_model")
     assert slurm.wait_for(job) == "FAILED"
     assert "no_such_model" in slurm.log(job)
     assert not (tmp_path / "shards").exists()
 
 
-def test_a_relative_path_is_refused_because_the_job_runs_in_a_copy(slurm, submit):
+def test_relative_paths_are_refused_because_the_job_runs_in_a_copy(slurm, submit):
     job = submit("--out", "shards")
     assert slurm.wait_for(job) == "FAILED"
     assert "--out shards: give an absolute path" in slurm.log(job)

@@ -1,8 +1,8 @@
-"""Which ends of a job lead to a requeue: the real batch script on a real controller, with a program that only counts.
+"""Which events requeue a job: the real batch script on a real controller, with a stand-in for training.
 
-What the batch script goes by is the contract of `pipeline.train`: the files in control/, checkpoints/latest,
-outcome.json and the exit code. slurm_program.py keeps it and starts at once; real training is in
-test_slurm_train_emma.py. Most of the time is SLURM's own waiting, so all stories are told side by side.
+The stand-in, tests/programs/slurm_training.py, starts at once and writes what the batch script reads: the files in
+control/, checkpoints/latest, outcome.json and the exit code. Real training is in test_slurm_train_emma.py. All tests of
+this module run at the same time, because most of their time is spent waiting for SLURM.
 """
 
 import sys
@@ -16,50 +16,49 @@ from tests.support.slurm_training import CALM, STORMY, Training, scontrol_fails,
 
 GOLDEN = REPOSITORY / "tests/golden"
 
+Scenario = Callable[[Training], None]
+SCENARIOS: dict[str, Scenario] = {}
 
-Story = Callable[[Training], None]
-STORIES: dict[str, Story] = {}
 
+def concurrent(scenario: Scenario) -> Callable[[dict[str, Future[None]]], None]:
+    """Turn a scenario into a test that runs at the same time as the other scenarios."""
+    SCENARIOS[scenario.__name__] = scenario
 
-def side_by_side(story: Story) -> Callable[[dict[str, Future[None]]], None]:
-    """A test that is told while the others are."""
-    STORIES[story.__name__] = story
+    def test(scenarios: dict[str, Future[None]]) -> None:
+        scenarios[scenario.__name__].result()
 
-    def test(told: dict[str, Future[None]]) -> None:
-        told[story.__name__].result()
-
-    test.__name__, test.__doc__ = story.__name__, story.__doc__
+    test.__name__, test.__doc__ = scenario.__name__, scenario.__doc__
     return test
 
 
 @pytest.fixture(scope="module")
-def told(
+def scenarios(
     request: pytest.FixtureRequest, slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[None]]]:
     checkout = tmp_path_factory.mktemp("checkout")
     write_checkout(checkout)
-    chosen = [item.name for item in request.session.items if item.name in STORIES]
+    chosen = [item.name for item in request.session.items if item.name in SCENARIOS]
     with ThreadPoolExecutor(max_workers=len(chosen)) as pool:
         yield {
-            name: pool.submit(STORIES[name], Training(slurm, checkout, tmp_path_factory.mktemp("story") / "run"))
+            name: pool.submit(SCENARIOS[name], Training(slurm, checkout, tmp_path_factory.mktemp("scenario") / "run"))
             for name in chosen
         }
 
 
-@side_by_side
-def test_near_its_time_limit_a_job_saves_requeues_itself_and_is_resumed(training):
+@concurrent
+def test_a_job_near_its_time_limit_saves_requeues_itself_and_resumes(training):
     job = training.submit_and_wait_until_running("--time=10", "--signal=B:USR1@45", "restarts=1")
-    # Only now that the script listens: SLURM looks every 30 s, and warns as much too early. The second start has two
-    # minutes, so that it is done before it could be warned.
+    # SLURM checks time limits every 30 s, and sends the signal up to 30 s early, so the limit is set once the script
+    # handles signals. The second start has two minutes, so that it ends before it could be signalled.
     training.slurm.run("scontrol", "update", f"jobid={job}", "EndTime=now+70")
     log = training.assert_end(job, "COMPLETED", restarts=1)
-    assert "stopped at step" in log, "the second start must append to the log of the first"
+    assert "stopped at step" in log, "the second start overwrote the log of the first"
     assert training.outcome == "done"
     assert training.reasons == ["submitted", "warned of the time limit"]
 
 
-@side_by_side
-def test_a_step_that_takes_longer_than_the_job_may_ends_it_and_starts_no_endless_loop(training):
+@concurrent
+def test_a_step_longer_than_the_time_limit_ends_the_job_without_a_requeue(training):
     job = training.submit_and_wait_until_running("end=deaf")
     training.slurm.signal(job, "USR1")
     wait_until(lambda: (training.run / "control/stop").exists(), "the request")
@@ -69,25 +68,25 @@ def test_a_step_that_takes_longer_than_the_job_may_ends_it_and_starts_no_endless
     assert "DUE TO TIME LIMIT" in log
 
 
-@side_by_side
-def test_a_warning_that_comes_before_training_begins_ends_the_job_with_one_line(training):
+@concurrent
+def test_a_warning_before_training_begins_fails_the_job_with_one_line(training):
     job = training.submit(EMMA_ENV="touch awake; sleep 1")
     wait_until(lambda: (training.checkout / "awake").exists(), "the script to run")
     training.slurm.signal(job, "USR1")
     log = training.assert_end(job, "FAILED", restarts=0)
-    assert log == "error: SIGUSR1 arrived before training began; --time must be longer than the time of --signal\n"
+    assert log == "error: SIGUSR1 arrived before training began; --time must be longer than --signal\n"
 
 
-@side_by_side
-def test_a_warning_before_the_first_step_is_done_ends_the_job_with_one_line(training):
+@concurrent
+def test_a_warning_before_the_first_step_fails_the_job_with_one_line(training):
     job = training.submit_and_wait_until_running("stuck=yes")
     training.slurm.signal(job, "USR1")
     log = training.assert_end(job, "FAILED", restarts=0)
     assert "no step was finished between the start and the signal; --time must be longer than" in log
 
 
-@side_by_side
-def test_scancel_signal_requeues_a_job_but_no_more_often_than_allowed(training):
+@concurrent
+def test_scancel_signal_requeues_a_job_at_most_as_often_as_allowed(training):
     job = training.submit(MAX_REQUEUES="1")
     for _ in range(2):
         training.wait_until_running()
@@ -97,8 +96,8 @@ def test_scancel_signal_requeues_a_job_but_no_more_often_than_allowed(training):
     assert f"job {job} was requeued 1 times, the limit of MAX_REQUEUES" in log
 
 
-@side_by_side
-def test_scancel_signal_that_reaches_the_ranks_alone_requeues_a_job_too(training):
+@concurrent
+def test_scancel_signal_to_the_ranks_only_requeues_a_job_too(training):
     job = training.submit_and_wait_until_running("restarts=1")
     training.slurm.run("scancel", "--signal=USR1", job)
     log = training.assert_end(job, "COMPLETED", restarts=1)
@@ -107,8 +106,8 @@ def test_scancel_signal_that_reaches_the_ranks_alone_requeues_a_job_too(training
     assert training.reasons == ["submitted", "by SIGUSR1"]
 
 
-@side_by_side
-def test_scancel_ends_a_job_for_good_with_and_without_a_warning_before(training):
+@concurrent
+def test_scancel_ends_a_job_for_good_with_and_without_a_warning(training):
     for warned in (False, True):
         job = training.submit_and_wait_until_running()
         if warned:
@@ -117,9 +116,9 @@ def test_scancel_ends_a_job_for_good_with_and_without_a_warning_before(training)
         training.assert_end(job, "CANCELLED", restarts=0)
 
 
-@side_by_side
-def test_a_stop_by_hand_stands_even_if_the_warning_comes_after_it_and_is_forgotten_by_the_next_job(training):
-    job = training.submit_and_wait_until_running("goodbye_s=5")  # so that there still is a job to be warned
+@concurrent
+def test_a_stop_by_hand_has_priority_over_a_later_warning_in_the_same_job_only(training):
+    job = training.submit_and_wait_until_running("goodbye_s=5")  # so that the job is still there for the signal
     (training.run / "control/stop").touch()
     training.slurm.signal(job, "USR1")
     training.assert_end(job, "COMPLETED", restarts=0)
@@ -129,21 +128,21 @@ def test_a_stop_by_hand_stands_even_if_the_warning_comes_after_it_and_is_forgott
     assert training.outcome == "done"
 
 
-@side_by_side
-def test_a_stop_by_hand_stands_even_if_the_warning_comes_while_the_ranks_say_goodbye(training):
+@concurrent
+def test_a_stop_by_hand_has_priority_over_a_warning_while_the_ranks_exit(training):
     job = training.submit_and_wait_until_running("goodbye_s=5")
     (training.run / "control/stop").touch()
     wait_until(lambda: (training.run / "outcome.json").exists(), "the outcome")
-    wait_until(lambda: not (training.run / "control/stop").exists(), "the request to be done with")
+    wait_until(lambda: not (training.run / "control/stop").exists(), "the request to be removed")
     training.slurm.signal(job, "USR1")
     log = training.assert_end(job, "COMPLETED", restarts=0)
-    assert "SIGUSR1: asked" in log, "it must come before the end"
+    assert "SIGUSR1: asked" in log, "the signal came after the end of the job"
     assert "by hand" in log
     assert training.outcome == "stopped"
 
 
-@side_by_side
-def test_a_rank_that_is_killed_after_a_stop_by_hand_is_not_tried_again(training):
+@concurrent
+def test_a_rank_killed_after_a_stop_by_hand_does_not_requeue_the_job(training):
     job = training.submit_and_wait_until_running("end=deaf")
     (training.run / "control/stop").touch()
     training.slurm.signal(job, "USR1")
@@ -151,8 +150,8 @@ def test_a_rank_that_is_killed_after_a_stop_by_hand_is_not_tried_again(training)
     assert "stopped by hand, but lost before the save was finished" in training.assert_end(job, "FAILED", restarts=0)
 
 
-@side_by_side
-def test_a_save_by_hand_leaves_the_job_running(training):
+@concurrent
+def test_a_save_request_does_not_end_the_job(training):
     job = training.submit_and_wait_until_running()
     (training.run / "control/save").touch()
     wait_until(lambda: not (training.run / "control/save").exists(), "the save")
@@ -161,8 +160,8 @@ def test_a_save_by_hand_leaves_the_job_running(training):
     training.slurm.run("scancel", job)
 
 
-@side_by_side
-def test_a_preempted_job_without_grace_time_is_requeued_by_slurm(training):
+@concurrent
+def test_a_job_preempted_without_grace_time_is_requeued_by_slurm(training):
     job = training.submit_and_wait_until_running("restarts=1", node=STORMY[0])
     training.slurm.preempt(STORMY[0])
     training.assert_end(job, "COMPLETED", restarts=1)
@@ -170,8 +169,8 @@ def test_a_preempted_job_without_grace_time_is_requeued_by_slurm(training):
     assert training.reasons == ["submitted", "by SLURM: preempted, or a node was lost"]
 
 
-@side_by_side
-def test_a_preempted_job_with_grace_time_ends_in_time_and_so_requeues_itself_but_not_after_a_stop_by_hand(training):
+@concurrent
+def test_a_job_preempted_with_grace_time_requeues_itself_until_stopped_by_hand(training):
     job = training.submit_and_wait_until_running("--partition=graceful", node=STORMY[1])
     training.slurm.preempt(STORMY[1])
     wait_until(lambda: not list(training.run.glob("running-*")), "the end of the first start")
@@ -182,16 +181,16 @@ def test_a_preempted_job_with_grace_time_ends_in_time_and_so_requeues_itself_but
     assert training.outcome == "stopped"
 
 
-@side_by_side
-def test_restarts_by_slurm_that_lead_nowhere_come_to_an_end(training):
+@concurrent
+def test_restarts_by_slurm_without_progress_are_limited(training):
     job = training.submit_and_wait_until_running("stuck=yes", MAX_FRUITLESS="1", node=STORMY[2])
     training.slurm.preempt(STORMY[2])
     log = training.assert_end(job, "FAILED", restarts=1)
     assert f"job {job} started 1 times at step 0 without progress" in log
 
 
-@side_by_side
-def test_a_job_leaves_a_drained_node_and_survives_a_lost_one(training):
+@concurrent
+def test_a_job_leaves_a_drained_node_and_survives_a_lost_node(training):
     first, second = STORMY[3:5]
     elsewhere = ",".join(set(NODES) - {first, second})
     job = training.submit_and_wait_until_running(f"--exclude={elsewhere}", "restarts=2")
@@ -207,32 +206,32 @@ def test_a_job_leaves_a_drained_node_and_survives_a_lost_one(training):
     assert training.reasons[1:] == ["warned of the time limit", "by SLURM: preempted, or a node was lost"]
 
 
-@side_by_side
-def test_a_rank_that_is_killed_is_tried_again(training):
+@concurrent
+def test_a_killed_rank_requeues_the_job(training):
     job = training.submit("end=killed", "restarts=1", MAX_FRUITLESS="1")
     log = training.assert_end(job, "COMPLETED", restarts=1)
     assert "crashed with exit code 137; requeued" in log
     assert training.outcome == "done"
 
 
-@side_by_side
-def test_a_run_that_its_watchdog_gave_up_is_tried_again(training):
+@concurrent
+def test_a_run_ended_by_its_watchdog_is_requeued(training):
     training.assert_end(training.submit("end=lost", "restarts=1"), "COMPLETED", restarts=1)
     assert training.outcome == "done"
     assert training.reasons == ["submitted", "step 2 took 900 s"]
 
 
-@side_by_side
-def test_crashes_without_progress_come_to_an_end_with_one_line(training):
+@concurrent
+def test_crashes_without_progress_are_limited_and_reported_in_one_line(training):
     job = training.submit("end=killed", "stuck=yes", MAX_FRUITLESS="2")
     log = training.assert_end(job, "FAILED", restarts=1)
     assert log.count("\nerror: ") == 1
     assert f"job {job} started 2 times at step 0 without progress: crashed with exit code 137; see" in log
 
 
-@side_by_side
-def test_what_trying_again_would_not_mend_is_not_tried_again(training):
-    """Refused: by a rank whose exit code is not the job's, because the launcher killed another."""
+@concurrent
+def test_failed_and_refused_trainings_are_not_requeued(training):
+    """Training is refused by a rank whose exit code the job does not have, because the launcher killed another rank."""
     job = training.submit("end=failed")
     training.assert_end(job, "FAILED", restarts=0)
     assert training.slurm.job(job)["ExitCode"] == "3:0"
@@ -240,8 +239,8 @@ def test_what_trying_again_would_not_mend_is_not_tried_again(training):
     assert f"error: {training.run}: training refused for the reason above; not requeued" in log
 
 
-@side_by_side
-def test_a_start_that_is_refused_because_a_job_trains_there_costs_that_job_no_requeue(training):
+@concurrent
+def test_a_refused_second_start_does_not_stop_the_requeues_of_the_first_job(training):
     job = training.submit_and_wait_until_running("restarts=1")
     second = ("--nodes=1", "--ntasks=2", f"--nodelist={CALM}", sys.executable, "-m", "pipeline.train")
     words = ("recipe.toml", f"run.dir={training.run}", "end=refused")
@@ -252,22 +251,22 @@ def test_a_start_that_is_refused_because_a_job_trains_there_costs_that_job_no_re
     assert training.reasons == ["submitted", "warned of the time limit"]
 
 
-@side_by_side
-def test_every_rank_of_one_and_of_two_nodes_is_told_who_it_is(training):
-    """Though sbatch was told to export next to nothing, and left that in a variable that srun reads too."""
-    of_slurm = ("PROCID", "LOCALID", "NODEID", "STEP_NUM_TASKS")
-    names = [*(f"SLURM_{name}" for name in of_slurm), "MASTER_ADDR", "SRUN_CPUS_PER_TASK", "OMP_NUM_THREADS"]
+@concurrent
+def test_ranks_on_one_and_two_nodes_get_their_environment(training):
+    """sbatch exports only EMMA_ENV here, and passes that setting on to srun in a variable."""
+    slurm_names = ("PROCID", "LOCALID", "NODEID", "STEP_NUM_TASKS")
+    names = [*(f"SLURM_{name}" for name in slurm_names), "MASTER_ADDR", "SRUN_CPUS_PER_TASK", "OMP_NUM_THREADS"]
     words = ["end=environment", "restarts=0", f"names={','.join(names)}", "--ntasks-per-node=8", "--cpus-per-task=8"]
     for nodes in (1, 2):
         training.run = training.run.with_name(f"run-{nodes}")
         where = (f"--nodes={nodes}", f"--nodelist={','.join(STORMY[5 : 5 + nodes])}", "--gpus-per-node=8")
         job = training.submit(*words, *where, "--export=EMMA_ENV")
         training.assert_end(job, "COMPLETED", restarts=0)
-        found = "".join(path.read_text() for path in sorted(training.run.glob("environment-*")))
-        assert found == (GOLDEN / f"slurm_environment_{nodes}x8.txt").read_text()
+        environments = "".join(path.read_text() for path in sorted(training.run.glob("environment-*")))
+        assert environments == (GOLDEN / f"slurm_environment_{nodes}x8.txt").read_text()
 
 
-@side_by_side
+@concurrent
 def test_only_the_warned_task_of_an_array_is_requeued(training):
     runs = [training.run.with_name(f"run-{task}") for task in (1, 2)]
     training.run = training.run.with_name("run-%a")
@@ -280,8 +279,8 @@ def test_only_the_warned_task_of_an_array_is_requeued(training):
     training.slurm.run("scancel", job)
 
 
-@side_by_side
-def test_a_controller_that_does_not_answer_once_costs_no_run(training):
+@concurrent
+def test_a_controller_that_fails_once_does_not_end_the_run(training):
     job = training.submit("restarts=1", EMMA_ENV=scontrol_fails(training, "--oneliner", "requeue", times=1))
     training.wait_until_running()
     training.slurm.signal(job, "USR1")
@@ -289,8 +288,8 @@ def test_a_controller_that_does_not_answer_once_costs_no_run(training):
     assert log.count("no controller") == 2
 
 
-@side_by_side
-def test_a_controller_that_answers_no_more_ends_the_job_with_one_line(training):
+@concurrent
+def test_a_controller_that_never_answers_fails_the_job_with_one_line(training):
     job = training.submit(EMMA_ENV=scontrol_fails(training, "requeue", times=99))
     training.wait_until_running()
     training.slurm.signal(job, "USR1")
@@ -298,8 +297,8 @@ def test_a_controller_that_answers_no_more_ends_the_job_with_one_line(training):
     assert log.endswith(f"error: job {job}: the controller did not requeue the job; submit it again to resume\n")
 
 
-@side_by_side
-def test_the_reason_of_a_requeue_that_was_cancelled_is_not_the_next_jobs(training):
+@concurrent
+def test_the_next_job_does_not_inherit_the_reason_of_a_cancelled_requeue(training):
     job = training.submit_and_wait_until_running()
     training.slurm.signal(job, "USR1")
     wait_until(lambda: training.slurm.job(job)["JobState"] == "PENDING", "the requeue")
@@ -309,8 +308,8 @@ def test_the_reason_of_a_requeue_that_was_cancelled_is_not_the_next_jobs(trainin
     assert training.reasons == ["submitted", "submitted"]
 
 
-@side_by_side
-def test_two_jobs_do_not_train_in_one_run_folder(training):
+@concurrent
+def test_two_jobs_cannot_train_in_one_run_folder(training):
     first = training.submit_and_wait_until_running()
     assert f"job {first} is training in this folder" in training.assert_end(training.submit(), "FAILED", restarts=0)
     training.slurm.run("scancel", first)

@@ -1,4 +1,4 @@
-"""slurm/train_emma.sh on a real controller: what it would do, and real training by two CPU ranks."""
+"""slurm/train_emma.sh on a real controller: its dry run, and real training on two CPU ranks."""
 
 import json
 import subprocess
@@ -29,17 +29,17 @@ requeues     0 so far, at most 20
 
 
 @pytest.mark.parametrize("script", ["train_emma", "preprocess", "install_kernels"])
-def test_help_shows_examples_and_nothing_of_the_script_itself(script):
-    told = subprocess.run(["bash", f"slurm/{script}.sh", "--help"], cwd=REPOSITORY, capture_output=True, text=True)
-    assert told.returncode == 0
-    assert told.stdout.count(f"slurm/{script}.sh ") >= 3
-    assert "EMMA_ENV" in told.stdout
-    assert "SBATCH" not in told.stdout
-    assert told.stdout.count("\n") < 25
+def test_help_shows_examples_and_no_code(script):
+    done = subprocess.run(["bash", f"slurm/{script}.sh", "--help"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.count(f"slurm/{script}.sh ") >= 3
+    assert "EMMA_ENV" in done.stdout
+    assert "SBATCH" not in done.stdout
+    assert done.stdout.count("\n") < 25
 
 
 def dry_run(slurm, *words, **environment):
-    """As a job would see it, without one."""
+    """Run the script without a job, with the environment variables of one."""
     return slurm.run("bash", SCRIPT, *words, cwd=REPOSITORY, DRY_RUN="1", OMP_NUM_THREADS="", **environment)
 
 
@@ -48,14 +48,14 @@ def dry_run(slurm, *words, **environment):
     [(ONE_NODE, "8 = 1 nodes x 8", "gpu7"), (TWO_NODES, "16 = 2 nodes x 8", "gpu07")],
     ids=["1 node", "2 nodes"],
 )
-def test_a_dry_run_tells_the_whole_environment(slurm, environment, tasks, first):
+def test_a_dry_run_prints_the_whole_plan(slurm, environment, tasks, first):
     recipe = ("pipeline/recipes/emma_v2.toml", "data.shards=/data/shards", "run.dir=/runs/v2")
     plan = dry_run(slurm, *recipe, **environment)
     assert plan.stderr == ""
     assert plan.stdout == PLAN.format(checkout=REPOSITORY, tasks=tasks, first=first)
 
 
-def test_a_task_of_an_array_is_requeued_alone_and_has_its_number_in_the_recipe(slurm):
+def test_an_array_task_is_requeued_alone_and_has_its_number_in_the_recipe(slurm):
     recipe = ("pipeline/recipes/emma_v2.toml", "data.shards=/data/shards", "run.dir=/runs/seed-%a", "seed=%a")
     plan = dry_run(slurm, *recipe, **TASK_OF_AN_ARRAY).stdout
     assert "run folder   /runs/seed-3," in plan
@@ -63,13 +63,13 @@ def test_a_task_of_an_array_is_requeued_alone_and_has_its_number_in_the_recipe(s
     assert "scontrol requeue 4240_3\n" in plan
 
 
-def test_a_container_goes_before_python(slurm):
+def test_the_container_command_precedes_python(slurm):
     recipe = ("pipeline/recipes/emma_v2.toml", "data.shards=/data/shards", "run.dir=/runs/v2")
     plan = dry_run(slurm, *recipe, **ONE_NODE, EMMA_CONTAINER="env INSIDE=1").stdout
     assert "'--kill-on-bad-exit=1' 'env' 'INSIDE=1' 'python' '-m' 'pipeline.train'" in plan
 
 
-def test_options_of_pyxis_go_to_srun_and_not_before_python(slurm):
+def test_options_of_pyxis_are_passed_to_srun(slurm):
     recipe = ("pipeline/recipes/emma_v2.toml", "data.shards=/data/shards", "run.dir=/runs/v2")
     image = "--container-image=/images/emma.sqsh --container-mounts=/data:/data"
     plan = dry_run(slurm, *recipe, **ONE_NODE, EMMA_SRUN=image).stdout
@@ -77,7 +77,7 @@ def test_options_of_pyxis_go_to_srun_and_not_before_python(slurm):
     assert f"'srun' '--export=ALL' {words} 'python' '-m' 'pipeline.train'" in plan
 
 
-def test_without_a_job_a_dry_run_goes_by_the_directives(slurm):
+def test_a_dry_run_without_a_job_uses_the_sbatch_directives(slurm):
     recipe = ("pipeline/recipes/emma_v2.toml", "data.shards=/data/shards", "run.dir=/runs/v2")
     plan = dry_run(slurm, *recipe)
     assert plan.returncode == 0, plan.stderr
@@ -86,7 +86,7 @@ def test_without_a_job_a_dry_run_goes_by_the_directives(slurm):
 
 @pytest.fixture
 def submit(slurm, recipe_file, shards, tmp_path):
-    """Submit real training, two tasks on the CPU, into tmp_path/run."""
+    """Return a function that submits real training with two CPU tasks and the run folder tmp_path/run."""
 
     def submit(*words: str) -> str:
         options, overrides = ([w for w in words if w.startswith("--") == dashed] for dashed in (True, False))
@@ -124,12 +124,12 @@ def test_a_preempted_training_is_requeued_and_trains_every_step_once(slurm, subm
     assert events == ["start", "stopped", "resume", "done"]
 
 
-def test_two_nodes_survive_a_killed_loading_process(slurm, submit, tmp_path):
+def test_a_training_on_two_nodes_survives_a_killed_loading_process(slurm, submit, tmp_path):
     run = tmp_path / "run"
     job = submit("data.workers=1", "checkpoint.every_steps=2", "--nodes=2", "--ntasks-per-node=1")
     slurm.wait_during(job, (run / "checkpoints/latest").exists, "a checkpoint")
     children = [child for rank in ranks_of(run) for child in rank.children()]
-    loading = next(child for child in children if "--multiprocessing-fork" in told_to(child))
+    loading = next(child for child in children if "--multiprocessing-fork" in command_line(child))
     loading.kill()
     assert_done(slurm, job, run, restarts=1)
     assert f"loading process {loading.pid} " in slurm.log(job)
@@ -137,7 +137,7 @@ def test_two_nodes_survive_a_killed_loading_process(slurm, submit, tmp_path):
     assert sorted(set(steps_of(run))) == list(range(1, STEPS + 1))
 
 
-def test_a_killed_rank_is_requeued_and_goes_on_from_the_newest_checkpoint(slurm, submit, tmp_path):
+def test_after_a_killed_rank_training_resumes_from_the_newest_checkpoint(slurm, submit, tmp_path):
     run = tmp_path / "run"
     job = submit("checkpoint.every_steps=2")
     slurm.wait_during(job, (run / "metrics.jsonl").exists, "the loop")
@@ -148,25 +148,25 @@ def test_a_killed_rank_is_requeued_and_goes_on_from_the_newest_checkpoint(slurm,
     assert "Traceback" not in slurm.log(job)
     [first, second] = [line.split("\t") for line in (run / "control/starts.tsv").read_text().splitlines()]
     assert (first[3], int(first[2])) == ("submitted", 0)
-    assert second[3] in ("rank 1 has ended", "crashed with exit code 137"), "who is faster: the watchdog or srun"
+    assert second[3] in ("rank 1 has ended", "crashed with exit code 137"), "the watchdog or srun notices first"
     assert int(second[2]) >= 2
-    assert steps_of(run).count(1) == 1, "it does not begin again"
+    assert steps_of(run).count(1) == 1, "training began again"
     assert sorted(set(steps_of(run))) == list(range(1, STEPS + 1))
 
 
 def ranks_of(run: Path) -> list[psutil.Process]:
-    return [p for p in psutil.process_iter() if "pipeline.train" in (told := told_to(p)) and f"run.dir={run}" in told]
+    return [p for p in psutil.process_iter() if {"pipeline.train", f"run.dir={run}"} <= set(command_line(p))]
 
 
-def told_to(process: psutil.Process) -> list[str]:
-    """Its command line; none if it has ended."""
+def command_line(process: psutil.Process) -> list[str]:
+    """Return the words of a process's command line, or nothing if it has ended."""
     try:
         return " ".join(process.cmdline()).split()
     except psutil.Error:
         return []
 
 
-def test_what_the_preflight_finds_ends_the_job_with_all_problems_and_no_requeue(slurm, submit):
+def test_all_preflight_problems_are_reported_and_the_job_is_not_requeued(slurm, submit):
     job = submit("optim.micro_batch=3", "weights.llm=/no/where")
     assert slurm.wait_for(job) == "FAILED"
     assert slurm.job(job)["Restarts"] == "0"
@@ -174,7 +174,7 @@ def test_what_the_preflight_finds_ends_the_job_with_all_problems_and_no_requeue(
     assert "Traceback" not in slurm.log(job)
 
 
-def test_a_mistake_in_the_recipe_ends_the_job_with_one_line_and_no_requeue(slurm, submit, tmp_path):
+def test_a_mistake_in_the_recipe_fails_the_job_with_one_line(slurm, submit, tmp_path):
     job = submit("optim.lrr=1")
     assert slurm.wait_for(job) == "FAILED"
     assert slurm.job(job)["Restarts"] == "0"
@@ -183,7 +183,7 @@ def test_a_mistake_in_the_recipe_ends_the_job_with_one_line_and_no_requeue(slurm
     assert slurm.log(job).count("\n") == 1
 
 
-def test_outside_of_a_checkout_it_says_where_to_go(slurm, tmp_path):
+def test_a_job_outside_a_checkout_is_refused(slurm, tmp_path):
     job = slurm.submit(REPOSITORY / SCRIPT, "recipe.toml", checkout=tmp_path)
     assert slurm.wait_for(job) == "FAILED"
     assert "is not a checkout; call sbatch in a checkout" in slurm.log(job)
