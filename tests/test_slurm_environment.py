@@ -35,7 +35,7 @@ def checkout(tmp_path: Path) -> Path:
     ],
     ids=["default", "a file", "a shell command", "a container"],
 )
-def test_EMMA_ENV_selects_the_environment_and_EMMA_CONTAINER_the_container(checkout, variables, entered):
+def test_one_variable_selects_the_environment_and_one_the_container(checkout, variables, entered):
     command = ["bash", "slurm/train_emma.sh", "recipe.toml"]
     environment = {"PATH": os.environ["PATH"], **variables}
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
