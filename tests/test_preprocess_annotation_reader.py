@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from model.errors import UserError
-from preprocess.annotations import reader
+from preprocess.annotations import json_rows
 from preprocess.annotations.reader import read_rows
 from preprocess.rejects import Rejected
 
@@ -54,7 +54,7 @@ def packings(folder: Path) -> dict[str, Path]:
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
 def test_every_packing_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(reader, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(json_rows, "CHUNK_BYTES", chunk)
     for packing, path in packings(tmp_path).items():
         assert list(read_rows(path)) == ROWS, packing
 
@@ -71,7 +71,7 @@ def test_parquet_that_gives_fewer_rows_than_it_tells_of_is_damaged(
     """As some flipped bits of its footer have it, without any complaint of pyarrow."""
     pq.write_table(pa.table({"id": ["a", "b"]}), tmp_path / "rows.parquet")
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_, **__: iter(()))
-    with pytest.raises(UserError, match="it tells of 2 rows and holds 0"):
+    with pytest.raises(UserError, match="its footer declares 2 rows, but it holds 0"):
         list(read_rows(tmp_path / "rows.parquet"))
 
 
@@ -83,12 +83,15 @@ def test_an_empty_file_has_no_rows(tmp_path: Path, text: str) -> None:
 BROKEN = {
     "cut short in a string": ('[{"id": "a"},\n {"id": "b', "line 2 column 9: broken JSON (Unterminated string"),
     "cut short between rows": ('[{"id": "a"},\n', "line 2 column 1: broken JSON"),
-    "cut short before a comma": ('[{"id": "a"}\n', "line 2 column 1: expected ',' or ']' after a row, the file ends"),
+    "cut short before a comma": (
+        '[{"id": "a"}\n',
+        "line 2 column 1: expected ',' or ']' after a row, found the end of the file",
+    ),
     "no comma": ('[{"id": "a"}\n {"id": "b"}]', "line 2 column 2: expected ',' or ']' after a row, found '{'"),
     "a bare word": ('[\n{"id": a},' + " " * 100 + "1]", "line 2 column 8: broken JSON (Expecting value)"),
     "a number without end": (
         '[{"id": 1},\n {"id": ' + "1" * 5000 + "}]",
-        "line 2 column 2: broken JSON (a number of too many",
+        "line 2 column 2: broken JSON (a number has too many",
     ),
     "two arrays": ("[1,\n2]\n[3]", "line 3 column 1: expected the end of the file after the array's ']', found '['"),
     "two arrays of rows, a line each": (
@@ -112,7 +115,7 @@ def test_a_broken_array_is_named_with_line_and_column(
     text, complaint = BROKEN[kind]
     if chunk == 3 and kind == "nested without end":
         return  # quadratic, and the same code
-    monkeypatch.setattr(reader, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(json_rows, "CHUNK_BYTES", chunk)
     with pytest.raises(UserError) as raised:
         list(read_rows(write(tmp_path / "rows.json", text)))
     assert f"{tmp_path}/rows.json, " in str(raised.value)
@@ -133,15 +136,15 @@ def test_a_broken_line_costs_only_itself(tmp_path: Path) -> None:
 def test_an_array_that_is_the_first_of_the_lines_is_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr(reader, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(json_rows, "CHUNK_BYTES", chunk)
     for first, then in [("[]", "{}"), ('["Q", "A"]', '{"id": 1}'), ('["Q"]', '["A"]')]:
         path = write(tmp_path / "rows.jsonl", f" {first} \n\n {then}\n{{}}")
         assert list(read_rows(path)) == [json.loads(first), json.loads(then), {}]
 
 
 def test_an_array_on_one_line_is_not_held_to_find_that_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "CHUNK_BYTES", 100)
-    monkeypatch.setattr(reader, "FIRST_LINE_CHARACTERS", 1000)
+    monkeypatch.setattr(json_rows, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(json_rows, "MAX_FIRST_LINE_CHARACTERS", 1000)
     path = write(tmp_path / "rows.json", json.dumps([{"id": i} for i in range(10_000)]) + "\n")
     stream = read_rows(path)
     assert next(stream) == {"id": 0}
@@ -151,7 +154,7 @@ def test_an_array_on_one_line_is_not_held_to_find_that_out(tmp_path: Path, monke
 
 def test_a_number_of_too_many_digits_costs_only_its_line(tmp_path: Path) -> None:
     found = list(read_rows(write(tmp_path / "rows.jsonl", f'{{"id": {"1" * 5000}}}\n{{"id": 2}}')))
-    assert str(found[0]) == "broken_json: line 1: a number of too many digits"
+    assert str(found[0]) == "broken_json: line 1: a number has too many digits"
     assert found[1:] == [{"id": 2}]
 
 
@@ -159,10 +162,10 @@ OBJECT = '{"annotations": [' + ", ".join(['{"id": 1}'] * 500) + "]}"
 NOT_ROWS = {
     "one object": (
         OBJECT,
-        "line 1 column 1: the file is one object, for it has more than 1000 characters; expected a JSON",
+        "line 1 column 1: the file is a single object (more than 1000 characters, expected a JSON",
     ),
-    "an endless line": ('{"id": 1}\n' + OBJECT, "line 2 column 1: the line is no row, for it has more than 1000"),
-    "an endless row of an array": (f"[{OBJECT}]", "line 1 column 2: a row of over 1000 characters"),
+    "an endless line": ('{"id": 1}\n' + OBJECT, "line 2 column 1: the line is not a row (more than 1000"),
+    "an endless row of an array": (f"[{OBJECT}]", "line 1 column 2: a row has more than 1000 characters"),
 }
 
 
@@ -170,9 +173,9 @@ NOT_ROWS = {
 def test_what_is_too_long_for_a_row_is_not_read_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(reader, "CHUNK_BYTES", 100)
-    monkeypatch.setattr(reader, "FIRST_LINE_CHARACTERS", 100)
-    monkeypatch.setattr(reader, "LONGEST_ROW_CHARACTERS", 1000)
+    monkeypatch.setattr(json_rows, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(json_rows, "MAX_FIRST_LINE_CHARACTERS", 100)
+    monkeypatch.setattr(json_rows, "MAX_ROW_CHARACTERS", 1000)
     text, complaint = NOT_ROWS[kind]
     with pytest.raises(UserError) as raised:
         list(read_rows(write(tmp_path / "rows.json", text)))
@@ -182,16 +185,16 @@ def test_what_is_too_long_for_a_row_is_not_read_to_its_end(
 @pytest.mark.parametrize("shape", ["{}\n", "[{}]"])
 def test_a_long_row_is_read_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str) -> None:
     """A window that grew by the same amount each time would be looked through a thousand times."""
-    monkeypatch.setattr(reader, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(json_rows, "CHUNK_BYTES", 100)
     row = {"id": "x" * 100_000}
     path = write(tmp_path / "rows.json", shape.replace("{}", json.dumps(row)))
-    more, steps = reader._Text.more, []
+    more, steps = json_rows.TextWindow.read_more, []
 
-    def counted(text: reader._Text) -> bool:
+    def counted(text: json_rows.TextWindow) -> bool:
         steps.append(len(text.window))
         return more(text)
 
-    monkeypatch.setattr(reader._Text, "more", counted)
+    monkeypatch.setattr(json_rows.TextWindow, "read_more", counted)
     assert list(read_rows(path)) == [row]
     assert sum(steps) < 10 * 100_000
 
@@ -236,12 +239,12 @@ def test_parquet_that_is_compressed_is_one_clear_line(tmp_path: Path, codec: str
     pq.write_table(pa.table({"id": ["a"]}), buffer)
     with pa.CompressedOutputStream(pa.OSFile(str(tmp_path / "rows"), "wb"), codec) as stream:
         stream.write(buffer.getvalue())
-    with pytest.raises(UserError, match="is Parquet, compressed once more; unpack it"):
+    with pytest.raises(UserError, match=r"is a Parquet file inside a compressed file\. Unpack it"):
         list(read_rows(tmp_path / "rows"))
 
 
 def test_a_zip_is_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"rows\.json is zip; unpack it: expected a JSON array"):
+    with pytest.raises(UserError, match=r"rows\.json is a zip file. Unpack it: expected a JSON array"):
         list(read_rows(write(tmp_path / "rows.json", "PK\3\4...")))
 
 
@@ -251,7 +254,7 @@ def test_a_damaged_archive_is_one_clear_line(tmp_path: Path, name: str) -> None:
     if name == "rows.parquet":
         pq.write_table(pa.table({"id": ["a"]}), path)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match="fetch it again"):
+    with pytest.raises(UserError, match="Download it again"):
         list(read_rows(path))
 
 
@@ -265,7 +268,7 @@ def test_reading_holds_a_window_not_the_file(tmp_path: Path) -> None:
     longest = 0
     for _ in stream:
         longest = max(longest, len(text.window))
-    assert longest < 3 * reader.CHUNK_BYTES
+    assert longest < 3 * json_rows.CHUNK_BYTES
 
 
 class FailingFile(io.FileIO):
@@ -295,4 +298,4 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(
     monkeypatch.setattr(Path, "open", lambda path, mode: FailingFile(path, error, 1))
     with pytest.raises(UserError) as raised:
         list(read_rows(path))
-    assert str(raised.value) == f"{path} could not be read ({error}): its disk or the network failed; try again"
+    assert str(raised.value) == f"{path} could not be read ({error}). The disk or the network failed: try again"
