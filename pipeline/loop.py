@@ -22,7 +22,7 @@ from pipeline.run.watchdog import Watchdog
 from pipeline.step import Requests, StepReport, Timings, optimizer_step, reduce_step
 from pipeline.validation import Validation
 
-MAX_NONFINITE = 3  # steps in a row without a finite loss and gradient, after which the training has failed
+MAX_NONFINITE = 3  # consecutive steps without an update, after which the training has failed
 
 
 @dataclass(kw_only=True)
@@ -38,7 +38,7 @@ class Loop:
     metrics: MetricsLogger
     watchdog: Watchdog
     spikes: SpikeDetector = field(default_factory=SpikeDetector)
-    nonfinite: int = 0  # steps in a row without a finite loss and gradient
+    nonfinite: int = 0  # consecutive steps whose loss or gradient was not finite, and which updated nothing
 
     def run(self, step: int) -> int:
         """Train from `step` to the end of the recipe, or to a stop request. Return the number of steps done."""
@@ -60,10 +60,10 @@ class Loop:
                     self._save_with(self.saver.commit)
                 self._record_anomalies(step, batch, report)
                 self._check_finite(step, batch, report)
-                # A step that updated nothing is not saved, so that the checkpoints before it are not pruned.
+                # Do not save after a step without an update, because a save deletes an older checkpoint.
                 if report.finite or self._is_last(step):
                     self._save_and_evaluate(step, report.requests)
-                    tower_timer.pop_seconds()  # discard the time of an evaluation or a probe
+                    tower_timer.pop_seconds()  # discard the towers' time in an evaluation or a probe
                 if report.requests.stop and report.finite:
                     break
                 garbage.after_step(step)
@@ -85,7 +85,7 @@ class Loop:
             self.metrics.log_event("spike", step, **spike.facts(), samples=batch.ids.tolist())
 
     def _check_finite(self, step: int, batch: GlobalBatch, report: StepReport) -> None:
-        """Count steps in a row that updated nothing. Raises: DivergedError on all ranks after MAX_NONFINITE."""
+        """Count consecutive steps without an update. Raises: DivergedError on all ranks after MAX_NONFINITE of them."""
         if report.finite:
             self.nonfinite = 0
             return
@@ -121,7 +121,7 @@ class Loop:
         return self.validation is not None and (self._is_last(step) or self.validation.due(step))
 
     def _missed_evaluation(self, step: int) -> bool:
-        """Return whether the previous start saved at this step, but ended before it evaluated."""
+        """Return whether the previous start saved at this step, but stopped before the evaluation that was due."""
         if step == 0 or not self._evaluation_due(step):
             return False
         folder = self.run_folder.folder

@@ -27,7 +27,7 @@ from pipeline.zero import clear_gradients
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """The divisors that turn loss sums over a global batch into means; at least 1 each."""
+    """Divisors that turn the loss sums of a global batch into means. Each is at least 1."""
 
     text: int  # supervised tokens or samples, as `loss.text` says
     images: int
@@ -35,11 +35,11 @@ class Totals:
 
 @dataclass(frozen=True, kw_only=True)
 class Requests:
-    """What one rank asks of all ranks. After the reduction, a flag is set if any rank set it."""
+    """Requests of one rank to all ranks. After the reduction, a flag is set if any rank has set it."""
 
     stop: bool = False  # save, then stop
     save: bool = False
-    writing: bool = False  # wait with publishing a checkpoint, because this rank still writes its files
+    writing: bool = False  # do not publish the checkpoint yet, because this rank is still writing its files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class StepReport:
     total: float
     grad_norm: float  # before clipping
     text_by_source: npt.NDArray[np.float64]  # [sources] sums, to be divided by the source's share of the totals
-    requests: Requests  # each is set if any rank set it
+    requests: Requests  # of any rank
     timings: list[Timings]  # by rank
 
     @property

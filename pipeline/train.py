@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def train(run: RunFolder, ranks: Ranks, startup: StartupTimer) -> None:
-    """Build everything, resume from the newest good checkpoint, and run the loop. Every rank calls it."""
+    """Build data, model and engine, resume from the newest good checkpoint, and train. Every rank must call it."""
     recipe = run.recipe
     saved_steps = broadcast_from_main(ranks, lambda: list_steps(run.folder / CHECKPOINTS))
     with Watchdog(run, ranks) as watchdog, explain_out_of_memory(recipe, ranks):

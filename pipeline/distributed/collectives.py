@@ -1,4 +1,4 @@
-"""Collective calls that succeed or fail on all ranks alike, so that no rank waits for one that has stopped."""
+"""Collectives that raise the same error on all ranks, so that no rank waits for one that has already failed."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ T = TypeVar("T")
 def collectively(ranks: Ranks, action: Callable[[], T]) -> T:
     """Run an action on every rank. Return this rank's result, or raise the combined error on all ranks.
 
-    Every rank must call it.
+    Every rank must call this function.
 
     Raises:
-        UserError: if the action failed with one on any rank. The message lists the errors of all ranks.
-        RetryableError: if the action failed on some ranks, and every error is worth a retry.
+        UserError: if any rank raised one. The message lists the errors of all ranks.
+        RetryableError: if ranks failed, but only with errors that are worth a retry.
     """
     [result] = run_checks(ranks, [action])
     return result
 
 
 def run_checks(ranks: Ranks, checks: Sequence[Callable[[], T]]) -> list[T]:
-    """Run this rank's checks, even after one has failed. Return their results, or raise all errors on all ranks.
+    """Run all checks of this rank. Return their results, or raise the errors of all ranks combined on every rank.
 
-    Every rank must call it; each may pass other checks. Raises as `collectively` does.
+    A failed check does not stop the ones after it. Every rank must call this function, but ranks may pass different
+    checks. Raises: the errors that `collectively` raises.
     """
     results: list[T] = []
     errors: dict[str, bool] = {}  # message: whether it is the user's mistake
@@ -51,9 +52,9 @@ def run_checks(ranks: Ranks, checks: Sequence[Callable[[], T]]) -> list[T]:
 
 
 def broadcast_from_main(ranks: Ranks, action: Callable[[], T]) -> T:
-    """Run an action on the main rank, and return its result on every rank. Every rank must call it.
+    """Run an action on the main rank, and return its result on every rank. Every rank must call this function.
 
-    Raises: On all ranks, the UserError or RetryableError that the action raised on the main rank.
+    Raises on all ranks: the UserError or RetryableError that the action raised on the main rank.
     """
     outcome: list[T | UserError | RetryableError | None] = [None]
     if ranks.is_main:

@@ -6,7 +6,7 @@ PROBLEM_STATES = {"T": "stopped", "Z": "dead", "D": "waiting for a disk"}  # let
 
 
 def process_state(pid: int) -> str:
-    """Return Linux's letter for a process's state, such as T for stopped, or "" if there is no such process."""
+    """Return the letter of a process's state, such as T for stopped, or "" if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

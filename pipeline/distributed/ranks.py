@@ -1,4 +1,4 @@
-"""This process's rank, world size and device, as set by torchrun or srun, or for a process on its own."""
+"""Rank, world size and device of this process, from the environment that torchrun or srun sets."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 
 from model.errors import UserError
 
-# Variables of the job step. SLURM_NTASKS would be wrong: it counts the tasks of the job, and a shell inside an
-# allocation has it too, although it is a step of one task.
+# These variables describe the job step. SLURM_NTASKS describes the whole job, so a shell inside an allocation, which is
+# a step with one task, would wait for ranks that do not exist.
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among all ranks."""
+    """Rank and device of this process, and the number of ranks."""
 
     rank: int
     local_rank: int  # among the ranks on this node
@@ -73,7 +73,7 @@ def _device(device: str, local_rank: int) -> torch.device:
 
 
 def _count_local_gpus(ranks: int) -> int:
-    """Count the GPUs of this node that its ranks may use, although a rank bound to some of them finds only those."""
+    """Count the GPUs that the ranks of this node may use. Torch finds fewer in a rank that is bound to some of them."""
     visible = torch.cuda.device_count()
     if "LOCAL_WORLD_SIZE" not in os.environ and "SLURM_GPUS_ON_NODE" in os.environ:
         return max(visible, int(os.environ["SLURM_GPUS_ON_NODE"]))
@@ -82,10 +82,9 @@ def _count_local_gpus(ranks: int) -> int:
 
 
 def _count_local_ranks(local_rank: int) -> int:
-    """Count the ranks on this node.
+    """Count the ranks on this node from the launcher's variables.
 
-    SLURM lists the tasks of all nodes, for example "8(x2),4". Without a launcher, this rank's own number is the only
-    evidence.
+    SLURM lists the tasks of each node, for example "8(x2),4". Without a launcher, the local rank is a lower bound.
     """
     if "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["LOCAL_WORLD_SIZE"])

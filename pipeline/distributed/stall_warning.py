@@ -1,4 +1,4 @@
-"""Warning about a slow operation while it is still running, since one that never returns could not report it later."""
+"""Warnings about slow operations while they are still running, because one that hangs cannot report it later."""
 
 from __future__ import annotations
 
@@ -17,21 +17,25 @@ def print_to_stderr(line: str) -> None:
 
 
 class StallWarning:
-    """Warn when an operation of this process takes longer than `limit_s`: once during it, and once when it returns.
+    """Warns when an operation takes longer than `limit_s`: once while it is running, and once when it returns.
 
-    A background thread watches the operation that is running. `warn` receives each line of text.
+    Args:
+        warn: Called with the text of each warning, also from a background thread.
     """
 
     def __init__(self, warn: Callable[[str], None] = print_to_stderr, limit_s: float = SLOW_S):
         self.warn, self.limit_s = warn, limit_s
-        self.operation: tuple[Callable[[], str], float] | None = None  # its description, and when it began
+        self.operation: tuple[Callable[[], str], float] | None = None  # description and start time
         self.thread: threading.Thread | None = None
 
     @contextmanager
     def warn_if_slow(self, describe: Callable[[], str]) -> Iterator[list[float]]:
-        """Watch the block. Blocks must not be nested.
+        """Warn if the block is slow. Blocks must not be nested.
 
-        Yields: A list that is empty at first. If the block was slow, its duration in seconds is appended at the end.
+        Args:
+            describe: Called when a warning is due. Returns the operation's description.
+
+        Yields: An empty list. If the block is slow, its duration in seconds is appended when it ends.
         """
         if self.thread is None:
             self.thread = threading.Thread(target=self._watch, name="stall warning", daemon=True)

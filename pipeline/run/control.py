@@ -1,8 +1,8 @@
-"""Requests from outside to save or to stop: files in the run folder's `control/`, and signals.
+"""Requests to stop or to save a run: files in the run folder's `control/`, and signals.
 
-A person or the batch script creates `control/stop` or `control/save`. The script writes into the file which signal it
-received. It passes a signal on as a file because launchers, loading processes and wandb's helper process would receive
-a signal too, and would die from it.
+A person or the batch script creates `control/stop` or `control/save`. The script writes the name of the signal that it
+received into the file. It does not forward the signal itself, because launchers, loading processes and wandb's helper
+process would receive it too, and exit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import signal
 from pathlib import Path
 from typing import Literal
 
-# The batch script sets it to its job's id. SLURM_JOB_ID would not do: any shell inside an allocation has it.
+# Set by the batch script to its job id. SLURM_JOB_ID is not enough, because any shell inside an allocation has it.
 BATCH_SCRIPT = "EMMA_JOB"
 
 
@@ -21,12 +21,12 @@ class Control:
 
     def __init__(self, run_dir: Path):
         self.folder = run_dir / "control"
-        self.signal_name = ""  # of the first signal that this rank received
+        self.signal_name = ""  # first signal that this rank received
 
     def clear_unanswered(self) -> None:
         """Remove the requests that an earlier start left unanswered. Main rank only.
 
-        In a batch job they stay, since the script has already removed old requests, and may have passed on a new one.
+        In a batch job they are kept, because the script removes old requests itself, and may have written a new one.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if BATCH_SCRIPT not in os.environ:
@@ -40,8 +40,8 @@ class Control:
         """Treat SIGTERM and SIGUSR1 as requests to stop.
 
         A preemption with grace time, and `scancel --signal=USR1` without --batch, signal the ranks but not the batch
-        script. The signal leaves no file, because a launcher also sends SIGTERM when another rank has died, and a file
-        would read as a stop by hand.
+        script. No file is created for a signal, because a launcher also sends SIGTERM when another rank has died, and
+        the file would look like a stop by hand.
         """
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._remember_signal)

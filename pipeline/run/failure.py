@@ -1,11 +1,11 @@
-"""How a training process ends after an error: one line on stderr, an entry in the run folder, and an exit code.
+"""Exit of a training process after an error: one line on stderr, an outcome in the run folder, and an exit code.
 
     UserError        2   the user's mistake; not requeued
     DivergedError    3   the training itself failed; not requeued
     RetryableError   4   the same command may succeed on a retry; requeued
-    anything else    1   a bug, with its traceback; requeued, because no outcome is written
+    anything else    1   a bug, printed with its traceback; requeued
 
-When another rank dies or hangs, `pipeline.run.watchdog` ends this one.
+If another rank dies or hangs, `pipeline.run.watchdog` ends this one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pipeline.recipe import Recipe
 from pipeline.run.control import Control
 from pipeline.run.folder import RunFolder
 
-MAIN_RANK_FIRST_S = 10.0  # how long other ranks let the main rank report an error that all ranks met
+MAIN_RANK_FIRST_S = 10.0  # head start of the main rank in reporting an error that all ranks have raised
 
 
 class DivergedError(CommandError):
@@ -53,18 +53,18 @@ def _exit_with_message(error: CommandError, recipe: Recipe | None, run: RunFolde
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise here if a loading process ended
     is_main = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
     if not (is_main or isinstance(error, (DamagedShardError, RetryableError))):
-        # The main rank met the same error. The launcher kills all ranks once one exits, so let the main rank be first.
+        # The main rank has raised the same error. The launcher kills all ranks once one exits, so let it exit first.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(MAIN_RANK_FIRST_S)
     print(f"error: {error}", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):  # the disk may be what failed
         _record(str(error), recipe, run, "lost" if error.exit_code == ExitCode.RETRY else "failed")
-    # Skip the exit handlers: they would wait for other ranks, which may wait in a collective for this one.
+    # Skip exit handlers, because they would wait for other ranks, which may be waiting in a collective for this one.
     os._exit(error.exit_code)
 
 
 def _record(reason: str, recipe: Recipe | None, run: RunFolder | None, outcome: str) -> None:
-    """Write the outcome to the run folder; a start that was refused leaves a line for the batch script instead."""
+    """Write the outcome to the run folder. Report a refused start to the batch script as well."""
     if run is not None:
         run.write_outcome(outcome, None, reason)
         if run.first_step is not None:

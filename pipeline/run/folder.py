@@ -1,4 +1,4 @@
-"""The run folder: locked by one training at a time, with heartbeat and outcome files."""
+"""The run folder, which one training at a time locks, and its heartbeat and outcome files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from preprocess.atomic import write_json
 
 
 class RunFolder:
-    """One start of a training in its run folder. Every rank has one, but only the main rank locks and prepares it.
+    """One start of a run, and its files in the run folder. Only the main rank locks and prepares the folder.
 
     Raises: UserError if the folder cannot be written, or if another process trains in it.
     """
@@ -25,8 +25,8 @@ class RunFolder:
         self.recipe, self.ranks = recipe, ranks
         self.folder = Path(recipe.run.dir)
         self.control = Control(self.folder)
-        self.first_step: int | None = None  # where this start continues; None until `accept_start`
-        # Exists from the lock to `accept_start`. Holds the reason if the start fails in between, otherwise empty.
+        self.first_step: int | None = None  # step at which this start continues; None until `accept_start`
+        # Exists from here to `accept_start`. It is empty, or holds the reason if the start failed in between.
         self.starting_file = self.folder / "control/starting"
         self.heartbeat_file = self.folder / "control/alive"
         if ranks.is_main:
@@ -42,15 +42,15 @@ class RunFolder:
 
     @property
     def weights_file(self) -> Path:
-        """Record of the files that the run's first start loaded; later starts load a checkpoint instead."""
+        """Record of the weights that the first start of the run has loaded; later starts load a checkpoint."""
         return self.folder / "weights.json"
 
     def accept_start(self, step: int, loaded: dict[str, Any]) -> None:
-        """Record that training begins, now that the folder's checkpoints are known to belong to it.
+        """Record that training begins. Call this once the checkpoint is loaded and known to belong to this training.
 
         Args:
             step: Number of steps already done.
-            loaded: Which weights were loaded, and from where; written by the first start only.
+            loaded: Sources of the weights; only the first start of a run records them.
         """
         self.first_step = step
         if self.ranks.is_main:
@@ -61,9 +61,9 @@ class RunFolder:
                 write_json(self.weights_file, loaded)
 
     def heartbeat(self) -> None:
-        """Show that the run is alive, since a first step, a save or an evaluation can be silent for long.
+        """Touch the heartbeat file, since the log can be silent for long during a first step, a save or an evaluation.
 
-        Does nothing before the start is accepted, so that a refused start does not make a dead run look alive.
+        Before the start is accepted, do nothing, because a start that is refused must not make a dead run look alive.
         """
         if self.ranks.is_main and self.first_step is not None:
             self.heartbeat_file.touch()
@@ -71,7 +71,7 @@ class RunFolder:
     def write_outcome(self, outcome: str, step: int | None, reason: str = "") -> None:
         """Write `outcome.json`, which the batch script and `pipeline.status` read.
 
-        Before the start is accepted, the outcome of an earlier start stays, and only `control/starting` changes.
+        Before the start is accepted, the outcome of the previous start is kept, and only `control/starting` changes.
 
         Args:
             outcome: "done", "stopped", "failed" or "lost".
@@ -81,7 +81,7 @@ class RunFolder:
         if self.first_step is not None:
             facts = {"outcome": outcome, "step": step, "from_step": self.first_step, "reason": reason}
             write_json(self.folder / "outcome.json", facts)
-        elif outcome == "failed":  # refused, so the folder is left as it was before
+        elif outcome == "failed":  # a refused start leaves the folder as it was
             self.starting_file.unlink(missing_ok=True)
         else:
             self.record_failed_start(f"{outcome}: {reason}")
@@ -96,7 +96,7 @@ class RunFolder:
 
 
 def _lock(path: Path) -> IO[str]:
-    """Lock a file until this process ends, even if it is killed. A file system without locks is trusted."""
+    """Lock a file until this process ends or is killed. On a file system without locks, do nothing."""
     file = path.open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

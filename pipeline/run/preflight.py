@@ -79,7 +79,7 @@ def preflight(recipe: Recipe, ranks: Ranks) -> list[str]:
     Raises on all ranks: UserError with all problems of all ranks; RetryableError if none is the user's mistake.
     """
     checks: list[Check] = [check_communication, check_kernels, check_gpu_memory]
-    if ranks.local_rank == 0:  # one rank per node, because these look at the node
+    if ranks.local_rank == 0:  # one rank per node, because these depend on the node
         checks += [check_vision_towers, check_shared_memory, check_shards, check_held_out_shards]
     if ranks.is_main:
         checks += [check_language_model, check_deepspeed_config, check_checkpoint_space]
@@ -89,7 +89,7 @@ def preflight(recipe: Recipe, ranks: Ranks) -> list[str]:
 
 
 def check_communication(context: Context) -> str:
-    """Check that every rank receives from every other, and measure how fast."""
+    """Check that every rank receives data from every other rank, and measure the speed of an all-reduce."""
     ranks = context.ranks
     total = torch.tensor([float(ranks.rank)], device=ranks.device)
     dist.all_reduce(total)
@@ -179,7 +179,7 @@ def check_held_out_shards(context: Context) -> str:
 
 
 def inspect_shards(manifest: Manifest, recipe: Recipe) -> str:
-    """Check that shards fit the model, the sizes of all files, and the hashes of as many as time allows."""
+    """Check that shards fit the model, the size of every file, and the checksums of as many as time allows."""
     folder = ShardFolder(Path(recipe.data.shards))
     check_shards_match_model(manifest, recipe)
     repair = f"list all damage with `python -m preprocess.shardset verify {folder}`, then build the shards again"
@@ -194,7 +194,7 @@ def inspect_shards(manifest: Manifest, recipe: Recipe) -> str:
         more = f", and {len(damaged) - MAX_NAMED} more" if len(damaged) > MAX_NAMED else ""
         raise UserError(f"{', '.join(damaged[:MAX_NAMED])}{more}; {repair}")
     hashed, until = 0, time.monotonic() + HASHING_S
-    for shard in random.sample(manifest.shards, len(manifest.shards)):  # in another order on each node
+    for shard in random.sample(manifest.shards, len(manifest.shards)):  # a different order on each node
         path = folder.file(shard.name)
         if (sha256 := sha256_within(path, until)) is None:
             break
@@ -210,7 +210,7 @@ def _size(path: Path) -> int | None:
 
 
 def sha256_within(path: Path, until: float) -> str | None:
-    """Return a file's SHA-256, or None if it cannot be read before `until`, however slow the disk is."""
+    """Return a file's SHA-256, or None if it cannot be read before the time `until`."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while time.monotonic() < until:
@@ -229,7 +229,7 @@ def check_language_model(context: Context) -> str:
 
 
 def check_deepspeed_config(context: Context) -> str:
-    """Check the DeepSpeed JSON, and that the global batch divides into micro-batches of all ranks."""
+    """Check the DeepSpeed JSON, and that the global batch is a multiple of the micro-batch times the world size."""
     compose_config(context.recipe, context.ranks.world_size)
     return ""
 
@@ -261,7 +261,7 @@ def check_checkpoint_space(context: Context) -> str:
 
 
 def _total_steps(recipe: Recipe, manifest: Manifest) -> int:
-    """Compute the number of steps as the plan does: every global batch is of one modality."""
+    """Compute the number of steps as the plan does: the samples of each modality fill their own global batches."""
     counts = manifest.counts
     modalities = (counts["text_only"], counts["samples"] - counts["text_only"])
     return recipe.steps or recipe.data.epochs * sum(-(-each // recipe.optim.global_batch) for each in modalities)

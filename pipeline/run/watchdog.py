@@ -1,17 +1,19 @@
-"""Watchdog: end a run in which a rank died or hangs, so that it is requeued. What happens when a rank dies:
+"""The watchdog, which ends a run when a rank dies or hangs, so that the job is requeued.
 
-1. The other ranks would wait for it in a collective for hours. On its machine, the watchdog threads of the other ranks
-   see within a second that its process has ended. If a whole machine is lost, or a rank hangs, the others exceed the
-   time limit of their step: `watchdog.slow_factor` times the usual step, but at least `watchdog.least_s`; for the first
-   steps, a save or an evaluation, `watchdog.first_s`.
-2. Each of them writes its Python stacks to `RUN/stacks/TIME/rank-N.txt`. Ranks on other machines see that folder and do
-   the same. The first rank also writes the reason to stderr, to `metrics.jsonl`, and to `outcome.json` as "lost".
-3. All of them exit with code 4 (retry) without waiting for the dead rank. torchrun or srun kills what is left.
-4. `slurm/train_emma.sh` requeues a lost run, within its limits. The next start resumes from the newest checkpoint that
-   verifies (`pipeline.checkpoint.checkpointer`); the steps since then are trained again, with the same result.
+What happens when a rank dies:
 
-A rank that ends itself after an error it understands does not get here: see `pipeline.run.failure`. Before the watchdog
-starts, `time_limit` ends a start that hangs. The main rank's watchdog also writes the run's heartbeat.
+1. The other ranks wait for it in a collective, and a thread in each of them, the watchdog, notices. On the same
+   machine, it sees within a second that the process has ended. On other machines, it sees the folder of step 2.
+   If a whole machine is lost, or if a rank hangs, the current step exceeds its time limit: `watchdog.slow_factor` times
+   the median step, but at least `watchdog.least_s`. The first steps, saves and evaluations may take `watchdog.first_s`.
+2. Each rank writes its Python stacks to `RUN/stacks/TIME/rank-N.txt`. The first one also writes the reason to stderr
+   and to `metrics.jsonl`, and the outcome "lost" to `outcome.json`.
+3. Each rank exits with code 4 (retry). torchrun or srun kills the ranks that are left.
+4. `slurm/train_emma.sh` requeues the job, up to its limits. The next start resumes from the newest checkpoint that
+   verifies (`pipeline.checkpoint.resumer`), and repeats the steps after it.
+
+A rank that fails with an error of its own exits through `pipeline.run.failure`. Before the watchdog exists,
+`time_limit` ends a start that hangs. The main rank's watchdog also updates the heartbeat that `pipeline.status` reads.
 """
 
 from __future__ import annotations
@@ -41,24 +43,24 @@ from pipeline.metrics.logger import append_event
 from pipeline.recipe import Recipe
 from pipeline.run.folder import RunFolder
 
-FIRST_STEPS = 8  # which may be slow because of compilation and warm-up
+FIRST_STEPS = 8  # slow because of compilation and warm-up
 REMEMBERED_STEPS = 50  # for the median step time
 POLL_S = 1.0
 GRACE_S = 5.0  # between a rank's stacks and its exit, so that the other ranks can write theirs
-STUCK_S = 60.0  # past the limit, a rank dumps its stacks to stderr; past twice that, it exits without reporting
-SUSPENDED_S = 5.0  # a longer gap between two polls means that the whole job was suspended, as by `scontrol suspend`
+STUCK_S = 60.0  # a rank that could not end itself dumps its stacks to stderr after this, and exits after twice this
+SUSPENDED_S = 5.0  # a longer gap between two polls means that the job was suspended, for example by `scontrol suspend`
 
 
 def set_collective_timeouts(recipe: Recipe) -> None:
     """Set the timeout of collectives to twice the watchdog's longest limit. Call it before the process group exists."""
     minutes = math.ceil(2 * recipe.watchdog.first_s / 60)
     os.environ.setdefault("DEEPSPEED_TIMEOUT", str(minutes))  # of the process group
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")  # a failed collective ends its process
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")  # end the process if a collective fails
 
 
 @contextmanager
 def time_limit(limit_s: float, operation: str, ranks: Ranks) -> Iterator[None]:
-    """End this process with the exit code for a retry if the block takes longer, as when a rank never joins it."""
+    """End this process with the exit code for a retry if the block takes too long, as when a rank is missing."""
 
     def end_process() -> None:
         where = f"rank {ranks.rank} of {ranks.world_size} on {socket.gethostname()}"
@@ -94,7 +96,7 @@ class Watchdog:
     def __init__(self, run: RunFolder, ranks: Ranks):
         self.run, self.ranks, self.config = run, ranks, run.recipe.watchdog
         self.step, self.step_times = 0, deque[float](maxlen=REMEMBERED_STEPS)
-        self.active_s = 0.0  # since the start, without the time for which the job was suspended
+        self.active_s = 0.0  # time since the start, without suspensions of the job
         self.closed = threading.Event()
 
     def __enter__(self) -> Watchdog:
@@ -122,7 +124,7 @@ class Watchdog:
                 time.sleep(POLL_S / 10)
 
     def step_done(self, step: int) -> None:
-        """Note that `step` steps are done, and set the time limit of the next one."""
+        """Record that `step` steps are done, and set the time limit of the next one."""
         self.step_times.append(time.monotonic() - self.since)
         self.step = step
         self._set_deadline(f"step {step + 1}", self.step_limit_s())
@@ -157,9 +159,9 @@ class Watchdog:
             self.deadline = Deadline(operation, limit_s, math.inf)
 
     def _keep_time(self) -> None:
-        """Count `active_s`. End the process if `_watch` cannot, because the run folder's file system does not respond.
+        """Count `active_s`, and end the process if `_watch` cannot because the file system does not respond.
 
-        For that reason this thread touches no file.
+        This thread accesses no files, so that it cannot be blocked itself.
         """
         last = time.monotonic()
         while not self.closed.wait(POLL_S):
@@ -187,7 +189,7 @@ class Watchdog:
         return f"rank {dead[0]} has ended" if dead else None
 
     def _another_rank_ends(self) -> bool:
-        """Return whether another rank has created the folder for stacks. False if the file system fails."""
+        """Return whether another rank has created the stacks folder, which means that the run is ending."""
         with contextlib.suppress(OSError):
             return self.folder.exists()
         return False
@@ -198,7 +200,7 @@ class Watchdog:
         return "".join(f"; rank {rank} is {state}" for rank, state in states.items() if state)
 
     def _end_process(self, reason: str) -> NoReturn:
-        """Write this rank's stacks, report the reason if no other rank has, give the other ranks time, and exit."""
+        """Write this rank's stacks, report the reason if no other rank has done so, and exit."""
         try:
             self._write_stacks(reason)
             code = self._report(reason)
@@ -219,7 +221,7 @@ class Watchdog:
     def _report(self, reason: str) -> int:
         """Report the reason, once for all ranks. Return the exit code.
 
-        The code is 1 if an outcome is there already: a rank reported its own error before it ended.
+        The code is 1 if an outcome already exists, because then a rank has failed with an error of its own.
         """
         try:
             with (self.folder / "reason.txt").open("x") as file:
@@ -235,7 +237,7 @@ class Watchdog:
 
 
 def _process_namespace() -> str:
-    """Name the machine and its container, within which a process id means the same process."""
+    """Return a name of this machine and container. Process ids are comparable between ranks with the same name."""
     try:
         return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
