@@ -36,7 +36,7 @@ from model.config import IGNORE_INDEX
 from model.presets import preset
 from preprocess import build_shards
 from preprocess.builder.build import build
-from preprocess.builder.request import request_from
+from preprocess.builder.request import check_arguments
 from preprocess.builder.sample_encoder import TEXTS_AT_ONCE
 from preprocess.images import codec
 from preprocess.images.codec import resize_to_square
@@ -71,7 +71,7 @@ def command(root: Path, out: Path, workers: int, rows_per_shard: int) -> list[st
 
 def ours(root: Path, out: Path, rows_per_shard: int) -> float:
     """CPU seconds of a whole build in this process, from reading the rows to the manifest."""
-    request = request_from(build_shards.parse(command(root, out, 0, rows_per_shard)))
+    request = check_arguments(build_shards.parse(command(root, out, 0, rows_per_shard)))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return cpu_s(lambda: build(request))
 

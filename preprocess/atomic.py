@@ -1,4 +1,4 @@
-"""Atomic files: written under a temporary name, synced, renamed; canonical JSON."""
+"""Atomic file writes (temporary name, fsync, rename), and canonical JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import IO, Any
 
 
 class HashingFile:
-    """A file that only grows, and knows the sha256 of what it holds. `published` closes it."""
+    """An append-only file that hashes what is written to it. `published` closes it."""
 
     closed = False
 
@@ -38,7 +38,10 @@ class HashingFile:
 
 @contextlib.contextmanager
 def published(path: Path) -> Iterator[HashingFile]:
-    """A file that appears under its name when the block ends without an error, and never in part."""
+    """Open a file that appears under its name only when the block ends without an error, so it is never partial.
+
+    It is written under a temporary name, synced to disk and renamed, and replaces an older file of that name.
+    """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -53,14 +56,14 @@ def published(path: Path) -> Iterator[HashingFile]:
 
 
 def publish(path: Path, data: bytes) -> str:
-    """Publishes the bytes; returns their sha256."""
+    """Write `data` atomically. Return its sha256."""
     with published(path) as file:
         file.write(data)
     return file.sha256
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names inside a folder as durable as the files."""
+    """Sync a folder to disk, so that files created, renamed or deleted in it stay so after a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -69,16 +72,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def canonical_json(value: Any, indent: int | None = 1) -> bytes:
-    """The one spelling of a value: sorted keys, ASCII, a newline at the end. Without indent it is fast."""
+    """Encode a value so that equal values give equal bytes. Without `indent` it is faster."""
     return json.dumps(value, sort_keys=True, indent=indent).encode() + b"\n"
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    """Write a value as JSON atomically. Values that JSON cannot represent are written as strings."""
     publish(path, json.dumps(content, indent=indent, default=str).encode() + b"\n")
 
 
 def sync(file: IO[bytes]) -> None:
-    """Bring to disk what was written so far, and do not keep it in the page cache, which has better uses."""
+    """Sync the data written so far to disk, and drop it from the page cache, which should hold training data."""
     file.flush()
     os.fsync(file.fileno())
     if hasattr(os, "posix_fadvise"):

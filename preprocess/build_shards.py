@@ -15,7 +15,7 @@ from pathlib import Path
 from model.errors import ExitCode, run_cli
 from preprocess.builder.build import build, check
 from preprocess.builder.output_folder import user_oserrors
-from preprocess.builder.request import request_from
+from preprocess.builder.request import check_arguments
 from preprocess.builder.sigterm import Terminated, sigterm_raises
 from preprocess.remote_path import parse_path
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse(arguments)
     try:
         with sigterm_raises(), user_oserrors(parsed.out, then="run the same command again: finished shards are kept"):
-            request = request_from(parsed)
+            request = check_arguments(parsed)
             if parsed.check:
                 check(request)
             else:

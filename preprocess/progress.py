@@ -16,13 +16,13 @@ BAR_CHARACTERS = 30
 
 
 class Progress:
-    """Progress of a build, in dialogues.
+    """Progress of a build, counted in dialogues.
 
     Args:
         folder: where progress.json is written; None: nowhere.
         total: number of dialogues of the whole set.
         reused: dialogues of shards that are reused. They count as done, but not towards the rate.
-        rejects: rejects that are known at the start, by source.
+        rejects: number of rejects known at the start, by source.
         stream: where the bar or the lines are printed.
     """
 
@@ -82,7 +82,7 @@ class Progress:
     def _show(self, last: bool) -> None:
         report = self.report("")
         share = self.done / self.total if self.total else 1.0
-        left = "?" if report["left_s"] is None else clock(report["left_s"])
+        left = "?" if report["left_s"] is None else format_duration(report["left_s"])
         line = (
             f"{self.done}/{self.total} dialogues ({share:.0%})  {report['dialogues_per_s']}/s  "
             f"{self.rejects.total()} rejected  {left} left"
@@ -95,7 +95,7 @@ class Progress:
             print(line, file=self.stream, flush=True)
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

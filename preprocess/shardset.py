@@ -1,6 +1,6 @@
 """Inspect a shard set: `verify` checks every file, `info` prints a summary, `preview` writes a web page of samples.
 
-Exit codes: 0 intact, 1 damaged, 2 user error, such as a folder that is not a shard set, 4 the disk failed.
+Exit codes: 0 intact, 1 damaged, 2 user error, such as a folder that is not a shard set, 4 transient disk failure.
 """
 
 from __future__ import annotations

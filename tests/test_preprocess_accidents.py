@@ -1,4 +1,4 @@
-"""Builds on a real Ray cluster that meet with accidents: the same bytes in the end, and nothing is built twice."""
+"""Builds on a real Ray cluster with killed processes and lost nodes: same bytes, and no shard is built twice."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every row has a picture of its own."""
+    """Return a folder of rows that each have an image of their own."""
     root = tmp_path_factory.mktemp("many") / "root"
     write_mix(root, [{"name": "photographs", "format": "llava", "annotations": "rows.json"}])
     rows = [dialogue_row(i) | {"image": f"{i}.jpg"} for i in range(NUM_ROWS)]
@@ -53,7 +53,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(root: Path) -> Path:
-    """The set as it is built without Ray and without accidents."""
+    """Return the set that a build without Ray and without failures writes."""
     return build_in_process(root, root.with_name("expected"), gpt_neox(), samples_per_shard=SAMPLES_PER_SHARD)
 
 
@@ -63,17 +63,17 @@ def command(root: Path, out: Path, **options: Any) -> list[str]:
 
 @contextlib.contextmanager
 def held_up(root: Path) -> Iterator[None]:
-    """A pipe stands for one of the last pictures: a build waits there until the block ends."""
-    picture, pipe = root / "590.jpg", root.with_name("pipe")
-    data = picture.read_bytes()
-    picture.unlink()
-    os.mkfifo(picture)
-    os.link(picture, pipe)
+    """Replace one of the last images by a pipe, so that a build waits for that image until the block ends."""
+    image, pipe = root / "590.jpg", root.with_name("pipe")
+    data = image.read_bytes()
+    image.unlink()
+    os.mkfifo(image)
+    os.link(image, pipe)
     try:
         yield
     finally:
-        picture.unlink()
-        picture.write_bytes(data)
+        image.unlink()
+        image.write_bytes(data)
         with contextlib.suppress(OSError), os.fdopen(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK), "wb") as waiting:
             os.set_blocking(waiting.fileno(), True)
             waiting.write(data)
@@ -85,32 +85,32 @@ def wait_for_shards(driver: subprocess.Popen[str], out: Path, count: int) -> Non
 
 
 def finish(driver: subprocess.Popen[str]) -> str:
-    said, _ = driver.communicate(timeout=120)
-    assert driver.returncode == 0, said
-    return said
+    output, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 0, output
+    return output
 
 
-def test_a_killed_worker_is_replaced_and_monitors_are_told_how_far_the_build_is(
+def test_a_killed_worker_is_replaced_and_progress_is_exported_as_metrics(
     cluster: RayCluster, root: Path, expected: Path, tmp_path: Path
 ) -> None:
     with held_up(root):
         driver = cluster.driver(SCRIPT, *command(root, tmp_path / "out"))
-        told: dict[str, float] = {}
+        metrics: dict[str, float] = {}
 
-        def told_of_all_but_one() -> bool:
-            told.update(cluster.metrics("ray_emma_"))
-            return told.get("ray_emma_dialogues_done") == ALL_BUT_ONE * SAMPLES_PER_SHARD
+        def metrics_show_all_but_one() -> bool:
+            metrics.update(cluster.metrics("ray_emma_"))
+            return metrics.get("ray_emma_dialogues_done") == ALL_BUT_ONE * SAMPLES_PER_SHARD
 
-        wait_until(told_of_all_but_one, driver)
+        wait_until(metrics_show_all_but_one, driver)
         for pid in cluster.workers("build_shard"):
             os.kill(pid, signal.SIGKILL)
     finish(driver)
     assert contents(tmp_path / "out") == contents(expected)
-    assert told["ray_emma_rejects"] == 0
-    assert min(told["ray_emma_dialogues_per_s"], told["ray_emma_seconds_left"]) > 0
+    assert metrics["ray_emma_rejects"] == 0
+    assert min(metrics["ray_emma_dialogues_per_s"], metrics["ray_emma_seconds_left"]) > 0
 
 
-def test_a_picture_that_makes_every_process_crash_is_named(cluster: RayCluster, root: Path, tmp_path: Path) -> None:
+def test_an_image_that_crashes_every_process_is_named(cluster: RayCluster, root: Path, tmp_path: Path) -> None:
     crumb = tmp_path / "out/.work/shard-00029.crumb.tmp"
     with held_up(root):
         driver = cluster.driver(SCRIPT, *command(root, tmp_path / "out"))
@@ -121,14 +121,14 @@ def test_a_picture_that_makes_every_process_crash_is_named(cluster: RayCluster, 
                 crumb.unlink()
             for pid in cluster.workers("build_shard"):
                 os.kill(pid, signal.SIGSEGV)
-        said, _ = driver.communicate(timeout=60)
-    assert driver.returncode == ExitCode.USER_ERROR, said
+        output, _ = driver.communicate(timeout=60)
+    assert driver.returncode == ExitCode.USER_ERROR, output
     complaint = "error: shard-00029: its process died 4 times, the last time at row 590 of photographs, image 590.jpg ("
-    assert said.splitlines()[-1].startswith(complaint)
+    assert output.splitlines()[-1].startswith(complaint)
 
 
-def test_processes_that_are_killed_for_memory_are_not_started_for_ever(tmp_path: Path) -> None:
-    """Ray is told that hardly any memory is left, and a pipe for a picture holds the task up until it notices."""
+def test_a_task_that_runs_out_of_memory_is_not_retried_forever(tmp_path: Path) -> None:
+    """Make Ray believe that memory is full. A pipe in place of an image blocks the task until Ray notices."""
     root = tmp_path / "root"
     write_mix(root, [{"name": "photographs", "format": "llava", "annotations": "rows.json"}])
     (root / "rows.json").write_text(json.dumps([dialogue_row(0) | {"image": "0.jpg"}]))
@@ -137,10 +137,10 @@ def test_processes_that_are_killed_for_memory_are_not_started_for_ever(tmp_path:
     done = run_python(SCRIPT, *command(root, tmp_path / "out", workers=1), timeout=120, RAY_ADDRESS="", **full)
     assert done.returncode == ExitCode.USER_ERROR, done.stderr
     assert "error: shard-00000: its process died 4 times, the last time at " in done.stderr.splitlines()[-1]
-    assert "the machine's memory is full: give fewer --workers" in done.stderr.splitlines()[-1]
+    assert "the machine ran out of memory: give fewer --workers" in done.stderr.splitlines()[-1]
 
 
-def test_a_machine_that_leaves_is_done_without(cluster: RayCluster, root: Path, expected: Path, tmp_path: Path) -> None:
+def test_a_build_survives_the_loss_of_a_node(cluster: RayCluster, root: Path, expected: Path, tmp_path: Path) -> None:
     node = cluster.add_node()
     with held_up(root):
         driver = cluster.driver(SCRIPT, *command(root, tmp_path / "out"))
@@ -151,7 +151,9 @@ def test_a_machine_that_leaves_is_done_without(cluster: RayCluster, root: Path, 
     assert contents(tmp_path / "out") == contents(expected)
 
 
-def test_a_killed_build_goes_on_where_it_was(cluster: RayCluster, root: Path, expected: Path, tmp_path: Path) -> None:
+def test_a_killed_build_continues_where_it_stopped(
+    cluster: RayCluster, root: Path, expected: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     with held_up(root):
         driver = cluster.driver(SCRIPT, *command(root, out))
@@ -162,13 +164,15 @@ def test_a_killed_build_goes_on_where_it_was(cluster: RayCluster, root: Path, ex
     (out / f"shard-00029.tar.{uuid.uuid4().hex}.tmp").write_text("left by a killed worker")
     finished = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.json")}
     assert not (out / "manifest.json").exists()
-    said = finish(cluster.driver(SCRIPT, *command(root, out)))
+    output = finish(cluster.driver(SCRIPT, *command(root, out)))
     assert contents(out) == contents(expected)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished shards were built again"
-    assert f"{len(finished) * SAMPLES_PER_SHARD}/{NUM_ROWS} dialogues" in said
+    assert f"{len(finished) * SAMPLES_PER_SHARD}/{NUM_ROWS} dialogues" in output
 
 
-def test_a_stopped_job_goes_on_where_it_was(cluster: RayCluster, root: Path, expected: Path, tmp_path: Path) -> None:
+def test_a_stopped_job_continues_where_it_stopped(
+    cluster: RayCluster, root: Path, expected: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     words = command(root, out, workers=1)
     with held_up(root):
@@ -184,20 +188,20 @@ def test_a_stopped_job_goes_on_where_it_was(cluster: RayCluster, root: Path, exp
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished shards were built again"
 
 
-def test_an_interrupted_build_says_that_it_can_run(cluster: RayCluster, root: Path, tmp_path: Path) -> None:
+def test_an_interrupted_build_says_that_it_can_continue(cluster: RayCluster, root: Path, tmp_path: Path) -> None:
     with held_up(root):
         driver = cluster.driver(SCRIPT, *command(root, tmp_path / "out"))
         wait_for_shards(driver, tmp_path / "out", 1)
         driver.send_signal(signal.SIGINT)
-        said, _ = driver.communicate(timeout=60)
-    assert driver.returncode == ExitCode.INTERRUPTED, said
-    assert STOPPED in said
-    assert "Traceback" not in said
+        output, _ = driver.communicate(timeout=60)
+    assert driver.returncode == ExitCode.INTERRUPTED, output
+    assert STOPPED in output
+    assert "Traceback" not in output
     assert list((tmp_path / "out").glob("shard-*.json"))
 
 
 @pytest.mark.parametrize("where", ["in this process", "on a Ray of its own", "on a cluster"])
-def test_a_terminated_build_ends_as_an_interrupted_one(
+def test_a_terminated_build_ends_like_an_interrupted_one(
     cluster: RayCluster, root: Path, tmp_path: Path, where: str
 ) -> None:
     out = tmp_path / "out"
@@ -207,14 +211,14 @@ def test_a_terminated_build_ends_as_an_interrupted_one(
         driver = cluster.driver(SCRIPT, *words, **own)
         wait_for_shards(driver, out, 1)
         driver.terminate()
-        said, _ = driver.communicate(timeout=60)
-    assert driver.returncode == ExitCode.TERMINATED, said
-    assert said.count(STOPPED) == 1
-    assert not re.search("Traceback|SIGTERM|\\*\\*\\*", said), said
+        output, _ = driver.communicate(timeout=60)
+    assert driver.returncode == ExitCode.TERMINATED, output
+    assert output.count(STOPPED) == 1
+    assert not re.search("Traceback|SIGTERM|\\*\\*\\*", output), output
     assert not (out / "manifest.json").exists()
 
 
-def test_the_soak_counts_a_kill_only_if_it_hits_somebody_who_lives() -> None:
+def test_the_soak_counts_a_kill_only_if_the_process_was_alive() -> None:
     sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
     victim, ended = (subprocess.Popen(sleeper, text=True) for _ in range(2))
     ended.kill()
@@ -229,12 +233,12 @@ def test_the_soak_counts_a_kill_only_if_it_hits_somebody_who_lives() -> None:
         assert not soak_shards.kill(kind, nobody, ended), "the build was over"
 
 
-def test_a_build_that_is_terminated_while_its_ray_starts_ends_so_too(root: Path, tmp_path: Path) -> None:
+def test_a_build_terminated_while_ray_starts_ends_with_the_same_message(root: Path, tmp_path: Path) -> None:
     program = [sys.executable, SCRIPT, *command(root, tmp_path / "out", workers=1)]
     environment = {**os.environ, "RAY_ADDRESS": ""}
     driver = subprocess.Popen(program, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True, env=environment)
     wait_until(lambda: psutil.Process(driver.pid).children(), driver)
     driver.terminate()
-    said, _ = driver.communicate(timeout=60)
-    assert driver.returncode == ExitCode.TERMINATED, said
-    assert said.splitlines()[-1] == STOPPED
+    output, _ = driver.communicate(timeout=60)
+    assert driver.returncode == ExitCode.TERMINATED, output
+    assert output.splitlines()[-1] == STOPPED

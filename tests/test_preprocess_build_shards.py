@@ -1,4 +1,4 @@
-"""Builds: the same bytes however many work on them and however often; mistakes are clear lines."""
+"""Builds give the same bytes with any number of workers and reruns, and report mistakes in one line."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ NUM_ROWS, SAMPLES_PER_SHARD = 240, 20
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LLaVA rows about six photographs, every tenth without picture, and one that misses its own."""
+    """Return LLaVA rows about six photographs. Every tenth row has no image, and the image of row 7 is missing."""
     root = tmp_path_factory.mktemp("root")
     (root / "photographs").mkdir()
     for name in PHOTOGRAPHS:
@@ -49,7 +49,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The set as it is built without Ray and without accidents."""
+    """Return the set that a build without Ray and without failures writes."""
     return build_in_process(
         root, tmp_path_factory.mktemp("expected") / "set", gpt_neox(), samples_per_shard=SAMPLES_PER_SHARD
     )
@@ -98,7 +98,7 @@ def test_a_failed_build_fails_its_job(cluster: RayCluster, root: Path, tmp_path:
 # -- Accidents -------------------------------------------------------------------------------------------------------
 
 
-def test_a_rerun_builds_only_what_is_missing_or_differs(root: Path, expected: Path, tmp_path: Path) -> None:
+def test_a_rerun_builds_only_missing_or_changed_shards(root: Path, expected: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(expected, out)
     (out / "shard-00003.tar").unlink()
@@ -113,15 +113,17 @@ def test_a_rerun_builds_only_what_is_missing_or_differs(root: Path, expected: Pa
 
 
 @pytest.mark.parametrize("name", ["index.parquet", "rejects.jsonl", "tokenizer.json", "manifest.json"])
-def test_what_was_deleted_from_a_set_is_written_again(root: Path, expected: Path, tmp_path: Path, name: str) -> None:
+def test_a_file_deleted_from_a_set_is_written_again(root: Path, expected: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(expected, tmp_path / "out")
     (tmp_path / "out" / name).unlink()
     assert build_shards.main(command(root, tmp_path / "out", workers=0)) == 0
     assert contents(tmp_path / "out") == contents(expected)
 
 
-def test_a_full_disk_is_one_clear_line_and_nothing_finished_is_lost(root: Path, expected: Path, tmp_path: Path) -> None:
-    """A limit on the size of files stands for the full disk."""
+def test_a_full_disk_is_reported_in_one_line_and_finished_shards_are_kept(
+    root: Path, expected: Path, tmp_path: Path
+) -> None:
+    """A limit on file sizes simulates the full disk."""
     largest = max(path.stat().st_size for path in expected.glob("*.tar"))
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); "
     program = limited + "from model.errors import run_cli; from preprocess.build_shards import main; run_cli(main)"
@@ -136,20 +138,20 @@ def test_a_full_disk_is_one_clear_line_and_nothing_finished_is_lost(root: Path, 
     assert contents(tmp_path / "out") == contents(expected)
 
 
-def test_the_address_of_a_job_server_is_told_from_that_of_a_cluster(root: Path, tmp_path: Path) -> None:
+def test_the_address_of_a_job_server_is_refused(root: Path, tmp_path: Path) -> None:
     done = run_python(SCRIPT, *command(root, tmp_path / "out"), RAY_ADDRESS="http://127.0.0.1:1")
     assert done.returncode == ExitCode.USER_ERROR
     assert "RAY_ADDRESS http://127.0.0.1:1 is a job server: use `ray job submit`" in done.stderr.splitlines()[-1]
 
 
-def test_a_finished_set_is_left_alone(root: Path, expected: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_set_is_not_written_again(root: Path, expected: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in expected.iterdir() if path.is_file()}
     assert build_shards.main(command(root, expected, workers=0)) == 0
     assert "is up to date" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in expected.iterdir() if path.is_file()} == before
 
 
-def test_a_picture_that_comes_later_is_taken_in(root: Path, expected: Path, tmp_path: Path) -> None:
+def test_an_image_that_was_missing_is_included_once_it_exists(root: Path, expected: Path, tmp_path: Path) -> None:
     lost = root / "photographs" / "lost.jpg"
     shutil.copytree(expected, tmp_path / "out")
     shutil.copy(root / "photographs" / "coffee.jpg", lost)
@@ -165,26 +167,24 @@ def test_a_picture_that_comes_later_is_taken_in(root: Path, expected: Path, tmp_
     assert Manifest.load(tmp_path / "out").counts["rejects"] == 0
 
 
-def test_a_picture_that_is_mended_at_its_size_is_taken_in(root: Path, tmp_path: Path) -> None:
+def test_a_repaired_image_of_the_same_size_is_included(root: Path, tmp_path: Path) -> None:
     other, out = tmp_path / "root", tmp_path / "out"
     shutil.copytree(root, other)
-    picture = other / "photographs/text.jpg"
-    picture.write_bytes(bytes(picture.stat().st_size))  # as a copy that was broken off leaves it on many file systems
+    image = other / "photographs/text.jpg"
+    image.write_bytes(bytes(image.stat().st_size))  # as an interrupted copy leaves it on many file systems
     build_in_process(other, out, gpt_neox(), samples_per_shard=SAMPLES_PER_SHARD, max_reject_ratio=1)
     assert Manifest.load(out).rejects_by_reason["picture_unknown_format"] > 1
-    shutil.copy2(root / "photographs/text.jpg", picture)
+    shutil.copy2(root / "photographs/text.jpg", image)
     assert build_shards.main(command(other, out, workers=0)) == 0
     assert Manifest.load(out).rejects_by_reason == {"picture_missing": 1}
 
 
-def test_a_picture_that_was_replaced_is_noticed_when_pictures_are_compared(
-    root: Path, expected: Path, tmp_path: Path
-) -> None:
+def test_compare_images_notices_a_replaced_image(root: Path, expected: Path, tmp_path: Path) -> None:
     other = tmp_path / "root"
     shutil.copytree(root, other)
     shutil.copytree(expected, tmp_path / "out")
     assert build_shards.main([*command(other, tmp_path / "out", workers=0), "--compare-images"]) == 0
-    assert contents(tmp_path / "out") == contents(expected), "the same pictures in another place"
+    assert contents(tmp_path / "out") == contents(expected), "the same images in another folder"
     shutil.copy(root / "photographs/camera.jpg", other / "photographs/text.jpg")
     assert build_shards.main(command(other, tmp_path / "out", workers=0)) == 0
     assert contents(tmp_path / "out") == contents(expected)
@@ -192,10 +192,10 @@ def test_a_picture_that_was_replaced_is_noticed_when_pictures_are_compared(
     assert Manifest.load(tmp_path / "out").counts["pictures"] == len(PHOTOGRAPHS) - 1
 
 
-def test_a_shard_that_was_replaced_before_its_sidecar_is_built_again(
+def test_a_shard_whose_tar_is_newer_than_its_sidecar_is_built_again(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Arrays have one size, whatever is on them, so that alone does not tell the new tar from the old one."""
+    """Raw images all have the same size, so the size does not distinguish the new tar from the old one."""
 
     def interrupt(path: Path, data: bytes) -> None:
         raise KeyboardInterrupt
@@ -215,7 +215,7 @@ def test_a_shard_that_was_replaced_before_its_sidecar_is_built_again(
     assert list(verify(out)) == []
 
 
-def test_rows_that_are_added_rebuild_only_the_end(root: Path, expected: Path, tmp_path: Path) -> None:
+def test_appended_rows_rebuild_only_the_last_shards(root: Path, expected: Path, tmp_path: Path) -> None:
     longer = tmp_path / "root"
     shutil.copytree(root, longer)
     rows = json.loads((root / "rows.json").read_text())
@@ -227,7 +227,7 @@ def test_rows_that_are_added_rebuild_only_the_end(root: Path, expected: Path, tm
     assert load_index(tmp_path / "out").num_rows == NUM_ROWS + 5 - 1
 
 
-def test_rows_that_are_only_rejected_are_counted_all_the_same(root: Path, expected: Path, tmp_path: Path) -> None:
+def test_an_appended_row_that_is_rejected_is_counted(root: Path, expected: Path, tmp_path: Path) -> None:
     longer = tmp_path / "root"
     shutil.copytree(root, longer)
     rows = json.loads((root / "rows.json").read_text())
@@ -238,7 +238,7 @@ def test_rows_that_are_only_rejected_are_counted_all_the_same(root: Path, expect
     assert (counts["rows"], counts["samples"], counts["rejects"]) == (NUM_ROWS + 1, NUM_ROWS - 1, 2)
 
 
-def test_shards_of_other_packages_are_told(
+def test_shards_built_with_other_package_versions_are_reported(
     root: Path, expected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(expected, tmp_path / "out")
@@ -247,14 +247,15 @@ def test_shards_of_other_packages_are_told(
     (tmp_path / "out/manifest.json").unlink()
     assert build_shards.main(command(root, tmp_path / "out", workers=0)) == 0
     assert sorted(Manifest.load(tmp_path / "out").made_with.values()) == [1, 11]
-    said = capsys.readouterr().out
-    assert "note: shards were built with different package versions: 1 with pillow 1." in said
+    output = capsys.readouterr().out
+    assert "note: shards were built with different package versions: 1 with pillow 1." in output
     assert (
-        f"; 11 with {codec_versions()}; images may differ slightly. To build all with the same versions, delete" in said
+        f"; 11 with {codec_versions()}; images may differ slightly. To build all with the same versions, delete"
+        in output
     )
 
 
-# -- What is said ----------------------------------------------------------------------------------------------------
+# -- What is output ----------------------------------------------------------------------------------------------------
 
 
 def test_other_settings_build_another_set(root: Path, expected: Path, tmp_path: Path) -> None:
@@ -263,7 +264,7 @@ def test_other_settings_build_another_set(root: Path, expected: Path, tmp_path: 
     assert Manifest.load(tmp_path / "out").template == "zephyr"
 
 
-def test_the_manifest_counts_distinct_pictures(expected: Path) -> None:
+def test_the_manifest_counts_distinct_images(expected: Path) -> None:
     counts = Manifest.load(expected).counts
     assert (counts["with_image"], counts["pictures"]) == (215, len(PHOTOGRAPHS))
 
@@ -279,9 +280,9 @@ def test_a_check_writes_nothing(root: Path, tmp_path: Path, capsys: pytest.Captu
     ]
 
 
-def test_a_check_lists_what_is_missing_and_what_is_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_lists_missing_folders_and_bad_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "here").mkdir()
-    (tmp_path / "here/1.jpg").write_text("no picture")
+    (tmp_path / "here/1.jpg").write_text("not an image")
     rows = [
         dialogue_row(i) | {"image": f"{folder}/1.jpg"} for i, folder in enumerate(["here", "here", "coco/train2017"])
     ]
@@ -289,8 +290,8 @@ def test_a_check_lists_what_is_missing_and_what_is_bad(tmp_path: Path, capsys: p
     write_mix(tmp_path, [{"name": "a", "format": "llava", "annotations": "rows.json", "expected_rows": 4}])
     words = arguments(tmp_path, tmp_path / "out", gpt_neox(), samples_per_shard=1)
     assert exit_code_of(build_shards.main, [*words, "--dry-run"]) == ExitCode.USER_ERROR
-    said = capsys.readouterr()
-    assert said.out.splitlines() == [
+    output = capsys.readouterr()
+    assert output.out.splitlines() == [
         "a: 3 rows, 0 rejected before any image is read",
         "    here: images of 2 rows",
         "    coco/train2017: images of 1 rows – MISSING",
@@ -299,10 +300,10 @@ def test_a_check_lists_what_is_missing_and_what_is_bad(tmp_path: Path, capsys: p
         "        picture_missing: 1, for example coco/train2017/1.jpg",
         "note: source 'a' has 3 rows, the mix expects 4",
     ]
-    assert "image folders are missing" in said.err
+    assert "image folders are missing" in output.err
 
 
-def test_a_check_looks_at_pictures_from_all_over_each_source(
+def test_a_check_decodes_images_spread_over_each_source(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "p").mkdir()
@@ -312,11 +313,13 @@ def test_a_check_looks_at_pictures_from_all_over_each_source(
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     write_mix(tmp_path, [{"name": name, "format": "llava", "annotations": "rows.json"} for name in ("a", "b")])
     assert build_shards.main([*arguments(tmp_path, tmp_path / "out", gpt_neox()), "--check"]) == 0
-    said = capsys.readouterr().out
-    assert said.count("    63 images decoded, 62 of them bad\n        picture_missing: 62, for example p/8.jpg\n") == 2
+    output = capsys.readouterr().out
+    assert (
+        output.count("    63 images decoded, 62 of them bad\n        picture_missing: 62, for example p/8.jpg\n") == 2
+    )
 
 
-def test_weighted_rows_are_counted_and_sound(root: Path, tmp_path: Path) -> None:
+def test_weighted_rows_are_counted_and_verified(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root, tmp_path / "root")
     source = {"format": "llava", "annotations": "rows.json", "images": "photographs", "expected_rows": NUM_ROWS}
     sources = [source | {"name": "thinned", "weight": 0.25}, source | {"name": "repeated", "weight": 2}]

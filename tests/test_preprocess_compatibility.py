@@ -25,7 +25,7 @@ COMMAND = shlex.split(  # as in V0_1 / README.md
 
 @pytest.fixture
 def built_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the old set and its input, which is the working directory."""
+    """Copy the old set and its input into the working directory. Return the set's folder."""
     for name in ("raw", "shards"):
         shutil.copytree(V0_1 / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
@@ -70,7 +70,7 @@ def test_another_wording_of_rejects_does_not_rebuild_a_set(
     assert hashes(built_before) == hashes(V0_1 / "shards")
 
 
-def test_the_new_wording_is_written_where_a_set_is_rebuilt(
+def test_a_rebuilt_list_of_early_rejects_has_the_new_wording(
     built_before: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reword_every_reject(monkeypatch)
@@ -80,8 +80,8 @@ def test_the_new_wording_is_written_where_a_set_is_rebuilt(
     assert details == ["images/gone.png", "in other words: conversations is []"], "shards are reused as they are"
     built = hashes(built_before)
     assert build_shards.main(COMMAND) == 0
-    said = capsys.readouterr().out
-    assert said.count("is built") == said.count("is up to date") == 1
+    output = capsys.readouterr().out
+    assert output.count("is built") == output.count("is up to date") == 1
     assert hashes(built_before) == built
     assert list(verify(built_before)) == []
 
@@ -107,10 +107,10 @@ def test_rejects_that_differ_in_more_than_wording_rebuild_a_set(
     assert list(verify(built_before)) == []
 
 
-def test_a_row_that_is_rejected_in_addition_rebuilds_a_set(
+def test_an_additional_rejected_row_rebuilds_a_set(
     built_before: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The dialogues that are left are the same, so that the manifest alone can show the difference."""
+    """The shards can all be reused, so only the hash in the manifest shows the difference."""
     path = built_before.parent / "raw/dialogues.json"
     path.write_text(json.dumps([*json.loads(path.read_text()), {"id": "new"}]))
     assert build_shards.main(COMMAND) == 0

@@ -1,4 +1,4 @@
-"""How many tasks are in flight, on a stand-in for Ray whose cluster grows and shrinks."""
+"""The number of tasks in flight, on a fake Ray cluster that grows and shrinks."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from preprocess.shards.folder import ShardFolder
 
 
 class Cluster:
-    """Has as many CPUs as the next of `cpus` says, each time it is asked; one task at a time lands."""
+    """A fake of the ray module. Each request for resources returns the next of `cpus`; one task ends per wait."""
 
     def __init__(self, cpus: list[int]) -> None:
         self.cpus, self.in_flight = cpus, list[int]()
@@ -24,29 +24,29 @@ class Cluster:
 
     def cluster_resources(self) -> dict[str, float]:
         cpus = self.cpus.pop(0) if len(self.cpus) > 1 else self.cpus[0]
-        return {"CPU": float(cpus)} if cpus else {}  # Ray leaves out what there is none of
+        return {"CPU": float(cpus)} if cpus else {}  # Ray omits resources of which there are none
 
     def remote(self, function: Any) -> Any:
         return SimpleNamespace(options=lambda **options: SimpleNamespace(remote=lambda task: object()))
 
-    def wait(self, flying: list[object], timeout: float) -> tuple[list[object], list[object]]:
-        self.in_flight.append(len(flying))
-        return flying[:1], flying[1:]
+    def wait(self, running: list[object], timeout: float) -> tuple[list[object], list[object]]:
+        self.in_flight.append(len(running))
+        return running[:1], running[1:]
 
-    def get(self, landed: object) -> ShardResult:
+    def get(self, ref: object) -> ShardResult:
         return ShardResult(name="shard", dialogues=1, samples=1, rejects={})
 
 
 @pytest.mark.parametrize(
     ("cpus", "workers", "in_flight"),
     [
-        ([2, 2, 4], None, [4, 4, 8, 8, 8]),  # machines that join get work
-        ([4, 1], None, [8, 7, 6, 5, 4]),  # those that left do not
-        ([0, 0, 1], None, [1, 1, 2, 2, 2]),  # a head that lends no CPU, before the others come
+        ([2, 2, 4], None, [4, 4, 8, 8, 8]),  # nodes that join get work
+        ([4, 1], None, [8, 7, 6, 5, 4]),  # nodes that left get none
+        ([0, 0, 1], None, [1, 1, 2, 2, 2]),  # a head node without CPUs, before the other nodes join
         ([8], 3, [3, 3, 3, 3, 3]),
     ],
 )
-def test_two_tasks_a_cpu_are_in_flight_of_as_many_as_there_are_now(
+def test_two_tasks_per_current_cpu_are_in_flight(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cpus: list[int], workers: int | None, in_flight: list[int]
 ) -> None:
     cluster = Cluster(cpus)

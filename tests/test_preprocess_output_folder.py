@@ -1,4 +1,4 @@
-"""A build takes nothing in its folder for its own that is not."""
+"""A build deletes or replaces only files that a build has written."""
 
 import shutil
 import uuid
@@ -31,7 +31,7 @@ def command(root: Path, out: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", ["shard-000123.tar", "shard-notes.json", "tokenizer.json"])
 @pytest.mark.parametrize("words", [["--check"], []])
-def test_a_folder_with_files_of_others_is_refused(
+def test_a_folder_with_foreign_files_is_refused(
     root: Path, tmp_path: Path, name: str, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -60,7 +60,7 @@ def test_a_build_removes_its_own_leftovers_and_nothing_else(root: Path, expected
     assert [path.name for path in (out / ".work").iterdir()] == ["lock"]
 
 
-def test_a_manifest_that_is_withdrawn_does_not_come_back_after_a_loss_of_power(
+def test_a_removed_manifest_stays_removed_after_a_power_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "manifest.json").write_text("{}")
@@ -70,7 +70,9 @@ def test_a_manifest_that_is_withdrawn_does_not_come_back_after_a_loss_of_power(
     assert synced == [(tmp_path, [])]
 
 
-def test_two_builds_of_one_folder_are_refused(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_build_into_the_same_folder_is_refused(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with build_lock(ShardFolder(tmp_path / "out")):
         assert exit_code_of(build_shards.main, command(root, tmp_path / "out")) == ExitCode.USER_ERROR
     assert "another build_shards.py is building into" in capsys.readouterr().err

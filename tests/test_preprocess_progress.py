@@ -1,4 +1,4 @@
-"""Progress is a line now and then in a log, a bar on a terminal, and a file for programs."""
+"""Progress is printed as lines in a log and as a bar on a terminal, and written to a file."""
 
 import io
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from preprocess import progress
-from preprocess.progress import Progress, clock
+from preprocess.progress import Progress, format_duration
 from preprocess.shards.folder import ShardFolder
 
 
@@ -37,7 +37,7 @@ def test_a_log_gets_a_line_every_ten_seconds(tmp_path: Path, now: list[float]) -
     ]
 
 
-def test_a_terminal_gets_one_bar_that_moves(tmp_path: Path, now: list[float]) -> None:
+def test_a_terminal_gets_one_bar_that_is_redrawn(tmp_path: Path, now: list[float]) -> None:
     terminal = Terminal()
     shown = Progress(ShardFolder(tmp_path), total=10, stream=terminal)
     shown.tick()
@@ -49,7 +49,7 @@ def test_a_terminal_gets_one_bar_that_moves(tmp_path: Path, now: list[float]) ->
     assert "█" * progress.BAR_CHARACTERS in terminal.getvalue()
 
 
-def test_the_file_says_how_far_it_is(tmp_path: Path, now: list[float]) -> None:
+def test_the_file_holds_the_current_progress(tmp_path: Path, now: list[float]) -> None:
     shown = Progress(ShardFolder(tmp_path), total=100, stream=io.StringIO())
     now[0] += 4
     shown.add(20, {"a": 2})
@@ -64,11 +64,11 @@ def test_the_file_says_how_far_it_is(tmp_path: Path, now: list[float]) -> None:
     }
 
 
-def test_nothing_to_do_is_no_division_by_zero(tmp_path: Path, now: list[float]) -> None:
+def test_a_total_of_zero_does_not_divide_by_zero(tmp_path: Path, now: list[float]) -> None:
     shown = Progress(ShardFolder(tmp_path), total=0, stream=io.StringIO())
     shown.tick(last=True)
     assert shown.report("done")["left_s"] is None
 
 
-def test_time_left_is_written_as_a_clock() -> None:
-    assert [clock(seconds) for seconds in (0, 59.6, 3725)] == ["0:00:00", "0:01:00", "1:02:05"]
+def test_the_time_left_is_formatted_as_hours_minutes_seconds() -> None:
+    assert [format_duration(seconds) for seconds in (0, 59.6, 3725)] == ["0:00:00", "0:01:00", "1:02:05"]

@@ -1,4 +1,4 @@
-"""What a source may lose: told from the start, refused as early as can be, and no set where it is refused."""
+"""The limit on rejects: it is checked as early as possible, and exceeding it leaves no shard set."""
 
 import json
 import tracemalloc
@@ -34,7 +34,7 @@ def command(root: Path, out: Path, **options: Any) -> list[str]:
     return arguments(root, out, gpt_neox(), **options)
 
 
-def test_a_source_without_rows_is_told_and_adds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_source_without_rows_is_reported_and_adds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_talk(tmp_path / "root", 240)
     (tmp_path / "root/none.json").write_text("[]")
     source = {"name": "p", "format": "llava", "annotations": "rows.json"}
@@ -42,17 +42,17 @@ def test_a_source_without_rows_is_told_and_adds_nothing(tmp_path: Path, capsys: 
     write_mix(tmp_path / "root", [none, source, source | {"name": "thinned away", "weight": 0.001}])
     for state in ("is built", "is up to date"):
         out = build_in_process(tmp_path / "root", tmp_path / "out", gpt_neox())
-        said = capsys.readouterr().out
-        assert state in said
-        assert "note: source 'none' has no rows, so it adds nothing\n" in said
-        assert "note: source 'thinned away' adds nothing: weight 0.001 leaves none of its 240 rows\n" in said
+        output = capsys.readouterr().out
+        assert state in output
+        assert "note: source 'none' has no rows, so it adds nothing\n" in output
+        assert "note: source 'thinned away' adds nothing: weight 0.001 leaves none of its 240 rows\n" in output
     assert Manifest.load(out).sources["none"] == {"rows": 0, "samples": 0, "rejects": 0}
     assert list(verify(out)) == []
 
 
 @pytest.fixture
 def half_bad(tmp_path: Path) -> Path:
-    """A root of two sources: one that loses 5 of its 10 rows before its pictures are looked at, and a good one."""
+    """Return a root with a good source and one that loses 5 of its 10 rows before any image is read."""
     folder, good = tmp_path / "half_bad", [talk_row(number) for number in range(10)]
     folder.mkdir()
     (folder / "good.json").write_text(json.dumps(good))
@@ -66,31 +66,29 @@ HALF_BAD = ["  rejected       4  bad: missing_key", "  rejected       1  bad: no
 TOO_MANY = "error: more rows were rejected than --max-reject-ratio 0.01 allows: bad 50.00% (5 of 10 rows); "
 
 
-def test_rows_that_are_lost_before_any_work_fail_the_build_then(
+def test_too_many_early_rejects_fail_the_build_before_any_work(
     half_bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     assert exit_code_of(build_shards.main, command(half_bad, out, workers=0)) == ExitCode.FAILED
-    said = capsys.readouterr()
-    assert said.out.splitlines() == HALF_BAD
-    assert said.err.startswith(f"{TOO_MANY}{out / 'rejects.jsonl'} lists them with their reasons; ")
+    output = capsys.readouterr()
+    assert output.out.splitlines() == HALF_BAD
+    assert output.err.startswith(f"{TOO_MANY}{out / 'rejects.jsonl'} lists them with their reasons; ")
     assert [json.loads(line)["row"] for line in (out / "rejects.jsonl").read_text().splitlines()] == [5, 6, 7, 8, 9]
     assert not list(out.glob("shard-*"))
 
 
-def test_a_check_fails_as_the_build_would(half_bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_fails_like_the_build(half_bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*command(half_bad, tmp_path / "out"), "--check"]
     assert exit_code_of(build_shards.main, words) == ExitCode.FAILED
-    said = capsys.readouterr()
-    assert said.out.splitlines()[-2:] == HALF_BAD
-    assert said.err.startswith(TOO_MANY)
+    output = capsys.readouterr()
+    assert output.out.splitlines()[-2:] == HALF_BAD
+    assert output.err.startswith(TOO_MANY)
     assert not (tmp_path / "out").exists()
     assert build_shards.main([*words, "--max-reject-ratio", "0.5"]) == 0
 
 
-def test_progress_counts_the_rows_that_were_lost_before_and_in_shards_that_stand(
-    half_bad: Path, tmp_path: Path
-) -> None:
+def test_progress_counts_early_rejects_and_those_of_reused_shards(half_bad: Path, tmp_path: Path) -> None:
     rows = json.loads((half_bad / "good.json").read_text())
     (half_bad / "good.json").write_text(json.dumps([rows[0] | {"image": "lost.jpg"}, *rows[1:]]))
     words = arguments(half_bad, tmp_path / "out", gpt_neox(), samples_per_shard=5, workers=0, max_reject_ratio=1)
@@ -99,7 +97,7 @@ def test_progress_counts_the_rows_that_were_lost_before_and_in_shards_that_stand
     assert "10/15 dialogues (67%)  0.0/s  6 rejected" in run_python(SCRIPT, *words).stdout
 
 
-def test_a_set_that_is_refused_later_is_no_set_until_it_is_allowed_again(
+def test_a_lower_limit_invalidates_a_set_until_it_is_raised_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, out = write_talk(tmp_path / "root", 10), tmp_path / "out"
@@ -108,9 +106,9 @@ def test_a_set_that_is_refused_later_is_no_set_until_it_is_allowed_again(
     first, shards = contents(out), {path: path.stat().st_mtime_ns for path in out.glob("shard-*")}
     for _ in range(2):
         assert exit_code_of(build_shards.main, command(root, out, workers=0)) == ExitCode.FAILED
-        said = capsys.readouterr()
-        assert "  rejected       1  talk: picture_missing\n" in said.out
-        assert f"talk 10.00% (1 of 10 rows); {out / 'rejects.jsonl'} lists them with their reasons" in said.err
+        output = capsys.readouterr()
+        assert "  rejected       1  talk: picture_missing\n" in output.out
+        assert f"talk 10.00% (1 of 10 rows); {out / 'rejects.jsonl'} lists them with their reasons" in output.err
         assert not (out / "manifest.json").exists()
     build_in_process(root, out, gpt_neox(), max_reject_ratio=0.1)
     assert contents(out) == first

@@ -1,4 +1,4 @@
-"""Mistakes of users are one clear line each, before any work."""
+"""User errors are reported in one line each, before any work."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ def command(root: Path, out: Path) -> list[str]:
     return arguments(root, out, gpt_neox(), workers=0)
 
 
-def test_a_relative_path_is_refused_where_it_would_be_lost(
+def test_a_relative_path_is_refused_in_a_job_that_runs_in_a_temporary_copy(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_1"  # where Ray unpacks --working-dir
@@ -55,27 +55,27 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_clear_line(
+def test_a_user_error_is_one_clear_line(
     mistake: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words, complaint = MISTAKES[mistake]
     assert exit_code_of(build_shards.main, [*command(root, tmp_path / "out"), *words]) == ExitCode.USER_ERROR
-    said = capsys.readouterr().err
-    assert complaint in said
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert complaint in output
+    assert output.startswith("error: ")
+    assert output.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_picture_folder_is_noticed_before_any_work(
+def test_a_missing_image_folder_is_noticed_before_any_work(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [dialogue_row(i) | {"image": f"coco/train2017/{i}.jpg"} for i in range(9)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     write_mix(tmp_path, [{"name": "llava", "format": "llava", "annotations": "rows.json"}])
     assert exit_code_of(build_shards.main, command(tmp_path, tmp_path / "out")) == ExitCode.USER_ERROR
-    said = capsys.readouterr().err
-    assert f"image folders are missing under {tmp_path}: coco/train2017 (9 rows)" in said
+    output = capsys.readouterr().err
+    assert f"image folders are missing under {tmp_path}: coco/train2017 (9 rows)" in output
     assert not list((tmp_path / "out").glob("shard*"))
 
 
@@ -86,7 +86,7 @@ def test_a_mix_without_rows_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     assert "have no rows: there is nothing to build" in capsys.readouterr().err
 
 
-def test_a_check_explains_what_may_not_be_read(
+def test_a_check_explains_missing_read_permission(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def closed(path: Path) -> Iterator[Any]:
@@ -101,7 +101,7 @@ def test_a_check_explains_what_may_not_be_read(
 
 
 @pytest.mark.parametrize("words", [["--check"], []])
-def test_all_that_is_missing_under_the_root_is_named(
+def test_everything_missing_under_the_root_is_named(
     tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     sources = [{"name": name, "format": "llava", "annotations": f"{name}.json"} for name in ("a", "b", "c")]

@@ -1,4 +1,4 @@
-"""Shards are what the stock webdataset package reads, field for field, and files are whole or absent."""
+"""The stock webdataset package reads our shards field by field, and files are complete or absent."""
 
 import hashlib
 import io
@@ -22,11 +22,11 @@ COFFEE = photographs.coffee()
 
 
 def samples() -> list[Sample]:
-    """One of each kind."""
+    """Return a text-only sample and one sample of each image encoding."""
     tokens = np.array([1, 50_276, 0, 65_535], np.uint16)
     small = resize_to_square(COFFEE, 96)
     original = encode_stored_image(encode_jpeg(COFFEE), 96, "original")
-    pictures = [(None, None), (encode_jpeg(small), "jpg"), (encode_raw(small), "pixels.npy"), original]
+    images = [(None, None), (encode_jpeg(small), "jpg"), (encode_raw(small), "pixels.npy"), original]
     return [
         Sample(
             key=f"{i:09d}",
@@ -39,7 +39,7 @@ def samples() -> list[Sample]:
             row=i,
             image_path="a/b.c.jpg" if image else None,
         )
-        for i, (image, form) in enumerate(pictures)
+        for i, (image, form) in enumerate(images)
     ]
 
 
@@ -47,7 +47,7 @@ def same(one: Sample, other: Sample) -> bool:
     return one.__dict__ | {"tokens": one.tokens.tolist()} == other.__dict__ | {"tokens": other.tokens.tolist()}
 
 
-def test_a_sample_survives_its_fields() -> None:
+def test_a_sample_survives_encoding_and_decoding() -> None:
     for sample in samples():
         assert same(from_fields(to_fields(sample), sample.key), sample)
 
@@ -71,7 +71,7 @@ def test_the_stock_decoders_understand_the_fields(tmp_path: Path) -> None:
             assert np.array_equal(fields[sample.image_format], sample_pixels(sample))
 
 
-def test_the_index_finds_what_the_tar_holds(tmp_path: Path) -> None:
+def test_the_index_points_to_the_payloads_in_the_tar(tmp_path: Path) -> None:
     written = write_shard(tmp_path / "shard-00000.tar", samples())
     assert set(INDEX_SCHEMA.names) - {"shard"} <= set(written.columns)
     data = (tmp_path / "shard-00000.tar").read_bytes()
@@ -85,7 +85,7 @@ def test_the_index_finds_what_the_tar_holds(tmp_path: Path) -> None:
         assert (at["num_text_tokens"], at["num_supervised_tokens"], at["has_image"]) == (i + 1, i + 1, i > 0)
 
 
-def test_the_bytes_depend_on_the_samples_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bytes_of_a_tar_depend_on_its_samples_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = write_shard(tmp_path / "one.tar", samples())
     monkeypatch.setenv("USER", "somebody")
     old = os.umask(0o077)
@@ -99,14 +99,14 @@ def test_the_bytes_depend_on_the_samples_alone(tmp_path: Path, monkeypatch: pyte
     assert (one.sha256, one.bytes) == (hashlib.sha256(data).hexdigest(), len(data))
 
 
-def test_tokens_are_kept_as_numpy_keeps_them() -> None:
+def test_tokens_are_written_as_numpy_writes_them() -> None:
     for sample in samples():
         buffer = io.BytesIO()
         np.save(buffer, sample.tokens)
         assert to_fields(sample)["tokens.npy"] == buffer.getvalue()
 
 
-def test_a_tar_is_what_tarfile_would_write(tmp_path: Path) -> None:
+def test_a_tar_has_the_bytes_that_tarfile_writes(tmp_path: Path) -> None:
     write_shard(tmp_path / "ours.tar", samples())
     with tarfile.open(tmp_path / "theirs.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples():
@@ -117,7 +117,7 @@ def test_a_tar_is_what_tarfile_would_write(tmp_path: Path) -> None:
     assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
 
 
-def test_pixels_are_kept_as_the_encoding_promises() -> None:
+def test_each_encoding_preserves_the_pixels_as_documented() -> None:
     exact = resize_to_square(COFFEE, 96)
     _, jpeg, raw, original = samples()
     assert np.array_equal(sample_pixels(raw), exact)
@@ -126,12 +126,12 @@ def test_pixels_are_kept_as_the_encoding_promises() -> None:
     assert np.array_equal(sample_pixels(original, 96), resize_to_square(sample_pixels(original), 96))
 
 
-def test_no_samples_make_no_file(tmp_path: Path) -> None:
+def test_a_shard_without_samples_has_no_tar(tmp_path: Path) -> None:
     assert write_shard(tmp_path / "shard-00000.tar", []).samples == 0
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
+def test_an_interrupted_write_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="in the middle"), published(tmp_path / "file") as file:
         file.write(b"half of")
         assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
@@ -139,20 +139,20 @@ def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_publishing_replaces_what_was_there(tmp_path: Path) -> None:
+def test_publishing_replaces_the_old_file(tmp_path: Path) -> None:
     publish(tmp_path / "file", b"old")
     assert publish(tmp_path / "file", b"new") == hashlib.sha256(b"new").hexdigest()
     assert (tmp_path / "file").read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"format": 2}', b'{"format": 1, "seal": ""}'])
-def test_a_manifest_that_cannot_be_one_is_a_clear_line(tmp_path: Path, data: bytes) -> None:
+def test_an_invalid_manifest_is_reported_in_one_line(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(data)
     with pytest.raises(UserError, match=r"manifest\.json (is damaged|has format)"):
         Manifest.load(tmp_path)
 
 
-def test_an_index_that_is_gone_or_damaged_is_a_clear_line(tmp_path: Path) -> None:
+def test_a_missing_or_damaged_index_is_reported_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is missing"):
         load_index(tmp_path)
     (tmp_path / "index.parquet").write_bytes(b"PAR1")

@@ -1,4 +1,4 @@
-"""Verify finds any damage and names it; info and preview show what is there."""
+"""`shardset verify` finds and names any damage; `info` and `preview` show the content of a set."""
 
 import errno
 import json
@@ -27,8 +27,8 @@ from tests.support.tiny_data import write_byte_tokenizer
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three shards with pictures and without, a fourth range of which nothing was left, and <b>markup</b> in a text."""
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a set of three shards with and without images, and a fourth without samples. Texts hold <b>markup</b>."""
     root = tmp_path_factory.mktemp("root")
     tokenizer = load_tokenizer(write_byte_tokenizer(root / "bytes"))
     Image.linear_gradient("L").save(root / "grey.png")
@@ -42,12 +42,12 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "rows.json").write_text(json.dumps(rows))
     write_mix(root, [{"name": "rows", "format": "llava", "annotations": "rows.json"}])
     options = {"model": "tiny_v2", "samples_per_shard": 4, "max_reject_ratio": 0.5}
-    return build_in_process(root, tmp_path_factory.mktemp("sound") / "set", tokenizer, **options)
+    return build_in_process(root, tmp_path_factory.mktemp("intact") / "set", tokenizer, **options)
 
 
 @pytest.fixture
-def copy(sound: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(sound, tmp_path / "copy"))
+def copy(intact: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(intact, tmp_path / "copy"))
 
 
 def problems(folder: Path) -> list[str]:
@@ -57,14 +57,14 @@ def problems(folder: Path) -> list[str]:
         return [str(error)]
 
 
-def test_a_sound_set_has_no_problems(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(sound)]) == 0
+def test_an_intact_set_has_no_problems(intact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(intact)]) == 0
     assert "is intact: 12 samples" in capsys.readouterr().out
-    assert (sound / "shard-00003.json").exists()
-    assert not (sound / "shard-00003.tar").exists(), "a range that leaves no sample makes no tar"
+    assert (intact / "shard-00003.json").exists()
+    assert not (intact / "shard-00003.tar").exists(), "a shard without samples has no tar"
 
 
-def test_any_flipped_bit_is_found_and_its_file_named(sound: Path, copy: Path) -> None:
+def test_a_flipped_bit_is_found_and_its_file_named(intact: Path, copy: Path) -> None:
     for path in sorted(path for path in copy.iterdir() if path.is_file()):
         data = path.read_bytes()
         for position in range(0, len(data), max(1, len(data) // 12)):
@@ -77,7 +77,7 @@ def test_any_flipped_bit_is_found_and_its_file_named(sound: Path, copy: Path) ->
     assert problems(copy) == []
 
 
-def test_any_flipped_bit_of_the_manifest_is_found(copy: Path) -> None:
+def test_every_flipped_bit_of_the_manifest_is_found(copy: Path) -> None:
     path = copy / MANIFEST
     data = path.read_bytes()
     for position in range(len(data)):
@@ -121,7 +121,7 @@ FORGERIES = {
 
 
 def forge(folder: Path, name: str, value: object) -> None:
-    """A manifest that says something else, and is sealed all the same."""
+    """Replace a value of the manifest, and update its checksum."""
     table = json.loads((folder / MANIFEST).read_bytes())
     table[name] = table[name] | value if isinstance(value, dict) else value
     known = {key: table[key] for key in table if key not in ("seal", "format", "shards")}
@@ -148,7 +148,7 @@ def test_an_index_that_points_elsewhere_is_found(copy: Path) -> None:
     )
 
 
-def test_a_changed_index_is_told_and_the_tars_are_read_without_it(copy: Path) -> None:
+def test_a_changed_index_is_reported_and_the_tars_are_read_without_it(copy: Path) -> None:
     (copy / "index.parquet").write_bytes(b"")
     forge(copy, "counts", {"text_tokens": 1})
     found = problems(copy)
@@ -156,7 +156,7 @@ def test_a_changed_index_is_told_and_the_tars_are_read_without_it(copy: Path) ->
     assert any("text_tokens is 1, found" in problem for problem in found)
 
 
-def test_whatever_bit_of_an_index_flips_it_is_read_or_refused_in_our_words(copy: Path) -> None:
+def test_an_index_with_a_flipped_bit_is_read_or_refused_with_a_user_error(copy: Path) -> None:
     path = copy / "index.parquet"
     data, refused = path.read_bytes(), 0
     for position in range(0, len(data), 5):
@@ -171,27 +171,27 @@ def test_whatever_bit_of_an_index_flips_it_is_read_or_refused_in_our_words(copy:
     assert refused > 100
 
 
-def test_damage_is_an_exit_code_and_a_remedy(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_is_reported_with_an_exit_code_and_a_remedy(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copy / "shard-00002.tar").write_bytes(b"")
     assert exit_code_of(main, ["verify", str(copy)]) == ExitCode.DAMAGED
-    said = capsys.readouterr().out
-    assert "shard-00002.tar has changed since it was written" in said
-    assert "delete the files named above and run build_shards.py with the same arguments again" in said
+    output = capsys.readouterr().out
+    assert "shard-00002.tar has changed since it was written" in output
+    assert "delete the files named above and run build_shards.py with the same arguments again" in output
 
 
 @pytest.mark.parametrize("verb", ["verify", "info", "preview"])
 @pytest.mark.parametrize("folder", ["nowhere", "unfinished", "other"])
-def test_what_is_no_set_is_refused_in_one_line(
+def test_a_folder_that_is_not_a_set_is_refused_in_one_line(
     tmp_path: Path, verb: str, folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "unfinished" / ".work").mkdir(parents=True)
     (tmp_path / "other").mkdir()
     assert exit_code_of(main, [verb, str(tmp_path / folder)]) == ExitCode.USER_ERROR
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith("error: ")
+    assert output.count("\n") == 1
     expected = {"nowhere": "no such folder", "unfinished": "is an unfinished shard set", "other": "is not a shard set"}
-    assert expected[folder] in said
+    assert expected[folder] in output
 
 
 PREVIEWS = {
@@ -213,34 +213,34 @@ PREVIEWS = {
 
 
 @pytest.mark.parametrize("mistake", PREVIEWS)
-def test_a_preview_that_cannot_be_made_is_one_clear_line(
+def test_a_preview_that_cannot_be_written_is_explained_in_one_line(
     copy: Path, mistake: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words, missing, complaint = PREVIEWS[mistake]
     if missing:
         (copy / missing).unlink()
     assert exit_code_of(main, ["preview", str(copy), *words]) == ExitCode.USER_ERROR
-    said = capsys.readouterr().err
-    assert complaint in said
-    assert said.count("\n") == 1
-    assert not missing or f"`python -m preprocess.shardset verify {copy}` lists all damage" in said
+    output = capsys.readouterr().err
+    assert complaint in output
+    assert output.count("\n") == 1
+    assert not missing or f"`python -m preprocess.shardset verify {copy}` lists all damage" in output
 
 
-def test_a_preview_of_a_damaged_tar_is_one_clear_line(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_preview_of_a_damaged_tar_is_explained_in_one_line(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tar = copy / "shard-00001.tar"
     tar.write_bytes(bytes(tar.stat().st_size))
     assert exit_code_of(main, ["preview", str(copy)]) == ExitCode.USER_ERROR
     assert "shard-00001.tar is missing or damaged (" in capsys.readouterr().err
 
 
-def test_the_folder_that_one_stands_in_can_be_previewed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_working_directory_can_be_previewed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(copy)
     assert main(["preview", "."]) == 0
     assert copy.with_name("copy-preview.html").is_file()
-    assert problems(copy) == [], "the page stands beside the set, not in it"
+    assert problems(copy) == [], "the page is written beside the set, not into it"
 
 
-def test_rejects_of_every_reason_and_source_are_shown(tmp_path: Path) -> None:
+def test_the_preview_shows_rejects_of_every_reason_and_source(tmp_path: Path) -> None:
     kinds = [("a", "missing_key")] * 1000 + [("a", "no_answer")] + [("b", "broken_json")] * 2
     lines = [
         Reject(source=source, row=row, id="", reason=reason, detail="").to_line()
@@ -252,12 +252,12 @@ def test_rejects_of_every_reason_and_source_are_shown(tmp_path: Path) -> None:
     assert len(chosen) == 50
 
 
-def test_info_tells_the_set_at_a_glance(sound: Path) -> None:
-    said = "\n".join(info(sound))
-    assert "12 samples in 3 shards" in said
-    assert "6 with an image (1 distinct), 6 text-only" in said
-    assert re.search(r"rows +16 +12 +4\n", said)
-    assert "4  picture_missing: the image file does not exist" in said
+def test_info_prints_a_summary_of_the_set(intact: Path) -> None:
+    output = "\n".join(info(intact))
+    assert "12 samples in 3 shards" in output
+    assert "6 with an image (1 distinct), 6 text-only" in output
+    assert re.search(r"rows +16 +12 +4\n", output)
+    assert "4  picture_missing: the image file does not exist" in output
 
 
 class Page(HTMLParser):
@@ -274,8 +274,8 @@ class Page(HTMLParser):
             self.marked.append(data)
 
 
-def test_the_preview_is_one_page_that_needs_nothing_else(sound: Path, tmp_path: Path) -> None:
-    assert main(["preview", str(sound), "--out", str(tmp_path / "page.html"), "--samples", "9"]) == 0
+def test_the_preview_is_one_self_contained_page(intact: Path, tmp_path: Path) -> None:
+    assert main(["preview", str(intact), "--out", str(tmp_path / "page.html"), "--samples", "9"]) == 0
     text = (tmp_path / "page.html").read_text()
     page = Page()
     page.feed(text)
@@ -284,12 +284,12 @@ def test_the_preview_is_one_page_that_needs_nothing_else(sound: Path, tmp_path: 
     assert sources
     assert all(source and source.startswith("data:image/jpeg;base64,") for source in sources)
     assert {about["href"] for _, about in page.tags if "href" in about} == {"#rejects"}
-    assert "ja<|endoftext|>" in page.marked, "what is supervised is marked"
-    assert "&lt;b&gt;&amp;" in text, "markup of the data is shown, not obeyed"
+    assert "ja<|endoftext|>" in page.marked, "supervised text is marked"
+    assert "&lt;b&gt;&amp;" in text, "markup in the data is escaped"
     assert text.count("picture_missing") == 4
 
 
-def test_a_preview_shows_every_source_and_spreads_over_each() -> None:
+def test_a_preview_shows_samples_spread_over_every_source() -> None:
     sources = np.array(["a"] * 1000 + ["b"] * 3 + ["c"] * 50, dtype=object)
     rows = choose_rows(sources, 23)
     assert len(rows) == 23
@@ -299,25 +299,25 @@ def test_a_preview_shows_every_source_and_spreads_over_each() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "said"),
+    ("number", "code", "output"),
     [
         (errno.EIO, ExitCode.RETRY, "Input/output error; try again"),
         (errno.EACCES, ExitCode.USER_ERROR, "index.parquet cannot be read"),
     ],
 )
-def test_an_index_that_cannot_be_read_is_one_line(
-    sound: Path,
+def test_an_unreadable_index_is_reported_in_one_line(
+    intact: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     number: int,
     code: ExitCode,
-    said: str,
+    output: str,
 ) -> None:
     def fails(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("preprocess.shards.manifest.pq.read_table", fails)
-    assert exit_code_of(main, ["info", str(sound)]) == code
+    assert exit_code_of(main, ["info", str(intact)]) == code
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
-    assert said in line
+    assert output in line

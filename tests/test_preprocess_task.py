@@ -1,4 +1,4 @@
-"""A worker's memory: what a shard leaves behind, and what pictures that rows share may take."""
+"""Memory of a worker, its cache of images, and the check of the dialogues that it reads."""
 
 import dataclasses
 import gc
@@ -14,7 +14,7 @@ from PIL import Image
 from preprocess.atomic import publish
 from preprocess.build_shards import parse
 from preprocess.builder.plan import plan_tasks, write_worklist
-from preprocess.builder.request import request_from
+from preprocess.builder.request import check_arguments
 from preprocess.builder.sample_encoder import SampleEncoder
 from preprocess.builder.task import ShardTask, build_shard
 from preprocess.images import cache, codec
@@ -28,18 +28,18 @@ BOUND = 8 << 20
 
 
 def one_task(root: Path, rows: list[dict[str, Any]]) -> ShardTask:
-    """The only shard of these rows, whose pictures are kept as they are."""
+    """Return the task of the only shard of these rows, with images stored as originals."""
     (root / "rows.json").write_text(json.dumps(rows))
     head = '[images]\nencoding = "original"'
     write_mix(root, [{"name": "a", "format": "llava", "annotations": "rows.json"}], head)
-    request = request_from(parse(arguments(root, root / "out", gpt_neox())))
+    request = check_arguments(parse(arguments(root, root / "out", gpt_neox())))
     request.folder.work.mkdir(parents=True)
     publish(request.folder.tokenizer, request.tokenizer.data)
     return plan_tasks(request, write_worklist(request))[0]
 
 
-def test_a_finished_shard_leaves_nothing_in_memory(tmp_path: Path) -> None:
-    """Nothing that only a full collection would find, which may not come for hours."""
+def test_a_finished_shard_leaves_no_objects_in_memory(tmp_path: Path) -> None:
+    """Objects in cycles would stay until a full garbage collection, which may be hours away."""
     Image.new("RGB", (64, 48)).save(tmp_path / "good.bmp")
     (tmp_path / "bad.bmp").write_bytes(b"BM")
     rows = [dialogue_row(1) | {"image": name} for name in ("good.bmp", "bad.bmp", "good.bmp", "bad.bmp", "none.bmp")]
@@ -55,7 +55,7 @@ def test_a_finished_shard_leaves_nothing_in_memory(tmp_path: Path) -> None:
     assert left == []
 
 
-def test_large_originals_are_not_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_for_large_originals_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "CACHE_BYTES", BOUND)
     noise = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), np.uint8)
     for number in range(40):
@@ -68,47 +68,47 @@ def test_large_originals_are_not_all_kept(tmp_path: Path, monkeypatch: pytest.Mo
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert 3_000_000 < peak < 6 * BOUND  # of 120 MB: the bound, the digests' few, and what one picture takes on its way
+    assert 3_000_000 < peak < 6 * BOUND  # of 120 MB: the cache, the images kept for digests, and copies of one image
 
 
-def test_a_picture_that_rows_share_is_decoded_once_be_it_good_or_bad(
+def test_an_image_shared_by_rows_is_decoded_once_even_if_it_is_bad(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Image.new("RGB", (64, 48)).save(tmp_path / "good.bmp")
     (tmp_path / "bad.bmp").write_bytes(b"BM")
-    met = []
+    decoded = []
     decode = codec.decode_rgb
 
     def counted(data: bytes, **limits: int) -> np.ndarray:
-        met.append(len(data))
+        decoded.append(len(data))
         return decode(data, **limits)
 
     monkeypatch.setattr(codec, "decode_rgb", counted)
     rows = [dialogue_row(1) | {"image": name} for name in ("good.bmp", "bad.bmp") * 3]
     shard = one_task(tmp_path, rows)
     assert build_shard(shard).rejects == {"a": 3}
-    assert len(met) == 2
+    assert len(decoded) == 2
     details = {entry["detail"] for entry in json.loads(shard.sidecar.read_bytes())["rejects"]}
     assert len(details) == 1
 
 
-def test_the_pictures_that_were_met_longest_ago_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_images_are_evicted_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "CACHE_BYTES", 3 * (ENTRY_BYTES + 10))
-    pictures = ImageCache()
+    images = ImageCache()
     for name in ("a", "b", "c"):
-        pictures.add(name, (name.encode() * 10, "jpg"))
-    assert pictures.get("a") == (b"a" * 10, "jpg")
-    pictures.add_rejection("d", "picture_empty", "d")
-    assert pictures.get("b") is None
+        images.add(name, (name.encode() * 10, "jpg"))
+    assert images.get("a") == (b"a" * 10, "jpg")
+    images.add_rejection("d", "picture_empty", "d")
+    assert images.get("b") is None
     with pytest.raises(Rejected, match="picture_empty: d"):
-        pictures.get("d")
-    pictures.add("large", (bytes(cache.CACHE_BYTES), "jpg"))
-    assert pictures.get("large")
-    assert [pictures.get(name) for name in "acd"] == [None] * 3
+        images.get("d")
+    images.add("large", (bytes(cache.CACHE_BYTES), "jpg"))
+    assert images.get("large")
+    assert [images.get(name) for name in "acd"] == [None] * 3
 
 
-def test_a_list_that_a_cache_shows_as_it_was_is_not_built_from(tmp_path: Path) -> None:
-    """OSError: the task is tried again, by then the file system may know better."""
+def test_a_stale_copy_of_the_dialogues_is_not_built_from(tmp_path: Path) -> None:
+    """It raises OSError, so that the task is retried, when the file system may have caught up."""
     shard = one_task(tmp_path, [{"id": 1, "conversations": dialogue_row(9)["conversations"]}])
     data = shard.folder.dialogues.read_bytes()
     shard.folder.dialogues.write_bytes(data.replace(b"What", b"That"))

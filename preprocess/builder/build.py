@@ -1,4 +1,4 @@
-"""The story of a build: what `preprocess/build_shards.py` does, from the worklist to the manifest."""
+"""`build` and `check`: the steps of `preprocess/build_shards.py`, from the worklist to the manifest."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from preprocess.shards.manifest import Manifest
 
 
 def check(request: BuildRequest) -> None:
-    """Read every row and a few images of each source, print a report, write nothing.
+    """Read every row and a few images of each source, and print a report. Nothing is written.
 
-    Raises: UserError, as the build would.
+    Raises: UserError if the build would fail.
     """
     refuse_foreign_files(request.folder)
     survey, store = Survey(), ImageStore(request.root, request.mix.archives)
@@ -60,7 +60,7 @@ def check(request: BuildRequest) -> None:
 def build(request: BuildRequest) -> Manifest:
     """Build the shards that are missing or outdated, then the manifest. A finished set is left as it is.
 
-    Raises: UserError; TooManyRejectsError after rejects.jsonl has been written and the manifest removed.
+    Raises: UserError; TooManyRejectsError, after rejects.jsonl is written and the manifest removed.
     """
     folder = request.folder
     refuse_foreign_files(folder)
@@ -77,13 +77,13 @@ def build(request: BuildRequest) -> Manifest:
             raise
         remove_work_files(folder)
     if len(manifest.made_with) > 1:
-        print(_mixture(manifest), flush=True)
+        print(_versions_note(manifest), flush=True)
     print(f"{folder} {state}: {_summary(manifest)}", flush=True)
     return manifest
 
 
 def _reuse_or_build(request: BuildRequest, work: Worklist) -> tuple[Manifest, str]:
-    """Return the manifest and whether the set "is built" or "is up to date"."""
+    """Return the manifest, and "is built" or "is up to date" for the last line of output."""
     _refuse_early(request, work)
     tasks = plan_tasks(request, work)
     found = [reusable_shard(task, compare_images=request.compare_images) for task in tasks]
@@ -169,7 +169,7 @@ def _summary(manifest: Manifest) -> str:
     )
 
 
-def _mixture(manifest: Manifest) -> str:
+def _versions_note(manifest: Manifest) -> str:
     versions = "; ".join(f"{shards} with {packages}" for packages, shards in manifest.made_with.items())
     return (
         f"note: shards were built with different package versions: {versions}; images may differ slightly. "

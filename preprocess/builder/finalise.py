@@ -1,4 +1,4 @@
-"""The last phase of a build: index.parquet, rejects.jsonl and manifest.json are written from the sidecars."""
+"""The last phase of a build: writes index.parquet, rejects.jsonl and manifest.json from the sidecars."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from preprocess.shards.manifest import INDEX_SCHEMA, Manifest, ShardEntry
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestInputs:
-    """Facts in the manifest that the sidecars do not have. `rows` counts the input rows of each source."""
+    """Values of the manifest that do not come from the sidecars. `rows` counts the input rows of each source."""
 
     model: str
     settings: SampleSettings

@@ -1,4 +1,4 @@
-"""`build_on_ray`: runs the tasks of a build on the current Ray cluster, or on a local one that it starts."""
+"""`build_on_ray`: runs the tasks of a build on a Ray cluster, or on a local Ray that it starts."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def build_on_ray(tasks: Sequence[ShardTask], workers: int | None, progress: Prog
 
 
 def _max_in_flight() -> int:
-    """Return two tasks per CPU of the cluster as it is now, because nodes may join or leave during a build."""
+    """Return twice the current number of CPUs. It changes when nodes join or leave the cluster during a build."""
     return max(1, 2 * int(ray.cluster_resources().get("CPU", 0)))
 
 

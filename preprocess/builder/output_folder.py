@@ -1,4 +1,4 @@
-"""The output folder of a build: the lock, which shards and manifest can be reused, and the removal of what is stale."""
+"""The output folder of a build: locking it, reusing finished shards and manifests, and removing stale files."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def user_oserrors(path: Path, then: str = "run the same command again") -> Itera
 
 
 def refuse_foreign_files(folder: ShardFolder) -> None:
-    """Refuse a folder that no build has written but whose files a build would delete or replace. Raises: UserError."""
+    """Refuse a folder whose files a build would replace although no build has written them. Raises: UserError."""
     if not folder.path.is_dir() or folder.work.exists() or folder.manifest.exists():
         return
     ours = {INDEX, REJECTS, TOKENIZER, PROGRESS}
@@ -108,7 +108,7 @@ def _is_current(task: ShardTask, sidecar: dict[str, Any]) -> bool:
 def reusable_manifest(request: BuildRequest, work: Worklist, tasks: Sequence[ShardTask]) -> Manifest | None:
     """Return the manifest of a finished set if the request would build the same set again, otherwise None.
 
-    Assumes that every shard can be reused. The wording of rejects is not compared.
+    Call it only if every shard can be reused. The wording of rejects is not compared.
     """
     folder = request.folder
     try:
@@ -123,7 +123,7 @@ def reusable_manifest(request: BuildRequest, work: Worklist, tasks: Sequence[Sha
 
 
 def _published_early_rejects_sha256(folder: ShardFolder) -> str:
-    """Hash those lines of rejects.jsonl that list today's early rejects, whatever their wording.
+    """Hash the lines of rejects.jsonl that have the same source, row, id and reason as the early rejects.
 
     The manifest's `spec_sha256` covers the early rejects as they were worded when the set was built, and rejects.jsonl
     preserves that wording. Both files are in the order of sources and rows, so one pass finds the lines.
@@ -144,7 +144,7 @@ def _without_wording(line: bytes) -> dict[str, Any]:
 
 
 def remove_manifest(folder: ShardFolder) -> None:
-    """Make the set an unfinished one, also if the power fails right afterwards."""
+    """Remove the manifest durably, so that the set counts as unfinished even after a power failure."""
     folder.manifest.unlink(missing_ok=True)
     sync_folder(folder.path)
 
@@ -159,7 +159,7 @@ def remove_leftovers(folder: ShardFolder) -> None:
 
 
 def remove_work_files(folder: ShardFolder) -> None:
-    """Remove everything that only an unfinished set needs, except for the lock."""
+    """Remove the files that only an unfinished set needs, except for the lock."""
     remove_leftovers(folder)
     for path in (folder.progress, folder.dialogues, folder.early_rejects):
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The plan of a build: the worklist, one task per shard, and the hashes by which finished work is recognised."""
+"""The plan of a build: the worklist, one task per shard, and the hashes that identify finished shards and sets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from preprocess.builder.request import BuildRequest
 from preprocess.builder.task import ShardTask
 from preprocess.progress import LOG_EVERY_S
 
-BUILDER = 4  # raise it when the same input must give other bytes: every shard is then built again
+BUILDER = 4  # raise it when the bytes of shards change for the same input, so that every shard is rebuilt
 
 
 def write_worklist(request: BuildRequest) -> Worklist:

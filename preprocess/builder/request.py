@@ -51,8 +51,8 @@ class BuildRequest:
         )
 
 
-def request_from(parsed: argparse.Namespace) -> BuildRequest:
-    """Check everything that can be wrong before any row is read. Raises: UserError."""
+def check_arguments(parsed: argparse.Namespace) -> BuildRequest:
+    """Check the arguments and the input folders, without reading any row. Raises: UserError."""
     try:
         config = preset(parsed.model)
     except ValueError as error:

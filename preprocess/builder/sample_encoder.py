@@ -1,4 +1,4 @@
-"""`SampleEncoder`: dialogues of the worklist become samples or rejects."""
+"""`SampleEncoder`: turns dialogues of the worklist into samples or rejects."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class SampleEncoder:
     """Encodes dialogues, and records the rows and images that it rejects.
 
     Attributes:
-        rejects: the rejected rows.
-        rejected_images: by path, the digest of the bytes that were read, or the reason why there were none.
-        image_sizes: bytes of each image file that is in the shard, by path.
+        rejects: rejected rows.
+        rejected_images: sha256 of each rejected image by path, or the reason if it could not be read.
+        image_sizes: size in bytes of each accepted image file, by path.
     """
 
     def __init__(

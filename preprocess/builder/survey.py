@@ -1,4 +1,4 @@
-"""`Survey`: the report of `build_shards.py --check`. It counts rows, finds image folders and decodes a few images."""
+"""`Survey`: the report of `build_shards.py --check` on rows, image folders and a sample of decoded images."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from preprocess.images import codec
 from preprocess.images.store import ImageStore
 from preprocess.rejects import Rejected, count_by_source
 
-MIN_IMAGES = 50  # decoded per source, if it has as many; fewer than twice this number
+MIN_IMAGES = 50  # decoded per source, if it has that many; at most twice as many are decoded
 MAX_FOLDERS = 12  # listed per source
 
 
 class _EvenSample:
-    """Evenly spaced items of a stream of unknown length: every n-th, where n doubles as the stream grows."""
+    """Evenly spaced items of a stream of unknown length: every n-th item, where n doubles as the stream grows."""
 
     def __init__(self) -> None:
         self.items: list[str] = []

@@ -29,7 +29,7 @@ LAST_SEEN_BYTES = 512
 class ShardTask:
     """Everything that a worker needs to build one shard.
 
-    `spec_sha256` hashes the settings and the dialogues: a shard whose sidecar has the same hash need not be built.
+    `spec_sha256` hashes the settings and the dialogues. A shard whose sidecar has the same hash can be reused.
     """
 
     name: str
@@ -95,7 +95,7 @@ def build_shard(task: ShardTask) -> ShardResult:
 
 
 def same_images(task: ShardTask, sidecar: dict[str, Any]) -> bool:
-    """Compare the size of every image in the shard with its size at build time. Asks the file system for each."""
+    """Return whether every image in the shard still has the file size that it had when the shard was built."""
     store = ImageStore(task.root, task.archives)
     rejected = {(entry["source"], entry["row"]) for entry in sidecar["rejects"]}
     images = {one["picture"] for one in _read_range(task) if (one["source"], one["row"]) not in rejected} - {None}

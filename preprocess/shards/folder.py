@@ -11,10 +11,10 @@ PROGRESS, WORK = "progress.json", ".work"
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """Paths of a shard set. It is an `os.PathLike`, and its string is the path of the folder.
+    """Paths of the files of a shard set. Usable as a path itself (`os.PathLike`).
 
-    A set consists of manifest, index, rejects, tokenizer, and a tar and a sidecar per shard. `progress` and the files
-    in `work` exist only while the set is built, except for `lock`, which stays.
+    A set consists of a manifest, an index, rejects, a tokenizer, and a tar and a sidecar per shard. `progress` and the
+    `work` folder exist only during a build, except for `lock`, which is never removed.
     """
 
     path: Path
@@ -50,11 +50,11 @@ class ShardFolder:
         return self.path / name
 
     def tar(self, shard: str) -> Path:
-        """Return the tar of a shard, such as `shard-00000`."""
+        """Return the path of the tar of a shard, such as `shard-00000`."""
         return self.path / f"{shard}.tar"
 
     def sidecar(self, shard: str) -> Path:
-        """Return the JSON file that describes a shard. It is written after the tar."""
+        """Return the path of the JSON file that describes a shard. It is written after the tar."""
         return self.path / f"{shard}.json"
 
     @property
@@ -67,14 +67,14 @@ class ShardFolder:
 
     @property
     def dialogues(self) -> Path:
-        """Return the worklist: one line per dialogue of all sources."""
+        """Return the path of the worklist, which has one line per dialogue of all sources."""
         return self.work / "dialogues.jsonl"
 
     @property
     def early_rejects(self) -> Path:
-        """Return the list of rows that were rejected while the worklist was written, before any image was read."""
+        """Return the path of the rejects that are found while the worklist is written, before any image is read."""
         return self.work / "rejects.jsonl"
 
     def last_seen(self, shard: str) -> Path:
-        """Return the file in which a shard's task notes its current row, so that a crash can be traced to that row."""
+        """Return the path where a task records its current row, so that a crash can be traced to that row."""
         return self.work / f"{shard}.crumb.tmp"

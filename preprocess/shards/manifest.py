@@ -1,4 +1,4 @@
-"""`Manifest` and the index of a shard set: their fields, and loading them."""
+"""`Manifest` and the index of a shard set: the formats, and how to load them."""
 
 from __future__ import annotations
 

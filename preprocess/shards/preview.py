@@ -61,7 +61,7 @@ def _page(folder: ShardFolder, manifest: Manifest, num_samples: int) -> tuple[st
 
 @contextlib.contextmanager
 def _explain_damage(folder: ShardFolder, path: Path) -> Iterator[None]:
-    """Raise whatever a missing or damaged file causes as a UserError."""
+    """Raise a UserError that names the file if the block fails because the file is missing or damaged."""
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, Rejected) as error:
@@ -80,7 +80,7 @@ def choose_rejects(path: Path, count: int) -> list[Reject]:
 
 
 def choose_rows(groups: np.ndarray, count: int) -> list[int]:
-    """Choose up to `count` rows, the same number from each group as far as it has them, evenly spaced in the group.
+    """Choose up to `count` rows: as evenly as possible from all groups, and evenly spaced within each group.
 
     Args:
         groups: the group of each row, such as its source.

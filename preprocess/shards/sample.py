@@ -30,7 +30,7 @@ class Sample:
         tokens: uint16 [t].
         spans: [start, end) ranges of supervised tokens, in order, not overlapping.
         image: stored bytes of the image, None for a text-only sample.
-        image_format: field of the image: "jpg", "pixels.npy", or the format of an original.
+        image_format: name of the image's field: "jpg", "pixels.npy", or the file extension of an original.
         row: row of the annotation file that the sample was built from.
         image_path: path of the image under the root.
     """
@@ -72,7 +72,7 @@ def to_fields(sample: Sample) -> dict[str, bytes]:
 
 @functools.lru_cache(maxsize=4096)
 def _npy_header(count: int) -> bytes:
-    """Return the header that `np.save` writes for `count` token ids. Cached, because it is slower than the ids."""
+    """Return the header that `np.save` writes for `count` token ids. Cached, because making it is slow."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "<u2", "fortran_order": False, "shape": (count,)})
     return buffer.getvalue()
@@ -82,7 +82,7 @@ def _load_tokens(data: bytes) -> npt.NDArray[np.uint16]:
     """Load token ids like `np.load`, which is slower because it parses the header as Python. Raises: ValueError."""
     size = NPY_PREAMBLE + int.from_bytes(data[NPY_PREAMBLE - 2 : NPY_PREAMBLE], "little")
     if data[:size] != _npy_header((len(data) - size) // 2):
-        return np.load(io.BytesIO(data), allow_pickle=False)  # another writer's file, or a damaged one: it raises
+        return np.load(io.BytesIO(data), allow_pickle=False)  # raises if the file is damaged
     return np.frombuffer(data, "<u2", offset=size)
 
 
@@ -95,7 +95,7 @@ def from_fields(fields: Mapping[str, bytes], key: str = "") -> Sample:
 
 
 def from_payloads(key: str, tokens: bytes, meta: bytes, image: bytes | None, image_format: str | None = None) -> Sample:
-    """Decode the payloads of a sample. Readers that use the index leave out `image_format`, which it does not hold."""
+    """Decode the payloads of a sample. The index does not hold `image_format`, so its readers leave it out."""
     about = json.loads(meta)
     return Sample(
         key=key,

@@ -1,4 +1,4 @@
-"""Verification of a whole shard set: every file is read and compared with manifest and index.
+"""Verification of a shard set: every file is read and compared with the manifest and the index.
 
 Samples are read by the stock webdataset package and again through the index, because both readers must agree.
 """
@@ -31,9 +31,11 @@ REMEDY = "delete the files named above and run build_shards.py with the same arg
 
 @dataclass
 class _Tally:
-    """Occurrences of each row of each source, which must be 1, and the totals to compare with the manifest's.
+    """Counts of rows and samples, to be compared with the manifest.
 
-    `unknown_rows` counts samples and rejects whose source or row the manifest does not have.
+    Attributes:
+        rows: for each source, how often each row occurs as a sample or reject. In an intact set: once.
+        unknown_rows: number of samples and rejects whose source or row is not in the manifest.
     """
 
     rows: dict[str, np.ndarray]
@@ -62,7 +64,7 @@ class _Tally:
 
 
 def verify(path: PathLike[str] | str, tick: Callable[[int], None] = lambda samples: None) -> Iterator[str]:
-    """Yield one line per problem of a shard set. `tick` is called with the number of samples in each shard read.
+    """Yield one line per problem of a shard set. After each shard, `tick` is called with its number of samples.
 
     Raises: UserError if there is no manifest.
     """
