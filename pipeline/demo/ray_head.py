@@ -38,12 +38,12 @@ class RayHead:
         }
         ports = {"port": self.port, "dashboard-port": dashboard, "ray-client-server-port": client}
         ports |= {"dashboard-agent-listen-port": agent, "metrics-export-port": self.metrics_port}
-        ports |= {"min-worker-port": 0, "max-worker-port": 0}
         self.process = self.start_node("--head", {**ports, "temp-dir": scratch, **options})
 
     def start_node(self, flag: str, options: Options) -> subprocess.Popen[bytes]:
         """Start the head, or another node of its cluster, in a session of its own."""
-        options = {"object-store-memory": OBJECT_STORE_BYTES, "log-color": "false", **options}
+        workers = {"min-worker-port": 0, "max-worker-port": 0}  # any: Ray's default range contains our free ports
+        options = {"object-store-memory": OBJECT_STORE_BYTES, "log-color": "false", **workers, **options}
         environment = with_our_programs({**self.environment, **self.settings})
         del environment["RAY_ADDRESS"]  # otherwise `ray start` looks for a cluster there
         with self.log.open("ab") as output:
