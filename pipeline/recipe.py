@@ -90,6 +90,10 @@ class Recipe:
         }
         return json.loads(json.dumps(settings))  # tuples become lists, as in a checkpoint's manifest
 
+    def memory_settings(self) -> dict[str, Any]:
+        """Return the settings that determine how much memory a rank needs, apart from the number of ranks."""
+        return {"micro_batch": self.optim.micro_batch, "workers": self.data.workers, **asdict(self.engine)}
+
     def fingerprint(self) -> str:
         """Return the sha256 of the identity."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()

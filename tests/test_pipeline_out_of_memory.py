@@ -10,7 +10,7 @@ from pipeline.distributed.ranks import Ranks
 from pipeline.errors import RetryableError
 from pipeline.recipe import load_recipe
 from pipeline.run import preflight
-from pipeline.run.out_of_memory import explain_out_of_memory, memory_settings
+from pipeline.run.out_of_memory import explain_out_of_memory
 
 RANKS = Ranks(3, 3, 8, torch.device("cpu"))
 STEP, SAVE = {"step": 10, "loss/text": 1.0}, {"event": "save", "step": 4}
@@ -25,7 +25,7 @@ def run(recipe_file, tmp_path):
         return load_recipe(recipe_file, [*overrides, f"run.dir={tmp_path}"], planning=True)
 
     def start(*overrides, ranks=8):
-        return {"event": "resume", "step": 0, "world_size": ranks, "settings": memory_settings(recipe(*overrides))}
+        return {"event": "resume", "step": 0, "world_size": ranks, "settings": recipe(*overrides).memory_settings()}
 
     def write_metrics(lines):
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

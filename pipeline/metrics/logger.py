@@ -32,7 +32,6 @@ from pipeline.metrics.timers import StartupTimer
 from pipeline.metrics.wandb_logger import WandbLogger
 from pipeline.metrics.window import Window
 from pipeline.recipe import Recipe
-from pipeline.run.out_of_memory import memory_settings
 from pipeline.step import StepReport
 
 MAX_CONSOLE_VALUE = 60  # characters; the console line of an event leaves out longer values
@@ -77,7 +76,7 @@ class MetricsLogger:
                 "time": time.time(),
                 "world_size": self.ranks.world_size,
                 "total_steps": self.data.total_steps,
-                "settings": memory_settings(self.recipe),
+                "settings": self.recipe.memory_settings(),
                 "began": startup.began,
                 "start_s": startup.seconds,
                 "notes": notes,

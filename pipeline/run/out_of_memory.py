@@ -5,9 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,18 +16,13 @@ from pipeline.metrics.history import has_stepped_with
 from pipeline.recipe import Recipe
 
 
-def memory_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return the settings that determine how much memory a rank needs, apart from the number of ranks."""
-    return {"micro_batch": recipe.optim.micro_batch, "workers": recipe.data.workers, **asdict(recipe.engine)}
-
-
 def out_of_memory_error(recipe: Recipe, ranks: Ranks, problem: str, remedy: str) -> UserError | RetryableError:
     """Return the error to raise when memory runs out.
 
     It is a RetryableError if this run has done a step with the same settings, because then another process probably
     uses the node. Otherwise it is the user's mistake.
     """
-    if has_stepped_with(Path(recipe.run.dir), world_size=ranks.world_size, settings=memory_settings(recipe)):
+    if has_stepped_with(Path(recipe.run.dir), world_size=ranks.world_size, settings=recipe.memory_settings()):
         return RetryableError(
             f"{problem}; earlier steps of this run with the same settings fitted: does another process use this node?"
         )
