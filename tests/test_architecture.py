@@ -1,84 +1,149 @@
-"""The lines that the layout draws: who imports whom, one door per heavy dependency, files that a reader can take in."""
+"""Rules of the layout: layers of imports, one module per heavy dependency, sizes of files, functions and packages."""
 
 import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
+from tests.support.launch import REPOSITORY
+
 PACKAGES = ("model", "preprocess", "pipeline")
 SOURCES = sorted(path for package in PACKAGES for path in (REPOSITORY / package).rglob("*.py"))
-MAY_IMPORT = {"model": {"model"}, "preprocess": {"preprocess", "model"}, "pipeline": set(PACKAGES)}
-MAX_LINES = 400
+OTHERS = sorted(path for folder in ("tests", "benchmarks") for path in (REPOSITORY / folder).rglob("*.py"))
+FOLDERS = sorted({path.parent for path in SOURCES})
 
-DOORS = {
-    "mamba_ssm": {"model/kernels/dispatch.py"},
-    "causal_conv1d": {"model/kernels/dispatch.py"},
-    "timm": {"model/vision.py"},
-    "transformers": {"model/transformers_layout.py"},
-    "ray": {"preprocess/builder/on_ray.py"},
-    "webdataset": {"preprocess/shards/writer.py"},
-    "simplejpeg": {"preprocess/images/codec.py"},
-    "fsspec": {"preprocess/remote_path.py"},
-    "deepspeed": {"pipeline/engine.py"},
-    "wandb": {"pipeline/metrics/wandb_logger.py"},
-    "matplotlib": {"pipeline/metrics/figures.py"},
+MAY_IMPORT = {"model": {"model"}, "preprocess": {"preprocess", "model"}, "pipeline": set(PACKAGES)}
+MODEL_MODULES_OF_PREPROCESS = {"model.config", "model.errors", "model.hashing", "model.presets"}  # without torch
+
+# A module or package may import from the layers before its own, and from itself.
+LAYERS: dict[str, list[set[str]]] = {
+    "preprocess": [
+        {"atomic", "prompts", "rejects", "remote_path", "strict_toml"},
+        {"demo", "images"},
+        {"annotations", "shards"},
+        {"progress"},
+        {"builder"},
+        {"build_shards", "shardset"},
+    ],
+    "pipeline": [
+        {"config", "errors", "flops", "inference"},
+        {"distributed", "recipe"},
+        {"data", "evaluation", "generate", "initial_model", "lr_schedule", "optimizer"},
+        {"engine", "evaluate", "prefetch"},
+        {"zero"},
+        {"step"},
+        {"activation_memory", "checkpoint", "metrics", "validation"},
+        {"describe", "dry_run", "export", "run", "status"},
+        {"demo", "loop"},
+        {"train"},
+    ],
 }
+
+# The only files, or folders, that may import a dependency.
+DOORS = {
+    "causal_conv1d": "model/kernels/dispatch.py",
+    "deepspeed": "pipeline/engine.py",
+    "fsspec": "preprocess/remote_path.py",
+    "gradio": "pipeline/inference/",
+    "lmms_eval": "pipeline/evaluation/",
+    "mamba_ssm": "model/kernels/dispatch.py",
+    "matplotlib": "pipeline/metrics/figures.py",
+    "psutil": "pipeline/demo/",
+    "ray": "preprocess/builder/on_ray.py",
+    "simplejpeg": "preprocess/images/codec.py",
+    "timm": "model/vision.py",
+    "transformers": "model/transformers_layout.py",
+    "triton": "model/kernels/",
+    "wandb": "pipeline/metrics/wandb_logger.py",
+    "webdataset": "preprocess/shards/writer.py",
+}
+# Attributes of DeepSpeed's objects that are not part of its documented interface.
+DEEPSPEED_INTERNALS = re.compile(
+    r"\.(ds_(id|numel|shape|status|tensor)|partition_numel|fp16_\w*groups\w*|fp32_\w*groups\w*|single_partition_of_\w+|round_robin_\w+"
+    r"|sub_group_to_group_id|grad_partitions\w+|checkpoint_event_\w+|update_lp_params|optimizer\.optimizer)\b"
+)
+
+MAX_FILES = {"model": 16, "preprocess": 13, "pipeline": 24}
+MAX_FILES_OF_A_PACKAGE = 12
+MAX_LINES, MAX_FUNCTION_LINES, MAX_TEST_NAME = 400, 50, 80
 
 
 def name_of(path: Path) -> str:
     return path.relative_to(REPOSITORY).as_posix()
 
 
+@cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imports(path: Path) -> list[tuple[str, int]]:
-    """Every module that a file imports, anywhere in it, with the number of leading dots."""
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Return every module that a file imports anywhere, with the number of leading dots."""
+    modules = []
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
-            found += [(alias.name, 0) for alias in node.names]
+            modules += [(alias.name, 0) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found.append((node.module or "", node.level))
-    return found
+            modules.append((node.module or "", node.level))
+    return modules
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """Yield the dotted names that a file imports; `from pipeline import step` gives pipeline.step."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(parse(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
 def tracked_files() -> list[str]:
     listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     if listed.returncode:
-        pytest.skip("not a git checkout: no list of the project's own files")
+        pytest.skip("this is not a git checkout, so there is no list of its files")
     return [name for name in listed.stdout.splitlines() if (REPOSITORY / name).is_file()]
 
 
+# -- Imports -----------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_a_package_imports_only_itself_and_what_stands_before_it(path):
+def test_top_level_packages_import_in_one_direction(path):
     package = name_of(path).split("/")[0]
     ours = {module for module, _ in imports(path) if module.split(".")[0] in PACKAGES}
     assert {module.split(".")[0] for module in ours} <= MAY_IMPORT[package]
     if package == "preprocess":
-        assert {module for module in ours if module.startswith("model")} <= {
-            "model.config",
-            "model.errors",
-            "model.hashing",
-            "model.presets",
-        }
+        assert {module for module in ours if module.startswith("model")} <= MODEL_MODULES_OF_PREPROCESS
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_modules_import_only_from_lower_layers(package):
+    layer_of = {name: number for number, layer in enumerate(LAYERS[package]) for name in layer}
+    root = REPOSITORY / package
+    assert {path.stem for path in root.iterdir() if list(path.glob("*.py")) or path.suffix == ".py"} - {"__init__"} == (
+        layer_of.keys()
+    ), "assign each module and package to a layer"
+    for path in (path for path in SOURCES if path.is_relative_to(root) and path != root / "__init__.py"):
+        own = path.relative_to(root).parts[0].removesuffix(".py")
+        for name in imported_names(path):
+            top, _, rest = name.partition(".")
+            imported = rest.split(".")[0]
+            if top == package and imported != own:
+                assert layer_of[imported] < layer_of[own], f"{name_of(path)} imports {name}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_imports_are_absolute(path):
     assert [module for module, dots in imports(path) if dots] == []
-
-
-@pytest.mark.parametrize("dependency", DOORS)
-def test_a_heavy_dependency_has_one_door(dependency):
-    users = {name_of(path) for path in SOURCES if dependency in {module.split(".")[0] for module, _ in imports(path)}}
-    assert users <= DOORS[dependency]
-
-
-def test_the_presets_are_readable_without_torch():
-    program = "import sys, model.presets, preprocess.prompts; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=False).returncode == 0
 
 
 def test_modules_import_each_other_without_cycles():
@@ -89,30 +154,65 @@ def test_modules_import_each_other_without_cycles():
     assert unfinished == {}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_no_module_hides_one_of_the_standard_library(path):
-    assert path.stem == "__init__" or path.stem not in sys.stdlib_module_names
+@pytest.mark.parametrize("dependency", DOORS)
+def test_a_heavy_dependency_is_imported_in_one_place(dependency):
+    users = {name_of(path) for path in SOURCES if dependency in {module.split(".")[0] for module, _ in imports(path)}}
+    assert [user for user in users if not user.startswith(DOORS[dependency])] == []
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if path.stem == "__init__"], ids=name_of)
-def test_a_package_file_holds_its_docstring_and_nothing_else(path):
-    body = ast.parse(path.read_text()).body
-    assert len(body) == 1
-    assert ast.get_docstring(ast.Module(body, [])) is not None
+def test_only_zero_touches_the_internals_of_deepspeed():
+    users = {name_of(path) for path in SOURCES if DEEPSPEED_INTERNALS.search(path.read_text())}
+    assert users == {"pipeline/zero.py"}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_a_file_is_short_enough_to_be_read(path):
-    assert len(path.read_text().splitlines()) < MAX_LINES
+def test_presets_and_prompts_can_be_imported_without_torch():
+    program = "import sys, model.presets, preprocess.prompts; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=False).returncode == 0
 
 
-def test_nothing_edits_the_import_path():
+def test_no_module_edits_the_import_path():
     edits = re.compile(r"sys\.path\s*(\.(insert|append|extend)|\[|\+?=)")
     assert [name_of(path) for path in SOURCES if edits.search(path.read_text())] == []
 
 
-def test_no_tracked_file_names_a_machine():
-    """Paths of whoever wrote a file work for nobody else."""
+def test_no_helper_or_program_of_the_tests_imports_conftest():
+    helpers = [path for path in OTHERS if path.name != "conftest.py"]
+    assert [name_of(path) for path in helpers if any("conftest" in module for module, _ in imports(path))] == []
+
+
+# -- Files and functions -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=name_of)
+def test_a_package_has_few_enough_files_to_survey(folder):
+    assert len(list(folder.glob("*.py"))) <= MAX_FILES.get(name_of(folder), MAX_FILES_OF_A_PACKAGE)
+
+
+@pytest.mark.parametrize("path", SOURCES + OTHERS, ids=name_of)
+def test_files_and_functions_are_short_enough_to_read(path):
+    assert len(path.read_text().splitlines()) < MAX_LINES
+    lines = {function.name: (function.end_lineno or 0) - function.lineno + 1 for function in functions(path)}
+    assert {name: count for name, count in lines.items() if count > MAX_FUNCTION_LINES} == {}
+
+
+def test_names_of_tests_are_short_enough_to_read():
+    names = [function.name for path in OTHERS if path.name.startswith("test_") for function in functions(path)]
+    assert [name for name in names if len(name) > MAX_TEST_NAME] == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_no_module_has_the_name_of_a_standard_module(path):
+    assert path.stem == "__init__" or path.stem not in sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.stem == "__init__"], ids=name_of)
+def test_a_package_file_contains_only_its_docstring(path):
+    body = parse(path).body
+    assert len(body) == 1
+    assert ast.get_docstring(ast.Module(body, [])) is not None
+
+
+def test_no_tracked_file_contains_a_path_of_one_machine():
     machine = re.compile(rf"{re.escape(str(REPOSITORY))}/|/(home|Users)/\w+/")
     texts = {name: (REPOSITORY / name).read_bytes().decode(errors="ignore") for name in tracked_files()}
     assert [f"{name}: {match[0]}" for name, text in texts.items() for match in machine.finditer(text)] == []

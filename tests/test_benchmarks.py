@@ -61,7 +61,7 @@ def test_waste_counts_padding_and_the_wait_for_the_slowest_rank() -> None:
     assert with_pictures == pytest.approx(1 - (100 + 4 * PATCHES) / (8 * 16 * (40 + PATCHES)))
 
 
-def test_wider_windows_of_the_plan_waste_less_and_all_of_them_less_than_the_other_schemes() -> None:
+def test_wider_windows_waste_less_and_all_waste_less_than_the_other_schemes() -> None:
     tokens, has_image = llava_like(share=0.05)
     found = [about["with_the_wait"] for about in padding.measure(tokens, has_image, windows=(8, 50, 100)).values()]
     assert found == sorted(found, reverse=True)

@@ -74,7 +74,7 @@ def test_an_epoch_begun_in_the_middle_goes_on_where_it_would_have(recipe_file, s
 
 
 @pytest.mark.parametrize("first", [3, 2])
-def test_loading_processes_that_start_early_serve_the_step_that_was_expected_and_no_other(recipe_file, shards, first):
+def test_workers_that_start_early_serve_the_expected_step_and_no_other(recipe_file, shards, first):
     whole = list(train_data(recipe_file, shards).from_step(0))
     data = train_data(recipe_file, shards, 1, 0, "data.workers=2")
     data.start_workers(3)

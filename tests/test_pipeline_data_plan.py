@@ -46,7 +46,7 @@ def test_epochs_seeds_and_data_sets_are_shuffled_differently():
         assert (other != plan.epoch(0)).mean() > 0.9
 
 
-def test_the_longest_batch_with_pictures_comes_first_so_that_memory_runs_out_at_once_or_never():
+def test_the_longest_batch_with_images_comes_first_to_reach_the_peak_memory_early():
     plan = make_plan()
     epoch = plan.epoch(0)
     with_pictures = epoch[plan.has_image[epoch[:, 0]]]

@@ -74,7 +74,7 @@ def test_the_loss_is_finite_and_falls_on_repeated_batches(base, tmp_path, precis
     assert sum(losses[-6:]) < 0.7 * sum(losses[:6])
 
 
-def test_a_resumed_run_goes_on_where_it_was_and_its_model_answers_alike_on_both_devices(base, tmp_path):
+def test_a_resumed_run_continues_and_its_model_answers_alike_on_both_devices(base, tmp_path):
     """To rounding: Mamba's backward pass adds in no fixed order on a GPU."""
     run = [*base, "steps=12", f"run.dir={tmp_path / 'run'}"]
     train = ["-m", "pipeline.train", *run]

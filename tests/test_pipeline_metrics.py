@@ -173,7 +173,7 @@ IMPATIENT = (
 )
 
 
-def test_a_wandb_without_end_comes_after_the_outcome_and_holds_it_up_for_a_while_only(recipe_file, shards, tmp_path):
+def test_wandb_finishes_after_the_outcome_and_delays_the_exit_for_a_limited_time(recipe_file, shards, tmp_path):
     run = tmp_path / "run"
     (tmp_path / "wandb.py").write_text(SILENT_WANDB.format(run=run))
     _, _, *recipe = words(recipe_file, shards, run, "log.wandb=online", "steps=2")
