@@ -16,7 +16,7 @@ from skimage import data as photographs
 from preprocess.images import codec
 from preprocess.images.codec import decode_rgb, detect_format, encode_stored_image, resize_to_square
 from preprocess.rejects import Rejected
-from tests.support.dirty_rows import PICTURES, sampled_441
+from tests.support.dirty_rows import IMAGES, sampled_441
 from tests.support.launch import run_python
 
 PX = 384
@@ -95,16 +95,16 @@ def _raiser(error: Exception) -> Callable[..., Any]:
     return fail
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_strips_of_a_picture_are_the_picture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """64 pixels wide, 48 high: strips of seven rows, and one of six."""
     monkeypatch.setattr(codec, "simplejpeg", None)
     try:
-        whole = decode_rgb(PICTURES[name]())
+        whole = decode_rgb(IMAGES[name]())
     except Rejected:
         return
     monkeypatch.setattr(codec, "STRIP_PIXELS", 450)
-    assert np.array_equal(decode_rgb(PICTURES[name]()), whole)
+    assert np.array_equal(decode_rgb(IMAGES[name]()), whole)
 
 
 def _largest(name: str, folder: Path) -> Path:

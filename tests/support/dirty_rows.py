@@ -1,4 +1,4 @@
-"""Every kind of damaged row that the builder knows: how to make it, and its expected result (docs/data-cleaning.md)."""
+"""Every kind of damaged row in docs/data-cleaning.md: how to create it, and its expected outcome."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ RED, BLUE, GREY, WHITE = (200, 40, 40), (40, 60, 200), (120, 120, 120), (255, 25
 
 
 @dataclass(frozen=True)
-class Dirt:
-    """One damaged row, and either the reason why it is rejected or what is right about the sample made of it.
+class DirtyRow:
+    """A damaged row, with the reason of its rejection or the content of the repaired sample.
 
-    row         the JSON value; a string stands for the line as it is. Rows get the id "KIND" unless they have one
-    reason      None if the row is repaired
-    text        of the whole sample, special tokens included
-    colours     at (across, down) in fractions of the picture
+    Attributes:
+        kind: Name in docs/data-cleaning.md, and id of the row unless the row has one.
+        row: JSON value of the row, or the line itself if this is a string.
+        reason: Reject reason, or None if the row is repaired.
+        text: Decoded tokens of the sample, with special tokens.
+        colours: Expected colours of the image at (x, y), both as fractions of its size.
+        text_only: Whether the sample has no image although the row has an `image` key.
     """
 
     kind: str
@@ -36,33 +39,33 @@ class Dirt:
     reason: str | None = None
     text: str | None = None
     colours: dict[tuple[float, float], Colour] = field(default_factory=dict)
-    no_picture: bool = False
+    text_only: bool = False
 
 
-def said(*values: Any) -> list[dict[str, Any]]:
+def conversation(*values: Any) -> list[dict[str, Any]]:
     return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
 
 
-def about(picture: Any, **more: Any) -> dict[str, Any]:
-    return {"image": picture, "conversations": said("<image>\nQ", "A"), **more}
+def image_row(image: Any, **more: Any) -> dict[str, Any]:
+    return {"image": image, "conversations": conversation("<image>\nQ", "A"), **more}
 
 
-def talk(*turns: tuple[str, Any], **more: Any) -> dict[str, Any]:
+def text_row(*turns: tuple[str, Any], **more: Any) -> dict[str, Any]:
     return {"conversations": [{"from": speaker, "value": value} for speaker, value in turns], **more}
 
 
-# -- Pictures --------------------------------------------------------------------------------------------------------
+# -- Images ----------------------------------------------------------------------------------------------------------
 
 
-def two_halves(left: Colour = RED, right: Colour = BLUE) -> Image.Image:
-    picture = Image.new("RGB", (64, 48), left)
-    picture.paste(right, (32, 0, 64, 48))
-    return picture
+def red_and_blue(left: Colour = RED, right: Colour = BLUE) -> Image.Image:
+    image = Image.new("RGB", (64, 48), left)
+    image.paste(right, (32, 0, 64, 48))
+    return image
 
 
-def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
+def encode(image: Image.Image, pillow_format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, pillow_format, **options)
     return buffer.getvalue()
 
 
@@ -81,222 +84,244 @@ def _chunk(name: bytes, data: bytes) -> bytes:
 
 
 def _animated() -> bytes:
-    return encoded(two_halves(), "GIF", save_all=True, append_images=[two_halves(BLUE, RED)], duration=9)
+    return encode(red_and_blue(), "GIF", save_all=True, append_images=[red_and_blue(BLUE, RED)], duration=9)
 
 
 def _exif_rotated() -> bytes:
-    """Stored lying on its side; EXIF orientation 6 asks to turn it by 90° clockwise."""
+    """Return an image stored on its side. EXIF orientation 6 asks to rotate it by 90° clockwise."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    return encoded(two_halves().transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, exif=exif)
+    return encode(red_and_blue().transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, exif=exif)
 
 
 def _xmp_rotated() -> bytes:
-    """The same, asked for by an XMP packet alone."""
+    """Return the same image as `_exif_rotated`, but with the orientation in an XMP packet."""
     packet = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
-    return encoded(two_halves().transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, xmp=packet)
+    return encode(red_and_blue().transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, xmp=packet)
 
 
 def _sixteen_bits_with_transparency() -> bytes:
-    """Black to the left, which is declared transparent."""
+    """Return a grey image whose left half is black, with black declared transparent."""
     values = np.full((48, 64), 120 * 257, np.uint16)
     values[:, :32] = 0
-    return encoded(Image.fromarray(values), "PNG", transparency=0)
+    return encode(Image.fromarray(values), "PNG", transparency=0)
 
 
 def _see_through() -> Image.Image:
-    picture = two_halves().convert("RGBA")
-    picture.paste((0, 0, 0, 0), (0, 0, 32, 48))
-    return picture
+    image = red_and_blue().convert("RGBA")
+    image.paste((0, 0, 0, 0), (0, 0, 32, 48))
+    return image
 
 
 def _palette_with_transparency() -> bytes:
-    picture = two_halves().quantize(4)
-    return encoded(picture, "PNG", transparency=picture.getpixel((5, 5)))
+    image = red_and_blue().quantize(4)
+    return encode(image, "PNG", transparency=image.getpixel((5, 5)))
 
 
 def _broken_png() -> bytes:
-    data = bytearray(encoded(two_halves(), "PNG"))
+    data = bytearray(encode(red_and_blue(), "PNG"))
     data[data.index(b"IDAT") + 8] ^= 0xFF
     return bytes(data)
 
 
 def _noise_jpeg() -> bytes:
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
-    return encoded(Image.fromarray(noise), "JPEG", quality=95)
+    return encode(Image.fromarray(noise), "JPEG", quality=95)
 
 
 def sampled_441() -> bytes:
-    """Grey, with a colour for each eight pixels by 32 that lie eight abreast: rare enough to have no name anywhere.
+    """Return a grey JPEG with chroma subsampling 4:4:1, which simplejpeg has no name for.
 
-    Nothing that is at hand writes such. In a grey picture every block is the same bits: no change of the mean, the end.
+    No installed encoder writes 4:4:1, so the header of a 4:4:4 file is patched and its data is replaced. This is easy
+    for grey, because every block has the same bits: an unchanged mean, then the end of the block.
     """
-    lines = bytearray(encoded(Image.new("RGB", (64, 64), (128, 128, 128)), "JPEG", subsampling=0))
-    frame = lines.index(b"\xff\xc0")
-    lines[frame + 11] = 0x14
-    scan = lines.index(b"\xff\xda")
-    begin = scan + 2 + int.from_bytes(lines[scan + 2 : scan + 4], "big")
-    four_of_grey_and_two_of_colour = int("001010" * 4 + "0000" * 2, 2).to_bytes(4, "big")
-    return bytes(lines[:begin]) + four_of_grey_and_two_of_colour * 16 + b"\xff\xd9"
+    jpeg = bytearray(encode(Image.new("RGB", (64, 64), (128, 128, 128)), "JPEG", subsampling=0))
+    frame = jpeg.index(b"\xff\xc0")
+    jpeg[frame + 11] = 0x14
+    scan = jpeg.index(b"\xff\xda")
+    begin = scan + 2 + int.from_bytes(jpeg[scan + 2 : scan + 4], "big")
+    four_luma_and_two_chroma_blocks = int("001010" * 4 + "0000" * 2, 2).to_bytes(4, "big")
+    return bytes(jpeg[:begin]) + four_luma_and_two_chroma_blocks * 16 + b"\xff\xd9"
 
 
-HALVES = {(0.2, 0.5): RED, (0.8, 0.5): BLUE}
+RED_AND_BLUE = {(0.2, 0.5): RED, (0.8, 0.5): BLUE}
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-PICTURES: dict[str, Callable[[], bytes]] = {
-    "good.jpg": lambda: encoded(two_halves(), "JPEG", quality=95),
+IMAGES: dict[str, Callable[[], bytes]] = {
+    "good.jpg": lambda: encode(red_and_blue(), "JPEG", quality=95),
     "empty.jpg": lambda: b"",
     "truncated.jpg": lambda: _noise_jpeg()[:2000],
     "zero_sized.png": lambda: png_that_claims(0, 10),
     "bomb.png": lambda: png_that_claims(60_000, 60_000),
     "page.jpg": lambda: b"<html><body>404 not found</body></html>",
     "broken.png": _broken_png,
-    "float.tiff": lambda: encoded(Image.new("F", (8, 8), 0.5), "TIFF"),
-    "gif.jpg": lambda: encoded(two_halves(), "GIF"),
-    "png.jpg": lambda: encoded(two_halves(), "PNG"),
-    "webp.jpg": lambda: encoded(two_halves(), "WEBP", quality=95),
-    "bmp.jpg": lambda: encoded(two_halves(), "BMP"),
+    "float.tiff": lambda: encode(Image.new("F", (8, 8), 0.5), "TIFF"),
+    "gif.jpg": lambda: encode(red_and_blue(), "GIF"),
+    "png.jpg": lambda: encode(red_and_blue(), "PNG"),
+    "webp.jpg": lambda: encode(red_and_blue(), "WEBP", quality=95),
+    "bmp.jpg": lambda: encode(red_and_blue(), "BMP"),
     "animated.gif": _animated,
-    "cmyk.jpg": lambda: encoded(two_halves().convert("CMYK"), "JPEG", quality=95),
+    "cmyk.jpg": lambda: encode(red_and_blue().convert("CMYK"), "JPEG", quality=95),
     "palette.png": _palette_with_transparency,
-    "sixteen_bits.png": lambda: encoded(Image.fromarray(np.full((48, 64), 120 * 257, np.uint16)), "PNG"),
+    "sixteen_bits.png": lambda: encode(Image.fromarray(np.full((48, 64), 120 * 257, np.uint16)), "PNG"),
     "sixteen_bits_transparent.png": _sixteen_bits_with_transparency,
-    "rgba.png": lambda: encoded(_see_through(), "PNG"),
-    "grey.jpg": lambda: encoded(Image.new("L", (64, 48), 120), "JPEG", quality=95),
-    "grey_alpha.png": lambda: encoded(Image.new("LA", (64, 48), (0, 0)), "PNG"),
-    "one_bit.png": lambda: encoded(Image.new("1", (64, 48), 1), "PNG"),
+    "rgba.png": lambda: encode(_see_through(), "PNG"),
+    "grey.jpg": lambda: encode(Image.new("L", (64, 48), 120), "JPEG", quality=95),
+    "grey_alpha.png": lambda: encode(Image.new("LA", (64, 48), (0, 0)), "PNG"),
+    "one_bit.png": lambda: encode(Image.new("1", (64, 48), 1), "PNG"),
     "exif.jpg": _exif_rotated,
     "xmp.jpg": _xmp_rotated,
     "sampled_441.jpg": sampled_441,
-    "icc.jpg": lambda: encoded(two_halves(), "JPEG", quality=95, icc_profile=SRGB),
-    "a.dotted.name.v2.jpg": lambda: encoded(two_halves(), "JPEG", quality=95),
-    unicodedata.normalize("NFD", "café ☕ 猫.jpg"): lambda: encoded(two_halves(), "JPEG", quality=95),
+    "icc.jpg": lambda: encode(red_and_blue(), "JPEG", quality=95, icc_profile=SRGB),
+    "a.dotted.name.v2.jpg": lambda: encode(red_and_blue(), "JPEG", quality=95),
+    unicodedata.normalize("NFD", "café ☕ 猫.jpg"): lambda: encode(red_and_blue(), "JPEG", quality=95),
 }
 
-PICTURE_DIRT = [
-    Dirt("missing picture", about("none.jpg"), "picture_missing"),
-    Dirt("folder in place of a picture", about("folder.jpg"), "picture_missing"),
-    Dirt("empty picture", about("empty.jpg"), "picture_empty"),
-    Dirt("truncated picture", about("truncated.jpg"), "picture_truncated"),
-    Dirt("picture of zero size", about("zero_sized.png"), "picture_corrupt"),
-    Dirt("decompression bomb", about("bomb.png"), "picture_too_large"),
-    Dirt("huge file", about("huge.jpg"), "picture_too_large"),
-    Dirt("page of a web server", about("page.jpg"), "picture_unknown_format"),
-    Dirt("corrupt picture", about("broken.png"), "picture_corrupt"),
-    Dirt("floating-point pixels", about("float.tiff"), "picture_unsupported_pixels"),
-    Dirt("GIF named .jpg", about("gif.jpg"), colours=HALVES),
-    Dirt("PNG named .jpg", about("png.jpg"), colours=HALVES),
-    Dirt("WebP named .jpg", about("webp.jpg"), colours=HALVES),
-    Dirt("BMP named .jpg", about("bmp.jpg"), colours=HALVES),
-    Dirt("animation", about("animated.gif"), colours=HALVES),
-    Dirt("CMYK", about("cmyk.jpg"), colours=HALVES),
-    Dirt("palette", about("palette.png"), colours={(0.2, 0.5): WHITE, (0.8, 0.5): BLUE}),
-    Dirt("16 bits", about("sixteen_bits.png"), colours={(0.5, 0.5): GREY}),
-    Dirt(
+IMAGE_ROWS = [
+    DirtyRow("missing image", image_row("none.jpg"), "picture_missing"),
+    DirtyRow("folder in place of an image", image_row("folder.jpg"), "picture_missing"),
+    DirtyRow("empty image file", image_row("empty.jpg"), "picture_empty"),
+    DirtyRow("truncated image", image_row("truncated.jpg"), "picture_truncated"),
+    DirtyRow("image of zero size", image_row("zero_sized.png"), "picture_corrupt"),
+    DirtyRow("decompression bomb", image_row("bomb.png"), "picture_too_large"),
+    DirtyRow("huge file", image_row("huge.jpg"), "picture_too_large"),
+    DirtyRow("HTML error page", image_row("page.jpg"), "picture_unknown_format"),
+    DirtyRow("corrupt image", image_row("broken.png"), "picture_corrupt"),
+    DirtyRow("floating-point pixels", image_row("float.tiff"), "picture_unsupported_pixels"),
+    DirtyRow("GIF named .jpg", image_row("gif.jpg"), colours=RED_AND_BLUE),
+    DirtyRow("PNG named .jpg", image_row("png.jpg"), colours=RED_AND_BLUE),
+    DirtyRow("WebP named .jpg", image_row("webp.jpg"), colours=RED_AND_BLUE),
+    DirtyRow("BMP named .jpg", image_row("bmp.jpg"), colours=RED_AND_BLUE),
+    DirtyRow("animation", image_row("animated.gif"), colours=RED_AND_BLUE),
+    DirtyRow("CMYK", image_row("cmyk.jpg"), colours=RED_AND_BLUE),
+    DirtyRow("palette", image_row("palette.png"), colours={(0.2, 0.5): WHITE, (0.8, 0.5): BLUE}),
+    DirtyRow("16 bits per channel", image_row("sixteen_bits.png"), colours={(0.5, 0.5): GREY}),
+    DirtyRow(
         "16 bits with a transparent value",
-        about("sixteen_bits_transparent.png"),
+        image_row("sixteen_bits_transparent.png"),
         colours={(0.2, 0.5): WHITE, (0.8, 0.5): GREY},
     ),
-    Dirt("RGBA", about("rgba.png"), colours={(0.2, 0.5): WHITE, (0.8, 0.5): BLUE}),
-    Dirt("greyscale", about("grey.jpg"), colours={(0.5, 0.5): GREY}),
-    Dirt("greyscale with alpha", about("grey_alpha.png"), colours={(0.5, 0.5): WHITE}),
-    Dirt("black and white", about("one_bit.png"), colours={(0.5, 0.5): WHITE}),
-    Dirt("EXIF rotation", about("exif.jpg"), colours=HALVES),
-    Dirt("XMP rotation", about("xmp.jpg"), colours=HALVES),
-    Dirt("colours sampled 4:4:1", about("sampled_441.jpg"), colours={(0.5, 0.5): GREY}),
-    Dirt("ICC profile", about("icc.jpg"), colours=HALVES),
-    Dirt("path with ..", about("../outside.jpg"), "picture_path_escapes"),
-    Dirt("absolute path", about("/etc/hostname.jpg"), "picture_path_escapes"),
-    Dirt("drive letter", about("C:\\photos\\1.jpg"), "picture_path_escapes"),
-    Dirt("link out of the root", about("link_out.jpg"), "picture_path_escapes"),
-    Dirt("link within the root", about("link_in.jpg"), colours=HALVES),
-    Dirt("link to itself", about("link_loop.jpg"), "picture_missing"),
-    Dirt("path too long", about("x" * 300 + ".jpg"), "picture_path_invalid"),
-    Dirt("folder too long", about("y" * 300 + "/1.jpg"), "picture_path_invalid"),
-    Dirt("NUL in a path", about("a\0b.jpg"), "picture_path_invalid"),
-    Dirt("backslashes in a path", about("deep\\er\\good.jpg"), colours=HALVES),
-    Dirt("dots in a name", about("a.dotted.name.v2.jpg"), colours=HALVES),
-    Dirt("other Unicode form in a name", about(unicodedata.normalize("NFC", "café ☕ 猫.jpg")), colours=HALVES),
-    Dirt("list of one picture", about(["good.jpg"]), colours=HALVES),
-    Dirt("several pictures", about(["good.jpg", "good.jpg"]), "several_pictures"),
-    Dirt("picture of a wrong type", about({"path": "good.jpg"}), "wrong_type"),
+    DirtyRow("RGBA", image_row("rgba.png"), colours={(0.2, 0.5): WHITE, (0.8, 0.5): BLUE}),
+    DirtyRow("greyscale", image_row("grey.jpg"), colours={(0.5, 0.5): GREY}),
+    DirtyRow("greyscale with alpha", image_row("grey_alpha.png"), colours={(0.5, 0.5): WHITE}),
+    DirtyRow("black and white", image_row("one_bit.png"), colours={(0.5, 0.5): WHITE}),
+    DirtyRow("EXIF rotation", image_row("exif.jpg"), colours=RED_AND_BLUE),
+    DirtyRow("XMP rotation", image_row("xmp.jpg"), colours=RED_AND_BLUE),
+    DirtyRow("chroma subsampling 4:4:1", image_row("sampled_441.jpg"), colours={(0.5, 0.5): GREY}),
+    DirtyRow("ICC profile", image_row("icc.jpg"), colours=RED_AND_BLUE),
+    DirtyRow("path with ..", image_row("../outside.jpg"), "picture_path_escapes"),
+    DirtyRow("absolute path", image_row("/etc/hostname.jpg"), "picture_path_escapes"),
+    DirtyRow("drive letter", image_row("C:\\photos\\1.jpg"), "picture_path_escapes"),
+    DirtyRow("link out of the root", image_row("link_out.jpg"), "picture_path_escapes"),
+    DirtyRow("link within the root", image_row("link_in.jpg"), colours=RED_AND_BLUE),
+    DirtyRow("link to itself", image_row("link_loop.jpg"), "picture_missing"),
+    DirtyRow("path too long", image_row("x" * 300 + ".jpg"), "picture_path_invalid"),
+    DirtyRow("folder too long", image_row("y" * 300 + "/1.jpg"), "picture_path_invalid"),
+    DirtyRow("NUL in a path", image_row("a\0b.jpg"), "picture_path_invalid"),
+    DirtyRow("backslashes in a path", image_row("deep\\er\\good.jpg"), colours=RED_AND_BLUE),
+    DirtyRow("dots in a name", image_row("a.dotted.name.v2.jpg"), colours=RED_AND_BLUE),
+    DirtyRow(
+        "other Unicode form in a name", image_row(unicodedata.normalize("NFC", "café ☕ 猫.jpg")), colours=RED_AND_BLUE
+    ),
+    DirtyRow("list of one image", image_row(["good.jpg"]), colours=RED_AND_BLUE),
+    DirtyRow("several images", image_row(["good.jpg", "good.jpg"]), "several_pictures"),
+    DirtyRow("image value of a wrong type", image_row({"path": "good.jpg"}), "wrong_type"),
 ]
 
-# -- Rows ------------------------------------------------------------------------------------------------------------
+# -- Rows and text ----------------------------------------------------------------------------------------------------
 
 END = "<|endoftext|>"
 PLAIN = f"In: Q\nOut: A{END}"
 LONG = "word " * 3000
 
-ROW_DIRT = [
-    Dirt("broken JSON", '{"id": "broken JSON", "conversations": [}', "broken_json"),
-    Dirt("number of too many digits", f'{{"id": {"1" * 5000}}}', "broken_json"),
-    Dirt("row that is no object", '["Q", "A"]', "not_an_object"),
-    Dirt("missing key", {"id": "missing key"}, "missing_key"),
-    Dirt("missing key in a turn", {"conversations": [{"from": "human"}]}, "missing_key"),
-    Dirt("conversations of a wrong type", {"conversations": "Q A"}, "wrong_type"),
-    Dirt("turn of a wrong type", {"conversations": ["Q", "A"]}, "wrong_type"),
-    Dirt("null for text", {"conversations": said("Q", None)}, "wrong_type"),
-    Dirt("empty conversation", {"conversations": []}, "empty_conversation"),
-    Dirt("unknown speaker", talk(("system", "Be kind"), ("human", "Q"), ("gpt", "A")), "unknown_speaker"),
-    Dirt("user and assistant", talk(("user", "Q"), ("assistant", "A")), text=PLAIN),
-    Dirt("gpt first", talk(("gpt", "Welcome"), ("human", "Q"), ("gpt", "A")), text=PLAIN),
-    Dirt(
-        "two humans in a row", talk(("human", "Q"), ("human", "more"), ("gpt", "A")), text=f"In: Q\nmore\nOut: A{END}"
+TEXT_ROWS = [
+    DirtyRow("broken JSON", '{"id": "broken JSON", "conversations": [}', "broken_json"),
+    DirtyRow("number with too many digits", f'{{"id": {"1" * 5000}}}', "broken_json"),
+    DirtyRow("row that is not an object", '["Q", "A"]', "not_an_object"),
+    DirtyRow("missing key", {"id": "missing key"}, "missing_key"),
+    DirtyRow("missing key in a turn", {"conversations": [{"from": "human"}]}, "missing_key"),
+    DirtyRow("conversations of a wrong type", {"conversations": "Q A"}, "wrong_type"),
+    DirtyRow("turn of a wrong type", {"conversations": ["Q", "A"]}, "wrong_type"),
+    DirtyRow("null text", {"conversations": conversation("Q", None)}, "wrong_type"),
+    DirtyRow("empty conversation", {"conversations": []}, "empty_conversation"),
+    DirtyRow("unknown speaker", text_row(("system", "Be kind"), ("human", "Q"), ("gpt", "A")), "unknown_speaker"),
+    DirtyRow("user and assistant", text_row(("user", "Q"), ("assistant", "A")), text=PLAIN),
+    DirtyRow("answer first", text_row(("gpt", "Welcome"), ("human", "Q"), ("gpt", "A")), text=PLAIN),
+    DirtyRow(
+        "two questions in a row",
+        text_row(("human", "Q"), ("human", "more"), ("gpt", "A")),
+        text=f"In: Q\nmore\nOut: A{END}",
     ),
-    Dirt("two answers in a row", talk(("human", "Q"), ("gpt", "A"), ("gpt", "B")), text=f"In: Q\nOut: A\nB{END}"),
-    Dirt("unanswered question at the end", talk(("human", "Q"), ("gpt", "A"), ("human", "?")), text=PLAIN),
-    Dirt("no answer", talk(("human", "Q")), "no_answer"),
-    Dirt("nothing but an answer", talk(("gpt", "A")), "no_answer"),
-    Dirt("empty answer", talk(("human", "Q"), ("gpt", "")), text=f"In: Q\nOut:  {END}"),
-    Dirt("empty question", talk(("human", ""), ("gpt", "A")), text=f"In: \nOut: A{END}"),
-    Dirt(
+    DirtyRow(
+        "two answers in a row", text_row(("human", "Q"), ("gpt", "A"), ("gpt", "B")), text=f"In: Q\nOut: A\nB{END}"
+    ),
+    DirtyRow("unanswered question at the end", text_row(("human", "Q"), ("gpt", "A"), ("human", "?")), text=PLAIN),
+    DirtyRow("question without an answer", text_row(("human", "Q")), "no_answer"),
+    DirtyRow("only an answer", text_row(("gpt", "A")), "no_answer"),
+    DirtyRow("empty answer", text_row(("human", "Q"), ("gpt", "")), text=f"In: Q\nOut:  {END}"),
+    DirtyRow("empty question", text_row(("human", ""), ("gpt", "A")), text=f"In: \nOut: A{END}"),
+    DirtyRow(
         "lone surrogate",
         '{"id": "lone surrogate", "conversations": [{"from": "human", "value": "Q\\ud800"}, '
         '{"from": "gpt", "value": "A"}]}',
         text=f"In: Q\ufffd\nOut: A{END}",
     ),
-    Dirt("NUL in text", talk(("human", "Q\0"), ("gpt", "A\0")), text=PLAIN),
-    Dirt("special token in text", talk(("human", f"Q{END}"), ("gpt", "A")), text=f"In: Q{END}\nOut: A{END}"),
-    Dirt("longer than the limit", talk(("human", "Q"), ("gpt", "A"), ("human", LONG), ("gpt", "B")), text=PLAIN),
-    Dirt("answers beyond the limit", talk(("human", LONG), ("gpt", "A")), "no_supervised_token"),
-    Dirt("<image> without picture", talk(("human", "<image>\nQ"), ("gpt", "A")), "image_token_without_picture"),
-    Dirt("picture without <image>", {"image": "good.jpg", "conversations": said("Q", "A")}, text=PLAIN, colours=HALVES),
-    Dirt("several <image>", {"image": "good.jpg", "conversations": said("<image><image>Q", "A<image>")}, text=PLAIN),
-    Dirt("<image> alone", {"image": "good.jpg", "conversations": said("<image>", "A")}, text=f"In: \nOut: A{END}"),
-    Dirt("null for a picture", {"image": None, "conversations": said("Q", "A")}, text=PLAIN, no_picture=True),
-    Dirt("empty name for a picture", {"image": "", "conversations": said("Q", "A")}, text=PLAIN, no_picture=True),
-    Dirt("duplicate id", talk(("human", "Q"), ("gpt", "A"), id="duplicate id"), text=PLAIN),
-    Dirt("number for an id", talk(("human", "Q"), ("gpt", "A"), id=17), text=PLAIN),
-    Dirt("unknown keys", talk(("human", "Q"), ("gpt", "A"), model="gpt-5", weight=2.5), text=PLAIN),
-    Dirt(
+    DirtyRow("NUL in text", text_row(("human", "Q\0"), ("gpt", "A\0")), text=PLAIN),
+    DirtyRow("special token in text", text_row(("human", f"Q{END}"), ("gpt", "A")), text=f"In: Q{END}\nOut: A{END}"),
+    DirtyRow(
+        "longer than the limit", text_row(("human", "Q"), ("gpt", "A"), ("human", LONG), ("gpt", "B")), text=PLAIN
+    ),
+    DirtyRow("answers beyond the limit", text_row(("human", LONG), ("gpt", "A")), "no_supervised_token"),
+    DirtyRow(
+        "<image> without an image", text_row(("human", "<image>\nQ"), ("gpt", "A")), "image_token_without_picture"
+    ),
+    DirtyRow(
+        "image without <image>",
+        {"image": "good.jpg", "conversations": conversation("Q", "A")},
+        text=PLAIN,
+        colours=RED_AND_BLUE,
+    ),
+    DirtyRow(
+        "several <image>",
+        {"image": "good.jpg", "conversations": conversation("<image><image>Q", "A<image>")},
+        text=PLAIN,
+    ),
+    DirtyRow(
+        "<image> alone", {"image": "good.jpg", "conversations": conversation("<image>", "A")}, text=f"In: \nOut: A{END}"
+    ),
+    DirtyRow("null image", {"image": None, "conversations": conversation("Q", "A")}, text=PLAIN, text_only=True),
+    DirtyRow("empty image name", {"image": "", "conversations": conversation("Q", "A")}, text=PLAIN, text_only=True),
+    DirtyRow("duplicate id", text_row(("human", "Q"), ("gpt", "A"), id="duplicate id"), text=PLAIN),
+    DirtyRow("numeric id", text_row(("human", "Q"), ("gpt", "A"), id=17), text=PLAIN),
+    DirtyRow("unknown keys", text_row(("human", "Q"), ("gpt", "A"), model="gpt-5", weight=2.5), text=PLAIN),
+    DirtyRow(
         "bad UTF-8",
         '{"id": "bad UTF-8", "conversations": [{"from": "human", "value": "Q\udcff"}, {"from": "gpt", "value": "A"}]}',
         text=f"In: Q\ufffd\nOut: A{END}",
     ),
 ]
 
-ALL = PICTURE_DIRT + ROW_DIRT
+DIRTY_ROWS = IMAGE_ROWS + TEXT_ROWS
 
 
-def write_dirt(root: Path) -> None:
-    """One JSONL file, one row per kind and in that order, and the pictures. A duplicate of one id stands at the end."""
-    pictures = root / "pictures"
-    (pictures / "deep/er").mkdir(parents=True)
-    (pictures / "folder.jpg").mkdir()
-    for name, make in PICTURES.items():
-        (pictures / name).write_bytes(make())
-    (pictures / "deep/er/good.jpg").write_bytes(PICTURES["good.jpg"]())
-    (root.parent / "outside.jpg").write_bytes(PICTURES["good.jpg"]())
-    (pictures / "link_out.jpg").symlink_to(root.parent / "outside.jpg")
-    (pictures / "link_in.jpg").symlink_to("good.jpg")
-    (pictures / "link_loop.jpg").symlink_to("link_loop.jpg")
-    with (pictures / "huge.jpg").open("wb") as sparse:
+def write_dirty_rows(root: Path) -> None:
+    """Write the images, and rows.jsonl with one row per kind, in order. The last line repeats the id of another row."""
+    folder = root / "images"
+    (folder / "deep/er").mkdir(parents=True)
+    (folder / "folder.jpg").mkdir()
+    for name, make in IMAGES.items():
+        (folder / name).write_bytes(make())
+    (folder / "deep/er/good.jpg").write_bytes(IMAGES["good.jpg"]())
+    (root.parent / "outside.jpg").write_bytes(IMAGES["good.jpg"]())
+    (folder / "link_out.jpg").symlink_to(root.parent / "outside.jpg")
+    (folder / "link_in.jpg").symlink_to("good.jpg")
+    (folder / "link_loop.jpg").symlink_to("link_loop.jpg")
+    with (folder / "huge.jpg").open("wb") as sparse:
         sparse.truncate(MAX_FILE_BYTES + 1)
-    lines = [_line(dirt) for dirt in ALL] + [_line(Dirt("", talk(("human", "Q"), ("gpt", "A"), id="duplicate id")))]
-    (root / "dirt.jsonl").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+    lines = [_line(dirty) for dirty in DIRTY_ROWS] + [
+        _line(DirtyRow("", text_row(("human", "Q"), ("gpt", "A"), id="duplicate id")))
+    ]
+    (root / "rows.jsonl").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
 
 
-def _line(dirt: Dirt) -> str:
-    if isinstance(dirt.row, str):
-        return dirt.row
-    return json.dumps({"id": dirt.kind} | dirt.row)
+def _line(dirty: DirtyRow) -> str:
+    return dirty.row if isinstance(dirty.row, str) else json.dumps({"id": dirty.kind} | dirty.row)
