@@ -1,4 +1,4 @@
-"""Fixtures that tests share: raw data, shard sets made by the real builder, a recipe, a SLURM cluster."""
+"""Shared fixtures: raw data, a shard set of the real builder, a recipe and a SLURM cluster."""
 
 import os
 from collections.abc import Iterator
@@ -9,22 +9,22 @@ import pytest
 from tests.support.slurm import SlurmCluster, missing_programs
 from tests.support.tiny_data import TINY_RECIPE, build_shards, write_raw_data
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: several tests run at a time
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, because several tests run at the same time
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those that wait for SLURM come first, so that no processor is idle at the end."""
+    """Run the tests that wait for SLURM first, so that other tests use the processors meanwhile."""
     items.sort(key=lambda item: not item.path.name.startswith("test_slurm"))
 
 
 @pytest.fixture(scope="session")
 def raw_mix(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_raw_data(tmp_path_factory.mktemp("raw") / "root", num_pictures=26, num_text_only=9)
+    return write_raw_data(tmp_path_factory.mktemp("raw") / "root", num_images=26, num_text_only=9)
 
 
 @pytest.fixture(scope="session")
 def shards(raw_mix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """26 samples with picture and 9 without: with a global batch of 8, six steps an epoch, two of them text-only."""
+    """Build 26 samples with image and 9 without. At global batch 8, two of the six steps per epoch are text-only."""
     return build_shards(raw_mix, tmp_path_factory.mktemp("shards") / "v2")
 
 

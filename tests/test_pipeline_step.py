@@ -26,7 +26,7 @@ def reference(base, tmp_path_factory):
     """Return the gradients and the modality of each step, computed in plain torch."""
     whole = [*base[1:], "optim.micro_batch=8", f"run.dir={tmp_path_factory.mktemp('none')}"]
     steps = train_plainly(load_recipe(base[0], whole))
-    assert {"picture", "text"} == {step.modality for step in steps}
+    assert {"image", "text"} == {step.modality for step in steps}
     return [step.gradients for step in steps], [step.modality for step in steps]
 
 

@@ -223,10 +223,10 @@ def test_the_soak_counts_a_kill_only_if_the_process_was_alive() -> None:
     victim, ended = (subprocess.Popen(sleeper, text=True) for _ in range(2))
     ended.kill()
     ended.wait()
-    assert soak_shards.hit_living(victim.pid)
+    assert soak_shards.kill_if_alive(victim.pid)
     while psutil.Process(victim.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
-    assert not soak_shards.hit_living(victim.pid), "it is dead, and nobody has noticed yet"
+    assert not soak_shards.kill_if_alive(victim.pid), "it is dead, and nobody has noticed yet"
     victim.wait()
     nobody: Any = SimpleNamespace(workers=lambda name: [ended.pid], nodes=[ended])
     for kind in soak_shards.VICTIMS:

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from tests.support.slurm import NODES, REPOSITORY, SlurmCluster, wait_until
-from tests.support.slurm_training import CALM, STORMY, Training, scontrol_fails, write_checkout
+from tests.support.slurm_training import OTHER_NODES, SHARED_NODE, Training, scontrol_fails, write_checkout
 
 GOLDEN = REPOSITORY / "tests/golden"
 
@@ -118,7 +118,7 @@ def test_scancel_ends_a_job_for_good_with_and_without_a_warning(training):
 
 @concurrent
 def test_a_stop_by_hand_has_priority_over_a_later_warning_in_the_same_job_only(training):
-    job = training.submit_and_wait_until_running("goodbye_s=5")  # so that the job is still there for the signal
+    job = training.submit_and_wait_until_running("exit_delay_s=5")  # so that the job is still there for the signal
     (training.run / "control/stop").touch()
     training.slurm.signal(job, "USR1")
     training.assert_end(job, "COMPLETED", restarts=0)
@@ -130,7 +130,7 @@ def test_a_stop_by_hand_has_priority_over_a_later_warning_in_the_same_job_only(t
 
 @concurrent
 def test_a_stop_by_hand_has_priority_over_a_warning_while_the_ranks_exit(training):
-    job = training.submit_and_wait_until_running("goodbye_s=5")
+    job = training.submit_and_wait_until_running("exit_delay_s=5")
     (training.run / "control/stop").touch()
     wait_until(lambda: (training.run / "outcome.json").exists(), "the outcome")
     wait_until(lambda: not (training.run / "control/stop").exists(), "the request to be removed")
@@ -162,8 +162,8 @@ def test_a_save_request_does_not_end_the_job(training):
 
 @concurrent
 def test_a_job_preempted_without_grace_time_is_requeued_by_slurm(training):
-    job = training.submit_and_wait_until_running("restarts=1", node=STORMY[0])
-    training.slurm.preempt(STORMY[0])
+    job = training.submit_and_wait_until_running("restarts=1", node=OTHER_NODES[0])
+    training.slurm.preempt(OTHER_NODES[0])
     training.assert_end(job, "COMPLETED", restarts=1)
     assert training.outcome == "done"
     assert training.reasons == ["submitted", "by SLURM: preempted, or a node was lost"]
@@ -171,8 +171,8 @@ def test_a_job_preempted_without_grace_time_is_requeued_by_slurm(training):
 
 @concurrent
 def test_a_job_preempted_with_grace_time_requeues_itself_until_stopped_by_hand(training):
-    job = training.submit_and_wait_until_running("--partition=graceful", node=STORMY[1])
-    training.slurm.preempt(STORMY[1])
+    job = training.submit_and_wait_until_running("--partition=graceful", node=OTHER_NODES[1])
+    training.slurm.preempt(OTHER_NODES[1])
     wait_until(lambda: not list(training.run.glob("running-*")), "the end of the first start")
     training.wait_until_running()
     assert training.reasons == ["submitted", "preempted"]
@@ -183,15 +183,15 @@ def test_a_job_preempted_with_grace_time_requeues_itself_until_stopped_by_hand(t
 
 @concurrent
 def test_restarts_by_slurm_without_progress_are_limited(training):
-    job = training.submit_and_wait_until_running("stuck=yes", MAX_FRUITLESS="1", node=STORMY[2])
-    training.slurm.preempt(STORMY[2])
+    job = training.submit_and_wait_until_running("stuck=yes", MAX_FRUITLESS="1", node=OTHER_NODES[2])
+    training.slurm.preempt(OTHER_NODES[2])
     log = training.assert_end(job, "FAILED", restarts=1)
     assert f"job {job} started 1 times at step 0 without progress" in log
 
 
 @concurrent
 def test_a_job_leaves_a_drained_node_and_survives_a_lost_node(training):
-    first, second = STORMY[3:5]
+    first, second = OTHER_NODES[3:5]
     elsewhere = ",".join(set(NODES) - {first, second})
     job = training.submit_and_wait_until_running(f"--exclude={elsewhere}", "restarts=2")
     assert training.slurm.job(job)["NodeList"] == first
@@ -242,7 +242,7 @@ def test_failed_and_refused_trainings_are_not_requeued(training):
 @concurrent
 def test_a_refused_second_start_does_not_stop_the_requeues_of_the_first_job(training):
     job = training.submit_and_wait_until_running("restarts=1")
-    second = ("--nodes=1", "--ntasks=2", f"--nodelist={CALM}", sys.executable, "-m", "pipeline.train")
+    second = ("--nodes=1", "--ntasks=2", f"--nodelist={SHARED_NODE}", sys.executable, "-m", "pipeline.train")
     words = ("recipe.toml", f"run.dir={training.run}", "end=refused")
     assert training.slurm.run("srun", *second, *words, cwd=training.checkout, EMMA_JOB=f"{job}0").returncode != 0
     assert (training.run / "control/refused").exists()
@@ -259,7 +259,7 @@ def test_ranks_on_one_and_two_nodes_get_their_environment(training):
     words = ["end=environment", "restarts=0", f"names={','.join(names)}", "--ntasks-per-node=8", "--cpus-per-task=8"]
     for nodes in (1, 2):
         training.run = training.run.with_name(f"run-{nodes}")
-        where = (f"--nodes={nodes}", f"--nodelist={','.join(STORMY[5 : 5 + nodes])}", "--gpus-per-node=8")
+        where = (f"--nodes={nodes}", f"--nodelist={','.join(OTHER_NODES[5 : 5 + nodes])}", "--gpus-per-node=8")
         job = training.submit(*words, *where, "--export=EMMA_ENV")
         training.assert_end(job, "COMPLETED", restarts=0)
         environments = "".join(path.read_text() for path in sorted(training.run.glob("environment-*")))

@@ -1,11 +1,11 @@
-"""Kills builds at random moments, and compares what is there in the end.
+"""Soak test of shard builds: kill them at random moments, and compare the results.
 
     python -m tests.programs.soak_shards --kills 20 --seed 1
 
-The driver, the workers, the whole head or another machine of the cluster is killed, by turns. A build survives the loss
-of workers and machines; after the others the same command runs again on what was left. In the end every tar must equal
-that of a build without accidents, no temporary file may be left, and no shard that was finished may have been built
-again. Root also fills a disk.
+It kills the driver, the workers, the Ray head or another node of the cluster in turn. A build survives the loss of
+workers and nodes; after other kills the same command runs again. In the end every tar must equal that of an undisturbed
+build, no temporary file may be left, and no finished shard may have been built again. If it runs as root, it also
+fills a disk.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def finished(out: Path) -> dict[str, int]:
 
 
 def kill(victim: str, cluster: RayCluster, driver: subprocess.Popen[str]) -> bool:
-    """Whether somebody was hit who lived, while the build did."""
+    """Kill the victim. Return whether a living process was killed before the build ended."""
     if driver.poll() is not None:
         return False
     if victim == "worker":
@@ -73,21 +73,21 @@ def kill(victim: str, cluster: RayCluster, driver: subprocess.Popen[str]) -> boo
         cluster.lose_node(node)
         return lived
     if victim == "head":
-        cluster.head.kill()  # the driver would wait for it until its patience ends
+        cluster.head.kill()  # the driver is killed too, because it would wait for the head
     driver.kill()
     return driver.wait() == -signal.SIGKILL
 
 
 def kill_workers(cluster: RayCluster, driver: subprocess.Popen[str]) -> bool:
-    """Waits for some to be at work: between two shards, and while Ray starts, there are none."""
+    """Wait until workers build shards, and kill them. Return False if the build ends before."""
     while driver.poll() is None:
-        if sum(map(hit_living, cluster.workers("build_shard"))):
+        if sum(map(kill_if_alive, cluster.workers("build_shard"))):
             return True
         time.sleep(0.02)
     return False
 
 
-def hit_living(pid: int) -> bool:
+def kill_if_alive(pid: int) -> bool:
     try:
         process = psutil.Process(pid)
         if process.status() == psutil.STATUS_ZOMBIE:
@@ -99,15 +99,15 @@ def hit_living(pid: int) -> bool:
 
 
 def one_life(cluster: RayCluster, command: list[str], victim: str, after_s: float) -> tuple[bool, bool]:
-    """Whether the build reached its end, and whether somebody was killed before."""
+    """Start the build and kill the victim. Return whether the build ended, and whether a process was killed before."""
     driver = cluster.driver("preprocess/build_shards.py", *command)
     with contextlib.suppress(subprocess.TimeoutExpired):
         driver.wait(timeout=after_s)
-    hit = kill(victim, cluster, driver)
-    said, _ = driver.communicate(timeout=300)
-    assert driver.returncode == (-signal.SIGKILL if hit and victim not in SURVIVED else 0), said
+    killed = kill(victim, cluster, driver)
+    output, _ = driver.communicate(timeout=300)
+    assert driver.returncode == (-signal.SIGKILL if killed and victim not in SURVIVED else 0), output
     wait_until(lambda: not cluster.workers("build_shard"))
-    return driver.returncode == 0, hit
+    return driver.returncode == 0, killed
 
 
 def soak(folder: Path, kills: int, seed: int) -> None:
@@ -119,15 +119,15 @@ def soak(folder: Path, kills: int, seed: int) -> None:
     while killed.total() < kills:
         out = folder / f"build-{builds}"
         one_build(out, arguments(folder / "root", out, gpt_neox(), samples_per_shard=SAMPLES), rng, killed)
-        assert hashes(out) == hashes(expected), "another set"
+        assert hashes(out) == hashes(expected), "the sets differ"
         builds += 1
-    told = ", ".join(f"{killed[victim]} times a {victim}" for victim in VICTIMS)
-    print(f"killed in {builds} builds: {told}; the same bytes, nothing left behind, nothing built again")
+    summary = ", ".join(f"{killed[victim]} times a {victim}" for victim in VICTIMS)
+    print(f"killed in {builds} builds: {summary}; equal bytes, no files left, nothing built twice")
     fill_a_disk(folder, expected)
 
 
 def one_build(out: Path, command: list[str], rng: random.Random, killed: Counter[str]) -> None:
-    """From nothing to the end, however many lives that takes. A new head for each one that is killed."""
+    """Build to the end, with as many starts as that takes, and a new head after each one that was killed."""
     done, seen = False, dict[str, int]()
     while not done:
         with ray_cluster(out.parent) as cluster:
@@ -144,9 +144,9 @@ def one_build(out: Path, command: list[str], rng: random.Random, killed: Counter
 
 
 def fill_a_disk(folder: Path, expected: Path) -> None:
-    """Half of the set fits; then there is room."""
+    """Build on a disk that holds half of the set, then make it larger and build again."""
     if os.geteuid():
-        print("no disk was filled: only root may mount one")
+        print("no disk was filled, because only root may mount one")
         return
     disk = folder / "disk"
     disk.mkdir()
@@ -166,7 +166,7 @@ def fill_a_disk(folder: Path, expected: Path) -> None:
         subprocess.run(["mount", "-o", f"remount,size={4 * size}", disk], check=True)
         done = run_python(*words, timeout=300, RAY_ADDRESS="")
         assert done.returncode == 0, done.stdout + done.stderr
-        assert hashes(disk / "out") == hashes(expected), "another set"
+        assert hashes(disk / "out") == hashes(expected), "the sets differ"
         assert before.items() <= finished(disk / "out").items(), "built again"
     finally:
         subprocess.run(["umount", disk], check=True)

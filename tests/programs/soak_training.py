@@ -1,10 +1,10 @@
-"""Kills a training of two ranks at random moments and in every stage of saving, damages what is there, and goes on.
+"""Soak test of training: kill two ranks at random moments and in every stage of a save, and damage checkpoints.
 
     python -m tests.programs.soak_training --kills 30 --seed 1
 
-After each kill the same command runs again on what was left, at times with the newest checkpoint damaged. In the end
-the weights and moments, and the losses of every step, must be those of a training without accidents, to the bit: then
-no sample was lost or seen twice.
+After each kill the same command runs again, at times with a damaged newest checkpoint. In the end the weights, the
+moments and the losses of every step must equal those of an uninterrupted training bit for bit, which shows that no
+sample was lost or seen twice.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STEPS = 24  # four epochs
 STAGES = [name for name in vars(Stages) if not name.startswith("_")]
 DAMAGES = ("a flipped bit", "a truncated file", "a deleted file", "no `latest`")
 KILLED = "exitcode  : -9"  # in the launcher's report
-LIFE_S = 300.0  # after which a training that has not ended hangs
+LIFE_S = 300.0  # a training that takes longer is considered hung
 
 
 def lines(run: Path) -> list[dict]:
@@ -44,19 +44,19 @@ def lines(run: Path) -> list[dict]:
 
 
 def _parse(line: str) -> dict | None:
-    """None for a line that a kill has cut off."""
+    """Parse a line. Return None for a line that a kill has cut off."""
     with contextlib.suppress(ValueError):
         return json.loads(line)
     return None
 
 
 def losses(run: Path) -> dict[int, set[tuple]]:
-    """Everything that was ever said of a step; said twice, it must be the same."""
-    said: dict[int, set[tuple]] = {}
+    """Return the different values logged for each step. A step that was repeated must have logged the same values."""
+    values: dict[int, set[tuple]] = {}
     for line in lines(run):
         if "event" not in line:
-            said.setdefault(line["step"], set()).add((line["loss/text"], line["loss/align"], line["optim/grad_norm"]))
-    return said
+            values.setdefault(line["step"], set()).add((line["loss/text"], line["loss/align"], line["optim/grad_norm"]))
+    return values
 
 
 def end_state(run: Path) -> dict[tuple[str, str], torch.Tensor]:
@@ -66,7 +66,7 @@ def end_state(run: Path) -> dict[tuple[str, str], torch.Tensor]:
 
 
 def kill_sometime(process: subprocess.Popen[str], run: Path, everything: bool, rng: random.Random) -> bool:
-    """Some time after the first step of this life, all of it or one rank. Whether it was still alive."""
+    """Kill all processes or one rank at a random time after the first step. Return whether any was alive."""
     before, until = len(lines(run)), time.monotonic() + LIFE_S
     while len(lines(run)) <= before + 1 and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
@@ -83,20 +83,20 @@ def kill_sometime(process: subprocess.Popen[str], run: Path, everything: bool, r
 
 
 def one_life(command: list[str | Path], run: Path, rng: random.Random) -> tuple[str, bool]:
-    """How it was to end, and whether it came to its own end instead."""
+    """Start the training once and disturb it. Return how, and whether it reached its end nevertheless."""
     way = rng.choice(["all killed", "one rank killed", *STAGES])
     program = ["tests.programs.killed_training", way] if way in STAGES else ["pipeline.train"]
     process = torchrun(2, ["-m", *program, *command])
     if way not in STAGES:
         kill_sometime(process, run, way == "all killed", rng)
     if process.returncode is None:
-        said, _ = process.communicate(timeout=LIFE_S)
-        assert process.returncode == 0 or KILLED in said, f"{way}: ended by itself, and not well:\n{said}"
+        output, _ = process.communicate(timeout=LIFE_S)
+        assert process.returncode == 0 or KILLED in output, f"{way}: ended with an error of its own:\n{output}"
     return way, process.returncode == 0
 
 
 def damage(run: Path, rng: random.Random) -> str | None:
-    """Of the newest checkpoint, if it is not the only one."""
+    """Sometimes damage the newest checkpoint, unless it is the only one. Return the kind of damage."""
     steps = list_steps(run / "checkpoints")
     if len(steps) < 2 or rng.random() < 0.6:
         return None
@@ -116,7 +116,7 @@ def damage(run: Path, rng: random.Random) -> str | None:
 
 
 def one_training(command: list[str | Path], run: Path, rng: random.Random) -> tuple[Counter[str], Counter[str]]:
-    """From nothing to the end, however many lives that takes: kills and damages."""
+    """Train to the end, with as many starts as that takes. Return the counts of kills and of damages."""
     killed, damaged = Counter[str](), Counter[str]()
     done = False
     while not done:
@@ -131,26 +131,27 @@ def one_training(command: list[str | Path], run: Path, rng: random.Random) -> tu
 
 def soak(folder: Path, kills: int, seed: int) -> None:
     rng, begun = random.Random(seed), time.monotonic()
-    shards = build_shards(write_raw_data(folder / "raw", num_pictures=26, num_text_only=9), folder / "shards")
+    shards = build_shards(write_raw_data(folder / "raw", num_images=26, num_text_only=9), folder / "shards")
     (folder / "tiny.toml").write_text(TINY_RECIPE)
     command: list[str | Path] = [folder / "tiny.toml", f"data.shards={shards}", f"steps={STEPS}"]
     command += ["checkpoint.every_steps=3", "checkpoint.keep_last=3"]
     finish(torchrun(2, ["-m", "pipeline.train", *command, f"run.dir={folder / 'straight'}"]), timeout=LIFE_S)
-    expected, said = end_state(folder / "straight"), losses(folder / "straight")
+    expected_state, expected_losses = end_state(folder / "straight"), losses(folder / "straight")
     killed, damaged, trainings = Counter[str](), Counter[str](), 0
     while killed.total() < kills:
         run = folder / f"run-{trainings}"
         more, hurt = one_training(command, run, rng)
         killed, damaged, trainings = killed + more, damaged + hurt, trainings + 1
-        found = end_state(run)
-        assert found.keys() == expected.keys()
-        assert [name for name in found if not torch.equal(found[name], expected[name])] == [], "other weights"
-        assert losses(run) == said, "other losses"
+        state = end_state(run)
+        assert state.keys() == expected_state.keys()
+        different = [name for name in state if not torch.equal(state[name], expected_state[name])]
+        assert different == [], "the weights or moments differ"
+        assert losses(run) == expected_losses, "the losses differ"
         shutil.rmtree(run)
     minutes = (time.monotonic() - begun) / 60
     print(f"{killed.total()} kills in {trainings} trainings, {minutes:.0f} minutes: {dict(killed)}")
     print(f"damage: {dict(damaged)}")
-    print("the same weights, moments and losses, to the bit")
+    print("the weights, moments and losses are bitwise equal")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The real GPT-NeoX-20B tokenizer, from the copy in tests/golden."""
+"""The published tokenizer of GPT-NeoX-20B, loaded from tests/golden."""
 
 import functools
 import gzip

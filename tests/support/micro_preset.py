@@ -1,6 +1,6 @@
-"""`micro_v2`: a preset small enough for a checkpoint in git; importing this module registers it.
+"""The preset `micro_v2`, small enough for a checkpoint in git. Importing this module registers it.
 
-python -m tests.support.micro_preset pipeline.train RECIPE key=value …     # run a command that then knows the preset
+python -m tests.support.micro_preset pipeline.train RECIPE key=value …      # run a command with the preset
 """
 
 import runpy

@@ -1,4 +1,4 @@
-"""The oracle of training: plain torch in one process, the whole global batch in one forward pass, AdamW."""
+"""Reference training in plain torch: one process, the whole global batch in one forward pass, AdamW."""
 
 from typing import NamedTuple
 
@@ -20,11 +20,11 @@ class Step(NamedTuple):
 
 
 def train_plainly(recipe: Recipe, device: str = "cpu") -> list[Step]:
-    """Every step of a recipe whose global batch is one micro-batch, without DeepSpeed."""
+    """Train a recipe whose global batch is one micro-batch, without DeepSpeed. Return every step."""
     data = TrainData(recipe, Ranks(0, 0, 1, torch.device("cpu")))
     emma, towers, _ = initial_model(recipe)
     emma.to(device)
-    towers.to(device, torch.bfloat16 if device == "cuda" else torch.float32)  # as pipeline.train keeps them
+    towers.to(device, torch.bfloat16 if device == "cuda" else torch.float32)  # as in pipeline.train
     optimizer = torch.optim.AdamW(parameter_groups(emma, recipe.optim.weight_decay), recipe.optim.lr)
     steps = []
     for batch in data.from_step(0):
@@ -37,7 +37,7 @@ def train_plainly(recipe: Recipe, device: str = "cpu") -> list[Step]:
         optimizer.zero_grad(set_to_none=False)
         loss.backward()
         gradients = {name: _gradient(p) for name, p in emma.named_parameters()}
-        steps.append(Step(gradients, loss.item(), "picture" if batch.images else "text"))
+        steps.append(Step(gradients, loss.item(), "image" if batch.images else "text"))
         torch.nn.utils.clip_grad_norm_(emma.parameters(), recipe.optim.clip)
         optimizer.step()
     return steps

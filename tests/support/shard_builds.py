@@ -1,4 +1,4 @@
-"""Rows, mixes, and builds of them in this process: the same code as on Ray, a task at a time."""
+"""Test rows, mixes, and builds of them in this process, which run the code of Ray tasks one task at a time."""
 
 import hashlib
 import json
@@ -17,6 +17,7 @@ PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "rocket", "text")
 
 
 def write_mix(root: Path, sources: list[dict[str, Any]], head: str = "") -> Path:
+    """Write a mix file with one table per source, after the lines in `head`. Return its path."""
     root.mkdir(parents=True, exist_ok=True)
     tables = ["\n".join(["[[source]]", *(f"{key} = {_toml(value)}" for key, value in one.items())]) for one in sources]
     path = root / "mix.toml"
@@ -35,11 +36,12 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> Path:
 
 
 def arguments(root: Path, out: Path, tokenizer: Tokenizer, model: str = "emma_v2", **options: Any) -> list[str]:
+    """Return the command-line arguments that build `root`; `max_reject_ratio=1` becomes `--max-reject-ratio 1`."""
     folder = write_tokenizer(root / "tokenizer", tokenizer)
-    words = [root / "mix.toml", "--model", model, "--root", root, "--out", out, "--tokenizer", folder]
+    values = [root / "mix.toml", "--model", model, "--root", root, "--out", out, "--tokenizer", folder]
     for name, value in options.items():
-        words += [f"--{name.replace('_', '-')}", value]
-    return [str(word) for word in words]
+        values += [f"--{name.replace('_', '-')}", value]
+    return [str(value) for value in values]
 
 
 def exit_code_of(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
@@ -51,11 +53,13 @@ def exit_code_of(main: Callable[[Sequence[str]], int], arguments: Sequence[str])
 
 
 def build_in_process(root: Path, out: Path, tokenizer: Tokenizer, **options: Any) -> Path:
+    """Build a shard set without Ray. Return its folder."""
     assert build_shards.main(arguments(root, out, tokenizer, workers=0, **options)) == 0
     return out
 
 
 def dialogue_row(number: int) -> dict[str, object]:
+    """Return a row with 1 to 3 turns; one row in ten is text-only."""
     row: dict[str, object] = {"id": number, "image": f"{PHOTOGRAPHS[number % 6]}.jpg"}
     if number % 10 == 9:
         del row["image"]
@@ -68,14 +72,14 @@ def talk_row(number: int) -> dict[str, object]:
 
 
 def write_talk(root: Path, num_rows: int) -> Path:
-    """A root of one source, dialogues without pictures."""
+    """Write a data root with one source of text-only dialogues. Return the root."""
     write_mix(root, [{"name": "talk", "format": "llava", "annotations": "rows.json"}])
     (root / "rows.json").write_text(json.dumps([talk_row(number) for number in range(num_rows)]))
     return root
 
 
 def contents(out: Path) -> dict[str, str]:
-    """sha256 of every file of the set; fails if there is anything else."""
+    """Return the sha256 of every file of a shard set. Fail if there are work files left."""
     left = {path.name for path in ShardFolder(out).work.iterdir()}
     assert left == {"lock"}, f"left behind: {left}"
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir() if path.is_file()}

@@ -1,6 +1,6 @@
-"""A real SLURM on this machine for the length of the tests: a controller and nodes with eight GPUs in name only.
+"""A real SLURM cluster on this machine for tests: a controller and eight nodes that claim to have eight GPUs each.
 
-No systemd, no root, no fixed port: the daemons live in a folder of their own and are ended by pid.
+It needs no systemd, no root and no fixed ports. The daemons run in their own folder and are stopped by process id.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from pipeline.demo.processes import free_ports
 REPOSITORY = Path(__file__).parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-NODES = [f"127.0.0.{i}" for i in range(1, 9)]  # names that are addresses: ranks can find the first of theirs
+NODES = [f"127.0.0.{i}" for i in range(1, 9)]  # addresses as names, so that ranks can connect to the first node
 POLL_S = 0.2
 FINISHED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 
 T = TypeVar("T")
 
-# Requeued jobs wait until their old credential has expired: two minutes by default, five seconds here, the least.
-# Jobs are numbered from anywhere on, because ports are made of their numbers: another cluster may run beside this one.
-# A node claims more CPUs than there are, so that eight tasks fit. `urgent` preempts the others by requeueing them.
+# A requeued job waits until its old credential has expired: two minutes by default, here five seconds, the minimum.
+# The first job id is random, because ports depend on job ids and another cluster may run on the same machine.
+# A node claims more CPUs than there are, so that eight tasks fit. Partition `urgent` preempts the others by requeueing.
 SLURM_CONF = """\
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
@@ -71,7 +71,7 @@ def missing_programs() -> list[str]:
 
 
 class SlurmCluster:
-    """Starts on entry, ends on exit; `environment` makes every SLURM command in it talk to this cluster."""
+    """Starts the daemons on entry and stops them on exit. SLURM commands find the cluster through `environment`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -110,7 +110,7 @@ class SlurmCluster:
                 _wait_or_kill(daemon)
 
     def submit(self, *words: str | Path, checkout: Path = REPOSITORY, **environment: str) -> str:
-        """`sbatch …` in a checkout, with this Python; the job's id."""
+        """Run `sbatch WORDS` in a checkout. Return the job id."""
         result = self.run(
             "sbatch", "--parsable", f"--output={self.folder}/%A-%a.log", *words, cwd=checkout, **environment
         )
@@ -122,8 +122,8 @@ class SlurmCluster:
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
     def job(self, job: str) -> dict[str, str]:
-        """What the controller says of a job, by the names of `scontrol show job`."""
-        with self.lock:  # tests that wait side by side ask once
+        """Return the fields that `scontrol show job` prints for a job."""
+        with self.lock:  # one query serves all tests that wait at the same time
             if time.monotonic() - self.asked > POLL_S:
                 self.jobs = {}
                 for line in self._ask("scontrol", "--oneliner", "show", "jobs").splitlines():
@@ -133,11 +133,11 @@ class SlurmCluster:
             return self.jobs.get(job, {})
 
     def wait_for(self, job: str, timeout_s: float = 240) -> str:
-        """The state in which the job ended. A requeued job has not ended."""
+        """Wait for a job to end, including its requeues. Return its final state."""
         return wait_until(lambda: self._end_of(job), f"job {job} to end", timeout_s)
 
     def wait_during(self, job: str, condition: Callable[[], object], what: str) -> None:
-        """Until the condition holds; fails with the job's log if the job ends before."""
+        """Wait for a condition. Fail with the log of the job if the job ends before."""
 
         def look() -> bool:
             assert self._end_of(job) is None, self.log(job)
@@ -149,11 +149,11 @@ class SlurmCluster:
         return Path(self.job(job)["StdOut"]).read_text()
 
     def signal(self, job: str, name: str) -> None:
-        """What SLURM sends when the time limit comes near: to the batch script alone."""
+        """Send a signal to the batch script only, as SLURM does shortly before the time limit."""
         assert self.run("scancel", f"--signal={name}", "--batch", job).returncode == 0
 
     def preempt(self, node: str = NODES[0]) -> None:
-        """Run a job that is more important and wants the whole node."""
+        """Run a job of higher priority that needs the whole node, and wait for its end."""
         self.wait_for(self.submit("--partition=urgent", f"--nodelist={node}", "--cpus-per-task=64", "--wrap=true"))
 
     def update_node(self, node: str, state: str) -> None:
@@ -170,13 +170,15 @@ class SlurmCluster:
         for name in ("state", "gpus", *(f"spool-{node}" for node in NODES)):
             (self.folder / name).mkdir()
         for gpu in range(8):
-            (self.folder / "gpus" / f"nvidia{gpu}").symlink_to("/dev/null")  # a GPU must be a device, and this is one
+            (self.folder / "gpus" / f"nvidia{gpu}").symlink_to(
+                "/dev/null"
+            )  # SLURM requires the file of a GPU to be a device
         controller_port, *ports = free_ports(1 + len(NODES))
         first = random.randrange(1, 1_000_000)
         text = SLURM_CONF.format(
             folder=self.folder, user=getpass.getuser(), controller_port=controller_port, first_job=first
         )
-        nodes = zip(NODES, ports, range(len(NODES)), strict=True)  # the lightest one that is free takes a job
+        nodes = zip(NODES, ports, range(len(NODES)), strict=True)  # SLURM prefers free nodes of low weight
         text += "".join(NODE.format(name=name, port=port, weight=weight + 1) for name, port, weight in nodes)
         (self.folder / "slurm.conf").write_text(text)
         gpus = f"Name=gpu File={self.folder}/gpus/nvidia[0-7]"
@@ -196,7 +198,7 @@ class SlurmCluster:
 
 
 def _name(facts: dict[str, str]) -> str:
-    """As `sbatch` and we call it: a task of an array by the array's id and its own number."""
+    """Return the id of a job, or ARRAY_TASK for a task of an array."""
     return f"{facts['ArrayJobId']}_{facts['ArrayTaskId']}" if "ArrayTaskId" in facts else facts.get("JobId", "")
 
 
@@ -209,10 +211,10 @@ def _wait_or_kill(daemon: subprocess.Popen[bytes]) -> None:
 
 
 def wait_until(condition: Callable[[], T | None], what: str, timeout_s: float = 240) -> T:
-    """The condition's first true value; fails naming what was waited for."""
+    """Wait for a condition and return its first true value. Fail after the time limit, naming `what`."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if value := condition():
             return value
         time.sleep(POLL_S)
-    raise AssertionError(f"waited {timeout_s:.0f} s in vain for {what}")
+    raise AssertionError(f"waited {timeout_s:.0f} s for {what}")

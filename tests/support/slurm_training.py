@@ -1,4 +1,4 @@
-"""Batch jobs of the tests that train in one run folder, with slurm_program.py for the training."""
+"""Batch jobs that train in one run folder, with tests/programs/slurm_training.py in place of the training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.support.slurm import NODES, REPOSITORY, SYSTEM_PATH, SlurmCluster, wait_until
 
-CALM, *STORMY = NODES
+SHARED_NODE, *OTHER_NODES = NODES  # tests that disturb a node use one of the others
 
 RECIPE = """
 import sys
@@ -17,10 +17,10 @@ print(next(word for word in sys.argv if word.startswith("run.dir="))[len("run.di
 
 
 def write_checkout(folder: Path) -> None:
-    """The real scripts and the real control files, with a recipe and a training that start at once."""
+    """Write a checkout with the real scripts and control files, and a recipe and a training that start at once."""
     shutil.copytree(REPOSITORY / "slurm", folder / "slurm")
     (folder / "pipeline").mkdir()
-    (folder / "pipeline/__init__.py").touch()  # else a `pipeline` in the PYTHONPATH would go before this one
+    (folder / "pipeline/__init__.py").touch()  # otherwise a `pipeline` in the PYTHONPATH has priority over this folder
     (folder / "pipeline/recipe.py").write_text(RECIPE)
     (folder / "pipeline/run").mkdir()
     shutil.copy(REPOSITORY / "pipeline/run/control.py", folder / "pipeline/run")
@@ -28,12 +28,12 @@ def write_checkout(folder: Path) -> None:
 
 
 class Training:
-    """Jobs of two tasks that train in one run folder."""
+    """Submits jobs of two tasks that train in one run folder."""
 
     def __init__(self, slurm: SlurmCluster, checkout: Path, run: Path) -> None:
         self.slurm, self.checkout, self.run = slurm, checkout, run
 
-    def submit(self, *words: str, node: str = CALM, **environment: str) -> str:
+    def submit(self, *words: str, node: str = SHARED_NODE, **environment: str) -> str:
         options, overrides = ([w for w in words if w.startswith("--") == dashed] for dashed in (True, False))
         size = ("--gpus-per-node=0", "--ntasks-per-node=2", "--cpus-per-task=1")
         where = () if any("exclude" in word or "nodes" in word for word in options) else (f"--nodelist={node}",)
@@ -52,9 +52,9 @@ class Training:
         return job
 
     def assert_end(self, job: str, state: str, restarts: int) -> str:
-        """The job's log, for more."""
-        ended, log = self.slurm.wait_for(job), self.slurm.log(job)
-        assert (ended, self.slurm.job(job)["Restarts"]) == (state, str(restarts)), log
+        """Wait for the job to end in this state, after this many restarts. Return its log."""
+        end_state, log = self.slurm.wait_for(job), self.slurm.log(job)
+        assert (end_state, self.slurm.job(job)["Restarts"]) == (state, str(restarts)), log
         return log
 
     @property
@@ -63,7 +63,7 @@ class Training:
 
     @property
     def reasons(self) -> list[str]:
-        """Why each start came about."""
+        """The reason of each start, from control/starts.tsv."""
         return [line.split("\t")[3] for line in (self.run / "control/starts.tsv").read_text().splitlines()]
 
 
@@ -78,7 +78,7 @@ exec {scontrol} "$@"
 
 
 def scontrol_fails(training: Training, *commands: str, times: int) -> str:
-    """EMMA_ENV for a job in which scontrol fails so many times in each of the commands. Nobody sleeps in it."""
+    """Return an EMMA_ENV in which scontrol fails this many times in each of the commands, and `sleep` does nothing."""
     folder = training.run.with_name("bin")
     folder.mkdir()
     program = FAILING.format(

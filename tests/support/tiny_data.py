@@ -13,7 +13,7 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 200), 
 
 
 def write_byte_tokenizer(folder: Path) -> Path:
-    """A tokenizer of single bytes, in the published layout, with GPT-NeoX's two special ids."""
+    """Write a byte-level tokenizer in the published layout, with the two special tokens of GPT-NeoX at ids 0 and 1."""
     specials = ["<|endoftext|>", "<|padding|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(specials + alphabet)}, merges=[]))
@@ -25,12 +25,12 @@ def write_byte_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def write_raw_data(root: Path, num_pictures: int, num_text_only: int) -> Path:
-    """Squares on grey, with questions about them, and dialogues without picture; the mix file that names them."""
+def write_raw_data(root: Path, num_images: int, num_text_only: int) -> Path:
+    """Write images of coloured squares, dialogues about them and text-only dialogues. Return the mix file."""
     noise = np.random.Generator(np.random.Philox(key=5))
     (root / "pictures").mkdir(parents=True)
     rows = []
-    for i in range(num_pictures):
+    for i in range(num_images):
         colour = list(COLOURS)[i % len(COLOURS)]
         pixels = np.full((60 + i, 80, 3), 128, np.uint8) + noise.integers(0, 30, (60 + i, 80, 3), np.uint8)
         pixels[10:40, 10 + i : 40 + i] = COLOURS[colour]
@@ -54,6 +54,7 @@ def _turns(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def build_shards(mix: Path, out: Path, model: str = "tiny_v2") -> Path:
+    """Build a shard set from the mix, with a byte-level tokenizer. Return its folder."""
     tokenizer = write_byte_tokenizer(mix.parent / "tokenizer")
     words: list[str | Path] = [mix, "--model", model, "--root", mix.parent, "--out", out, "--tokenizer", tokenizer]
     done = run_python("preprocess/build_shards.py", *words, "--samples-per-shard", "16", "--workers", "0")
