@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from model.errors import UserError
+from preprocess.annotations.dialogue import Format
 from preprocess.strict_toml import Key, Range, parse_table, read_toml
 
-Format = Literal["llava", "lvis", "lrv"]
 Encoding = Literal["jpeg", "raw", "original"]
 
 
