@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from preprocess.strict_toml import Range
+
+REPOSITORY = Path(__file__).resolve().parents[1]  # the checkout, or the folder in which the wheel is installed
 
 Count = Annotated[int, Range(least=0)]
 Positive = Annotated[int, Range(least=1)]

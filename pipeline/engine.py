@@ -15,11 +15,11 @@ import torch
 
 from model.emma import Emma, Losses
 from model.errors import UserError, did_you_mean, first_line
+from pipeline.config import REPOSITORY
 from pipeline.distributed.ranks import Ranks
 from pipeline.optimizer import build_optimizer
 from pipeline.recipe import Recipe
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 OWNED_BY_RECIPE = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from model.errors import UserError
-from pipeline.engine import REPOSITORY
+from pipeline.config import REPOSITORY
 
 Words = Sequence[str | Path]
 

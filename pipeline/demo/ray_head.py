@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 
 from model.errors import UserError
+from pipeline.config import REPOSITORY
 from pipeline.demo.processes import free_ports, kill_process_tree, with_our_programs
-from pipeline.engine import REPOSITORY
 
 START_S, STOP_S = 90, 15
 ATTEMPTS = 3  # on a busy machine, Ray's own time limits can end a head while it starts

@@ -170,7 +170,7 @@ def fill_a_disk(folder: Path, expected: Path) -> None:
         assert before.items() <= finished(disk / "out").items(), "built again"
     finally:
         subprocess.run(["umount", disk], check=True)
-    print(f"a disk was full after {len(before)} shards: one clear line, and the same bytes after there was room")
+    print(f"a disk was full after {len(before)} shards: one line of error, and equal bytes after an enlargement")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.fork_server import ForkedProgram
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.support.fork_server import REPOSITORY, ForkedProgram
 
 Program = subprocess.Popen[str] | ForkedProgram
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.demo.processes import free_ports
+from tests.support.launch import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 NODES = [f"127.0.0.{i}" for i in range(1, 9)]  # addresses as names, so that ranks can connect to the first node
