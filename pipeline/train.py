@@ -166,7 +166,7 @@ def record_end(run: RunFolder, metrics: MetricsLogger, step: int, *, finished: b
     """
     outcome, reason = ("done", "") if finished else ("stopped", run.control.stop_reason())
     metrics.log_event(outcome, step, **({"reason": reason} if reason else {}))
-    run.write_outcome(outcome, step, reason)
+    run.write_outcome(outcome, step=step, reason=reason)
     run.control.clear("stop")
 
 

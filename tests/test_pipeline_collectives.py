@@ -11,7 +11,7 @@ from pipeline.distributed.collectives import run_checks
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import RetryableError
 
-TWO = Ranks(0, 0, 2, torch.device("cpu"))
+TWO = Ranks(rank=0, local_rank=0, world_size=2, device=torch.device("cpu"))
 
 
 def failing(error):

@@ -24,7 +24,7 @@ from tests.support.launch import fork_python
 
 def train_data(recipe_file, shards, world_size=1, rank=0, *overrides):
     recipe = load_recipe(recipe_file, [f"data.shards={shards}", "run.dir=none", *overrides])
-    return TrainData(recipe, Ranks(rank, rank, world_size, torch.device("cpu")))
+    return TrainData(recipe, Ranks(rank=rank, local_rank=rank, world_size=world_size, device=torch.device("cpu")))
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,8 @@ def tell(line):
         print(line)
         loading.kill()
 
-data = TrainData(load_recipe(sys.argv[1], sys.argv[2:]), Ranks(0, 0, 1, torch.device("cpu")))
+alone = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+data = TrainData(load_recipe(sys.argv[1], sys.argv[2:]), alone)
 data.stall_warning = StallWarning(tell, limit_s=0.5)
 batches = data.from_step(0)
 next(batches)
@@ -216,4 +217,5 @@ def test_a_loading_process_that_hangs_and_one_that_is_killed_are_named(recipe_fi
 
 
 def test_another_error_is_not_a_loading_process_that_died():
-    assert worker_death(RuntimeError("any other"), Ranks(0, 0, 1, torch.device("cpu"))) is None
+    alone = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+    assert worker_death(RuntimeError("any other"), alone) is None

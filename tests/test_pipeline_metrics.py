@@ -81,7 +81,7 @@ def test_the_ranks_towers_are_compared_after_every_step_with_pictures(evaluated)
 @pytest.mark.parametrize("why", ["stop", "save", "nonfinite"])
 def test_a_step_after_which_the_run_may_end_has_a_line_though_none_is_due(recipe_file, shards, tmp_path, why):
     recipe = load_recipe(recipe_file, [f"data.shards={shards}", f"run.dir={tmp_path}", "log.every_steps=4"])
-    ranks = Ranks(0, 0, 1, torch.device("cpu"))
+    ranks = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
     data = TrainData(recipe, ranks)
     with MetricsLogger(recipe, ranks, data) as metrics:
         metrics.log_start(0, StartupTimer(), [])

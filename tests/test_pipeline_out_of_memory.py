@@ -12,7 +12,7 @@ from pipeline.recipe import load_recipe
 from pipeline.run import preflight
 from pipeline.run.out_of_memory import explain_out_of_memory
 
-RANKS = Ranks(3, 3, 8, torch.device("cpu"))
+RANKS = Ranks(rank=3, local_rank=3, world_size=8, device=torch.device("cpu"))
 STEP, SAVE = {"step": 10, "loss/text": 1.0}, {"event": "save", "step": 4}
 MISTAKE, LOST = (UserError, "lower optim.micro_batch (now 4)"), (RetryableError, "does another process use this node?")
 

@@ -17,7 +17,7 @@ from pipeline.run import preflight
 from pipeline.run.preflight import Context
 from tests.support.launch import finish, fork_python, fork_ranks
 
-ALONE = Ranks(0, 0, 1, torch.device("cpu"))
+ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 # Two ranks that pretend to be two nodes: each has its own working directory for what must be on every node.
 TWO_NODES = """
@@ -159,7 +159,7 @@ HANGING = """
 import threading, torch
 from pipeline.run.watchdog import time_limit
 from pipeline.distributed.ranks import Ranks
-with time_limit(0.1, "the preflight", Ranks(3, 3, 8, torch.device("cpu"))):
+with time_limit(0.1, "the preflight", Ranks(rank=3, local_rank=3, world_size=8, device=torch.device("cpu"))):
     threading.Event().wait()
 """
 

@@ -94,7 +94,7 @@ def test_steps_with_pictures_and_steps_without_are_not_compared():
 
 def test_a_poisoned_batch_in_a_real_training_stands_out(recipe_file, shards, tmp_path):
     recipe = load_recipe(recipe_file, [f"data.shards={shards}", f"run.dir={tmp_path}", "optim.micro_batch=8"])
-    data = TrainData(recipe, Ranks(0, 0, 1, torch.device("cpu")))
+    data = TrainData(recipe, Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu")))
     batch = next(batch for batch in data.from_step(0) if not batch.images)
     emma, towers, _ = initial_model(recipe)
     optimizer, spikes = torch.optim.AdamW(emma.parameters(), 3e-4), SpikeDetector()

@@ -195,7 +195,7 @@ def loading(recipe_file, tmp_path):
     """A start in a folder whose run had been stopped."""
     (tmp_path / "outcome.json").write_text(json.dumps({"outcome": "stopped", "step": 5, "reason": "by SIGUSR1"}))
     recipe = load_recipe(recipe_file, [f"run.dir={tmp_path}"], planning=True)
-    run = RunFolder(recipe, Ranks(0, 0, 1, torch.device("cpu")))
+    run = RunFolder(recipe, Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu")))
     yield run
     run.lock.close()
 
@@ -220,15 +220,15 @@ def test_a_start_gives_a_sign_of_life_once_it_is_accepted(loading):
 
 
 def test_a_start_that_is_refused_leaves_the_state_as_it_was(loading):
-    loading.write_outcome("failed", None, "optim.lr was 0.001, now 0.003")
+    loading.write_outcome("failed", reason="optim.lr was 0.001, now 0.003")
     assert state_later(loading, 0) == "stopped by SIGUSR1"
-    loading.write_outcome("lost", 0, "rank 0 has ended")
+    loading.write_outcome("lost", step=0, reason="rank 0 has ended")
     assert state_later(loading, 0) == "stopped by SIGUSR1"
 
 
 def test_of_a_start_that_is_lost_before_its_first_step_the_first_word_counts(loading):
     loading.record_failed_start("failed: OSError: no such device")
-    loading.write_outcome("lost", 0, "rank 1 has ended")
+    loading.write_outcome("lost", step=0, reason="rank 1 has ended")
     assert state_later(loading, 0) == "failed: OSError: no such device"
 
 

@@ -201,7 +201,7 @@ def test_of_two_simultaneous_starts_one_is_refused(recipe_file, tmp_path):
     def start() -> RunFolder | UserError:
         barrier.wait()
         try:
-            return RunFolder(recipe, Ranks(0, 0, 1, torch.device("cpu")))
+            return RunFolder(recipe, Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu")))
         except UserError as error:
             return error
 
@@ -247,7 +247,7 @@ def test_each_mistake_of_the_user_is_one_line(recipe_file, shards, tmp_path):
     mistakes = [
         ([], closed, "run", [f"{closed}/index.parquet: Is a directory; check the path"]),
         ([f"engine.ds_config={'long' * 99}.json"], shards, "run", ["File name too long"]),
-        (["optim.learning_rate=1"], shards, "run", ["'learning_rate'", "valid here"]),
+        (["optim.learning_rate=1"], shards, "run", ["'optim.learning_rate'", "valid keys here"]),
         ([], tmp_path / "empty", "run", ["manifest.json", "build_shards.py"]),
         ([], shards, "file/run", ["run.dir", "cannot be written"]),
         (["model=tiny_v1"], shards, "run", ["prompt template is 'base'", "'zephyr'"]),
@@ -301,7 +301,7 @@ def test_an_error_keeps_its_exit_code_if_the_outcome_cannot_be_written(monkeypat
     class OnAFullDisk:
         first_step = 3
 
-        def write_outcome(self, *_):
+        def write_outcome(self, *_, **__):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("pipeline.run.failure.os._exit", sys.exit)

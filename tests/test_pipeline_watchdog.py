@@ -102,7 +102,7 @@ def test_a_dead_rank_ends_the_others_even_without_a_launcher(recipe_file, shards
 def watchdog(recipe_file, tmp_path):
     limits = ["watchdog.slow_factor=10", "watchdog.least_s=20", "watchdog.first_s=500"]
     recipe = load_recipe(recipe_file, [*limits, f"run.dir={tmp_path}"], planning=True)
-    ranks = Ranks(1, 1, 2, torch.device("cpu"))
+    ranks = Ranks(rank=1, local_rank=1, world_size=2, device=torch.device("cpu"))
     run = RunFolder(recipe, ranks)
     run.first_step = 0
     yield Watchdog(run, ranks)

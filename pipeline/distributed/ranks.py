@@ -17,7 +17,7 @@ SLURM_NAMES = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZ
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ranks:
     """Rank and device of this process, and the number of ranks."""
 
@@ -50,7 +50,12 @@ def find_ranks(device: str) -> Ranks:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
     local_rank = int(os.environ["LOCAL_RANK"])
-    return Ranks(int(os.environ["RANK"]), local_rank, int(os.environ["WORLD_SIZE"]), _device(device, local_rank))
+    return Ranks(
+        rank=int(os.environ["RANK"]),
+        local_rank=local_rank,
+        world_size=int(os.environ["WORLD_SIZE"]),
+        device=_device(device, local_rank),
+    )
 
 
 def _device(device: str, local_rank: int) -> torch.device:

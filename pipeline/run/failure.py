@@ -66,7 +66,7 @@ def _exit_with_message(error: CommandError, recipe: Recipe | None, run: RunFolde
 def _record(reason: str, recipe: Recipe | None, run: RunFolder | None, outcome: str) -> None:
     """Write the outcome to the run folder. Report a refused start to the batch script as well."""
     if run is not None:
-        run.write_outcome(outcome, None, reason)
+        run.write_outcome(outcome, reason=reason)
         if run.first_step is not None:
             append_event(run.folder, outcome, None, reason=reason)
     if outcome == "failed" and recipe is not None and (run is None or run.first_step is None):

@@ -68,7 +68,7 @@ class RunFolder:
         if self.ranks.is_main and self.first_step is not None:
             self.heartbeat_file.touch()
 
-    def write_outcome(self, outcome: str, step: int | None, reason: str = "") -> None:
+    def write_outcome(self, outcome: str, *, step: int | None = None, reason: str = "") -> None:
         """Write `outcome.json`, which the batch script and `pipeline.status` read.
 
         Before the start is accepted, the outcome of the previous start is kept, and only `control/starting` changes.

@@ -231,7 +231,7 @@ class Watchdog:
         if self.run.first_step is not None and (self.run.folder / "outcome.json").exists():
             return 1
         print(f"error: {reason}; Python stacks of the ranks are in {self.folder}", file=sys.stderr, flush=True)
-        self.run.write_outcome("lost", self.step, reason)
+        self.run.write_outcome("lost", step=self.step, reason=reason)
         append_event(self.run.folder, "lost", self.step, reason=reason, stacks=str(self.folder))
         return ExitCode.RETRY
 

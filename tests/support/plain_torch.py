@@ -21,7 +21,7 @@ class Step(NamedTuple):
 
 def train_plainly(recipe: Recipe, device: str = "cpu") -> list[Step]:
     """Train a recipe whose global batch is one micro-batch, without DeepSpeed. Return every step."""
-    data = TrainData(recipe, Ranks(0, 0, 1, torch.device("cpu")))
+    data = TrainData(recipe, Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu")))
     emma, towers, _ = initial_model(recipe)
     emma.to(device)
     towers.to(device, torch.bfloat16 if device == "cuda" else torch.float32)  # as in pipeline.train
