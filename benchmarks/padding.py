@@ -63,7 +63,14 @@ def of_shards(folder: Path) -> tuple[Lengths, npt.NDArray[np.bool_]]:
 
 
 def planned(tokens: Lengths, has_image: npt.NDArray[np.bool_], window: int) -> Batches:
-    plan = Plan(tokens, has_image, "0" * 64, seed=0, global_batch=GLOBAL_BATCH, window=window)
+    plan = Plan(
+        text_tokens=tokens,
+        has_image=has_image,
+        manifest_sha256="0" * 64,
+        seed=0,
+        global_batch=GLOBAL_BATCH,
+        window=window,
+    )
     return _contiguous(plan.epoch(0))
 
 

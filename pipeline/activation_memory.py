@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from model.errors import UserError
 from model.vision import Towers
-from pipeline.data.loader import MicroBatch
+from pipeline.data.batch import MicroBatch
 from pipeline.engine import Engine
 from pipeline.flops import GIB
 from pipeline.recipe import Recipe

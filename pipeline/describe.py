@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError, run_cli
+from pipeline.data.plan import count_steps
 from pipeline.flops import CHECKPOINT_BYTES, GIB, STATE_BYTES, count_parameters, flops_per_sample
 from pipeline.metrics.throughput import PEAK_FLOPS
 from pipeline.recipe import Recipe, load_recipe
@@ -72,7 +73,7 @@ def _data_facts(recipe: Recipe) -> dict[str, Any]:
         "text_tokens_per_sample": text,
         "supervised_per_sample": supervised,
         "tokens_per_sample": text + recipe.config.vision.num_patches,
-        "steps": recipe.steps or epochs * (-(-with_image // batch) + -(-text_only // batch)),
+        "steps": recipe.steps or epochs * count_steps(with_image=with_image, text_only=text_only, global_batch=batch),
     }
 
 

@@ -29,8 +29,8 @@ from model.errors import run_cli
 from model.kernels.dispatch import kernel_report
 from model.vision import Towers
 from pipeline.activation_memory import fit_kept_layers
-from pipeline.data.by_source import BySource
-from pipeline.data.loader import GlobalBatch, MicroBatch
+from pipeline.data.batch import GlobalBatch, MicroBatch
+from pipeline.data.by_source import BatchSources
 from pipeline.distributed.ranks import Ranks, find_ranks
 from pipeline.engine import Engine, build_engine, init_distributed
 from pipeline.flops import GIB, flops_per_sample
@@ -175,7 +175,7 @@ def random_batch(recipe: Recipe, size: int, text_tokens: int, world_size: int) -
     targets = tokens.clone()
     targets[:, : text_tokens - int(text_tokens * SUPERVISED_SHARE)] = IGNORE_INDEX
     pixels = torch.randint(0, 256, (size, 3, config.vision.image_px, config.vision.image_px), dtype=torch.uint8)
-    micro_batch = MicroBatch(tokens, targets, pixels, torch.ones(size, dtype=torch.bool))
+    micro_batch = MicroBatch(tokens=tokens, targets=targets, pixels=pixels, real=torch.ones(size, dtype=torch.bool))
     samples = size * world_size
     return GlobalBatch(
         step=0,
@@ -187,7 +187,11 @@ def random_batch(recipe: Recipe, size: int, text_tokens: int, world_size: int) -
         tokens=samples * (text_tokens + config.vision.num_patches),
         padding_ratio=0.0,
         wait_s=0.0,
-        sources=BySource(torch.zeros(1, size, dtype=torch.int64), np.array([samples]), np.array([samples])),
+        sources=BatchSources(
+            rows=torch.zeros(1, size, dtype=torch.int64),
+            samples=np.array([samples]),
+            supervised_tokens=np.array([samples]),
+        ),
     )
 
 

@@ -78,7 +78,7 @@ class Loop:
 
     def _record_anomalies(self, step: int, batch: GlobalBatch, report: StepReport) -> None:
         """Log slow reads of this rank, and spikes of the loss or the gradient norm."""
-        for shard, key, seconds in batch.slow:
+        for shard, key, seconds in batch.slow_reads:
             facts = {"rank": self.run_folder.ranks.rank, "shard": shard, "key": key, "seconds": round(seconds, 1)}
             append_event(self.run_folder.folder, "slow_read", step, **facts)
         for spike in self.spikes.check(report, has_images=batch.images > 0):

@@ -19,7 +19,7 @@ from model.alignment import align_target
 from model.config import EmmaConfig
 from model.emma import Losses
 from model.vision import Towers
-from pipeline.data.loader import GlobalBatch, MicroBatch
+from pipeline.data.batch import GlobalBatch, MicroBatch
 from pipeline.engine import Engine
 from pipeline.recipe import Recipe
 from pipeline.zero import clear_gradients

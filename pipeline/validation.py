@@ -11,7 +11,8 @@ import torch
 
 from model.errors import UserError
 from model.vision import Towers
-from pipeline.data.loader import GlobalBatch, TrainData
+from pipeline.data.batch import GlobalBatch
+from pipeline.data.loader import TrainData
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine import Engine
 from pipeline.recipe import Recipe

@@ -14,8 +14,9 @@ import webdataset
 
 from model.config import IGNORE_INDEX, PAD_ID
 from model.errors import UserError
-from pipeline.data.loader import TrainData, worker_death
+from pipeline.data.loader import TrainData
 from pipeline.data.shard_reader import DamagedShardError, ShardReader
+from pipeline.data.workers import worker_death
 from pipeline.distributed.ranks import Ranks
 from pipeline.recipe import load_recipe
 from preprocess.images.codec import decode_stored_image
@@ -78,13 +79,13 @@ def test_workers_that_start_early_serve_the_expected_step_and_no_other(recipe_fi
     whole = list(train_data(recipe_file, shards).from_step(0))
     data = train_data(recipe_file, shards, 1, 0, "data.workers=2")
     data.start_workers(3)
-    assert data._expected is not None
-    _, early = data._expected
+    assert data._started is not None
+    _, early = data._started
     batches = data.from_step(first)
     found = next(batches)
     assert (found.ids == whole[first].ids).all()
     assert torch.equal(found.micro_batches[0].tokens, whole[first].micro_batches[0].tokens)
-    assert (early._rcvd_idx > 0) is (first == 3)
+    assert (early.batches._rcvd_idx > 0) is (first == 3)
     batches.close()
 
 
@@ -133,7 +134,7 @@ def test_pixels_are_those_that_were_stored(recipe_file, shards, stock_samples):
 def test_shards_of_another_model_are_refused(recipe_file, shards):
     with pytest.raises(UserError, match=r"prompt template is 'base'.*'zephyr'"):
         train_data(recipe_file, shards, 1, 0, "model=tiny_v1")
-    with pytest.raises(UserError, match=r"picture size is 100.*384"):
+    with pytest.raises(UserError, match=r"image size is 100.*384"):
         train_data(recipe_file, shards, 1, 0, "model=emma_v2")
 
 
@@ -145,7 +146,7 @@ def test_shards_of_another_tokenizer_are_refused_whatever_its_folder_is_called(r
     other = tmp_path / "tokenizer"
     other.mkdir()
     (other / "tokenizer.json").write_text((shards / "tokenizer.json").read_text().replace("<|padding|>", "<|filling|>"))
-    with pytest.raises(UserError, match="tokenised with 'tokenizer', expected"):
+    with pytest.raises(UserError, match="tokenized with 'tokenizer', expected"):
         train_data(recipe_file, shards, 1, 0, f"data.tokenizer={other}")
 
 
@@ -179,7 +180,8 @@ def test_a_loading_process_hands_the_error_over(recipe_file, shards, tmp_path):
 # Stops the loading process, kills it once that was told, and tells how the epoch ended; then it waits for more to come.
 ACCIDENTS = """
 import psutil, signal, sys, time, torch
-from pipeline.data.loader import TrainData, worker_death
+from pipeline.data.loader import TrainData
+from pipeline.data.workers import worker_death
 from pipeline.distributed.ranks import Ranks
 from pipeline.distributed.stall_warning import StallWarning
 from pipeline.recipe import load_recipe
@@ -211,9 +213,9 @@ def test_a_loading_process_that_hangs_and_one_that_is_killed_are_named(recipe_fi
     assert done.returncode == 0, done.stderr
     pid, hangs, killed = done.stdout.splitlines()
     where = f"rank 0 on {socket.gethostname()}"
-    assert hangs.startswith(f"{where}: waiting for data from loading process {pid} (stopped) takes longer than")
+    assert hangs.startswith(f"{where}: waiting for data from DataLoader worker {pid} (stopped) takes longer than")
     # What torch raises depends on what the loop was doing.
-    assert re.match(rf"{where}: loading process {pid} (ended|exited|is killed by signal)", killed)
+    assert re.match(rf"{where}: DataLoader worker {pid} (ended|exited|is killed by signal)", killed)
 
 
 def test_another_error_is_not_a_loading_process_that_died():

@@ -84,5 +84,5 @@ def test_the_order_is_the_one_that_it_has_always_been():
 
 
 def test_a_plan_over_nothing_is_refused():
-    with pytest.raises(ValueError, match="no samples"):
+    with pytest.raises(ValueError, match="no samples to plan"):
         make_plan(0)

@@ -59,7 +59,7 @@ def test_the_same_bytes_under_another_time_or_inode_are_the_same_shard(copy, cha
     change(shard)
     after, _ = reader.read(ROW)
     assert after.id == before.id
-    assert reader.stamps[0] == ShardReader(copy).stamps[0]
+    assert reader.fingerprints[0] == ShardReader(copy).fingerprints[0]
 
 
 def test_a_shard_that_vanishes_is_named_with_the_remedy(copy):
@@ -84,7 +84,9 @@ def test_an_index_that_the_disk_fails_to_give_is_not_taken_for_damage_either(cop
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("preprocess.shards.manifest.pq.read_table", fails)
-    with pytest.raises(RetryableError, match=r"cannot read its index.*Input/output error"):
+    with pytest.raises(
+        RetryableError, match=rf"index.parquet: the file system of {socket.gethostname()} fails .*Input/output error"
+    ):
         _ = ShardReader(copy).index
 
 
@@ -107,7 +109,7 @@ def test_a_slow_read_is_kept_with_its_shard_and_its_key(copy):
     reader = ShardReader(copy)
     reader.stall_warning = StallWarning(lambda line: None, limit_s=0.0)
     reader.read(ROW)
-    [(shard, key, seconds)] = reader.slow
+    [(shard, key, seconds)] = reader.slow_reads
     assert (shard, key) == (str(copy / "shard-00000.tar"), "000000003")
     assert seconds > 0
 

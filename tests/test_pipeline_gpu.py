@@ -11,7 +11,7 @@ import torch
 
 from model.weights import load_model
 from pipeline.checkpoint.folder import list_steps
-from pipeline.data.loader import ShardReader
+from pipeline.data.shard_reader import ShardReader
 from pipeline.inference.decoding import answer
 from pipeline.recipe import load_recipe
 from preprocess.prompts import load_tokenizer

@@ -140,7 +140,7 @@ def test_a_step_is_divided_by_source(shards):
     sources = Sources(index)
     assert sources.names == ["squares"]
     ids, mine = np.array([3, 4, 5, -1]), [np.array([3, 4]), np.array([5, -1])]
-    divided = sources.divide(ids, mine)
+    divided = sources.of_batch(ids, mine)
     assert divided.samples.tolist() == [3]
     assert divided.supervised_tokens.tolist() == [sum(index.column("num_supervised_tokens").to_pylist()[3:6])]
     assert divided.rows.tolist() == [[0, 0], [0, 0]]

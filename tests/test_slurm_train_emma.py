@@ -132,7 +132,7 @@ def test_a_training_on_two_nodes_survives_a_killed_loading_process(slurm, submit
     loading = next(child for child in children if "--multiprocessing-fork" in command_line(child))
     loading.kill()
     assert_done(slurm, job, run, restarts=1)
-    assert f"loading process {loading.pid} " in slurm.log(job)
+    assert f"DataLoader worker {loading.pid} " in slurm.log(job)
     assert "Traceback" not in slurm.log(job)
     assert sorted(set(steps_of(run))) == list(range(1, STEPS + 1))
 

@@ -1,4 +1,4 @@
-"""Which source dataset each sample comes from, so that losses can be told apart by it."""
+"""Source datasets of samples, so that losses and sample counts can be logged by source."""
 
 from __future__ import annotations
 
@@ -15,30 +15,42 @@ import torch
 from pipeline.data.plan import FILLER, Ids
 
 
-@dataclass(frozen=True)
-class BySource:
-    """A global batch by source: the sources are numbered as in `Sources.names`."""
+@dataclass(frozen=True, kw_only=True)
+class BatchSources:
+    """The sources of a global batch, numbered as in `Sources.names`.
 
-    rows: torch.Tensor  # of this rank: [micro-batches, b] int64; a filler row has any number
-    samples: npt.NDArray[np.int64]  # [sources], of all ranks
-    supervised_tokens: npt.NDArray[np.int64]  # [sources], of all ranks
+    Attributes:
+        rows: [micro-batches, b] int64, the source of each row of this rank. Filler rows have an arbitrary source.
+        samples: [sources], samples of all ranks.
+        supervised_tokens: [sources], supervised tokens of all ranks.
+    """
+
+    rows: torch.Tensor
+    samples: npt.NDArray[np.int64]
+    supervised_tokens: npt.NDArray[np.int64]
 
 
 class Sources:
-    """The sources of an index, by name and in that order."""
+    """The sources in an index. `names` is sorted."""
 
     def __init__(self, index: Any):
         column = index.column("source")
         self.names: list[str] = sorted(pc.unique(column).to_pylist())
         self.of_row = pc.index_in(column.cast(pa.string()), pa.array(self.names)).to_numpy().astype(np.int64)
-        self.supervised = index.column("num_supervised_tokens").to_numpy()
+        self.supervised_tokens = index.column("num_supervised_tokens").to_numpy()
 
-    def divide(self, ids: Ids, mine: Sequence[Ids]) -> BySource:
-        """`ids`: rows of the index that make the step, FILLER among them; `mine`: this rank's, per micro-batch."""
+    def of_batch(self, ids: Ids, rank_ids: Sequence[Ids]) -> BatchSources:
+        """Return the sources of a global batch.
+
+        Args:
+            ids: rows of the index that make up the global batch, with FILLER.
+            rank_ids: the same for each micro-batch of this rank.
+        """
         real = ids[ids != FILLER]
-        counted = {"minlength": len(self.names)}
-        return BySource(
-            rows=torch.from_numpy(self.of_row[np.stack(mine)]),
-            samples=np.bincount(self.of_row[real], **counted),
-            supervised_tokens=np.bincount(self.of_row[real], self.supervised[real], **counted).astype(np.int64),
+        source, count = self.of_row[real], len(self.names)
+        supervised = np.bincount(source, self.supervised_tokens[real], minlength=count)
+        return BatchSources(
+            rows=torch.from_numpy(self.of_row[np.stack(rank_ids)]),
+            samples=np.bincount(source, minlength=count),
+            supervised_tokens=supervised.astype(np.int64),
         )

@@ -1,7 +1,7 @@
-"""Which samples make which step: a pure function of (manifest, seed, epoch, step).
+"""Training plan: the samples of each optimizer step, as a pure function of (manifest, seed, epoch, step).
 
 Every global batch is of one modality, so that all ranks run the same modules. World size, micro-batch and number of
-loading processes only choose a slice of it: to go on, the plan needs one number, the optimizer step.
+DataLoader workers only choose slices of it. A resumed run therefore needs nothing but the number of the step.
 """
 
 from __future__ import annotations
@@ -14,14 +14,24 @@ import numpy as np
 import numpy.typing as npt
 
 Ids = npt.NDArray[np.int64]
-FILLER = -1  # stands in the last, incomplete batch of a modality; its rows count for nothing
+FILLER = -1  # fills up the last batch of each modality; filler rows have no effect on the loss
 
 
-@dataclass(frozen=True, eq=False)
+def count_steps(*, with_image: int, text_only: int, global_batch: int) -> int:
+    """Return the number of steps of an epoch over so many samples, since a global batch holds one modality."""
+    return -(-with_image // global_batch) + -(-text_only // global_batch)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Plan:
-    """`text_tokens` [N] and `has_image` [N] describe the samples by their row in the index.
+    """The order of training.
 
-    Raises: ValueError if there is no sample at all.
+    Attributes:
+        text_tokens: [N], number of text tokens of each sample, by its row in the index.
+        has_image: [N], whether the sample has an image.
+        window: number of global batches inside which samples are sorted by length.
+
+    Raises: ValueError if there are no samples.
     """
 
     text_tokens: npt.NDArray[np.int32]
@@ -33,19 +43,25 @@ class Plan:
 
     def __post_init__(self) -> None:
         if not len(self.text_tokens):
-            raise ValueError("a plan over no samples")
+            raise ValueError("no samples to plan")
 
     @property
     def steps_per_epoch(self) -> int:
-        return sum(-(-int(count) // self.global_batch) for count in (self.has_image.sum(), (~self.has_image).sum()))
+        with_image = int(self.has_image.sum())
+        text_only = len(self.has_image) - with_image
+        return count_steps(with_image=with_image, text_only=text_only, global_batch=self.global_batch)
 
     def step(self, step: int) -> Ids:
-        """Rows of the index that make optimizer step `step` (0-based, over all epochs): [global_batch], FILLER last."""
+        """Return the rows of the index that make up a step: [global_batch], FILLER last.
+
+        Args:
+            step: number of the optimizer step, from 0 over all epochs.
+        """
         epoch, position = divmod(step, self.steps_per_epoch)
         return self.epoch(epoch)[position]
 
     def epoch(self, epoch: int) -> npt.NDArray[np.int64]:
-        """All global batches of one epoch, in order: [steps_per_epoch, global_batch]. Each sample stands there once."""
+        """Return the global batches of an epoch in order: [steps_per_epoch, global_batch]. Each sample occurs once."""
         return _epoch(self, epoch)
 
     def _batches(self, epoch: int) -> npt.NDArray[np.int64]:
@@ -53,14 +69,14 @@ class Plan:
         batches = np.concatenate([self._windows(rows, f"{epoch}:{kind}") for kind, rows in enumerate(modalities)])
         batches = batches[_permutation(len(batches), f"{self._stream}:{epoch}:batches")]
         if epoch == 0:
-            # The longest first: if memory runs out, it does so in the first step.
+            # The longest batch comes first, so that memory runs out in the first step or never.
             cost = np.where(batches >= 0, self.text_tokens[batches], 0).max(axis=1)
             longest = int(np.argmax(cost + (1 << 20) * self.has_image[batches[:, 0]]))
             batches[[0, longest]] = batches[[longest, 0]]
         return batches
 
     def _windows(self, rows: Ids, stream: str) -> npt.NDArray[np.int64]:
-        """Permute, sort by length inside each window of `window` global batches, cut into global batches."""
+        """Permute rows of one modality, sort them by length inside each window, and cut them into global batches."""
         rows = rows[_permutation(len(rows), f"{self._stream}:{stream}")]
         size = self.window * self.global_batch
         windows = [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -74,7 +90,10 @@ class Plan:
 
 
 def rank_slices(ids: Ids, rank: int, world_size: int, micro_batch: int) -> list[Ids]:
-    """The micro-batches of one rank, in order; neighbours in length meet in the same forward pass of all ranks."""
+    """Return the micro-batches of one rank, in order.
+
+    A forward pass takes consecutive rows on all ranks, so that rows of similar length are padded together.
+    """
     return list(ids.reshape(-1, world_size, micro_batch)[:, rank])
 
 
@@ -84,6 +103,9 @@ def _epoch(plan: Plan, epoch: int) -> npt.NDArray[np.int64]:
 
 
 def _permutation(count: int, stream: str) -> Ids:
-    """Of range(count), from the stream's name. Philox's raw output never changes between NumPy versions."""
+    """Return a permutation of range(count), seeded by the name of the stream.
+
+    It uses Philox's raw output, which is the same in all versions of NumPy.
+    """
     key = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:16], "little")
     return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable").astype(np.int64)

@@ -1,7 +1,7 @@
-"""Samples by their place in the index: random access into the tars, and nothing is skipped.
+"""Shard reader: random access to samples by their offsets in the index.
 
-A sample that cannot be read is an error that says what to do. Shards that change while a run reads them are noticed: by
-size, time and inode at every read, and held to the manifest's hash if those differ.
+A sample that cannot be read raises an error; nothing is skipped. The reader also notices shards that change while a run
+uses them: it compares size, time and inode at every read and, where they differ, the manifest's sha256.
 """
 
 from __future__ import annotations
@@ -11,53 +11,60 @@ import functools
 import os
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import UserError
+from model.errors import UserError, oserror_remedy
 from model.hashing import file_sha256
 from pipeline.distributed.stall_warning import StallWarning
-from pipeline.errors import RetryableError
+from pipeline.errors import RetryableError, retryable_oserrors
 from preprocess.rejects import Rejected
 from preprocess.shards.folder import ShardFolder
 from preprocess.shards.manifest import Manifest, load_index
 from preprocess.shards.sample import Sample, from_payloads, sample_pixels
 
 Pixels = npt.NDArray[np.uint8]
-Stamp = tuple[int, int, int, bool]
-PARTS = ("tokens", "meta", "image")  # of a sample, as the index names them
-FOR_PEOPLE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+Fingerprint = tuple[int, int, int, bool]  # size, modification time, inode, whether the file still has a name
+PARTS = ("tokens", "meta", "image")  # members of a sample; the index has `<part>_offset` and `<part>_bytes` of each
 
 
 class DamagedShardError(UserError):
-    """One rank met it, the others did not."""
+    """A sample cannot be read. Unlike other errors of the user, it may occur on one rank alone."""
+
+
+class SlowRead(NamedTuple):
+    """A read that took longer than the limit of `StallWarning`."""
+
+    shard: str
+    key: str
+    seconds: float
 
 
 class ShardReader:
-    """Opens each tar once per process; safe to send to another process.
+    """Read samples by their row in the index.
 
-    `slow`: (shard, key, seconds) of reads that took long, for the caller to take away.
+    Each process opens each shard once. A pickled reader, as a DataLoader worker receives it, opens its own files.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = ShardFolder(Path(folder))
         self.manifest = Manifest.load(self.folder)
-        self.stamps = [_stamp_of(self.folder.file(shard.name)) for shard in self.manifest.shards]
-        self._begin()
+        self.fingerprints = [_path_fingerprint(self.folder.file(shard.name)) for shard in self.manifest.shards]
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self.files: dict[int, int] = {}
         self.stall_warning = StallWarning()
-        self.slow: list[tuple[str, str, float]] = []
+        self.slow_reads: list[SlowRead] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "manifest": self.manifest, "stamps": self.stamps}
+        return {"folder": self.folder, "manifest": self.manifest, "fingerprints": self.fingerprints}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        self._begin()
+        self._reset()
 
     def __del__(self) -> None:
         for file in self.__dict__.get("files", {}).values():
@@ -65,88 +72,108 @@ class ShardReader:
 
     @functools.cached_property
     def index(self) -> Any:
-        try:
+        with retryable_oserrors(self.folder.index):
             return load_index(self.folder)
-        except OSError as error:
-            raise RetryableError(f"{self.folder}: {socket.gethostname()} cannot read its index ({error})") from error
 
     @functools.cached_property
     def columns(self) -> dict[str, np.ndarray]:
-        names = ["shard", *(f"{part}_{what}" for part in PARTS for what in ("offset", "bytes"))]
+        names = ["shard", *(f"{part}_{field}" for part in PARTS for field in ("offset", "bytes"))]
         return {name: self.index.column(name).to_numpy() for name in names}
 
-    def read(self, row: int) -> tuple[Sample, Pixels | None]:
-        """A sample and its picture [h, w, 3].
+    def pop_slow_reads(self) -> tuple[SlowRead, ...]:
+        """Return the slow reads since the last call."""
+        slow_reads, self.slow_reads = tuple(self.slow_reads), []
+        return slow_reads
 
-        Raises: DamagedShardError naming shard, key and the remedy; RetryableError if the file system fails.
+    def read(self, row: int) -> tuple[Sample, Pixels | None]:
+        """Read a sample, and decode its image to [h, w, 3].
+
+        Raises:
+            DamagedShardError: The sample is damaged or missing. The message names the shard, the key and the remedy.
+            RetryableError: The file system failed.
         """
         try:
-            tokens, meta, image = self._payloads(row)
+            tokens, meta, image = self._read_parts(row)
             sample = from_payloads(self._key(row), tokens, meta, image or None)
             return sample, sample_pixels(sample, self.manifest.image["px"]) if image else None
         except (OSError, EOFError, ValueError, KeyError, TypeError, Rejected) as error:
-            place = f"{self._path(self.columns['shard'][row])}: sample {self._key(row)} cannot be read"
-            if isinstance(error, OSError) and error.errno not in (None, *FOR_PEOPLE):
-                raise RetryableError(f"{place}: the file system of {socket.gethostname()} fails ({error})") from error
+            message = f"{self._path(self.columns['shard'][row])}: sample {self._key(row)} cannot be read"
+            if _is_transient(error):
+                raise RetryableError(f"{message}: the file system of {socket.gethostname()} fails ({error})") from error
             raise DamagedShardError(
-                f"{place} ({error}); find the damage with `python -m preprocess.shardset verify {self.folder}`, "
+                f"{message} ({error}); find the damage with `python -m preprocess.shardset verify {self.folder}`, "
                 "delete what it names and build the shards again"
             ) from error
 
-    def _payloads(self, row: int) -> list[bytes]:
-        number = int(self.columns["shard"][row])
-        path, key = self._path(number), self._key(row)
+    def _read_parts(self, row: int) -> list[bytes]:
+        shard = int(self.columns["shard"][row])
+        path, key = self._path(shard), self._key(row)
         with self.stall_warning.warn_if_slow(lambda: f"{path}: reading sample {key}") as slow:
-            file = self._file(number)
-            places = [(self.columns[f"{part}_offset"][row], self.columns[f"{part}_bytes"][row]) for part in PARTS]
-            payloads = [_payload(file, int(offset), int(size)) for offset, size in places]
-        self.slow += [(str(path), key, seconds) for seconds in slow]
-        return payloads
+            file = self._open(shard)
+            extents = [
+                (int(self.columns[f"{part}_offset"][row]), int(self.columns[f"{part}_bytes"][row])) for part in PARTS
+            ]
+            parts = [_pread(file, offset, size) for offset, size in extents]
+        self.slow_reads += [SlowRead(str(path), key, seconds) for seconds in slow]
+        return parts
 
-    def _path(self, number: int) -> Path:
-        return self.folder.file(self.manifest.shards[number].name)
+    def _path(self, shard: int) -> Path:
+        return self.folder.file(self.manifest.shards[shard].name)
 
     def _key(self, row: int) -> str:
         return str(self.index.column("key")[row])
 
-    def _file(self, number: int) -> int:
-        """The open shard; opened again, and held to its hash, if it is not the file that it was when the run began."""
-        file = self.files.get(number)
+    def _open(self, shard: int) -> int:
+        """Return the open file of a shard. If it is no longer the file of the run's start, reopen and hash it.
+
+        Raises: ValueError if its content changed.
+        """
+        file = self.files.get(shard)
         if file is not None:
-            if _is_still(file, self.stamps[number]):
+            current = _file_fingerprint(file)
+            if current is not None and current == self.fingerprints[shard]:
                 return file
-            os.close(self.files.pop(number))
-        path = self._path(number)
-        file = self.files[number] = os.open(path, os.O_RDONLY)
-        stamp = _stamp(os.fstat(file))
-        if stamp != self.stamps[number]:
-            if file_sha256(path) != self.manifest.shards[number].sha256:
-                raise ValueError("the shard was replaced after the run began, and is not what the manifest says")
-            self.stamps[number] = stamp
+            os.close(self.files.pop(shard))
+        path = self._path(shard)
+        file = self.files[shard] = os.open(path, os.O_RDONLY)
+        fingerprint = _fingerprint(os.fstat(file))
+        if fingerprint != self.fingerprints[shard]:
+            if file_sha256(path) != self.manifest.shards[shard].sha256:
+                raise ValueError(
+                    "the shard was replaced after the run began, and its content differs from the manifest"
+                )
+            self.fingerprints[shard] = fingerprint
         return file
 
 
-def _payload(file: int, offset: int, size: int) -> bytes:
+def _is_transient(error: Exception) -> bool:
+    """Return whether the disk, not the data, is at fault. Decoders raise an OSError without errno for damaged data."""
+    if not isinstance(error, OSError) or error.errno in (None, errno.ENOENT):
+        return False
+    return oserror_remedy(error) is None
+
+
+def _pread(file: int, offset: int, size: int) -> bytes:
     data = os.pread(file, size, offset)
     if len(data) != size:
         raise EOFError(f"it has {len(data)} of {size} bytes at {offset}")
     return data
 
 
-def _stamp(about: os.stat_result) -> Stamp:
-    """What changes when a file is written to, or another one takes its name."""
-    return about.st_size, about.st_mtime_ns, about.st_ino, about.st_nlink > 0
+def _fingerprint(stat: os.stat_result) -> Fingerprint:
+    """Return what changes when a file is written to, or when another file replaces it."""
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_nlink > 0
 
 
-def _is_still(file: int, stamp: Stamp | None) -> bool:
+def _file_fingerprint(file: int) -> Fingerprint | None:
     try:
-        return _stamp(os.fstat(file)) == stamp
+        return _fingerprint(os.fstat(file))
     except OSError:
-        return False  # a network file system may forget a file that was replaced
+        return None  # a network file system may no longer know a file that was replaced
 
 
-def _stamp_of(path: Path) -> Stamp | None:
+def _path_fingerprint(path: Path) -> Fingerprint | None:
     try:
-        return _stamp(path.stat())
+        return _fingerprint(path.stat())
     except OSError:
-        return None  # the preflight has told, or it will be read in vain
+        return None  # reported by the preflight, or by the first read

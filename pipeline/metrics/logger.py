@@ -22,7 +22,8 @@ from typing import Any, TextIO
 
 import torch
 
-from pipeline.data.loader import GlobalBatch, TrainData
+from pipeline.data.batch import GlobalBatch
+from pipeline.data.loader import TrainData
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import convert_oserrors
 from pipeline.flops import GIB

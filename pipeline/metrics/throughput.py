@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from model.config import EmmaConfig
-from pipeline.data.loader import GlobalBatch
+from pipeline.data.batch import GlobalBatch
 from pipeline.distributed.ranks import Ranks
 from pipeline.flops import flops_per_sample, mamba_layer_flops
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.loader import GlobalBatch
+from pipeline.data.batch import GlobalBatch
 from pipeline.metrics.throughput import UsefulFlops
 from pipeline.recipe import Recipe
 from pipeline.step import StepReport, text_weights

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from model.errors import CommandError, ExitCode, UserError, first_line
-from pipeline.data.loader import worker_death
 from pipeline.data.shard_reader import DamagedShardError
+from pipeline.data.workers import worker_death
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import RetryableError, from_oserror
 from pipeline.metrics.logger import append_event

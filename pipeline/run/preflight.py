@@ -28,7 +28,9 @@ from model.kernels.dispatch import kernel_report
 from model.vision import tower_file
 from pipeline.checkpoint.folder import CHECKPOINTS, REFUSED, find_leftovers, list_steps
 from pipeline.checkpoint.retention import count_kept_forever
-from pipeline.data.loader import check_shards_match_model, prefetched_bytes
+from pipeline.data.compatibility import check_shards_match_model
+from pipeline.data.plan import count_steps
+from pipeline.data.workers import prefetched_bytes
 from pipeline.distributed.collectives import run_checks
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine import compose_config
@@ -261,7 +263,9 @@ def check_checkpoint_space(context: Context) -> str:
 
 
 def _total_steps(recipe: Recipe, manifest: Manifest) -> int:
-    """Compute the number of steps as the plan does: the samples of each modality fill their own global batches."""
-    counts = manifest.counts
-    modalities = (counts["text_only"], counts["samples"] - counts["text_only"])
-    return recipe.steps or recipe.data.epochs * sum(-(-each // recipe.optim.global_batch) for each in modalities)
+    steps_per_epoch = count_steps(
+        with_image=manifest.counts["with_image"],
+        text_only=manifest.counts["text_only"],
+        global_batch=recipe.optim.global_batch,
+    )
+    return recipe.steps or recipe.data.epochs * steps_per_epoch

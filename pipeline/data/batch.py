@@ -1,0 +1,90 @@
+"""Batches: the micro-batch of one forward pass, the global batch of one optimizer step, and how rows are collated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from model.config import IGNORE_INDEX, PAD_ID
+from pipeline.data.by_source import BatchSources
+from pipeline.data.plan import Ids
+from pipeline.data.shard_reader import Pixels, SlowRead
+from preprocess.shards.sample import Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """The rows that one rank processes in one forward pass.
+
+    Attributes:
+        tokens: [b, t] int64, padded on the right.
+        targets: [b, t] int64, IGNORE_INDEX where not supervised.
+        pixels: [b, 3, h, w] uint8, None for text-only batches. Channels come last in memory until `to`.
+        real: [b] bool, False for filler rows, which have no effect on the loss.
+        slow_reads: reads that were slow while the rows were loaded.
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    pixels: torch.Tensor | None
+    real: torch.Tensor
+    slow_reads: tuple[SlowRead, ...] = ()
+
+    def to(self, device: torch.device) -> MicroBatch:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True).contiguous())
+
+    def pin_memory(self) -> MicroBatch:
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        changed: dict[str, Any] = {n: function(v) for n, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **changed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalBatch:
+    """One rank's micro-batches of an optimizer step, with totals over all ranks that are known from the index.
+
+    Attributes:
+        ids: rows of the index, of all ranks, without filler.
+        tokens: visual and text tokens, without padding.
+        padding_ratio: share of the computed positions that are padding, including the wait for the longest rank.
+        wait_s: how long the training loop waited for this batch.
+        slow_reads: slow reads of this rank.
+    """
+
+    step: int
+    micro_batches: list[MicroBatch]
+    ids: Ids
+    samples: int
+    images: int
+    supervised_tokens: int
+    tokens: int
+    padding_ratio: float
+    wait_s: float
+    sources: BatchSources
+    slow_reads: tuple[SlowRead, ...] = ()
+
+
+def collate(rows: list[tuple[Sample, Pixels | None]], real: npt.NDArray[np.bool_]) -> MicroBatch:
+    """Collate rows of one modality into a micro-batch, padded on the right to the longest row.
+
+    Args:
+        real: [b], False for filler rows. Their targets are not supervised.
+    """
+    shape = (len(rows), max(len(sample.tokens) for sample, _ in rows))
+    tokens, targets = torch.full(shape, PAD_ID), torch.full(shape, IGNORE_INDEX)
+    for i, (sample, _) in enumerate(rows):
+        ids = torch.from_numpy(sample.tokens.astype(np.int64))
+        tokens[i, : len(ids)] = ids
+        for start, end in sample.spans if real[i] else ():
+            targets[i, start:end] = ids[start:end]
+    images = [pixels for _, pixels in rows if pixels is not None]
+    assert len(images) in (0, len(rows)), "a global batch is of one modality"
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) if images else None
+    return MicroBatch(tokens=tokens, targets=targets, pixels=pixels, real=torch.from_numpy(real))

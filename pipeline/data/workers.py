@@ -1,0 +1,125 @@
+"""DataLoader workers of one rank: starting them, waiting for them, and explaining how one died."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import weakref
+from multiprocessing.connection import wait
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.data.batch import MicroBatch
+from pipeline.distributed.processes import PROBLEM_STATES, process_state
+from pipeline.distributed.ranks import Ranks
+from pipeline.errors import RetryableError
+from pipeline.recipe import Recipe
+
+PREFETCH = 4  # micro-batches that each worker keeps ready
+EXIT_GRACE_S = 5.0  # a worker whose connection breaks is looked for among those that exit within this time
+WORKER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) ([^.]+)")  # torch's RuntimeError
+PIN_THREAD_DIED = "Pin memory thread exited unexpectedly"
+
+
+class Workers:
+    """Iterate over `dataset[items]` in order, loaded ahead by `data.workers` processes.
+
+    The processes start at once. With `data.workers=0` this process loads each item when it is needed.
+    """
+
+    def __init__(self, dataset: Dataset, items: range, recipe: Recipe, ranks: Ranks):
+        self.ranks = ranks
+        num_workers = recipe.data.workers
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=items,
+            num_workers=num_workers,
+            pin_memory=ranks.device.type == "cuda",
+            # A fork of a process with threads (Gloo's, NCCL's) can hang, and a fork server would outlive a kill.
+            multiprocessing_context="spawn" if num_workers else None,
+            prefetch_factor=PREFETCH if num_workers else None,
+            worker_init_fn=_ignore_sigterm,
+        )
+        # Workers, and Python's resource tracker, inherit the mask: a SIGUSR1 to the whole job is meant for the rank.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        try:
+            self.batches: Any = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    @property
+    def processes(self) -> list[Any]:
+        return list(getattr(self.batches, "_workers", ()))
+
+    def close(self) -> None:
+        """End the processes, even if the traceback of an error keeps this object alive.
+
+        Otherwise Python would wait for them forever at exit, because they ignore its SIGTERM.
+        """
+        self.batches = None
+
+    def next(self) -> MicroBatch:
+        """Return the next micro-batch.
+
+        Raises:
+            DamagedShardError: A sample cannot be read.
+            RetryableError: The file system failed, or a worker died while it handed its tensors over.
+        """
+        try:
+            item = next(self.batches)
+        except (OSError, EOFError) as error:
+            pids = {process.sentinel: process.pid for process in self.processes}
+            exited = ", ".join(str(pids[sentinel]) for sentinel in wait(list(pids), timeout=EXIT_GRACE_S))
+            raise _worker_died_error(self.ranks, exited, f"ended ({error})") from error
+        if isinstance(item, Exception):  # returned rather than raised: see MicroBatchDataset
+            raise item
+        return item
+
+
+def describe_wait(ranks: Ranks, workers: weakref.ref[Workers]) -> str:
+    """Describe what a rank waits for: its workers by process id, with those that are stopped, dead or blocked.
+
+    The reference is weak because the stall warning keeps it, and the workers must end with their last user.
+    """
+    alive = workers()
+    described = []
+    for process in alive.processes if alive else ():
+        state = PROBLEM_STATES.get(process_state(process.pid))
+        described.append(f"{process.pid} ({state})" if state else str(process.pid))
+    source = f" from DataLoader worker {', '.join(described)}" if described else ""
+    return f"rank {ranks.rank} on {socket.gethostname()}: waiting for data{source}"
+
+
+def worker_death(error: RuntimeError, ranks: Ranks) -> RetryableError | None:
+    """Return the error to report if `error` means that a worker died, otherwise None.
+
+    torch raises it in any line of the training, from its handler of SIGCHLD.
+    """
+    if PIN_THREAD_DIED in str(error):  # torch's pinning thread noticed the death first
+        return RetryableError(
+            f"rank {ranks.rank} on {socket.gethostname()}: a DataLoader worker or its pinning thread ended"
+        )
+    matches = WORKER_DIED.match(str(error))
+    return _worker_died_error(ranks, *matches.groups()) if matches else None
+
+
+def _worker_died_error(ranks: Ranks, pid: str, how: str) -> RetryableError:
+    return RetryableError(
+        f"rank {ranks.rank} on {socket.gethostname()}: DataLoader worker {pid} {how}; "
+        "if memory ran out, lower data.workers"
+    )
+
+
+def prefetched_bytes(recipe: Recipe) -> int:
+    """Return the shared memory that one rank's workers fill with prefetched micro-batches of images."""
+    config = recipe.config
+    sample = 3 * config.vision.image_px**2 + 2 * 8 * config.max_text_tokens
+    return recipe.data.workers * PREFETCH * recipe.optim.micro_batch * sample
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """Ignore SLURM's preemption signal, because the rank still needs its workers until it has saved and stopped."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
