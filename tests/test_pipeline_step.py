@@ -8,6 +8,7 @@ import torch
 from pipeline.checkpoint.folder import folder_name
 from pipeline.checkpoint.layout import Layout
 from pipeline.recipe import load_recipe
+from pipeline.step import LossSums, Requests, Timings, Totals, reduce_step
 from tests.support.launch import finish, fork_ranks
 from tests.support.plain_torch import train_plainly
 
@@ -84,3 +85,26 @@ def test_a_text_only_step_after_a_resume_has_no_stale_gradient(tmp_path, base, r
     resumed = run_ranks(tmp_path, 2, base, save_there)
     assert resumed["first"] == before_text
     assert_same_gradients(resumed["gradients"], gradients, modalities, first=before_text)
+
+
+def test_one_all_reduce_combines_losses_requests_and_timings(monkeypatch):
+    other_rank = torch.tensor([3, 4, 3, 0, 1, 0, 0, 0, 0, 0.4, 0.5, 0.6], dtype=torch.float64)
+    calls = []
+
+    def all_reduce(values):
+        calls.append(values)
+        values += other_rank
+
+    monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    sums = torch.tensor([1, 2, 1], dtype=torch.float64)
+    totals = Totals(text=2, images=3)
+    losses = LossSums(sums=sums, totals=totals, align_weight=0.5, has_align=True, grad_norm=7.0)
+    own = Timings(data_wait_s=0.1, towers_s=0.2, gc_s=0.3)
+    report = reduce_step(losses, Requests(stop=True), own)
+    assert len(calls) == 1
+    assert (report.text, report.align, report.total, report.grad_norm) == (2.0, 2.0, 3.0, 7.0)
+    assert report.text_by_source.tolist() == [4.0]
+    assert report.requests == Requests(stop=True, save=True)
+    assert report.timings == [own, Timings(data_wait_s=0.4, towers_s=0.5, gc_s=0.6)]
