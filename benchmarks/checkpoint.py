@@ -1,13 +1,12 @@
-"""What saving and resuming cost, beside what the disk can do: a state of the real size, random, in a real engine.
+"""Saving and resuming compared with the disk's own speed: a random state of the real size in a real engine.
 
     torchrun --nproc-per-node 2 -m benchmarks.checkpoint /scratch pipeline/recipes/emma_v2.toml --json checkpoint.json
     torchrun --nproc-per-node 2 -m benchmarks.checkpoint /tmp/scratch pipeline/recipes/demo.toml          # on a CPU
 
-The disk's own rates are those of the same processes writing as many bytes each, one file per process, and syncing them,
-before the save and after it, the better of the two; and reading them again. What is written goes into a new folder
-below the given one, twice the state's size, and is deleted afterwards. Reading begins with an empty page
-cache, as far as the system can be asked for that. There is no data: the probe, one evaluation of a global batch at each
-save, is not in the stall. docs/performance.md tells of the whole model on two GPUs.
+To measure the disk's own speed, the same processes write and sync as many bytes, one file each, before and after the
+save (the better of the two counts), and read them again. Output goes to a new folder inside the given one, takes
+twice the state's size, and is deleted afterwards. Without data there is no probe, so the stall does not include the
+evaluation of one global batch that a real save makes. docs/performance.md has the result on two GPUs.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ from pipeline.engine import Engine, build_engine, init_distributed
 from pipeline.recipe import Recipe, load_recipe
 from preprocess.atomic import sync
 
-SAVE_EVERY_S = 1800.0  # the interval that a save's stall is set against
+SAVE_EVERY_S = 1800.0  # interval between saves, for the share of time that training stands still
 BLOCK_BYTES = 64 << 20
 
 
 def timed(action: Callable[[], Any]) -> float:
-    """Seconds until all ranks have done it, beginning together."""
+    """Run an action on all ranks at once. Return the seconds until every rank has finished."""
     dist.barrier()
     begun = time.monotonic()
     action()
@@ -53,13 +52,14 @@ def timed(action: Callable[[], Any]) -> float:
 
 
 def random_engine(recipe: Recipe, ranks: Ranks) -> Engine:
-    """An engine whose optimizer has moments, as after a step."""
+    """Build an engine with random weights."""
     with torch.device(ranks.device):
         emma = Emma(recipe.config)
     return build_engine(emma, recipe, ranks)
 
 
 def make_moments(context: CheckpointContext) -> None:
+    """Give the optimizer random moments, as if it had done a step."""
     for buffer in context.snapshot.buffers:
         moments = {kind: torch.randn_like(buffer.master) for kind in ("exp_avg", "exp_avg_sq")}
         state = context.engine.optimizer.optimizer.state
@@ -67,7 +67,7 @@ def make_moments(context: CheckpointContext) -> None:
 
 
 def write_plainly(path: Path, block: memoryview, size: int) -> None:
-    """As many bytes as this rank's share of a checkpoint, in one file, one block after the other."""
+    """Write and sync `size` bytes, this rank's share of a checkpoint, to one file."""
     with path.open("wb") as file:
         for start in range(0, size, BLOCK_BYTES):
             file.write(block[: size - start])
@@ -81,8 +81,8 @@ def read_plainly(path: Path) -> None:
             pass
 
 
-def numbers_of(context: CheckpointContext) -> list[float]:
-    """A sum of every tensor of the state, to know it by."""
+def fingerprint(context: CheckpointContext) -> list[float]:
+    """Return the sum of every tensor of the state, to compare states by."""
     adam = context.engine.optimizer.optimizer.state
     tensors = [
         tensor
@@ -92,20 +92,20 @@ def numbers_of(context: CheckpointContext) -> list[float]:
     return [float(tensor.detach().double().sum()) for tensor in tensors]
 
 
-def forget(context: CheckpointContext) -> None:
+def erase(context: CheckpointContext) -> None:
     for buffer in context.snapshot.buffers:
         buffer.master.data.zero_()
     context.engine.optimizer.optimizer.state.clear()
 
 
 def measure(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
-    """Every rank must call it."""
+    """Measure all figures. Every rank must call this."""
     folder = Path(recipe.run.dir)
     identity = Identity(recipe=recipe.identity(), fingerprint=recipe.fingerprint(), shards_sha256="", total_steps=1)
     context = CheckpointContext(recipe=recipe, ranks=ranks, identity=identity, engine=random_engine(recipe, ranks))
     saver = Saver(context)
     make_moments(context)
-    before = numbers_of(context)
+    before = fingerprint(context)
     size = context.snapshot.bytes
     results: dict[str, Any] = {"model": recipe.model, "ranks": ranks.world_size, "gb": size * ranks.world_size / 1e9}
     results["allocate_s"] = timed(lambda: context.snapshot.memory)
@@ -116,20 +116,20 @@ def measure(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     results["plain_s"] = min(before_s, timed(lambda: write_plainly(plain, block, size)))
     results["plain_read_s"] = timed(lambda: read_plainly(plain))
     saved = context.folder / "step-00000001"
-    forget(context)
+    erase(context)
     results["load_s"] = timed(lambda: Resumer(context).verify_and_load(saved))
-    results["equal"] = numbers_of(context) == before
+    results["equal"] = fingerprint(context) == before
     return results
 
 
 def table(results: dict[str, Any]) -> str:
-    size, same = results["gb"], "the same numbers" if results["equal"] else "OTHER NUMBERS"
+    size, same = results["gb"], "loaded values are equal" if results["equal"] else "LOADED VALUES DIFFER"
     rows = [
-        ("the disk by itself: write, sync", "plain_s", ""),
-        ("save, begin to end", "save_s", f"{results['plain_s'] / results['save_s']:.0%} of the disk's own rate"),
+        ("the disk alone: write and sync", "plain_s", ""),
+        ("save, from begin to end", "save_s", f"{results['plain_s'] / results['save_s']:.0%} of the disk's rate"),
         ("training stands still", "stall_s", f"{results['stall_s'] / SAVE_EVERY_S:.2%} at one save per 30 minutes"),
         ("allocating host memory, once", "allocate_s", f"{size / results['ranks']:.1f} GB per rank"),
-        ("the disk by itself: read", "plain_read_s", ""),
+        ("the disk alone: read", "plain_read_s", ""),
         (
             "verify and load, on resuming",
             "load_s",
@@ -143,7 +143,7 @@ def table(results: dict[str, Any]) -> str:
 
 @contextmanager
 def scratch(ranks: Ranks, parent: Path) -> Iterator[Path]:
-    """A new folder, the same on all ranks, gone in the end."""
+    """Create a folder that all ranks share, and delete it at the end."""
     folder = broadcast_from_main(ranks, lambda: parent / f"checkpoint-benchmark-{uuid.uuid4().hex[:8]}")
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -155,10 +155,10 @@ def scratch(ranks: Ranks, parent: Path) -> Iterator[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="on the disk to be measured")
-    parser.add_argument("recipe", nargs="?", default="pipeline/recipes/emma_v2.toml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("folder", type=Path, help="folder on the disk to measure")
+    parser.add_argument("recipe", nargs="?", default="pipeline/recipes/emma_v2.toml", help="default: %(default)s")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     args = parser.parse_intermixed_args()
     recipe = load_recipe(args.recipe, args.overrides, planning=True)
     ranks = find_ranks(recipe.engine.device)

@@ -1,11 +1,11 @@
-"""The paper's mix at full size in the real files and formats, with small pictures; then one build of it, watched.
+"""The paper's mix at full size, in the published file formats but with tiny images: time and memory of one build.
 
-    python -m benchmarks.full_size /tmp/full --json full_size.json         # some 10 GB, deleted afterwards
+    python -m benchmarks.full_size /tmp/full --json full_size.json         # needs 10 GB, deleted afterwards
     python -m benchmarks.full_size /tmp/full --rows 50000 --keep
 
-Says how long planning, building, finalising and verifying take, and the most memory that driver and workers had. The
-pictures are tiny and the preset is too, so the build's rate says nothing about real pictures: benchmarks.preprocess
-does. docs/performance.md keeps the table.
+Reports how long planning, building, finalising and verifying take, and the peak memory of driver and workers. Images
+and preset are tiny, so the rate says nothing about real images; benchmarks.preprocess measures that.
+docs/performance.md has the table.
 """
 
 from __future__ import annotations
@@ -35,34 +35,34 @@ from preprocess.shards.folder import ShardFolder
 MODEL = "tiny_v2"
 ROWS = 1_230_800
 SHARES = {"llava": 0.541, "lvis": 0.181, "filter_cap1": 0.1, "filter_cap_more1": 0.145, "chart_release_update": 0.033}
-TEXT_ONLY = 0.061  # of LLaVA's rows
-ROWS_PER_PICTURE = 20
+TEXT_ONLY = 0.061  # share of LLaVA's rows
+ROWS_PER_IMAGE = 20
 LLAVA_FOLDERS = ["coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K", "vg/VG_100K_2"]
-SAMPLED_EVERY_S = 0.5
+SAMPLE_EVERY_S = 0.5
 
 
 # -- The data --------------------------------------------------------------------------------------------------------
 
 
 def generate(root: Path, rows: int) -> None:
-    """Annotation files and picture folders as docs/data.md lays them out."""
+    """Write annotation files and image folders in the layout of docs/data.md."""
     count = {name: round(rows * share) for name, share in SHARES.items()}
-    pictures = max(len(LLAVA_FOLDERS), rows // ROWS_PER_PICTURE // 2)
+    images = max(len(LLAVA_FOLDERS), rows // ROWS_PER_IMAGE // 2)
     folders = [*LLAVA_FOLDERS, "lrv/lrv-vg", "lrv/lrv-chart"]
-    per_folder = -(-pictures // len(folders))
+    per_folder = -(-images // len(folders))
     for number, folder in enumerate(folders):
-        _write_pictures(root / folder, range(number * per_folder, (number + 1) * per_folder))
-    draw = np.random.Generator(np.random.Philox(key=3))
-    _write_array(root / "llava_v1_5_mix665k.json", _llava(draw, count["llava"], LLAVA_FOLDERS, per_folder))
-    _write_array(root / "lvis_instruct4v_220k.json", _llava(draw, count["lvis"], LLAVA_FOLDERS[:1], per_folder, 0))
+        _write_images(root / folder, range(number * per_folder, (number + 1) * per_folder))
+    rng = np.random.Generator(np.random.Philox(key=3))
+    _write_array(root / "llava_v1_5_mix665k.json", _llava(rng, count["llava"], LLAVA_FOLDERS, per_folder))
+    _write_array(root / "lvis_instruct4v_220k.json", _llava(rng, count["lvis"], LLAVA_FOLDERS[:1], per_folder, 0))
     for name in ("filter_cap1", "filter_cap_more1", "chart_release_update"):
         _write_array(root / "lrv" / f"{name}.json", _lrv(count[name], per_folder))
     with contextlib.redirect_stdout(io.StringIO()):
         train_tokenizer((turn["value"] for i in range(2000) for turn in dialogue(i)), root / "tokenizer")
 
 
-def _write_pictures(folder: Path, colours: range) -> None:
-    """Gradients, each with another colour: distinct files of a kilobyte."""
+def _write_images(folder: Path, colours: range) -> None:
+    """Write colour gradients: distinct files of about a kilobyte."""
     folder.mkdir(parents=True, exist_ok=True)
     ramp = np.linspace(0, 127, 64, dtype=np.uint8)
     for i, colour in enumerate(colours):
@@ -71,26 +71,26 @@ def _write_pictures(folder: Path, colours: range) -> None:
 
 
 def _llava(
-    draw: np.random.Generator, count: int, folders: list[str], pictures: int, text_only: float = TEXT_ONLY
+    rng: np.random.Generator, count: int, folders: list[str], images: int, text_only: float = TEXT_ONLY
 ) -> Iterator[dict[str, Any]]:
-    """In no order of pictures, as the published file is."""
+    """Yield rows whose images are in random order, as in the published file."""
     texts = [dialogue(i, turns=1 + i % 4, words=25) for i in range(512)]
-    for i, (chance, place) in enumerate(zip(draw.random(count), draw.integers(0, 1 << 30, count), strict=True)):
+    for i, (chance, place) in enumerate(zip(rng.random(count), rng.integers(0, 1 << 30, count), strict=True)):
         turns = texts[int(place) % len(texts)]
         if chance < text_only:
-            said = [turn | {"value": turn["value"].replace("<image>\n", "")} for turn in turns]
-            yield {"id": f"{i}", "model": "", "conversations": said}
+            text_only_turns = [turn | {"value": turn["value"].replace("<image>\n", "")} for turn in turns]
+            yield {"id": f"{i}", "model": "", "conversations": text_only_turns}
         else:
             folder = folders[int(place) % len(folders)]
-            yield {"id": f"{i}", "image": f"{folder}/{int(place) // 7 % pictures}.jpg", "conversations": turns}
+            yield {"id": f"{i}", "image": f"{folder}/{int(place) // 7 % images}.jpg", "conversations": turns}
 
 
-def _lrv(count: int, pictures: int) -> Iterator[dict[str, Any]]:
-    """Rows about a picture stand together."""
+def _lrv(count: int, images: int) -> Iterator[dict[str, Any]]:
+    """Yield rows in which those about the same image are adjacent."""
     for i in range(count):
         question, answer = dialogue(i % 997, turns=1, words=20)
         yield {
-            "image_id": str(i // ROWS_PER_PICTURE % pictures),
+            "image_id": str(i // ROWS_PER_IMAGE % images),
             "question": question["value"].removeprefix("<image>\n"),
             "answer": answer["value"],
             "task": "image captioning",
@@ -105,7 +105,7 @@ def _write_array(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         file.write("]")
 
 
-# -- One build, watched ----------------------------------------------------------------------------------------------
+# -- One monitored build ----------------------------------------------------------------------------------------------
 
 
 def build(root: Path, out: Path, workers: int) -> dict[str, float]:
@@ -114,13 +114,13 @@ def build(root: Path, out: Path, workers: int) -> dict[str, float]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     started, started_at = time.monotonic(), time.time()
     driver = subprocess.Popen(command, env=environment)
-    most = {"driver": 0, "worker": 0}
+    peaks = {"driver": 0, "worker": 0}
     planned = float("nan")
     while driver.poll() is None:
         if planned != planned and ShardFolder(out).dialogues.exists():
             planned = time.monotonic() - started
-        _note_memory(driver.pid, most)
-        time.sleep(SAMPLED_EVERY_S)
+        _record_memory(driver.pid, peaks)
+        time.sleep(SAMPLE_EVERY_S)
     assert driver.returncode == 0, f"the build failed: {driver.returncode}"
     last_shard = max(path.stat().st_mtime for path in out.glob("shard-*.json"))
     whole_set = ShardFolder(out).manifest.stat().st_mtime
@@ -128,21 +128,21 @@ def build(root: Path, out: Path, workers: int) -> dict[str, float]:
         "planning_s": planned,
         "building_s": last_shard - started_at - planned,
         "finalising_s": whole_set - last_shard,
-        "driver_gib": most["driver"] / 2**30,
-        "worker_gib": most["worker"] / 2**30,
+        "driver_gib": peaks["driver"] / 2**30,
+        "worker_gib": peaks["worker"] / 2**30,
         "set_gb": sum(path.stat().st_size for path in out.glob("shard-*.tar")) / 1e9,
     }
 
 
-def _note_memory(driver: int, most: dict[str, int]) -> None:
-    """The resident set of the driver, and of the largest process that builds shards."""
+def _record_memory(driver: int, peaks: dict[str, int]) -> None:
+    """Record the peak resident memory of the driver and of the largest worker process."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(driver)
-        most["driver"] = max(most["driver"], process.memory_info().rss)
+        peaks["driver"] = max(peaks["driver"], process.memory_info().rss)
         for child in process.children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 if child.name().startswith("ray::build_shard"):
-                    most["worker"] = max(most["worker"], child.memory_info().rss)
+                    peaks["worker"] = max(peaks["worker"], child.memory_info().rss)
 
 
 def verify(out: Path) -> float:
@@ -153,11 +153,11 @@ def verify(out: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="an empty place for raw data and shards")
-    parser.add_argument("--rows", type=int, default=ROWS)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--keep", action="store_true", help="leave the data and the set there")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("folder", type=Path, help="new folder for raw data and shards")
+    parser.add_argument("--rows", type=int, default=ROWS, help="rows of the mix (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="Ray workers (default %(default)s)")
+    parser.add_argument("--keep", action="store_true", help="do not delete the data and the shard set")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     args = parser.parse_args()
     args.folder.mkdir(parents=True)
     try:

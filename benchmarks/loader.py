@@ -1,11 +1,12 @@
-"""Loading: samples per second from tars to batches, and how soon the first one comes when a run resumes.
+"""Loading speed: samples per second from tars to batches, and the time to the first batch when a run resumes.
 
     python -m benchmarks.loader --json loader.json
 
-`pipeline.data.loader` with two loading processes, as a rank has them, against the stock webdataset pipeline with as
-many. That one is a stream: to resume inside an epoch it reads, and throws away, what the run has seen of it. It is
-spared the epochs before (another seed starts each), and the full-size figure assumes that it keeps its rate.
-docs/performance.md keeps the table."""
+Compares `pipeline.data.loader` with the stock webdataset pipeline, each with two loading processes. The stock
+pipeline is a stream: to resume inside an epoch, it reads and discards the samples that the run has already seen. Only
+the current epoch is counted, because each epoch starts with another seed. The full-size figure assumes that the
+stream keeps its rate. docs/performance.md has the table.
+"""
 
 from __future__ import annotations
 
@@ -35,19 +36,20 @@ from preprocess.shards.sample import from_fields, sample_pixels
 from preprocess.strict_toml import UNSET
 from tests.support.golden_tokenizer import gpt_neox
 
-NEEDED_SAMPLES_PER_S = 80  # by eight A100s at half of their peak
+NEEDED_SAMPLES_PER_S = 80  # what eight A100s consume at half of their peak
 FULL_EPOCH = 1_230_000
 WORKERS, MICRO_BATCH, GLOBAL_BATCH = 2, 16, 128
 SHARDS = 8
 
 
-def build_set(scratch: Path, pictures: int) -> Path:
+def build_set(scratch: Path, images: int) -> Path:
+    """Build a shard set with three rows per image."""
     root, out = scratch / "root", scratch / "shards"
-    write_rows(root, pictures, rows_per_picture=3)
+    write_rows(root, images, rows_per_image=3)
     (root / "tokenizer").mkdir()
     (root / "tokenizer/tokenizer.json").write_bytes(gpt_neox().data)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        assert build_shards.main(command(root, out, workers=0, rows_per_shard=3 * pictures // SHARDS)) == 0
+        assert build_shards.main(command(root, out, workers=0, rows_per_shard=3 * images // SHARDS)) == 0
     return out
 
 
@@ -55,7 +57,7 @@ def build_set(scratch: Path, pictures: int) -> Path:
 
 
 def ours(shards: Path, epochs: int) -> dict[str, float]:
-    """One rank alone, on CPU: what a loading process hands over is what a GPU would be given."""
+    """Measure our loader for a single rank on a CPU, up to the batch that a GPU would receive."""
     recipe = Recipe(
         model=MODEL,
         data=DataConfig(shards=str(shards), tokenizer=str(shards / "tokenizer.json"), epochs=epochs, workers=WORKERS),
@@ -75,7 +77,7 @@ def ours(shards: Path, epochs: int) -> dict[str, float]:
 
 
 def samples_per_s(counts: Iterator[int]) -> float:
-    """Once the processes are running: the first batch starts the clock."""
+    """Return the rate after the first batch, so that starting the processes is not counted."""
     next(counts)
     started, total = time.monotonic(), 0
     for count in counts:
@@ -106,6 +108,7 @@ def stock_stream(shards: Path) -> DataLoader:
 
 
 def stock(shards: Path, epochs: int) -> dict[str, float]:
+    """Measure the stock webdataset pipeline."""
     counts = (len(tokens) for _ in range(epochs) for tokens, _ in stock_stream(shards))
     rate = samples_per_s(counts)
     seen = sum(1 for _ in stock_stream(shards)) // 2
@@ -133,13 +136,15 @@ def table(results: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=1000, help="three rows are about each")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--images", type=int, default=1000, help="number of images, with three rows each (default %(default)s)"
+    )
+    parser.add_argument("--epochs", type=int, default=4, help="epochs to read (default %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        shards = build_set(Path(scratch), args.pictures)
-        results = {"samples": 3 * args.pictures, "ours": ours(shards, args.epochs)}
+        shards = build_set(Path(scratch), args.images)
+        results = {"samples": 3 * args.images, "ours": ours(shards, args.epochs)}
         results["webdataset"] = stock(shards, args.epochs)
     print(table(results))
     if args.json:

@@ -1,11 +1,11 @@
-"""Padding: what of the computation goes into filling rows up, and into waiting for the slowest of eight ranks.
+"""Padding: the share of computation spent on padding, and on waiting for the slowest of eight ranks.
 
     python -m benchmarks.padding --json padding.json
-    python -m benchmarks.padding --shards /data/shards     # the lengths of a set of your own
+    python -m benchmarks.padding --shards /data/shards     # text lengths of an existing set
 
-The plan with several windows, against random order and against the scheme of the LLaVA and Prismatic code bases: global
-batches of one modality, sorted inside. Positions are counted as all ranks compute them: the ranks of ZeRO-3 go in
-lockstep, so a micro-batch costs as much everywhere as its longest row on any rank. docs/performance.md keeps the table.
+Compares the plan, with several windows, with random order and with the scheme of LLaVA and Prismatic: global batches
+of one modality, sorted inside. Under ZeRO-3 the ranks run in lockstep, so a micro-batch costs every rank as much as
+the longest row of any rank. docs/performance.md has the table.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from preprocess.shards.manifest import load_index
 
 RANKS, MICRO_BATCH, GLOBAL_BATCH = 8, 16, 128
 PATCHES = preset("emma_v2").vision.num_patches
-MOST_TEXT = preset("emma_v2").max_text_tokens
+MAX_TEXT = preset("emma_v2").max_text_tokens
 WINDOWS = (1, 8, 25, 50, 100, 200, 400)
 
-# Text tokens by source: rows, median, spread of the logarithm. The rows are the paper's; the lengths are guessed after
-# the kinds of dialogue: several turns about a picture, long chats without one, detailed descriptions, short questions.
+# By source: rows, median of the text tokens, standard deviation of their logarithm. The rows are the paper's. The
+# lengths are guesses for each kind of dialogue: several turns about an image, long chats, descriptions, questions.
 SOURCES = {
     "llava": (624_610, 150, 0.8),
-    "llava without picture": (40_688, 700, 0.9),
+    "llava without image": (40_688, 700, 0.9),
     "lvis": (222_711, 300, 0.5),
     "lrv": (342_799, 45, 0.4),
 }
@@ -44,14 +44,14 @@ Batches = npt.NDArray[np.int64]  # [steps, ranks, micro-steps, micro-batch]: row
 
 
 def llava_like(share: float = 1.0) -> tuple[Lengths, npt.NDArray[np.bool_]]:
-    """Text tokens, and whether there is a picture, of that share of the mix's rows."""
-    draw = np.random.Generator(np.random.Philox(key=11))
-    tokens, pictures = [], []
+    """Draw the text lengths of a share of the mix's rows, and whether each row has an image."""
+    rng = np.random.Generator(np.random.Philox(key=11))
+    tokens, has_image = [], []
     for name, (rows, median, spread) in SOURCES.items():
         count = round(rows * share)
-        tokens.append(np.exp(draw.normal(np.log(median), spread, count)).clip(8, MOST_TEXT).astype(np.int32))
-        pictures.append(np.full(count, "without" not in name))
-    return np.concatenate(tokens), np.concatenate(pictures)
+        tokens.append(np.exp(rng.normal(np.log(median), spread, count)).clip(8, MAX_TEXT).astype(np.int32))
+        has_image.append(np.full(count, "without" not in name))
+    return np.concatenate(tokens), np.concatenate(has_image)
 
 
 def of_shards(folder: Path) -> tuple[Lengths, npt.NDArray[np.bool_]]:
@@ -79,7 +79,7 @@ def at_random(tokens: Lengths, has_image: npt.NDArray[np.bool_]) -> Batches:
 
 
 def split_modality(tokens: Lengths, has_image: npt.NDArray[np.bool_]) -> Batches:
-    """Global batches of one modality, each sorted by length and dealt to the ranks in turns."""
+    """Make global batches of one modality, sorted by length and dealt to the ranks in turn."""
     parts = [_filled(_shuffled(np.flatnonzero(kind))) for kind in (has_image, ~has_image)]
     batches = np.concatenate([part for part in parts if len(part)])
     length = np.where(batches == FILLER, 0, tokens[batches])
@@ -88,7 +88,7 @@ def split_modality(tokens: Lengths, has_image: npt.NDArray[np.bool_]) -> Batches
 
 
 def _contiguous(batches: Ids) -> Batches:
-    """Ranks take neighbours, as `plan.rank_slices` gives them."""
+    """Give each rank adjacent rows, as `plan.rank_slices` does."""
     return batches.reshape(len(batches), -1, RANKS, MICRO_BATCH).transpose(0, 2, 1, 3)
 
 
@@ -104,24 +104,24 @@ def _filled(rows: Ids) -> Ids:
 
 
 def waste(batches: Batches, tokens: Lengths, has_image: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    """The share of computed positions that no sample asked for: within each rank, and with the wait for the slowest.
+    """Return the share of computed positions that are padding, within each rank and including the wait for the slowest.
 
-    A micro-batch that mixes modalities is computed with pictures throughout.
+    In a micro-batch that mixes modalities, every row is computed with an image.
     """
     real = np.where(batches == FILLER, 0, tokens[batches] + PATCHES * has_image[batches])
-    asked = real.sum(dtype=np.int64)
+    needed = real.sum(dtype=np.int64)
     longest = _longest(batches, tokens, has_image, axis=(3,))
     slowest = _longest(batches, tokens, has_image, axis=(1, 3))
     own, lockstep = MICRO_BATCH * longest.sum(dtype=np.int64), MICRO_BATCH * RANKS * slowest.sum(dtype=np.int64)
-    return 1 - asked / own, 1 - asked / lockstep
+    return 1 - needed / own, 1 - needed / lockstep
 
 
 def _longest(
     batches: Batches, tokens: Lengths, has_image: npt.NDArray[np.bool_], axis: tuple[int, ...]
 ) -> npt.NDArray[np.int64]:
-    there = batches != FILLER
-    text = np.where(there, tokens[batches], 0).max(axis=axis)
-    return text.astype(np.int64) + PATCHES * (there & has_image[batches]).any(axis=axis)
+    is_real = batches != FILLER
+    text = np.where(is_real, tokens[batches], 0).max(axis=axis)
+    return text.astype(np.int64) + PATCHES * (is_real & has_image[batches]).any(axis=axis)
 
 
 def measure(tokens: Lengths, has_image: npt.NDArray[np.bool_], windows: tuple[int, ...] = WINDOWS) -> dict[str, Any]:
@@ -152,15 +152,15 @@ def table(results: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=Path, help="take the lengths from this set instead of the made-up ones")
-    parser.add_argument("--windows", type=int, nargs="+", default=WINDOWS)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--shards", type=Path, help="use the text lengths of this set instead of synthetic ones")
+    parser.add_argument("--windows", type=int, nargs="+", default=WINDOWS, help="windows of the plan to compare")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     args = parser.parse_args()
     tokens, has_image = of_shards(args.shards) if args.shards else llava_like()
     results = measure(tokens, has_image, tuple(args.windows))
-    print(f"{len(tokens)} samples, {tokens.mean():.0f} text tokens on average, {has_image.mean():.1%} with a picture")
+    print(f"{len(tokens)} samples, {tokens.mean():.0f} text tokens on average, {has_image.mean():.1%} with an image")
     print(table(results))
-    print(f"most memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
     if args.json:
         args.json.write_text(json.dumps(results, indent=2))
 

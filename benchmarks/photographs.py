@@ -1,4 +1,4 @@
-"""Rows about real photographs, for the benchmarks: scikit-image's, cropped at many places, as JPEGs of 640×480."""
+"""Benchmark data: rows about crops of scikit-image's photographs, as JPEGs of 640×480 pixels."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ WORDS = [
 
 
 def write_photographs(folder: Path, count: int) -> list[Path]:
-    """Every picture is another crop, and so another file."""
+    """Write `count` different crops. Return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    place = np.random.Generator(np.random.Philox(key=1))
+    rng = np.random.Generator(np.random.Philox(key=1))
     originals = [Image.fromarray(getattr(data, name)()).convert("RGB") for name in NAMES]
     paths = []
     for i in range(count):
         original = originals[i % len(originals)]
-        left, top = place.uniform(0, 0.3, 2) * original.size
+        left, top = rng.uniform(0, 0.3, 2) * original.size
         crop = (left, top, left + 0.7 * original.width, top + 0.7 * original.height)
         paths.append(folder / f"{i:06d}.jpg")
         original.resize(SIZE, Image.Resampling.LANCZOS, box=crop).save(paths[-1], quality=90)
@@ -45,26 +45,26 @@ def write_photographs(folder: Path, count: int) -> list[Path]:
 
 
 def dialogue(number: int, turns: int = 3, words: int = 40) -> list[dict[str, str]]:
-    """About as long as LLaVA's: `turns` questions of a few words, and answers of about `words`."""
-    draw = np.random.Generator(np.random.Philox(key=number))
-    said = []
+    """Return a dialogue about as long as LLaVA's: short questions, and answers of `words` words."""
+    rng = np.random.Generator(np.random.Philox(key=number))
+    conversation = []
     for turn in range(turns):
         lead = "<image>\n" if turn == 0 else ""
-        said.append({"from": "human", "value": f"{lead}What {_words(draw, 8)}?"})
-        said.append({"from": "gpt", "value": f"{_words(draw, words).capitalize()}."})
-    return said
+        conversation.append({"from": "human", "value": f"{lead}What {_words(rng, 8)}?"})
+        conversation.append({"from": "gpt", "value": f"{_words(rng, words).capitalize()}."})
+    return conversation
 
 
-def _words(draw: np.random.Generator, count: int) -> str:
-    return " ".join(WORDS[i] for i in draw.integers(0, len(WORDS), count))
+def _words(rng: np.random.Generator, count: int) -> str:
+    return " ".join(WORDS[i] for i in rng.integers(0, len(WORDS), count))
 
 
-def write_rows(root: Path, pictures: int, rows_per_picture: int) -> list[dict[str, object]]:
-    """The pictures, an annotation file and a mix under `root`; the rows as they stand in the file."""
-    names = [f"pictures/{path.name}" for path in write_photographs(root / "pictures", pictures)]
+def write_rows(root: Path, images: int, rows_per_image: int) -> list[dict[str, object]]:
+    """Write images, an annotation file and a mix under `root`. Return the rows of the file."""
+    names = [f"images/{path.name}" for path in write_photographs(root / "images", images)]
     rows: list[dict[str, object]] = [
-        {"id": str(i), "image": names[i // rows_per_picture], "conversations": dialogue(i)}
-        for i in range(pictures * rows_per_picture)
+        {"id": str(i), "image": names[i // rows_per_image], "conversations": dialogue(i)}
+        for i in range(images * rows_per_image)
     ]
     (root / "rows.json").write_text(json.dumps(rows))
     (root / "mix.toml").write_text('[[source]]\nname = "rows"\nformat = "llava"\nannotations = "rows.json"\n')

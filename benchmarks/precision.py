@@ -1,10 +1,10 @@
-"""Which precision to train in: loss curves of bf16 and of autocast beside fp32's, on the demo's data.
+"""Precision: loss curves of bf16 and autocast compared with fp32, on the demo's data.
 
-    python -m benchmarks.precision runs/demo/shards OUT                  # on a machine with a GPU; minutes
+    python -m benchmarks.precision runs/demo/shards OUT                  # needs a GPU; takes minutes
     python -m benchmarks.precision runs/demo/shards OUT --kind v1 --steps 50
 
-A reduced model (8 layers of width 512, the tiny preset's towers) trains on the same batches in each precision. fp32
-runs a second time in other micro-batches: what rounding alone does to a curve. OUT gets the runs, a picture, the table.
+A reduced model (8 layers of width 512, the tiny preset's towers) trains on the same batches in each precision. A second
+fp32 run with other micro-batches shows the effect of rounding alone. Runs, figure and table are written to OUT.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Line = dict[str, float]
 
 
 def reduced(kind: str) -> EmmaConfig:
-    """A tiny preset with a language model wide and deep enough for its precision to matter."""
+    """Return a tiny preset whose language model is wide and deep enough for precision to matter."""
     full = PRESETS[f"tiny_{kind}"]
     assert full.alignment is not None
     llm = replace(full.llm, d_model=WIDTH, num_layers=NUM_LAYERS, d_state=PUBLISHED_D_STATE[full.llm.kind])
@@ -41,7 +41,7 @@ def reduced(kind: str) -> EmmaConfig:
 
 
 def train_reduced(words: list[str]) -> None:
-    """`pipeline.train` with the reduced presets known to it."""
+    """Run `pipeline.train` with the reduced presets registered."""
     from pipeline import train
 
     PRESETS.update({config.name: config for config in map(reduced, ("v1", "v2"))})
@@ -50,7 +50,7 @@ def train_reduced(words: list[str]) -> None:
 
 
 def run(kind: str, overrides: list[str], shards: Path, folder: Path, options: list[str]) -> list[Line]:
-    """The metrics of every step. Raises: RuntimeError with the end of the output if the training failed."""
+    """Train and return the metrics of every step. Raises: RuntimeError with the end of the output if it fails."""
     common = [f"model=reduced_{kind}", f"data.shards={shards}", f"run.dir={folder}", "log.every_steps=1"]
     common += ["engine.ds_config=ds_configs/zero3.json", "engine.segment_layers=0", "optim.lr=1e-3", *options]
     command = [sys.executable, "-m", "benchmarks.precision", "--train", RECIPE, *common, *overrides]
@@ -62,7 +62,7 @@ def run(kind: str, overrides: list[str], shards: Path, folder: Path, options: li
 
 
 def table(curves: dict[str, list[Line]]) -> str:
-    """Means over the last quarter; the distance is that of the two smoothed curves over the second half."""
+    """Format a table: mean losses of the last quarter, and distances of smoothed curves in the second half."""
     rows = [
         "| precision | text loss | alignment | distance from fp32 | ms/step | peak GiB |",
         "|---|---|---|---|---|---|",
@@ -89,7 +89,7 @@ def distance(lines: list[Line], reference: list[Line]) -> float:
 
 
 def smoothed(values: list[float], width: int = 20) -> list[float]:
-    """Mean of the last `width` values at each place."""
+    """Return the running mean of the last `width` values."""
     return [statistics.mean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
 
 
@@ -110,11 +110,11 @@ def draw(curves: dict[str, list[Line]], title: str, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards", type=Path, help="the demo's shard set")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--kind", choices=["v1", "v2"], default="v2")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("shards", type=Path, help="shard set of the demo")
+    parser.add_argument("out", type=Path, help="output folder")
+    parser.add_argument("--kind", choices=["v1", "v2"], default="v2", help="Mamba-1 or Mamba-2 (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="steps per run (default %(default)s)")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="default: %(default)s")
     args = parser.parse_args()
     options = [f"steps={args.steps}", f"engine.device={args.device}", f"checkpoint.every_steps={args.steps}"]
     curves = {}

@@ -1,12 +1,12 @@
-"""Building shards: ours, the script that people write, Ray Data, and the sum of the parts that nobody can leave out.
+"""Building shards: our builder, a plain script, Ray Data, and the sum of the unavoidable parts of the work.
 
     python -m benchmarks.preprocess --json preprocess.json
-    python -m benchmarks.preprocess --pictures 300 --rows-per-picture 3    # as in the mix, where rows share pictures
+    python -m benchmarks.preprocess --images 300 --rows-per-image 3        # as in the mix, where rows share images
     python -m benchmarks.preprocess --img2dataset other_venv/bin/python    # an environment that has img2dataset
 
-The same rows about the same photographs by each. Samples per CPU second where one process does it all, so that a busy
-machine does not matter much; samples per second where several do, from the first shard of each worker to the last.
-docs/performance.md keeps the tables.
+Every program processes the same rows about the same photographs. For one process the figure is samples per CPU
+second, which other work on the machine hardly changes; for several it is samples per second, from the first shard of
+each worker to the last. docs/performance.md has the tables.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ def command(root: Path, out: Path, workers: int, rows_per_shard: int) -> list[st
 
 
 def ours(root: Path, out: Path, rows_per_shard: int) -> float:
-    """CPU seconds of a whole build in this process, from reading the rows to the manifest."""
+    """Return the CPU seconds of a whole build in this process, from reading the rows to the manifest."""
     request = check_arguments(build_shards.parse(command(root, out, 0, rows_per_shard)))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return cpu_s(lambda: build(request))
 
 
 def ours_on_ray(root: Path, out: Path, workers: int, rows_per_shard: int) -> float:
-    """Samples per second from the first shard of each worker to the last; Ray's own start is left out."""
+    """Return samples per second from the first shard of each worker to the last, without the start of Ray."""
     words = [sys.executable, "-m", "preprocess.build_shards", *command(root, out, workers, rows_per_shard)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
@@ -86,7 +86,7 @@ def ours_on_ray(root: Path, out: Path, workers: int, rows_per_shard: int) -> flo
 
 
 def ours_in_processes(root: Path, out: Path, processes: int, rows_per_shard: int) -> float:
-    """Samples per second of so many builds at once, from the first shard of each to the last: without Ray."""
+    """Return samples per second of simultaneous builds without Ray, from the first shard of each to the last."""
     folders = [out / str(number) for number in range(processes)]
     words = [sys.executable, "-m", "preprocess.build_shards"]
     started = [
@@ -102,7 +102,7 @@ def ours_in_processes(root: Path, out: Path, processes: int, rows_per_shard: int
 
 
 def everyday_tokens(tokenizer: Any, conversations: Iterable[Mapping[str, str]]) -> tuple[list[int], list[int]]:
-    """Ids and labels, turn by turn, as fine-tuning scripts have it."""
+    """Tokenize turn by turn into ids and labels, as fine-tuning scripts do."""
     ids: list[int] = []
     labels: list[int] = []
     for turn in conversations:
@@ -115,12 +115,12 @@ def everyday_tokens(tokenizer: Any, conversations: Iterable[Mapping[str, str]]) 
 
 
 def everyday_sample(root: Path, tokenizer: Any, row: Mapping[str, Any]) -> dict[str, bytes | str]:
-    picture = Image.open(root / row["image"]).convert("RGB").resize((PX, PX), Image.Resampling.BICUBIC)
+    image = Image.open(root / row["image"]).convert("RGB").resize((PX, PX), Image.Resampling.BICUBIC)
     buffer, tokens = io.BytesIO(), io.BytesIO()
-    picture.save(buffer, "JPEG", quality=codec.JPEG_QUALITY, subsampling=0)
+    image.save(buffer, "JPEG", quality=codec.JPEG_QUALITY, subsampling=0)
     ids, labels = everyday_tokens(tokenizer, row["conversations"])
     np.save(tokens, np.array([ids, labels], np.int32))
-    meta = json.dumps({"id": row["id"], "picture": row["image"]}).encode()
+    meta = json.dumps({"id": row["id"], "image": row["image"]}).encode()
     return {"__key__": f"{int(row['id']):09d}", "jpg": buffer.getvalue(), "tokens.npy": tokens.getvalue(), "json": meta}
 
 
@@ -132,7 +132,7 @@ def everyday_tokenizer(root: Path) -> Any:
 
 
 def everyday_script(root: Path, out: Path, rows_per_shard: int) -> float:
-    """CPU seconds of PIL, transformers and webdataset.ShardWriter in one loop; the tokenizer is loaded before."""
+    """Return the CPU seconds of PIL, transformers and webdataset.ShardWriter, without loading the tokenizer."""
     import webdataset
 
     tokenizer = everyday_tokenizer(root)
@@ -147,14 +147,14 @@ def everyday_script(root: Path, out: Path, rows_per_shard: int) -> float:
 
 
 def ray_data(root: Path, out: Path, workers: int) -> float:
-    """Samples per second of Ray Data's `write_webdataset`, in a process of its own; Ray's start is left out."""
+    """Return samples per second of Ray Data's `write_webdataset`, in its own process, without the start of Ray."""
     words = [sys.executable, "-m", "benchmarks.preprocess", "--ray-data-only", str(root), str(out), str(workers)]
     done = subprocess.run(words, check=True, capture_output=True, text=True)
     return float(done.stdout.split()[-1])
 
 
 class EverydayMap:
-    """One of Ray Data's workers."""
+    """Callable that a Ray Data worker applies to each row."""
 
     def __init__(self, root: Path):
         self.root, self.tokenizer = root, everyday_tokenizer(root)
@@ -165,7 +165,7 @@ class EverydayMap:
 
 
 def ray_data_only(root: Path, out: Path, workers: int) -> None:
-    """A first, small pass starts Ray's workers; only the second counts."""
+    """Print the rate of the second pass; a first, small pass starts Ray's workers."""
     import ray
 
     ray.init(address="local", num_cpus=workers + 1, include_dashboard=False, log_to_driver=False)
@@ -183,20 +183,20 @@ IMG2DATASET = """
 import io, pathlib, sys, time
 from img2dataset.resizer import Resizer
 resizer = Resizer(int(sys.argv[2]), "center_crop", False, downscale_interpolation="cubic", encode_quality=95)
-pictures = [path.read_bytes() for path in sorted(pathlib.Path(sys.argv[1]).iterdir())]
+images = [path.read_bytes() for path in sorted(pathlib.Path(sys.argv[1]).iterdir())]
 best = float("inf")
 for _ in range(3):
     started = time.process_time()
-    failed = [error for *_, error in map(resizer, map(io.BytesIO, pictures)) if error]
+    failed = [error for *_, error in map(resizer, map(io.BytesIO, images)) if error]
     best = min(best, time.process_time() - started)
     assert not failed, failed
-print(len(pictures) / best)
+print(len(images) / best)
 """
 
 
 def img2dataset(python: Path, root: Path) -> float:
-    """Pictures per CPU second of img2dataset's resizer alone. It cannot squash: it crops."""
-    words = [str(python), "-c", IMG2DATASET, str(root / "pictures"), str(PX)]
+    """Return images per CPU second of img2dataset's resizer alone, which crops instead of squashing."""
+    words = [str(python), "-c", IMG2DATASET, str(root / "images"), str(PX)]
     environment = ONE_THREAD | {"NO_ALBUMENTATIONS_UPDATE": "1"}
     done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return float(done.stdout.split()[-1])
@@ -206,7 +206,7 @@ def img2dataset(python: Path, root: Path) -> float:
 
 
 def parts(root: Path, out: Path, rows: Rows) -> dict[str, float]:
-    """CPU seconds of each part of the work: of every picture once, and of every row."""
+    """Return the CPU seconds of each part of the work: image parts once per image, the others once per row."""
     tokenizer = load_tokenizer(root / "tokenizer")
     took = dict.fromkeys(PARTS, 0)
 
@@ -216,16 +216,16 @@ def parts(root: Path, out: Path, rows: Rows) -> dict[str, float]:
         took[name] += time.process_time_ns() - started
         return result
 
-    picture, encoded = "", b""
+    image, encoded = "", b""
     with out.open("wb") as file:
         for number, row in enumerate(rows):
             if number % TEXTS_AT_ONCE == 0:
                 for each in rows[number : number + TEXTS_AT_ONCE]:
                     turns = each["conversations"]
                     timed("tokenise", encode_dialogue, turns, CONFIG.template, tokenizer, CONFIG.max_text_tokens)
-            if row["image"] != picture:
-                picture = row["image"]
-                pixels = timed("decode", codec.decode_rgb, timed("read", (root / picture).read_bytes))
+            if row["image"] != image:
+                image = row["image"]
+                pixels = timed("decode", codec.decode_rgb, timed("read", (root / image).read_bytes))
                 encoded = timed("encode", codec.encode_jpeg, timed("resize", resize_to_square, pixels, PX))
             timed("hash", hashlib.sha256, encoded)
             timed("write", file.write, encoded)
@@ -235,10 +235,10 @@ def parts(root: Path, out: Path, rows: Rows) -> dict[str, float]:
 # -- The table -------------------------------------------------------------------------------------------------------
 
 
-def levels_off(root: Path, most: int = 200) -> dict[int, float]:
-    """By how many levels our pixels differ from Pillow's before they are encoded: the share of values for each."""
+def levels_off(root: Path, limit: int = 200) -> dict[int, float]:
+    """Return the share of pixel values by how many levels they differ from Pillow's, before encoding."""
     off: Counter[int] = Counter()
-    for path in sorted((root / "pictures").iterdir())[:most]:
+    for path in sorted((root / "images").iterdir())[:limit]:
         data = path.read_bytes()
         exact = Image.open(io.BytesIO(data)).convert("RGB").resize((PX, PX), Image.Resampling.BICUBIC)
         ours = resize_to_square(codec.decode_rgb(data), PX)
@@ -248,29 +248,29 @@ def levels_off(root: Path, most: int = 200) -> dict[int, float]:
 
 def measure(
     scratch: Path,
-    pictures: int,
-    rows_per_picture: int,
+    images: int,
+    rows_per_image: int,
     workers: list[int],
     rounds: int = ROUNDS,
     processes: Sequence[int] = (),
     img2dataset_python: Path | None = None,
 ) -> dict[str, Any]:
     root = scratch / "root"
-    rows = write_rows(root, pictures, rows_per_picture)
+    rows = write_rows(root, images, rows_per_image)
     (root / "tokenizer").mkdir()
     (root / "tokenizer/tokenizer.json").write_bytes(gpt_neox().data)
-    shard = max(1, len(rows) // 16)  # enough of them for two workers to take turns
+    shard = max(1, len(rows) // 16)  # enough shards for two workers to take turns
     ours(root, scratch / "warm", len(rows))
     cpu = {"ours": math.inf, "script": math.inf}
     took = dict.fromkeys(PARTS, math.inf)
-    for turn in range(rounds):  # in turns, and the best of each: other work on the machine costs all of them the same
+    for turn in range(rounds):  # alternate, so that other work on the machine affects all alike; the best counts
         cpu["ours"] = min(cpu["ours"], ours(root, scratch / f"ours-{turn}", len(rows)))
         cpu["script"] = min(cpu["script"], everyday_script(root, scratch / f"script-{turn}", len(rows)))
         took = {name: min(took[name], value) for name, value in parts(root, scratch / "parts", rows).items()}
     limit = sum(took.values())
     results: dict[str, Any] = {
         "rows": len(rows),
-        "pictures": pictures,
+        "images": images,
         "samples_per_cpu_s": {name: len(rows) / value for name, value in {**cpu, "limit": limit}.items()},
         "ms_per_sample": {name: 1000 * value / len(rows) for name, value in took.items()},
         "times_script": cpu["script"] / cpu["ours"],
@@ -282,7 +282,7 @@ def measure(
         "samples_per_s_on_ray": {n: ours_on_ray(root, scratch / f"ray-{n}", n, shard) for n in workers},
     }
     if img2dataset_python:
-        results["pictures_per_cpu_s_of_img2dataset"] = img2dataset(img2dataset_python, root)
+        results["images_per_cpu_s_of_img2dataset"] = img2dataset(img2dataset_python, root)
     if workers and importlib.util.find_spec(RAY_DATA_NEEDS):
         rates = {n: ray_data(root, scratch / f"ray-data-{n}", n) for n in workers}
         results["samples_per_s_of_ray_data"] = rates
@@ -292,7 +292,7 @@ def measure(
 def table(results: Mapping[str, Any]) -> str:
     rates, ray = results["samples_per_cpu_s"], results["samples_per_s_on_ray"]
     lines = [
-        f"{results['rows']} rows about {results['pictures']} photographs",
+        f"{results['rows']} rows about {results['images']} photographs",
         "| | samples/s/core |",
         "|---|---|",
         f"| ours, in one process | {rates['ours']:.0f} |",
@@ -307,27 +307,33 @@ def table(results: Mapping[str, Any]) -> str:
         lines.append(f"| Ray Data `write_webdataset`, {n} worker{'s'[: n > 1]} (each) | {rate / int(n):.0f} |")
     if ray and "samples_per_s_of_ray_data" not in results:
         lines.append(f"| Ray Data `write_webdataset` | not measured: {RAY_DATA_NEEDS} is not installed |")
-    if rate := results.get("pictures_per_cpu_s_of_img2dataset"):
-        lines.append(f"| img2dataset's resizer alone, cropping | {rate:.0f} pictures |")
+    if rate := results.get("images_per_cpu_s_of_img2dataset"):
+        lines.append(f"| img2dataset's resizer alone, cropping | {rate:.0f} images |")
     lines.append(f"| limit: the sum of the parts | {rates['limit']:.0f} |")
     spent = ", ".join(f"{name} {value:.2f}" for name, value in results["ms_per_sample"].items())
     off = ", ".join(f"{share:.2g} by {levels}" for levels, share in results["levels_off"].items())
     lines += [
         f"\nms per sample: {spent}",
         f"{results['times_script']:.2f} × the script, {results['of_limit']:.0%} of the limit",
-        f"share of values that are off Pillow's by levels: {off}",
+        f"share of values by their distance from Pillow's, in levels: {off}",
     ]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=1000)
-    parser.add_argument("--rows-per-picture", type=int, nargs="+", default=[1, 3])
-    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="with Ray; none: without")
-    parser.add_argument("--processes", type=int, nargs="*", default=[], help="so many builds at once, without Ray")
-    parser.add_argument("--img2dataset", type=Path, metavar="PYTHON", help="of an environment that has img2dataset")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--images", type=int, default=1000, help="number of images (default %(default)s)")
+    parser.add_argument("--rows-per-image", type=int, nargs="+", default=[1, 3], help="default: 1 3")
+    parser.add_argument(
+        "--workers", type=int, nargs="*", default=[1, 2], help="numbers of Ray workers to measure; none: without Ray"
+    )
+    parser.add_argument(
+        "--processes", type=int, nargs="*", default=[], help="numbers of simultaneous builds without Ray"
+    )
+    parser.add_argument(
+        "--img2dataset", type=Path, metavar="PYTHON", help="interpreter of an environment with img2dataset"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     parser.add_argument("--ray-data-only", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.ray_data_only:
@@ -335,9 +341,9 @@ def main() -> None:
         ray_data_only(Path(root), Path(out), int(workers))
         return
     results = []
-    for sharing in args.rows_per_picture:
+    for sharing in args.rows_per_image:
         with tempfile.TemporaryDirectory() as scratch:
-            found = measure(Path(scratch), args.pictures, sharing, args.workers, img2dataset_python=args.img2dataset)
+            found = measure(Path(scratch), args.images, sharing, args.workers, img2dataset_python=args.img2dataset)
             results.append(found)
         print(table(results[-1]), end="\n\n", flush=True)
         if args.json:

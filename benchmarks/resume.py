@@ -1,11 +1,11 @@
-"""A training at full size that is killed: how long the start, the resume and the end after a lost rank take.
+"""Kill and resume a training at full size: seconds of the start, the resume, and the end after a lost rank.
 
     python -m benchmarks.resume /scratch pipeline/recipes/emma_v2.toml --ranks 2 --json resume.json
     python -m benchmarks.resume /tmp/scratch pipeline/recipes/demo.toml --ranks 2          # on a CPU
 
-Weights are random, the towers' in files as published ones are; the data is a few photographs over and over. The first
-life saves and is killed as a whole, with SIGKILL, a few steps later; the second resumes, and one of its ranks is
-killed. Before it the system is asked to forget the files that it has read. docs/performance.md keeps the table.
+Weights are random, with the towers' in files of the published format; the data is a few repeated photographs. The first
+start saves and is killed with SIGKILL a few steps later. The page cache is dropped if the system permits it. The second
+start resumes, and one of its ranks is killed. docs/performance.md has the table.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from pipeline.recipe import load_recipe
 from preprocess import build_shards
 from preprocess.demo.mix import train_tokenizer
 
-PICTURES = 32
-GO_ON = 3  # steps after the resume
-PATIENCE_S = 600.0
+NUM_IMAGES = 32
+STEPS_AFTER_RESUME = 3
+TIMEOUT_S = 600.0
 
 Line = dict[str, Any]
 
 
 def build_set(folder: Path, model: str) -> Path:
-    """Shards about photographs."""
+    """Build shards about photographs."""
     root = folder / "root"
-    write_rows(root, PICTURES, rows_per_picture=1)
+    write_rows(root, NUM_IMAGES, rows_per_image=1)
     with contextlib.redirect_stdout(io.StringIO()):
         train_tokenizer((turn["value"] for i in range(200) for turn in dialogue(i)), root / "tokenizer")
     words = [root / "mix.toml", "--model", model, "--root", root, "--out", folder / "shards", "--workers", 0]
@@ -54,15 +54,15 @@ def build_set(folder: Path, model: str) -> Path:
 
 
 def write_towers(folder: Path, model: str) -> Path:
-    """Random weights in the files that the published ones have."""
+    """Write random towers in files of the published format."""
     folder.mkdir()
     for name, tower in Towers(preset(model).vision).towers.items():
         save_file(tower.vit.state_dict(), folder / f"{name}.safetensors")
     return folder
 
 
-class Life:
-    """One start of the training, from its launch on; it ends with the block."""
+class TrainingProcess:
+    """One start of the training. Context manager: the training is killed at the end of the block."""
 
     def __init__(self, command: list[str], run: Path, ranks: int):
         self.run, self.seen = run, len(lines(run))
@@ -71,7 +71,7 @@ class Life:
         words = [sys.executable, *launcher, "--rdzv-endpoint=localhost:0", "-m", "pipeline.train", *command]
         self.process = subprocess.Popen(words, stdout=self.log, stderr=subprocess.STDOUT)
 
-    def __enter__(self) -> Life:
+    def __enter__(self) -> TrainingProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,7 +85,7 @@ class Life:
         return []
 
     def kill(self) -> None:
-        """All of it, at once."""
+        """SIGKILL the launcher and all its descendants."""
         with contextlib.suppress(psutil.NoSuchProcess):
             launcher = psutil.Process(self.process.pid)
             for member in [*launcher.children(recursive=True), launcher]:
@@ -93,22 +93,22 @@ class Life:
                     member.kill()
         self.process.wait()
 
-    def until(self, is_it: Callable[[Line], bool]) -> Line:
-        """The first such line of this life."""
-        deadline = time.monotonic() + PATIENCE_S
+    def until(self, condition: Callable[[Line], bool]) -> Line:
+        """Wait for the first line of this start's log that meets the condition, and return it."""
+        deadline = time.monotonic() + TIMEOUT_S
         while time.monotonic() < deadline:
             ended = self.process.poll() is not None
-            if found := next(filter(is_it, lines(self.run)[self.seen :]), None):
+            if found := next(filter(condition, lines(self.run)[self.seen :]), None):
                 return found
-            assert not ended, f"the training ended by itself: see {self.log.name}"
+            assert not ended, f"the training ended early: see {self.log.name}"
             time.sleep(0.02)
-        raise AssertionError(f"nothing came in {PATIENCE_S:g} s: see {self.log.name}")
+        raise AssertionError(f"no such line within {TIMEOUT_S:g} s: see {self.log.name}")
 
     def until_step(self, step: int) -> Line:
         return self.until(lambda line: "event" not in line and line["step"] == step)
 
     def start_up(self) -> dict[str, Any]:
-        """Seconds from the launch to the loop and to the end of the first step, and what the time went into."""
+        """Return the seconds from the launch to the loop and to the end of the first step, in total and by phase."""
         begun = self.until(lambda line: line.get("event") in ("start", "resume"))
         first = self.until_step(begun["step"] + 1)
         launch, loop = begun["began"] - self.launched, begun["time"] - self.launched
@@ -117,14 +117,14 @@ class Life:
 
 
 def lines(run: Path) -> list[Line]:
-    """A last line that is being written is not told yet."""
+    """Return the complete lines of metrics.jsonl; the last one may still be written."""
     with contextlib.suppress(FileNotFoundError):
         return [json.loads(line) for line in (run / "metrics.jsonl").read_text().split("\n")[:-1]]
     return []
 
 
-def forget_files() -> bool:
-    """Ask the system to drop what it keeps of files; whether it may be asked."""
+def drop_page_cache() -> bool:
+    """Drop the system's page cache. Return whether that was permitted."""
     os.sync()
     with contextlib.suppress(OSError):
         Path("/proc/sys/vm/drop_caches").write_text("3\n")
@@ -133,14 +133,14 @@ def forget_files() -> bool:
 
 
 def losses(run: Path, steps: range) -> list[dict[int, float]]:
-    """Of these steps, each time that they were done."""
-    told: list[dict[int, float]] = [{}]
+    """Return the text losses of these steps, one dictionary per start."""
+    by_start: list[dict[int, float]] = [{}]
     for line in lines(run):
         if line.get("event") == "resume":
-            told.append({})
+            by_start.append({})
         elif "event" not in line and line["step"] in steps:
-            told[-1][line["step"]] = line["loss/text"]
-    return told
+            by_start[-1][line["step"]] = line["loss/text"]
+    return by_start
 
 
 def checkpoint_gb(run: Path) -> float:
@@ -158,30 +158,30 @@ def measure(
     words += ["weights.llm=random", "log.every_steps=1", "log.wandb=off", "steps=1000"]
     command = [*words, f"checkpoint.every_steps={save_at}", "checkpoint.keep_last=1", *overrides]
     results: dict[str, Any] = {"model": plan.model, "ranks": ranks}
-    with Life(command, run, ranks) as life:
-        results["start"] = life.start_up()
-        saved = life.until(lambda line: line.get("event") == "save")
-        life.until_step(saved["step"] + 1)
+    with TrainingProcess(command, run, ranks) as training:
+        results["start"] = training.start_up()
+        saved = training.until(lambda line: line.get("event") == "save")
+        training.until_step(saved["step"] + 1)
         results["save"] = {"gb": checkpoint_gb(run), "stall_s": saved["seconds"], "whole_s": saved["whole_s"]}
     command.append("checkpoint.every_steps=1000")
-    results["cold"] = forget_files()
-    with Life(command, run, ranks) as life:
-        results["resume"] = life.start_up()
-        last = life.until_step(results["resume"]["step"] + GO_ON)
+    results["cold"] = drop_page_cache()
+    with TrainingProcess(command, run, ranks) as training:
+        results["resume"] = training.start_up()
+        last = training.until_step(results["resume"]["step"] + STEPS_AFTER_RESUME)
         results["losses"] = losses(run, range(results["resume"]["step"] + 1, last["step"] + 1))
-        results["lost_rank"] = lose_a_rank(life) if ranks > 1 else None
+        results["lost_rank"] = lose_a_rank(training) if ranks > 1 else None
     return results
 
 
-def lose_a_rank(life: Life) -> dict[str, Any]:
+def lose_a_rank(training: TrainingProcess) -> dict[str, Any]:
     """Kill the last rank; how long the others live on, and what the run says of it."""
-    ranks = life.ranks
+    ranks = training.ranks
     begun = time.monotonic()
     max(ranks, key=lambda process: int(process.environ()["RANK"])).kill()
-    psutil.wait_procs(ranks, timeout=PATIENCE_S)
+    psutil.wait_procs(ranks, timeout=TIMEOUT_S)
     took = time.monotonic() - begun
-    life.process.wait(timeout=PATIENCE_S)
-    return {"others_ended_s": took, "outcome": json.loads((life.run / "outcome.json").read_text())}
+    training.process.wait(timeout=TIMEOUT_S)
+    return {"others_ended_s": took, "outcome": json.loads((training.run / "outcome.json").read_text())}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -197,12 +197,12 @@ def table(results: dict[str, Any]) -> str:
     lines.append(
         f"save: {save['gb']:.1f} GB in {save['whole_s']:.1f} s, training stood still for {save['stall_s']:.1f}"
     )
-    for told in results["losses"]:
-        lines.append("text loss: " + ", ".join(f"step {step} {loss:.4f}" for step, loss in told.items()))
+    for losses_of_start in results["losses"]:
+        lines.append("text loss: " + ", ".join(f"step {step} {loss:.4f}" for step, loss in losses_of_start.items()))
     if lost := results["lost_rank"]:
         outcome = lost["outcome"]
-        said = f"{outcome['outcome']} ({outcome['reason']})"
-        lines.append(f"a rank killed: the others ended after {lost['others_ended_s']:.1f} s, outcome {said}")
+        ending = f"{outcome['outcome']} ({outcome['reason']})"
+        lines.append(f"a rank killed: the others ended after {lost['others_ended_s']:.1f} s, outcome {ending}")
     return "\n".join(lines)
 
 
@@ -211,18 +211,18 @@ def scratch(parent: Path) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="resume-benchmark-", dir=parent))
     yield folder
-    shutil.rmtree(folder)  # not after an error: the log tells more
+    shutil.rmtree(folder)  # kept after an error, because it holds the log
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="on the disk to be measured")
-    parser.add_argument("recipe", nargs="?", default="pipeline/recipes/emma_v2.toml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--save-at", type=int, default=24, help="steps; as many later the next save waits for this one")
-    parser.add_argument("--shards", type=Path, help="a set for the recipe's model, instead of one that is built")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("folder", type=Path, help="folder on the disk to measure")
+    parser.add_argument("recipe", nargs="?", default="pipeline/recipes/emma_v2.toml", help="default: %(default)s")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
+    parser.add_argument("--ranks", type=int, default=2, help="number of ranks (default %(default)s)")
+    parser.add_argument("--save-at", type=int, default=24, help="step of the save (default %(default)s)")
+    parser.add_argument("--shards", type=Path, help="use this set instead of building one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     args = parser.parse_intermixed_args()
     with scratch(args.folder) as folder:
         results = measure(folder, args.recipe, args.ranks, args.overrides, args.save_at, args.shards)

@@ -1,10 +1,9 @@
-"""Rank 0 of eight, the whole network at full size: seconds, TFLOP/s and memory of the settings that were weighed.
+"""Training step at full size, one rank of eight on one GPU: seconds, TFLOP/s and memory of several settings.
 
-    python -m benchmarks.train_step --json train_step.json            # on a machine with one GPU; minutes
+    python -m benchmarks.train_step --json train_step.json            # needs one GPU; takes minutes
     python -m benchmarks.train_step --only zero2 --micro-batches 16
 
-Each variant runs `pipeline.dry_run` in a process of its own. docs/performance.md keeps the table and says what it was
-measured on.
+Each variant runs `pipeline.dry_run` in its own process. docs/performance.md has the table and names the machine.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ VARIANTS = {
 def run_variant(
     recipe: str, overrides: list[str], sizes: list[int], memory_gib: float
 ) -> list[dict[str, float | None]]:
-    """The trials of one variant. Raises: RuntimeError with the end of its output if it failed."""
+    """Run one variant and return its trials. Raises: RuntimeError with the end of its output if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "trials.json"
         command = [sys.executable, "-m", "pipeline.dry_run", f"pipeline/recipes/{recipe}.toml", *overrides]
@@ -58,10 +57,10 @@ def line(name: str, trial: dict[str, float | None]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="variants whose name contains this")
-    parser.add_argument("--micro-batches", type=int, nargs="+", default=[16])
-    parser.add_argument("--memory-gib", type=float, default=39.0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", default="", help="run only the variants whose name contains this text")
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[16], help="sizes to try (default: 16)")
+    parser.add_argument("--memory-gib", type=float, default=39.0, help="limit of GPU memory (default %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     args = parser.parse_args()
     results = {}
     print("| variant | micro-batch | ms/step | useful TFLOP/s | peak GiB |\n|---|---|---|---|---|", flush=True)

@@ -18,7 +18,7 @@ from preprocess.shards.writer import read_fields
 
 
 def test_the_builder_and_the_everyday_script_do_the_same_work(tmp_path: Path) -> None:
-    results = measure(tmp_path, pictures=4, rows_per_picture=2, workers=[], rounds=1, processes=[2])
+    results = measure(tmp_path, images=4, rows_per_image=2, workers=[], rounds=1, processes=[2])
     assert results["rows"] == 8
     assert results["levels_off"][0] > 0.99
     assert max(results["levels_off"]) <= 2
@@ -70,7 +70,7 @@ def test_wider_windows_waste_less_and_all_waste_less_than_the_other_schemes() ->
 
 
 def test_the_loader_benchmark_times_both_ways_of_loading_the_same_set(tmp_path: Path) -> None:
-    shards = loader.build_set(tmp_path, pictures=64)
+    shards = loader.build_set(tmp_path, images=64)
     ours, stock = loader.ours(shards, epochs=2), loader.stock(shards, epochs=2)
     for found in (ours, stock):
         assert set(found) == {"samples_per_s", "first_batch_s"}
