@@ -1,4 +1,4 @@
-"""The benchmarks of the data stage do the work that they claim to time."""
+"""The benchmarks of preprocessing and data loading do the work that they time."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from preprocess.shards.manifest import Manifest
 from preprocess.shards.writer import read_fields
 
 
-def test_the_builder_and_the_everyday_script_do_the_same_work(tmp_path: Path) -> None:
+def test_the_builder_and_the_plain_script_of_the_benchmark_do_the_same_work(tmp_path: Path) -> None:
     results = measure(tmp_path, images=4, rows_per_image=2, workers=[], rounds=1, processes=[2])
     assert results["rows"] == 8
     assert results["levels_off"][0] > 0.99
@@ -29,7 +29,7 @@ def test_the_builder_and_the_everyday_script_do_the_same_work(tmp_path: Path) ->
     assert "| ours, 2 processes at once (each) |" in table(results)
 
 
-def test_the_full_size_mix_is_laid_out_as_the_papers_mix_expects(tmp_path: Path) -> None:
+def test_the_generated_full_size_data_fits_the_mix_of_the_paper(tmp_path: Path) -> None:
     generate(tmp_path / "root", rows=400)
     words = [PAPER_MIX, "--model", "tiny_v2", "--root", tmp_path / "root", "--out", tmp_path / "set"]
     words += ["--tokenizer", tmp_path / "root/tokenizer", "--workers", 0]

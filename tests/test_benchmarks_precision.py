@@ -1,4 +1,4 @@
-"""The comparison of precisions compares what it says."""
+"""The benchmark that compares training precisions."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from model.emma import Emma
 
 
 def curve(offset: float) -> list[dict]:
-    """Forty steps, one in four of text alone, `offset` above the reference in the second half."""
+    """Return the metrics of forty steps, one in four text-only, whose loss is `offset` higher in the second half."""
     return [
         {
             "loss/text": 2.0 + (offset if step >= 20 else 0.0),
@@ -19,13 +19,13 @@ def curve(offset: float) -> list[dict]:
     ]
 
 
-def test_the_distance_is_that_of_smoothed_curves_over_the_second_half():
+def test_distance_compares_smoothed_curves_over_the_second_half():
     assert distance(curve(0.0), curve(0.0)) == 0
     assert distance(curve(1.0), curve(0.0)) == pytest.approx(sum(range(1, 21)) / 20 / 20)
     assert smoothed([1.0, 2.0, 3.0], width=2) == [1.0, 1.5, 2.5]
 
 
-def test_the_table_and_the_picture_show_every_run(tmp_path):
+def test_the_table_and_the_figure_show_every_run(tmp_path):
     curves = {"fp32": curve(0.0), "bf16": curve(0.2)}
     assert "| bf16 | 2.2000 | 0.5000 | 0.1050 | 100 | 1.5 |" in table(curves).splitlines()
     draw(curves, "title", tmp_path / "curves.png")

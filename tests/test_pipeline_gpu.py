@@ -1,7 +1,4 @@
-"""Training, resuming and generating on GPUs, small. On a machine with GPUs and the kernels:
-
-python -m pytest tests/test_pipeline_gpu.py
-"""
+"""Training, resuming and generation with small models on GPUs. Needs a machine with a GPU and the fused kernels."""
 
 import json
 import time
@@ -22,25 +19,25 @@ from tests.support.tiny_data import build_shards
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.filterwarnings("ignore"),  # the kernels' packages and Triton use what torch deprecates
+    pytest.mark.filterwarnings("ignore"),  # the packages of the kernels and Triton use deprecated functions of torch
 ]
 
 KINDS = ("v1", "v2")
-STEPS = 6  # of one epoch: pictures and text alone, and an incomplete last batch of both
+STEPS = 6  # one epoch: batches with images and text-only batches, and an incomplete last batch of both
 GPUS = min(2, torch.cuda.device_count())
 ON_GPU = ["engine.device=cuda", "engine.ds_config=ds_configs/zero3.json"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def base(request, recipe_file, raw_mix, tmp_path_factory):
-    """A recipe of each kind, and its overrides."""
+    """Return the arguments of a training of EMMA V1 or V2."""
     folder = build_shards(raw_mix, tmp_path_factory.mktemp(request.param) / "shards", f"tiny_{request.param}")
     return [recipe_file, f"model=tiny_{request.param}", f"data.shards={folder}", *ON_GPU]
 
 
 @pytest.mark.skipif(GPUS < 2, reason="two GPUs are needed")
-def test_two_gpus_under_zero_3_learn_what_one_without_deepspeed_does(base, tmp_path):
-    """Losses of every step, and every gradient of the first, where no update has amplified rounding yet."""
+def test_two_gpus_with_zero_3_train_like_plain_torch_on_one(base, tmp_path):
+    """Compare the losses of all steps, but gradients only in the first, because updates amplify rounding."""
     recipe = load_recipe(base[0], [*base[1:], f"steps={STEPS}", "optim.micro_batch=8", f"run.dir={tmp_path}"])
     expected = train_plainly(recipe, "cuda")
     out = tmp_path / "gradients.pt"
@@ -53,10 +50,10 @@ def test_two_gpus_under_zero_3_learn_what_one_without_deepspeed_does(base, tmp_p
         f"run.dir={tmp_path}/run",
     ]
     finish(torchrun(2, program))
-    found = torch.load(out, weights_only=False, map_location="cpu")
-    losses = [report["total"] for report in found["reports"]]
+    kept = torch.load(out, weights_only=False, map_location="cpu")
+    losses = [report["total"] for report in kept["reports"]]
     assert losses == pytest.approx([step.loss for step in expected], rel=2e-3)
-    first, oracle = found["gradients"][0], expected[0].gradients
+    first, oracle = kept["gradients"][0], expected[0].gradients
     whole = torch.cat([gradient.flatten() for gradient in oracle.values()]).norm()
     for name, gradient in oracle.items():
         off = (first[name] - gradient).norm()
@@ -65,8 +62,8 @@ def test_two_gpus_under_zero_3_learn_what_one_without_deepspeed_does(base, tmp_p
 
 @pytest.mark.parametrize("precision", ["bf16", "autocast"])
 def test_the_loss_is_finite_and_falls_on_repeated_batches(base, tmp_path, precision):
-    words = [*base, "steps=36", f"engine.precision={precision}", "engine.segment_layers=2", f"run.dir={tmp_path}"]
-    done = run_python("-m", "pipeline.train", *words, "checkpoint.every_steps=36", timeout=300)
+    arguments = [*base, "steps=36", f"engine.precision={precision}", "engine.segment_layers=2", f"run.dir={tmp_path}"]
+    done = run_python("-m", "pipeline.train", *arguments, "checkpoint.every_steps=36", timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     losses = [line["loss/text"] for line in steps_of(tmp_path)]
     assert len(losses) == 36
@@ -75,49 +72,49 @@ def test_the_loss_is_finite_and_falls_on_repeated_batches(base, tmp_path, precis
 
 
 def test_a_resumed_run_continues_and_its_model_answers_alike_on_both_devices(base, tmp_path):
-    """To rounding: Mamba's backward pass adds in no fixed order on a GPU."""
+    """Losses agree only to rounding, because Mamba's backward pass adds in no fixed order on a GPU."""
     run = [*base, "steps=12", f"run.dir={tmp_path / 'run'}"]
     train = ["-m", "pipeline.train", *run]
     finish(torchrun(GPUS, train))
-    undisturbed = [line["loss/text"] for line in steps_of(tmp_path / "run")]
+    uninterrupted = [line["loss/text"] for line in steps_of(tmp_path / "run")]
     for gpus in sorted({GPUS, 1}, reverse=True):
         (tmp_path / "run/checkpoints/step-00000012/manifest.json").unlink()
         assert "resuming from" in finish(torchrun(gpus, train))
-        redone = [line["loss/text"] for line in steps_of(tmp_path / "run")][-4:]
-        assert redone == pytest.approx(undisturbed[8:], rel=2e-2), f"on {gpus}"
+        resumed = [line["loss/text"] for line in steps_of(tmp_path / "run")][-4:]
+        assert resumed == pytest.approx(uninterrupted[8:], rel=2e-2), f"on {gpus}"
 
     done = run_python("-m", "pipeline.export", tmp_path / "run", tmp_path / "model")
     assert done.returncode == 0, done.stderr
-    picture = ShardReader(base[2].removeprefix("data.shards=")).read(0)[1]
+    image = ShardReader(base[2].removeprefix("data.shards=")).read(0)[1]
     tokenizer = load_tokenizer(str(tmp_path / "model"))
     answers = [
-        answer(load_model(tmp_path / "model", device), tokenizer, ["Which colour?", "Say 3"], [picture, None], 24)
+        answer(load_model(tmp_path / "model", device), tokenizer, ["Which colour?", "Say 3"], [image, None], 24)
         for device in ("cpu", "cuda")
     ]
     assert answers[0] == answers[1]
 
 
-def test_a_stop_is_agreed_on_and_saved(base, tmp_path):
+def test_a_stop_request_saves_and_ends_the_run(base, tmp_path):
     process = torchrun(GPUS, ["-m", "pipeline.train", *base, "steps=1000", f"run.dir={tmp_path}"])
     while process.poll() is None and not (tmp_path / "metrics.jsonl").exists():
         time.sleep(0.1)
     (tmp_path / "control/stop").touch()
-    told = finish(process)
+    output = finish(process)
     outcome = json.loads((tmp_path / "outcome.json").read_text())
-    assert outcome["outcome"] == "stopped", told
+    assert outcome["outcome"] == "stopped", output
     assert list_steps(tmp_path / "checkpoints")[-1] == outcome["step"]
 
 
-def test_losses_that_are_not_finite_update_nothing_and_end_the_run(base, tmp_path):
+def test_losses_that_are_not_finite_end_the_run(base, tmp_path):
     run = [*base, f"run.dir={tmp_path}", "optim.lr=1e30", "optim.clip=0.0"]
-    told = finish(torchrun(GPUS, ["-m", "pipeline.train", *run]), code=1)
-    assert "error: no finite loss or gradient" in told
+    output = finish(torchrun(GPUS, ["-m", "pipeline.train", *run]), code=1)
+    assert "error: no finite loss or gradient" in output
     assert json.loads((tmp_path / "outcome.json").read_text())["outcome"] == "failed"
 
 
-def test_too_little_memory_is_one_line_with_what_to_do(base, tmp_path):
-    little = {"PYTORCH_ALLOC_CONF": "per_process_memory_fraction:0.0005"}  # 40 MB of 80 GB
-    done = run_python("-m", "pipeline.train", *base, f"run.dir={tmp_path}", timeout=300, **little)
+def test_too_little_memory_is_one_line_that_names_the_remedy(base, tmp_path):
+    memory_limit = {"PYTORCH_ALLOC_CONF": "per_process_memory_fraction:0.0005"}  # 40 MB of 80 GB
+    done = run_python("-m", "pipeline.train", *base, f"run.dir={tmp_path}", timeout=300, **memory_limit)
     assert done.returncode == 2, done.stderr
     [line] = [line for line in done.stderr.splitlines() if "error: " in line]
     assert "out of memory" in line
