@@ -157,11 +157,11 @@ def fill_a_disk(folder: Path, expected: Path) -> None:
         words += ["--samples-per-shard", str(SAMPLES)]
         failed = run_python(*words, timeout=300, RAY_ADDRESS="")
         assert failed.returncode == ExitCode.USER_ERROR, failed.stdout + failed.stderr
-        complaint = (
+        expected_error = (
             f"error: {disk / 'out'}: No space left on device; free some space, "
             "then run the same command again: finished shards are kept"
         )
-        assert failed.stderr.splitlines()[-1] == complaint, failed.stderr
+        assert failed.stderr.splitlines()[-1] == expected_error, failed.stderr
         before = finished(disk / "out")
         subprocess.run(["mount", "-o", f"remount,size={4 * size}", disk], check=True)
         done = run_python(*words, timeout=300, RAY_ADDRESS="")
@@ -170,13 +170,13 @@ def fill_a_disk(folder: Path, expected: Path) -> None:
         assert before.items() <= finished(disk / "out").items(), "built again"
     finally:
         subprocess.run(["umount", disk], check=True)
-    print(f"a disk was full after {len(before)} shards: one line of error, and equal bytes after an enlargement")
+    print(f"a disk was full after {len(before)} shards: one error line, and equal bytes once there was space")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=20, help="stop after this many kills (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random choices (default %(default)s)")
     parsed = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         soak(Path(scratch), parsed.kills, parsed.seed)

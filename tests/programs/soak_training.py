@@ -156,8 +156,8 @@ def soak(folder: Path, kills: int, seed: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=30, help="stop after this many kills (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random choices (default %(default)s)")
     parsed = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         soak(Path(scratch), parsed.kills, parsed.seed)
