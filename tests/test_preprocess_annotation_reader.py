@@ -1,4 +1,4 @@
-"""Annotation files are streamed, whatever they are packed in, and damage is named by place."""
+"""The annotation reader: it streams every format and compression, and reports damage with its line and column."""
 
 import gzip
 import io
@@ -35,7 +35,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def packings(folder: Path) -> dict[str, Path]:
+def files_of_every_format(folder: Path) -> dict[str, Path]:
     array, lines = json.dumps(ROWS), "\n".join(map(json.dumps, ROWS))
     zstd = folder / "rows.json.zst"
     with pa.CompressedOutputStream(pa.OSFile(str(zstd), "wb"), "zstd") as stream:
@@ -53,22 +53,22 @@ def packings(folder: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
-def test_every_packing_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_every_format_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(json_rows, "CHUNK_BYTES", chunk)
-    for packing, path in packings(tmp_path).items():
-        assert list(read_rows(path)) == ROWS, packing
+    for file_format, path in files_of_every_format(tmp_path).items():
+        assert list(read_rows(path)) == ROWS, file_format
 
 
-def test_parquet_gives_its_rows(tmp_path: Path) -> None:
+def test_parquet_rows_are_read(tmp_path: Path) -> None:
     table = [{"id": str(i), "conversations": [{"from": "human", "value": "Q"}]} for i in range(3000)]
     pq.write_table(pa.Table.from_pylist(table), tmp_path / "rows.parquet")
     assert list(read_rows(tmp_path / "rows.parquet")) == table
 
 
-def test_parquet_that_gives_fewer_rows_than_it_tells_of_is_damaged(
+def test_parquet_with_fewer_rows_than_its_footer_declares_is_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As some flipped bits of its footer have it, without any complaint of pyarrow."""
+    """Some flipped bits in the footer have this effect, and pyarrow raises no error."""
     pq.write_table(pa.table({"id": ["a", "b"]}), tmp_path / "rows.parquet")
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_, **__: iter(()))
     with pytest.raises(UserError, match="its footer declares 2 rows, but it holds 0"):
@@ -89,7 +89,7 @@ BROKEN = {
     ),
     "no comma": ('[{"id": "a"}\n {"id": "b"}]', "line 2 column 2: expected ',' or ']' after a row, found '{'"),
     "a bare word": ('[\n{"id": a},' + " " * 100 + "1]", "line 2 column 8: broken JSON (Expecting value)"),
-    "a number without end": (
+    "a number with too many digits": (
         '[{"id": 1},\n {"id": ' + "1" * 5000 + "}]",
         "line 2 column 2: broken JSON (a number has too many",
     ),
@@ -103,26 +103,26 @@ BROKEN = {
         "line 2 column 1: expected the end of the file after the array's ']', found '{'",
     ),
     "an empty array and more": ("[] {}", "line 1 column 4: expected the end of the file"),
-    "nested without end": ("[" * 100_000, "nested too deeply"),
+    "nested too deeply": ("[" * 100_000, "nested too deeply"),
 }
 
 
 @pytest.mark.parametrize("chunk", [3, 1 << 20])
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_array_is_named_with_line_and_column(
+def test_a_broken_array_is_reported_with_line_and_column(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, chunk: int
 ) -> None:
-    text, complaint = BROKEN[kind]
-    if chunk == 3 and kind == "nested without end":
-        return  # quadratic, and the same code
+    text, message = BROKEN[kind]
+    if chunk == 3 and kind == "nested too deeply":
+        return  # would take quadratic time, and tests the same code
     monkeypatch.setattr(json_rows, "CHUNK_BYTES", chunk)
     with pytest.raises(UserError) as raised:
         list(read_rows(write(tmp_path / "rows.json", text)))
     assert f"{tmp_path}/rows.json, " in str(raised.value)
-    assert complaint in str(raised.value)
+    assert message in str(raised.value)
 
 
-def test_a_broken_line_costs_only_itself(tmp_path: Path) -> None:
+def test_a_broken_line_of_jsonl_rejects_only_itself(tmp_path: Path) -> None:
     found = list(read_rows(write(tmp_path / "rows.jsonl", '{"id": 1}\n{"id": }\n\n{"id": 3')))
     assert found[0] == {"id": 1}
     assert [str(row) for row in found[1:]] == [
@@ -133,7 +133,7 @@ def test_a_broken_line_costs_only_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
-def test_an_array_that_is_the_first_of_the_lines_is_a_row(
+def test_an_array_in_the_first_line_of_jsonl_is_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     monkeypatch.setattr(json_rows, "CHUNK_BYTES", chunk)
@@ -142,7 +142,9 @@ def test_an_array_that_is_the_first_of_the_lines_is_a_row(
         assert list(read_rows(path)) == [json.loads(first), json.loads(then), {}]
 
 
-def test_an_array_on_one_line_is_not_held_to_find_that_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_array_on_one_line_is_recognised_without_reading_it_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(json_rows, "CHUNK_BYTES", 100)
     monkeypatch.setattr(json_rows, "MAX_FIRST_LINE_CHARACTERS", 1000)
     path = write(tmp_path / "rows.json", json.dumps([{"id": i} for i in range(10_000)]) + "\n")
@@ -152,7 +154,7 @@ def test_an_array_on_one_line_is_not_held_to_find_that_out(tmp_path: Path, monke
     assert len(list(stream)) == 9999
 
 
-def test_a_number_of_too_many_digits_costs_only_its_line(tmp_path: Path) -> None:
+def test_a_number_with_too_many_digits_rejects_only_its_line(tmp_path: Path) -> None:
     found = list(read_rows(write(tmp_path / "rows.jsonl", f'{{"id": {"1" * 5000}}}\n{{"id": 2}}')))
     assert str(found[0]) == "broken_json: line 1: a number has too many digits"
     assert found[1:] == [{"id": 2}]
@@ -164,27 +166,25 @@ NOT_ROWS = {
         OBJECT,
         "line 1 column 1: the file is a single object (more than 1000 characters, expected a JSON",
     ),
-    "an endless line": ('{"id": 1}\n' + OBJECT, "line 2 column 1: the line is not a row (more than 1000"),
-    "an endless row of an array": (f"[{OBJECT}]", "line 1 column 2: a row has more than 1000 characters"),
+    "an overlong line": ('{"id": 1}\n' + OBJECT, "line 2 column 1: the line is not a row (more than 1000"),
+    "an overlong row of an array": (f"[{OBJECT}]", "line 1 column 2: a row has more than 1000 characters"),
 }
 
 
 @pytest.mark.parametrize("kind", NOT_ROWS)
-def test_what_is_too_long_for_a_row_is_not_read_to_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_an_overlong_row_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(json_rows, "CHUNK_BYTES", 100)
     monkeypatch.setattr(json_rows, "MAX_FIRST_LINE_CHARACTERS", 100)
     monkeypatch.setattr(json_rows, "MAX_ROW_CHARACTERS", 1000)
-    text, complaint = NOT_ROWS[kind]
+    text, message = NOT_ROWS[kind]
     with pytest.raises(UserError) as raised:
         list(read_rows(write(tmp_path / "rows.json", text)))
-    assert complaint in str(raised.value)
+    assert message in str(raised.value)
 
 
 @pytest.mark.parametrize("shape", ["{}\n", "[{}]"])
-def test_a_long_row_is_read_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str) -> None:
-    """A window that grew by the same amount each time would be looked through a thousand times."""
+def test_a_long_row_is_parsed_in_linear_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str) -> None:
+    """A window that grew by a constant amount would be scanned a thousand times."""
     monkeypatch.setattr(json_rows, "CHUNK_BYTES", 100)
     row = {"id": "x" * 100_000}
     path = write(tmp_path / "rows.json", shape.replace("{}", json.dumps(row)))
@@ -200,19 +200,19 @@ def test_a_long_row_is_read_in_few_steps(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def strings(*values: bytes) -> pa.Array:
-    """Of any bytes; pyarrow checks none that a file brings."""
+    """Return a string array of arbitrary bytes. pyarrow does not check the bytes of files either."""
     packed = pa.array(values, pa.binary())
     return pa.Array.from_buffers(pa.string(), len(packed), packed.buffers())
 
 
-def test_bad_utf_8_in_parquet_is_repaired_wherever_it_stands(tmp_path: Path) -> None:
-    said = pa.StructArray.from_arrays(
+def test_bad_utf_8_in_parquet_is_repaired_in_every_column_type(tmp_path: Path) -> None:
+    conversation = pa.StructArray.from_arrays(
         [strings(b"human", b"gpt", b"human"), strings(b"Q\xff", b"\xc3\xbc", b"Q")], ["from", "value"]
     )
     table = pa.table(
         {
             "id": strings(b"a\xfe", b"b"),
-            "conversations": pa.ListArray.from_arrays([0, 2, 3], said),
+            "conversations": pa.ListArray.from_arrays([0, 2, 3], conversation),
             "kind": strings(b"k\xff", b"k").dictionary_encode(),
             "score": [0.5, None],
         }
@@ -225,16 +225,16 @@ def test_bad_utf_8_in_parquet_is_repaired_wherever_it_stands(tmp_path: Path) -> 
     ]
 
 
-def test_zstd_that_begins_with_a_frame_to_skip_is_read(tmp_path: Path) -> None:
-    """As pzstd writes it."""
-    skipped = struct.pack("<II", 0x184D2A5C, 4) + b"size"
+def test_zstd_with_a_skippable_first_frame_is_read(tmp_path: Path) -> None:
+    """pzstd writes such files."""
+    skippable = struct.pack("<II", 0x184D2A5C, 4) + b"size"
     path = tmp_path / "rows.json.zst"
-    path.write_bytes(skipped + pa.compress(json.dumps(ROWS).encode(), codec="zstd", asbytes=True))
+    path.write_bytes(skippable + pa.compress(json.dumps(ROWS).encode(), codec="zstd", asbytes=True))
     assert list(read_rows(path)) == ROWS
 
 
 @pytest.mark.parametrize("codec", ["gzip", "zstd"])
-def test_parquet_that_is_compressed_is_one_clear_line(tmp_path: Path, codec: str) -> None:
+def test_parquet_inside_a_compressed_file_is_a_user_error(tmp_path: Path, codec: str) -> None:
     buffer = io.BytesIO()
     pq.write_table(pa.table({"id": ["a"]}), buffer)
     with pa.CompressedOutputStream(pa.OSFile(str(tmp_path / "rows"), "wb"), codec) as stream:
@@ -243,14 +243,16 @@ def test_parquet_that_is_compressed_is_one_clear_line(tmp_path: Path, codec: str
         list(read_rows(tmp_path / "rows"))
 
 
-def test_a_zip_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_zip_file_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"rows\.json is a zip file. Unpack it: expected a JSON array"):
         list(read_rows(write(tmp_path / "rows.json", "PK\3\4...")))
 
 
 @pytest.mark.parametrize("name", ["rows.json.gz", "rows.json.zst", "rows.parquet"])
-def test_a_damaged_archive_is_one_clear_line(tmp_path: Path, name: str) -> None:
-    path = packings(tmp_path).get({"rows.json.gz": "gzip", "rows.json.zst": "zstd"}.get(name, ""), tmp_path / name)
+def test_a_damaged_file_is_a_user_error(tmp_path: Path, name: str) -> None:
+    path = files_of_every_format(tmp_path).get(
+        {"rows.json.gz": "gzip", "rows.json.zst": "zstd"}.get(name, ""), tmp_path / name
+    )
     if name == "rows.parquet":
         pq.write_table(pa.table({"id": ["a"]}), path)
     path.write_bytes(path.read_bytes()[:-20])
@@ -258,8 +260,8 @@ def test_a_damaged_archive_is_one_clear_line(tmp_path: Path, name: str) -> None:
         list(read_rows(path))
 
 
-def test_reading_holds_a_window_not_the_file(tmp_path: Path) -> None:
-    """Fifty times the window passes through it."""
+def test_reading_keeps_only_a_window_of_the_file_in_memory(tmp_path: Path) -> None:
+    """The file is 50 times as large as the window."""
     row = json.dumps({"id": "x" * 1000})
     path = write(tmp_path / "rows.json", "[" + ",".join([row] * 50_000) + "]")
     stream = read_rows(path)
@@ -272,7 +274,7 @@ def test_reading_holds_a_window_not_the_file(tmp_path: Path) -> None:
 
 
 class FailingFile(io.FileIO):
-    """Reads well once or twice; then its disk or network fails, with or without a number."""
+    """A file whose first reads succeed, and whose later reads raise `error`, with or without an errno."""
 
     def __init__(self, path: Path, error: Exception, reads: int) -> None:
         super().__init__(path)
@@ -288,12 +290,12 @@ class FailingFile(io.FileIO):
 @pytest.mark.parametrize(
     "error", [OSError(5, "Input/output error"), OSError("reset by peer"), RuntimeError("HTTP 503")]
 )
-@pytest.mark.parametrize("packing", ["array", "lines", "gzip", "zstd", "parquet"])
-def test_a_file_that_cannot_be_read_is_not_called_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str, error: Exception
+@pytest.mark.parametrize("file_format", ["array", "lines", "gzip", "zstd", "parquet"])
+def test_a_failing_disk_is_not_reported_as_a_damaged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format: str, error: Exception
 ) -> None:
     pq.write_table(pa.table({"id": ["a"]}), tmp_path / "rows.parquet")
-    path = packings(tmp_path).get(packing, tmp_path / "rows.parquet")
+    path = files_of_every_format(tmp_path).get(file_format, tmp_path / "rows.parquet")
 
     monkeypatch.setattr(Path, "open", lambda path, mode: FailingFile(path, error, 1))
     with pytest.raises(UserError) as raised:

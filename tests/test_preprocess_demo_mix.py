@@ -1,4 +1,4 @@
-"""The demo's raw data: answers agree with pixels, formats with the real sets', and nothing held out was seen."""
+"""The demo's raw data: correct answers, the formats of the real datasets, and no overlap with the held-out images."""
 
 import itertools
 import json
@@ -74,12 +74,12 @@ def answers(scene: Scene) -> dict[str, str]:
 
 
 def painted(scene: Scene) -> np.ndarray:
-    """Where the picture has the scene's own colour: bool [h, w]."""
+    """Return a mask of the pixels that have the scene's colour: bool [h, w]."""
     return (np.asarray(render(scene)) == scene.paint).all(-1)
 
 
 def share_painted(scene: Scene, row: int, column: int) -> float:
-    """Of the pixels within the cell's largest shape."""
+    """Return the share of a cell's pixels that have the scene's colour."""
     x, y = map(round, cell_centre(scene, (row, column)))
     half = CELL_PX // 2
     return float(painted(scene)[y - half : y + half, x - half : x + half].mean())
@@ -88,14 +88,14 @@ def share_painted(scene: Scene, row: int, column: int) -> float:
 # -- Scenes ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_scene_is_painted_in_the_colour_that_it_says() -> None:
+def test_a_scene_is_painted_in_the_colour_of_its_answer() -> None:
     for scene in SCENES:
         named = min(COLOURS, key=lambda name: np.abs(np.subtract(COLOURS[name], scene.paint)).sum())
         assert answers(scene)["colour"] == named
         assert painted(scene).sum() > 300
 
 
-def test_shapes_stand_in_their_cells_and_nowhere_else() -> None:
+def test_shapes_do_not_leave_their_cells() -> None:
     for scene in (scene for scene in SCENES if scene.cells):
         filled = {(row, column) for row in range(3) for column in range(3) if share_painted(scene, row, column) > 0.1}
         assert filled == set(scene.cells)
@@ -103,25 +103,25 @@ def test_shapes_stand_in_their_cells_and_nowhere_else() -> None:
         assert whole == pytest.approx(sum(share_painted(scene, *cell) for cell in scene.cells) * CELL_PX**2, rel=0.02)
 
 
-def test_a_count_is_the_number_of_cells_and_a_position_the_place_of_the_only_one() -> None:
+def test_counts_and_positions_agree_with_the_cells() -> None:
     for scene in (scene for scene in SCENES if scene.cells):
-        said = answers(scene)
-        assert ("count" in said, "position" in said) == (len(scene.cells) > 1, len(scene.cells) == 1)
+        answer = answers(scene)
+        assert ("count" in answer, "position" in answer) == (len(scene.cells) > 1, len(scene.cells) == 1)
         if len(scene.cells) > 1:
-            assert said["count"] == COUNTS[len(scene.cells)]
+            assert answer["count"] == COUNTS[len(scene.cells)]
         else:
-            (row, column), place = scene.cells[0], said["position"]
+            (row, column), place = scene.cells[0], answer["position"]
             assert place == POSITIONS[row][column]
             assert ("top" in place, "bottom" in place) == (row == 0, row == 2)
             assert ("left" in place, "right" in place) == (column == 0, column == 2)
 
 
 def test_every_shape_looks_different() -> None:
-    pictures = [render(red_scene(shape=shape, radius=24, cells=((1, 1),))).tobytes() for shape in SHAPES]
-    assert len(set(pictures)) == len(SHAPES)
+    images = [render(red_scene(shape=shape, radius=24, cells=((1, 1),))).tobytes() for shape in SHAPES]
+    assert len(set(images)) == len(SHAPES)
 
 
-def test_a_printed_word_fits_into_the_picture() -> None:
+def test_a_printed_word_fits_into_the_image() -> None:
     for word in WORDS:
         ink = painted(red_scene(word=word))
         assert ink.sum() > 2000
@@ -129,14 +129,14 @@ def test_a_printed_word_fits_into_the_picture() -> None:
         assert not ink[:, [0, -1]].any()
 
 
-def test_no_constant_answer_is_right_often() -> None:
+def test_no_constant_answer_is_often_right() -> None:
     asked = [question for scene in itertools.islice(draw_scenes("balance"), 2000) for question in questions(scene)]
     for kind in {question.kind for question in asked}:
         counts = Counter(question.answer for question in asked if question.kind == kind)
         assert counts.most_common(1)[0][1] / counts.total() < 0.32
 
 
-def test_a_series_of_scenes_is_the_same_however_many_are_taken() -> None:
+def test_a_scene_depends_only_on_its_series_and_index() -> None:
     assert list(itertools.islice(draw_scenes("test"), 5)) == SCENES[:5]
     assert list(itertools.islice(draw_scenes("other"), 5)) != SCENES[:5]
 
@@ -154,14 +154,14 @@ def test_the_same_version_writes_the_same_bytes(root: Path, tmp_path: Path) -> N
     }
 
 
-def test_a_folder_with_something_in_it_is_not_written_into(root: Path) -> None:
+def test_a_folder_that_is_not_empty_is_refused(root: Path) -> None:
     with pytest.raises(UserError, match="is not empty"):
         write_mix(root, SIZES)
 
 
-def test_held_out_pictures_are_none_of_the_training_pictures(root: Path) -> None:
-    pictures = [path for path in root.rglob("*.jpg") if "damaged" not in path.parts]
-    pixels = {path: decode_rgb(path.read_bytes()).tobytes() for path in pictures}
+def test_no_training_image_has_the_pixels_of_a_held_out_image(root: Path) -> None:
+    images = [path for path in root.rglob("*.jpg") if "damaged" not in path.parts]
+    pixels = {path: decode_rgb(path.read_bytes()).tobytes() for path in images}
     unseen = {data for path, data in pixels.items() if HELD_OUT in path.parts}
     seen = {data for path, data in pixels.items() if HELD_OUT not in path.parts}
     assert len(unseen) == SIZES.held_out
@@ -170,13 +170,13 @@ def test_held_out_pictures_are_none_of_the_training_pictures(root: Path) -> None
     assert not any(HELD_OUT in str(name) for name in named)
 
 
-def test_held_out_questions_name_pictures_that_exist_and_cover_every_kind(root: Path) -> None:
+def test_held_out_questions_cover_every_kind_and_every_held_out_image(root: Path) -> None:
     questions = held_out(root)
     assert {question["kind"] for question in questions} == {"colour", "shape", "count", "position", "word"}
     assert {question["image"] for question in questions} == {path.name for path in (root / HELD_OUT).glob("*.jpg")}
 
 
-def test_the_real_sets_formats_are_met(root: Path) -> None:
+def test_rows_have_the_formats_of_the_real_datasets(root: Path) -> None:
     llava, lvis, lrv = (rows_of(root, source) for source in ("llava", "lvis", "lrv"))
     text_only = [row for row in llava if row.get("model") == ""]
     assert len(text_only) == SIZES.text_only
@@ -189,7 +189,7 @@ def test_the_real_sets_formats_are_met(root: Path) -> None:
     assert any(len(row["conversations"]) > 4 for row in llava)
 
 
-def test_the_photographs_are_those_that_ship_with_the_package(root: Path) -> None:
+def test_every_photograph_with_a_dialogue_can_be_decoded(root: Path) -> None:
     for name in photograph_dialogues():
         assert min(decode_rgb((root / "photographs" / name).read_bytes()).shape[:2]) > 100
 
@@ -197,14 +197,14 @@ def test_the_photographs_are_those_that_ship_with_the_package(root: Path) -> Non
 # -- Through the builder -----------------------------------------------------------------------------------------------
 
 
-def test_every_damaged_row_is_rejected_for_its_own_reason(shards: Path) -> None:
+def test_every_damaged_row_is_rejected_with_its_reason(shards: Path) -> None:
     found = [json.loads(line) for line in (shards / "rejects.jsonl").read_text().splitlines()]
     expected = Counter((source, reason) for source, rows in DAMAGED.items() for reason, _ in rows)
     assert expected.total() == 12
     assert Counter((reject["source"], reject["reason"]) for reject in found) == expected
 
 
-def test_every_other_row_becomes_a_sample_the_repairable_ones_too(root: Path, shards: Path) -> None:
+def test_all_other_rows_become_samples(root: Path, shards: Path) -> None:
     manifest = json.loads((shards / "manifest.json").read_text())
     rows = sum(len(rows_of(root, source)) for source in DAMAGED)
     assert manifest["counts"]["samples"] == rows - 12
@@ -227,7 +227,7 @@ def test_the_tokenizer_fits_the_model_and_has_gpt_neoxs_special_ids(tokenizer: T
     assert tokenizer.decode([0, 1], skip_special_tokens=False) == "<|endoftext|><|padding|>"
 
 
-def test_the_tokenizer_gives_any_text_back(tokenizer: Tokenizer) -> None:
+def test_the_tokenizer_decodes_any_text_to_itself(tokenizer: Tokenizer) -> None:
     for text in ("In: Which shape is it?\nOut: ", "Größe 5 µm – 汉字 🙂", "a\r\n\tb", "<|endoftext|>"):
         assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
 
@@ -238,7 +238,7 @@ def test_short_answers_are_one_or_two_tokens(tokenizer: Tokenizer) -> None:
         assert len(tokenizer.encode(answer)) <= 2, answer
 
 
-def test_transformers_loads_the_tokenizers_folder(root: Path, tokenizer: Tokenizer) -> None:
+def test_transformers_loads_the_tokenizer_folder(root: Path, tokenizer: Tokenizer) -> None:
     theirs = PreTrainedTokenizerFast.from_pretrained(root / TOKENIZER)
     assert (theirs.eos_token_id, theirs.pad_token_id) == (0, 1)
     assert theirs("Where is it?")["input_ids"] == tokenizer.encode("Where is it?")

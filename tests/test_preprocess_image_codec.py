@@ -1,4 +1,4 @@
-"""Pictures as the model sees them: whatever decodes and squashes them, the pixels are Pillow's."""
+"""The image codec: simplejpeg and torch give the same pixels as Pillow."""
 
 import io
 import os
@@ -49,33 +49,33 @@ JPEGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", JPEGS)
-def test_plain_jpegs_are_decoded_quickly_and_to_pillows_pixels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_simplejpeg_decodes_plain_jpegs_to_the_pixels_of_pillow(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = jpeg(photograph(203, 155), **JPEGS[kind])
     monkeypatch.setattr(codec, "_decode_with_pillow", None)
     assert np.array_equal(decode_rgb(data), as_pillow_decodes(data))
 
 
-def test_without_the_quick_decoder_the_pixels_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pixels_are_the_same_without_simplejpeg(monkeypatch: pytest.MonkeyPatch) -> None:
     data = jpeg(photograph(203, 155))
-    quick = decode_rgb(data)
+    fast = decode_rgb(data)
     monkeypatch.setattr(codec, "simplejpeg", None)
-    assert np.array_equal(decode_rgb(data), quick)
+    assert np.array_equal(decode_rgb(data), fast)
 
 
-def test_a_jpeg_with_damage_that_pillow_passes_over_is_decoded_by_pillow(
+def test_a_jpeg_with_harmless_damage_is_decoded_by_pillow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Decoders differ in what they make of broken data."""
+    """Decoders give different pixels for damaged data, so only one of them may decode it."""
     data = bytearray(jpeg(photograph(203, 155)))
     middle = len(data) // 2
-    data[middle : middle + 2] = b"\xff\xd3"  # a restart where none was agreed upon: libjpeg warns, and goes on
+    data[middle : middle + 2] = b"\xff\xd3"  # an unexpected restart marker: libjpeg warns and continues
     expected = as_pillow_decodes(bytes(data))
     assert np.array_equal(decode_rgb(bytes(data)), expected)
     monkeypatch.setattr(codec, "_decode_with_pillow", lambda image: None)
     assert decode_rgb(bytes(data)) is None
 
 
-def test_whatever_the_quick_decoder_raises_pillow_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pillow_decodes_a_jpeg_that_makes_simplejpeg_raise_any_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyError):
         codec.simplejpeg.decode_jpeg_header(sampled_441())
     assert np.array_equal(decode_rgb(sampled_441()), as_pillow_decodes(sampled_441()))
@@ -96,8 +96,8 @@ def _raiser(error: Exception) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_strips_of_a_picture_are_the_picture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """64 pixels wide, 48 high: strips of seven rows, and one of six."""
+def test_decoding_in_strips_gives_the_same_pixels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images have 64×48 pixels, which gives strips of seven rows and a last one of six."""
     monkeypatch.setattr(codec, "simplejpeg", None)
     try:
         whole = decode_rgb(IMAGES[name]())
@@ -108,7 +108,7 @@ def test_strips_of_a_picture_are_the_picture(name: str, monkeypatch: pytest.Monk
 
 
 def _largest(name: str, folder: Path) -> Path:
-    """A flat picture with as many pixels as are decoded, which EXIF asks to turn."""
+    """Write an image of one colour with the largest number of pixels, and with an EXIF rotation."""
     exif = Image.Exif()
     exif[0x0112] = 6
     modes: dict[str, tuple[str, dict[str, Any]]] = {
@@ -123,8 +123,8 @@ def _largest(name: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["largest.png", "progressive.jpg", "largest.webp"])
-def test_the_largest_pictures_leave_a_worker_below_its_memory(tmp_path: Path, name: str) -> None:
-    """A worker, which has loaded torch, may have 1 GiB: Ray, the tokenizer and recent pictures need some of it."""
+def test_decoding_the_largest_images_keeps_a_worker_below_1_gib(tmp_path: Path, name: str) -> None:
+    """The limit is below 1 GiB because Ray, the tokenizer and cached images need memory, too."""
     program = (
         "import sys, pathlib, torch, preprocess.builder.task; from preprocess.images.codec import encode_stored_image; "
         "encode_stored_image(pathlib.Path(sys.argv[1]).read_bytes(), 384, 'jpeg'); "
@@ -151,8 +151,8 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("width", "height"), SHAPES)
-def test_a_picture_is_squashed_as_pillow_squashes_it(width: int, height: int) -> None:
-    """Noise has the edges at which an order of passes, or a filter, other than Pillow's would show."""
+def test_resizing_differs_from_pillow_by_rounding_only(width: int, height: int) -> None:
+    """Noise has edges that would reveal a filter, or an order of passes, other than those of Pillow."""
     noise = np.random.Generator(np.random.Philox(key=1)).integers(0, 2, (height, width, 3)).astype(np.uint8) * 255
     for pixels in (photograph(width, height), noise):
         exact = np.asarray(Image.fromarray(pixels).resize((PX, PX), BICUBIC)).astype(int)
@@ -162,19 +162,19 @@ def test_a_picture_is_squashed_as_pillow_squashes_it(width: int, height: int) ->
         assert (off > 0).mean() < 0.02
 
 
-def test_a_picture_of_the_right_size_is_left_alone() -> None:
+def test_an_image_of_the_right_size_is_not_resized() -> None:
     pixels = photograph(PX, PX)
     assert np.array_equal(resize_to_square(pixels, PX), pixels)
 
 
-def test_what_is_stored_is_what_was_squashed() -> None:
+def test_raw_encoding_stores_the_resized_pixels() -> None:
     data = jpeg(photograph(640, 480))
     raw, form = encode_stored_image(data, PX, "raw")
     assert (form, detect_format(encode_stored_image(data, PX, "jpeg")[0])) == ("pixels.npy", "jpg")
     assert np.array_equal(np.load(io.BytesIO(raw)), resize_to_square(as_pillow_decodes(data), PX))
 
 
-def test_every_instruction_set_gives_the_same_bytes() -> None:
+def test_resizing_gives_the_same_bytes_with_every_instruction_set() -> None:
     program = (
         "import hashlib, numpy; from preprocess.images.codec import resize_to_square; "
         "noise = numpy.random.Generator(numpy.random.Philox(key=1)).integers(0, 256, (479, 641, 3), numpy.uint8); "
@@ -190,6 +190,6 @@ def test_every_instruction_set_gives_the_same_bytes() -> None:
     assert digests[0] == digests[1]
 
 
-def test_a_builder_loads_neither_torch_nor_ray_before_it_needs_them() -> None:
+def test_importing_build_shards_does_not_import_torch_or_ray() -> None:
     program = "import sys, preprocess.build_shards; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

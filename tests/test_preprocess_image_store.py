@@ -1,4 +1,4 @@
-"""Pictures are found in folders and in the archives that datasets are published as."""
+"""The image store: it reads images from folders and from zip and tar archives."""
 
 import errno
 import io
@@ -44,17 +44,17 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_picture_is_read_from_an_archive_in_place_of_its_folder(tmp_path: Path, layout: str) -> None:
+def test_an_image_is_read_from_an_archive_in_place_of_its_folder(tmp_path: Path, layout: str) -> None:
     write, archive, member, archives = LAYOUTS[layout]
-    write(tmp_path / archive, {"other.txt": b"no", member: b"picture"})
+    write(tmp_path / archive, {"other.txt": b"no", member: b"image"})
     store = ImageStore(tmp_path, archives)
     assert store.has_folder("coco/train2017")
-    assert store.read("coco/train2017/1.jpg") == b"picture"
+    assert store.read("coco/train2017/1.jpg") == b"image"
     with pytest.raises(Rejected, match="picture_missing: no such member of"):
         store.read("coco/train2017/2.jpg")
-    assert (store.size("coco/train2017/1.jpg"), store.size("coco/train2017/2.jpg")) == (len(b"picture"), None)
-    stamps = [store.fingerprint(f"coco/train2017/{number}.jpg") for number in (1, 2)]
-    assert stamps == [sha256_hex(b"picture"), "picture_missing"]
+    assert (store.size("coco/train2017/1.jpg"), store.size("coco/train2017/2.jpg")) == (len(b"image"), None)
+    fingerprints = [store.fingerprint(f"coco/train2017/{number}.jpg") for number in (1, 2)]
+    assert fingerprints == [sha256_hex(b"image"), "picture_missing"]
 
 
 def test_a_folder_is_preferred_to_every_archive(tmp_path: Path) -> None:
@@ -67,34 +67,34 @@ def test_a_folder_is_preferred_to_every_archive(tmp_path: Path) -> None:
 
 def test_a_folder_may_be_a_link_to_anywhere(tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
-    (tmp_path / "shared/1.jpg").write_bytes(b"picture")
+    (tmp_path / "shared/1.jpg").write_bytes(b"image")
     (tmp_path / "root").mkdir()
     (tmp_path / "root/coco").symlink_to(tmp_path / "shared")
-    assert ImageStore(tmp_path / "root", {}).read("coco/1.jpg") == b"picture"
+    assert ImageStore(tmp_path / "root", {}).read("coco/1.jpg") == b"image"
 
 
-def test_a_damaged_archive_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_damaged_archive_is_a_user_error(tmp_path: Path) -> None:
     write_zip(tmp_path / "p.zip", {"1.jpg": b"x" * 100})
     (tmp_path / "p.zip").write_bytes((tmp_path / "p.zip").read_bytes()[:-30])
     with pytest.raises(UserError, match=r"image archive .*p\.zip is damaged .*download it again"):
         ImageStore(tmp_path, {}).read("p/1.jpg")
 
 
-def test_an_archive_that_is_not_there_is_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_archive_is_treated_as_a_missing_folder(tmp_path: Path) -> None:
     store = ImageStore(tmp_path, {"p": "gone.zip"})
     assert not store.has_folder("p")
     with pytest.raises(Rejected, match="picture_missing"):
         store.read("p/1.jpg")
 
 
-def test_a_member_that_was_damaged_costs_its_row_only(tmp_path: Path) -> None:
-    write_zip(tmp_path / "p.zip", {"1.jpg": b"picture one", "2.jpg": b"picture two"})
+def test_a_damaged_member_rejects_only_its_own_rows(tmp_path: Path) -> None:
+    write_zip(tmp_path / "p.zip", {"1.jpg": b"image one", "2.jpg": b"image two"})
     data = (tmp_path / "p.zip").read_bytes()
-    (tmp_path / "p.zip").write_bytes(data.replace(b"picture one", b"pictura one"))
+    (tmp_path / "p.zip").write_bytes(data.replace(b"image one", b"imaga one"))
     store = ImageStore(tmp_path, {})
     with pytest.raises(Rejected, match="picture_corrupt"):
         store.read("p/1.jpg")
-    assert store.read("p/2.jpg") == b"picture two"
+    assert store.read("p/2.jpg") == b"image two"
 
 
 @pytest.mark.parametrize(
@@ -106,68 +106,68 @@ def test_a_member_that_was_damaged_costs_its_row_only(tmp_path: Path) -> None:
         (errno.ESTALE, None),
     ],
 )
-def test_what_the_disk_says_is_told_from_what_the_data_is(
+def test_disk_failures_raise_while_unreadable_files_are_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, reason: str | None
 ) -> None:
-    """Root may read everything, and disks rarely fail when asked to: the call that fails is replaced."""
+    """`Path.open` is patched, because root can read every file and a disk cannot be made to fail."""
 
     def fail(path: Path, mode: str) -> IO[bytes]:
-        raise OSError(number, "as the disk says")
+        raise OSError(number, "simulated")
 
     monkeypatch.setattr(Path, "open", fail)
-    with pytest.raises(Rejected if reason else OSError, match=reason or "as the disk says"):
+    with pytest.raises(Rejected if reason else OSError, match=reason or "simulated"):
         ImageStore(tmp_path, {}).read("1.jpg")
 
 
-def test_a_stamp_changes_when_the_picture_comes_or_is_mended(tmp_path: Path) -> None:
+def test_a_fingerprint_changes_when_the_image_is_added_or_replaced(tmp_path: Path) -> None:
     store = ImageStore(tmp_path / "root", {})
     (tmp_path / "root").mkdir()
-    stamps = [store.fingerprint("1.jpg")]
+    fingerprints = [store.fingerprint("1.jpg")]
     for data in (b"", b"four", b"five"):
         (tmp_path / "root/1.jpg").write_bytes(data)
-        stamps.append(store.fingerprint("1.jpg"))
+        fingerprints.append(store.fingerprint("1.jpg"))
     (tmp_path / "root/1.jpg").unlink()
     (tmp_path / "root/1.jpg").symlink_to(tmp_path / "outside.jpg")
     (tmp_path / "outside.jpg").write_bytes(b"five")
-    stamps.append(store.fingerprint("1.jpg"))
-    assert len(set(stamps)) == len(stamps)
+    fingerprints.append(store.fingerprint("1.jpg"))
+    assert len(set(fingerprints)) == len(fingerprints)
 
 
 @pytest.mark.parametrize("packed", ["zip", "tar", "folder"])
-@pytest.mark.parametrize("ours", ["NFC", "NFD"])
-def test_accents_are_found_however_either_side_spells_them(
-    tmp_path: Path, ours: Literal["NFC", "NFD"], packed: str
+@pytest.mark.parametrize("our_form", ["NFC", "NFD"])
+def test_accented_names_are_found_in_any_unicode_form(
+    tmp_path: Path, our_form: Literal["NFC", "NFD"], packed: str
 ) -> None:
-    theirs = unicodedata.normalize("NFD" if ours == "NFC" else "NFC", "Städte/é.jpg")
-    picture = unicodedata.normalize(ours, "Städte/é.jpg")
+    stored_name = unicodedata.normalize("NFD" if our_form == "NFC" else "NFC", "Städte/é.jpg")
+    image = unicodedata.normalize(our_form, "Städte/é.jpg")
     if packed == "folder":
-        (tmp_path / theirs).parent.mkdir()
-        (tmp_path / theirs).write_bytes(b"picture")
+        (tmp_path / stored_name).parent.mkdir()
+        (tmp_path / stored_name).write_bytes(b"image")
     else:
         write = write_zip if packed == "zip" else write_tar
-        write(tmp_path / f"{theirs.partition('/')[0]}.{packed}", {theirs: b"picture"})
+        write(tmp_path / f"{stored_name.partition('/')[0]}.{packed}", {stored_name: b"image"})
     store = ImageStore(tmp_path, {})
-    assert store.has_folder(picture.partition("/")[0])
-    assert store.read(picture) == b"picture"
-    assert store.size(picture) == len(b"picture")
+    assert store.has_folder(image.partition("/")[0])
+    assert store.read(image) == b"image"
+    assert store.size(image) == len(b"image")
 
 
-@pytest.mark.parametrize("coding", ["utf-8", "cp437"])
-def test_names_in_a_zip_that_does_not_say_how_they_are_coded_are_found(tmp_path: Path, coding: str) -> None:
-    """zipfile always says it: the name is put in afterwards."""
-    picture = unicodedata.normalize("NFD" if coding == "utf-8" else "NFC", "é.jpg")
-    name = picture.encode(coding)
-    write_zip(tmp_path / "p.zip", {"_" * len(name): b"picture"})
+@pytest.mark.parametrize("encoding", ["utf-8", "cp437"])
+def test_zip_names_are_found_without_the_flag_for_utf_8(tmp_path: Path, encoding: str) -> None:
+    """zipfile always sets the flag, so the encoded name is patched in afterwards."""
+    image = unicodedata.normalize("NFD" if encoding == "utf-8" else "NFC", "é.jpg")
+    name = image.encode(encoding)
+    write_zip(tmp_path / "p.zip", {"_" * len(name): b"image"})
     (tmp_path / "p.zip").write_bytes((tmp_path / "p.zip").read_bytes().replace(b"_" * len(name), name))
-    assert ImageStore(tmp_path, {}).read("p/é.jpg") == b"picture"
+    assert ImageStore(tmp_path, {}).read("p/é.jpg") == b"image"
 
 
 def write_linked_tar(path: Path, links: dict[str, tuple[bytes, str]]) -> None:
-    """A file a/1.jpg, and links of either type beside it."""
+    """Write a tar with the file a/1.jpg and the given links."""
     with tarfile.open(path, "w") as archive:
         file = tarfile.TarInfo("./a/1.jpg")
-        file.size = len(b"picture")
-        archive.addfile(file, io.BytesIO(b"picture"))
+        file.size = len(b"image")
+        archive.addfile(file, io.BytesIO(b"image"))
         for name, (kind, target) in links.items():
             link = tarfile.TarInfo(name)
             link.type, link.linkname = kind, target
@@ -187,18 +187,18 @@ LINKS = {
 
 
 @pytest.mark.parametrize("kind", LINKS)
-def test_a_link_in_a_tar_leads_to_what_the_tar_holds(tmp_path: Path, kind: str) -> None:
+def test_a_link_in_a_tar_is_followed_within_the_tar(tmp_path: Path, kind: str) -> None:
     name, link, found = LINKS[kind]
     write_linked_tar(tmp_path / "p.tar", {"a/again.jpg": (tarfile.SYMTYPE, "1.jpg"), name: link})
-    store, picture = ImageStore(tmp_path, {}), "p/" + name.removeprefix("./")
+    store, image = ImageStore(tmp_path, {}), "p/" + name.removeprefix("./")
     if found:
-        assert (store.read(picture), store.size(picture)) == (b"picture", len(b"picture"))
+        assert (store.read(image), store.size(image)) == (b"image", len(b"image"))
     else:
         with pytest.raises(Rejected, match="picture_missing"):
-            store.read(picture)
+            store.read(image)
 
 
-def test_of_members_of_one_name_the_last_one_counts_link_or_file(tmp_path: Path) -> None:
+def test_the_last_tar_member_of_a_name_is_read(tmp_path: Path) -> None:
     write_linked_tar(tmp_path / "p.tar", {"a/2.jpg": (tarfile.SYMTYPE, "1.jpg")})
     with tarfile.open(tmp_path / "p.tar", "a") as archive:
         file = tarfile.TarInfo("a/2.jpg")
@@ -208,7 +208,9 @@ def test_of_members_of_one_name_the_last_one_counts_link_or_file(tmp_path: Path)
 
 
 @pytest.mark.parametrize("packed", ["zip", "tar", "folder"])
-def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: str) -> None:
+def test_a_huge_file_is_rejected_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: str
+) -> None:
     monkeypatch.setattr(image_store, "MAX_FILE_BYTES", 10)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/1.jpg").write_bytes(bytes(11))
@@ -223,7 +225,7 @@ def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: p
     assert store.fingerprint(f"{packed}/1.jpg") == "picture_too_large"
 
 
-def test_a_link_to_itself_is_a_picture_that_is_missing(tmp_path: Path) -> None:
+def test_a_link_to_itself_is_a_missing_image(tmp_path: Path) -> None:
     (tmp_path / "1.jpg").symlink_to("1.jpg")
     (tmp_path / "2.jpg").symlink_to("3.jpg")
     (tmp_path / "3.jpg").symlink_to("2.jpg")

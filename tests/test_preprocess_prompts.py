@@ -1,4 +1,4 @@
-"""Prompts with the real GPT-NeoX-20B tokenizer: exact ids, what is supervised, and what the limit leaves."""
+"""Chat templates with the GPT-NeoX-20B tokenizer: exact ids, supervised spans, and the token limit."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def turns(*texts: str) -> list[dict[str, str]]:
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
-# The texts below spell out the format; the ids of the first case were computed once and are frozen.
+# The texts spell out the format. The golden ids above were computed once and must not change.
 FORMATS: dict[tuple[str, str], tuple[list[dict[str, str]], list[str | int], list[list[str | int]]]] = {
     ("zephyr", "one turn"): (
         turns("<image>\nWhat is it?", "A cat."),
@@ -45,20 +45,20 @@ FORMATS: dict[tuple[str, str], tuple[list[dict[str, str]], list[str | int], list
 }
 
 
-def spelled(parts: list[str | int]) -> list[int]:
+def expected_ids(parts: list[str | int]) -> list[int]:
     raw = tokenizers.Tokenizer.from_str(gpt_neox().data.decode())
     return [token for part in parts for token in ([part] if isinstance(part, int) else raw.encode(part).ids)]
 
 
 @pytest.mark.parametrize("case", FORMATS, ids=" ".join)
-def test_a_dialogue_is_spelled_as_its_template_says(case: tuple[str, str]) -> None:
+def test_a_dialogue_is_encoded_as_its_template_says(case: tuple[str, str]) -> None:
     conversations, prompt, answers = FORMATS[case]
     encoded = encode_dialogue(conversations, case[0], gpt_neox(), 2048)
-    assert encoded.tokens == spelled(prompt) + spelled(answers[-1])
-    assert [encoded.tokens[start:end] for start, end in encoded.spans] == [spelled(answer) for answer in answers]
+    assert encoded.tokens == expected_ids(prompt) + expected_ids(answers[-1])
+    assert [encoded.tokens[start:end] for start, end in encoded.spans] == [expected_ids(answer) for answer in answers]
 
 
-def test_the_ids_of_both_templates_are_frozen() -> None:
+def test_the_ids_of_both_templates_do_not_change() -> None:
     dialogue = turns("<image>\nWhat is it?", "A cat.")
     zephyr = encode_dialogue(dialogue, "zephyr", gpt_neox(), 2048)
     base = encode_dialogue(dialogue, "base", gpt_neox(), 2048)
@@ -66,7 +66,7 @@ def test_the_ids_of_both_templates_are_frozen() -> None:
     assert base.tokens == GOLDEN_BASE
 
 
-def test_the_zephyr_prompt_is_what_the_tokenizer_makes_of_the_whole_text() -> None:
+def test_a_zephyr_prompt_equals_the_whole_text_encoded_at_once() -> None:
     raw = tokenizers.Tokenizer.from_str(gpt_neox().data.decode())
     text = "<|user|>\nTwo  spaces,\ttabs\n\nand é?<|endoftext|>\n<|assistant|>\n"
     prompt = encode_prompt(turns("Two  spaces,\ttabs\n\nand é?"), "zephyr", gpt_neox())
@@ -75,7 +75,7 @@ def test_the_zephyr_prompt_is_what_the_tokenizer_makes_of_the_whole_text() -> No
 
 @pytest.mark.parametrize("template", ["zephyr", "base"])
 @pytest.mark.parametrize("answers", [1, 2, 5])
-def test_generation_gets_the_prefix_of_the_training_ids(template: str, answers: int) -> None:
+def test_a_prompt_is_a_prefix_of_the_training_ids(template: str, answers: int) -> None:
     dialogue = turns(*(f"  <image> turn {i}  " for i in range(2 * answers)))
     encoded = encode_dialogue(dialogue, template, gpt_neox(), 2048)
     for turn in range(answers):
@@ -83,13 +83,13 @@ def test_generation_gets_the_prefix_of_the_training_ids(template: str, answers: 
         assert prompt == encoded.tokens[: encoded.spans[turn][0]]
 
 
-def test_the_image_token_is_stripped_wherever_it_stands() -> None:
+def test_the_image_token_is_removed_anywhere_in_the_text() -> None:
     plain = encode_dialogue(turns("What?", "That"), "base", gpt_neox(), 2048)
     for question in ("<image>\nWhat?", "What?\n<image>", "<image>What?<image>", " What? "):
         assert encode_dialogue(turns(question, "That"), "base", gpt_neox(), 2048) == plain
 
 
-def test_special_tokens_in_a_message_are_only_text() -> None:
+def test_special_tokens_in_a_message_are_encoded_as_text() -> None:
     encoded = encode_dialogue(turns("Say <|endoftext|>", "<|endoftext|><|padding|>"), "base", gpt_neox(), 2048)
     assert [i for i, token in enumerate(encoded.tokens) if token in (0, 1)] == [len(encoded.tokens) - 1]
     assert "<|endoftext|><|padding|>" in gpt_neox().decode(encoded.tokens)
@@ -108,7 +108,7 @@ def test_special_tokens_in_a_message_are_only_text() -> None:
         (7, 0, 0),  # not even the first answer begins
     ],
 )
-def test_the_limit_cuts_the_end_and_leaves_no_unanswered_question(limit: int, left: int, spans: int) -> None:
+def test_the_limit_leaves_no_unanswered_question(limit: int, left: int, spans: int) -> None:
     dialogue = turns("Q", "one two three", "And", "four five six seven eight")
     whole = encode_dialogue(dialogue, "base", gpt_neox())
     assert (len(whole.tokens), whole.spans) == (25, [(7, 11), (19, 25)])
@@ -118,27 +118,27 @@ def test_the_limit_cuts_the_end_and_leaves_no_unanswered_question(limit: int, le
     assert all(start < end <= limit for start, end in cut.spans)
 
 
-def listen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every text that is tokenised from now on."""
-    met: list[str] = []
-    tokenise = Tokenizer._encode_whole
+def record_tokenized_texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that records every text that is tokenized from now on."""
+    texts: list[str] = []
+    encode = Tokenizer._encode_whole
 
-    def listening(tokenizer: Tokenizer, text: str) -> list[int]:
-        met.append(text)
-        return tokenise(tokenizer, text)
+    def recording(tokenizer: Tokenizer, text: str) -> list[int]:
+        texts.append(text)
+        return encode(tokenizer, text)
 
-    monkeypatch.setattr(Tokenizer, "_encode_whole", listening)
-    return met
+    monkeypatch.setattr(Tokenizer, "_encode_whole", recording)
+    return texts
 
 
 LONG_TEXTS = {
     "prose": "The quick brown fox, 12 times. ",
-    "a word without end": "a",
+    "one long word": "a",
     "two letters": "ab",
     "words of one token": " characterization",
     "spaces": " x" + " " * 700,
     "the longest tokens": "=",
-    "accents that normalising takes in": "e\u0301",
+    "accents that normalisation merges": "e\u0301",
     "three bytes each": "猫",
     "lines": "\n\n\t\n",
     "special tokens": "<|endoftext|>",
@@ -147,24 +147,24 @@ LONG_TEXTS = {
 
 @pytest.mark.parametrize("limit", [1, 20, 333])
 @pytest.mark.parametrize("kind", LONG_TEXTS)
-def test_a_long_text_is_cut_before_it_is_tokenised_and_nobody_can_tell(
+def test_cutting_a_long_text_before_tokenizing_gives_the_same_ids(
     monkeypatch: pytest.MonkeyPatch, kind: str, limit: int
 ) -> None:
     long = LONG_TEXTS[kind] * (60_000 // len(LONG_TEXTS[kind])) + "."
     assert gpt_neox().encode(long, max_exact=limit)[:limit] == gpt_neox().encode(long)[:limit]
     dialogues = [turns("Q", long), turns("Q", "A", long, "B"), turns("Q", "A", "Q", long, long, "C")]
     whole = [encode_dialogue(one, "zephyr", gpt_neox()) for one in dialogues]
-    met = listen(monkeypatch)
+    texts = record_tokenized_texts(monkeypatch)
     cut = [encode_dialogue(one, "zephyr", gpt_neox(), limit) for one in dialogues]
-    assert max(map(len, met)) < len(long)
+    assert max(map(len, texts)) < len(long)
     monkeypatch.setattr(prompts, "CHARACTERS_PER_TOKEN", 1 << 20)
     assert cut == [encode_dialogue(one, "zephyr", gpt_neox(), limit) for one in dialogues]
     for left, all_ids in zip(cut, whole, strict=True):
         assert left.tokens == all_ids.tokens[: len(left.tokens)]
 
 
-def test_a_text_of_which_a_tokenizer_drops_almost_all_is_read_on(tmp_path: Path) -> None:
-    """No length of what it reads says how many ids that gives."""
+def test_a_text_that_the_tokenizer_mostly_drops_is_still_cut_correctly(tmp_path: Path) -> None:
+    """The number of ids cannot be estimated from the length of the text."""
     settings = json.loads(gpt_neox().data)
     settings["normalizer"] = {"type": "Replace", "pattern": {"Regex": "~+"}, "content": ""}
     tokenizer = Tokenizer(json.dumps(settings).encode(), "dropping")
@@ -172,36 +172,36 @@ def test_a_text_of_which_a_tokenizer_drops_almost_all_is_read_on(tmp_path: Path)
     assert tokenizer.encode(text, max_exact=3)[:3] == gpt_neox().encode("one two three")
 
 
-def test_turns_after_the_limit_are_not_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
-    met = listen(monkeypatch)
+def test_turns_after_the_limit_are_not_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = record_tokenized_texts(monkeypatch)
     encode_dialogue(turns("Q", "one two three", *["and"] * 10), "base", gpt_neox(), 8)
-    assert met == ["In: Q\nOut: ", "one two three"]
+    assert texts == ["In: Q\nOut: ", "one two three"]
 
 
-def test_the_tokenizer_says_who_it_is() -> None:
+def test_a_tokenizer_has_its_size_eos_id_and_sha256() -> None:
     assert (gpt_neox().vocab_size, gpt_neox().eos_id) == (50277, 0)
     assert gpt_neox().sha256 == "56ac4821e129d2c520fdaba60abd920fa852ada51b45c0dd52bbb6bd8c985ade"
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"),
+    ("content", "message"),
     [
         ("{}", "cannot be read"),
         (None, "there is no tokenizer"),
         (tokenizers.Tokenizer(tokenizers.models.BPE()).to_str(), "has no end-of-text token"),
     ],
 )
-def test_a_bad_tokenizer_is_one_clear_line(tmp_path: Path, content: str | None, complaint: str) -> None:
+def test_a_bad_tokenizer_is_a_user_error_in_one_line(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "tokenizer.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(UserError, match=complaint) as raised:
+    with pytest.raises(UserError, match=message) as raised:
         load_tokenizer(path)
     assert "\n" not in str(raised.value)
 
 
-def test_a_hub_id_is_looked_for_in_the_cache_first(tmp_path: Path) -> None:
-    """As on a compute node without network."""
+def test_a_hub_id_is_loaded_from_the_local_cache(tmp_path: Path) -> None:
+    """This is the case on compute nodes without network access."""
     stored = tmp_path / "models--org--name"
     (stored / "refs").mkdir(parents=True)
     (stored / "refs/main").write_text("0" * 40)
@@ -211,12 +211,12 @@ def test_a_hub_id_is_looked_for_in_the_cache_first(tmp_path: Path) -> None:
     assert done.stdout.split() == ["org/name", gpt_neox().sha256], done.stderr
 
 
-def test_a_relative_folder_that_is_not_there_is_one_clear_line() -> None:
+def test_a_missing_relative_folder_is_a_user_error() -> None:
     with pytest.raises(UserError, match=r"nowhere/at/all' is neither a folder with a tokenizer\.json nor on the hub"):
         load_tokenizer("../nowhere/at/all")
 
 
-def test_truncation_and_padding_that_a_tokenizer_brings_are_off() -> None:
+def test_truncation_and_padding_of_a_tokenizer_are_disabled() -> None:
     settings = json.loads(gpt_neox().data)
     settings["truncation"] = {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     assert len(Tokenizer(json.dumps(settings).encode(), "cut").encode("a b c d e f g")) == 7

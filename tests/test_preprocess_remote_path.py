@@ -1,4 +1,4 @@
-"""Raw data behind a URL gives the set that the same data in a folder gives."""
+"""Raw data behind a URL gives the same shard set as the same data in a folder."""
 
 import json
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from tests.test_preprocess_image_store import LAYOUTS
 
 @pytest.fixture
 def bucket() -> Iterator[str]:
-    """A URL of fsspec's own file system in memory."""
+    """Return a URL in fsspec's in-memory file system."""
     yield "memory://bucket"
     fsspec.filesystem("memory").rm("/bucket", recursive=True)
 
@@ -31,14 +31,14 @@ def upload(folder: Path, url: str) -> None:
 
 
 def raw_data(root: Path) -> Path:
-    """Rows about two pictures in a folder, and one whose picture is nowhere."""
-    (root / "pictures").mkdir(parents=True)
-    said = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
-    rows = [{"id": str(i), "image": f"{i % 3}.png", "conversations": said} for i in range(9)]
+    """Write rows about two images in a folder, and about one that is missing."""
+    (root / "images").mkdir(parents=True)
+    conversation = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
+    rows = [{"id": str(i), "image": f"{i % 3}.png", "conversations": conversation} for i in range(9)]
     for i in range(2):
-        Image.new("RGB", (40 + i, 30), (200, 90 * i, 20)).save(root / f"pictures/{i}.png")
+        Image.new("RGB", (40 + i, 30), (200, 90 * i, 20)).save(root / f"images/{i}.png")
     (root / "rows.json").write_text(json.dumps(rows))
-    write_mix(root, [{"name": "a", "format": "llava", "annotations": "rows.json", "images": "pictures"}])
+    write_mix(root, [{"name": "a", "format": "llava", "annotations": "rows.json", "images": "images"}])
     return root
 
 
@@ -46,7 +46,7 @@ def tars(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.glob("shard-*")}
 
 
-def test_a_build_from_a_url_is_the_build_from_the_folder(bucket: str, tmp_path: Path) -> None:
+def test_a_build_from_a_url_equals_the_build_from_the_folder(bucket: str, tmp_path: Path) -> None:
     root = raw_data(tmp_path / "root")
     local = build_in_process(root, tmp_path / "local", gpt_neox(), max_reject_ratio=0.5)
     upload(root, bucket)
@@ -57,7 +57,7 @@ def test_a_build_from_a_url_is_the_build_from_the_folder(bucket: str, tmp_path: 
     assert (tmp_path / "remote/rejects.jsonl").read_bytes() == (local / "rejects.jsonl").read_bytes()
 
 
-def test_rays_workers_read_from_a_url(tmp_path: Path) -> None:
+def test_ray_workers_read_from_a_url(tmp_path: Path) -> None:
     root = raw_data(tmp_path / "root")
     local = build_in_process(root, tmp_path / "local", gpt_neox(), max_reject_ratio=0.5)
     words = arguments(root, tmp_path / "remote", gpt_neox(), workers=1, max_reject_ratio=0.5)
@@ -68,28 +68,28 @@ def test_rays_workers_read_from_a_url(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_archive_behind_a_url_is_read_in_place(bucket: str, tmp_path: Path, layout: str) -> None:
     write, archive, member, archives = LAYOUTS[layout]
-    write(tmp_path / "root" / archive, {"other.txt": b"no", member: b"picture"})
+    write(tmp_path / "root" / archive, {"other.txt": b"no", member: b"image"})
     upload(tmp_path / "root", bucket)
     store = ImageStore(parse_path(bucket), archives)
-    assert store.read("coco/train2017/1.jpg") == b"picture"
+    assert store.read("coco/train2017/1.jpg") == b"image"
     with pytest.raises(Rejected, match="picture_missing: no such member of"):
         store.read("coco/train2017/2.jpg")
 
 
-def test_a_picture_that_is_not_behind_its_url_is_missing(bucket: str, tmp_path: Path) -> None:
+def test_an_image_that_does_not_exist_at_its_url_is_missing(bucket: str, tmp_path: Path) -> None:
     upload(raw_data(tmp_path / "root"), bucket)
     store = ImageStore(parse_path(bucket), {})
-    assert store.has_folder("pictures")
+    assert store.has_folder("images")
     assert not store.has_folder("photographs")
-    assert store.size("pictures/0.png") == (tmp_path / "root/pictures/0.png").stat().st_size
-    assert store.size("pictures/7.png") is None
-    assert store.fingerprint("pictures/0.png") == sha256_hex((tmp_path / "root/pictures/0.png").read_bytes())
-    assert store.fingerprint("pictures/7.png") == "picture_missing"
+    assert store.size("images/0.png") == (tmp_path / "root/images/0.png").stat().st_size
+    assert store.size("images/7.png") is None
+    assert store.fingerprint("images/0.png") == sha256_hex((tmp_path / "root/images/0.png").read_bytes())
+    assert store.fingerprint("images/7.png") == "picture_missing"
     with pytest.raises(Rejected, match="picture_missing"):
-        store.read("pictures/7.png")
+        store.read("images/7.png")
 
 
-def test_of_a_huge_file_behind_a_url_only_the_beginning_is_read(
+def test_only_the_beginning_of_a_huge_file_is_read_from_a_url(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(image_store, "MAX_FILE_BYTES", 10)
@@ -103,15 +103,15 @@ def test_of_a_huge_file_behind_a_url_only_the_beginning_is_read(
     assert RemotePath(f"{bucket}/30.jpg").read_bytes(11) == bytes(11)
 
 
-def test_an_empty_file_behind_a_url_is_empty_though_it_has_no_range(
+def test_an_empty_object_is_read_although_range_requests_fail(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As object stores answer."""
+    """Object stores refuse range requests for empty objects."""
 
     def no_range(path: str, start: int, end: int) -> bytes:
         raise OSError(f"416: {path} has no bytes {start}-{end}")
 
-    for name, data in (("empty.jpg", b""), ("whole.jpg", b"picture")):
+    for name, data in (("empty.jpg", b""), ("whole.jpg", b"image")):
         (tmp_path / name).write_bytes(data)
     upload(tmp_path, bucket)
     monkeypatch.setattr(fsspec.filesystem("memory"), "cat_file", no_range)
@@ -120,12 +120,12 @@ def test_an_empty_file_behind_a_url_is_empty_though_it_has_no_range(
         ImageStore(parse_path(bucket), {}).read("whole.jpg")
 
 
-def test_a_url_that_nobody_can_read_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unsupported_url_is_a_user_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = raw_data(tmp_path / "root")
     words = [*arguments(root, tmp_path / "out", gpt_neox(), workers=0), "--root", "nowhere://bucket"]
     assert exit_code_of(build_shards.main, words) == ExitCode.USER_ERROR
-    said = capsys.readouterr().err
-    assert said.startswith("error: nowhere://bucket cannot be read: Protocol not known: nowhere")
-    assert said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: nowhere://bucket cannot be read: Protocol not known: nowhere")
+    assert error.count("\n") == 1
     with pytest.raises(UserError):
         RemotePath("nowhere://bucket/1.jpg").read_bytes(1)

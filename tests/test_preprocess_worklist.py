@@ -1,4 +1,4 @@
-"""Numbers of rows that are not the expected ones are told, as far as they can be known."""
+"""Notes about numbers of rows that differ from those the mix expects."""
 
 from pathlib import Path
 
@@ -24,35 +24,35 @@ def test_a_row_count_other_than_expected_is_reported(
         "p": ({"expected_rows": NUM_ROWS}, []),
         "more": ({"expected_rows": 700}, ["source 'more' has 240 rows, the mix expects 700"]),
         "weighted": ({"expected_rows": NUM_ROWS, "weight": 2}, []),
-        "weighed wrong": (
+        "weighted and wrong": (
             {"expected_rows": 9, "weight": 2},
-            ["source 'weighed wrong' has 240 rows, the mix expects 9"],
+            ["source 'weighted and wrong' has 240 rows, the mix expects 9"],
         ),
-        "cut short": ({"expected_rows": 700, "limit": 10}, []),
-        "cut too late": (
+        "limited": ({"expected_rows": 700, "limit": 10}, []),
+        "limit above expectation": (
             {"expected_rows": 9, "limit": 10},
-            ["source 'cut too late' has at least 10 rows, the mix expects 9"],
+            ["source 'limit above expectation' has at least 10 rows, the mix expects 9"],
         ),
-        "ends early": (
+        "fewer than limit": (
             {"expected_rows": 700, "limit": 4000},
             [
-                "source 'ends early' has 240 rows, fewer than its limit of 4000",
-                "source 'ends early' has 240 rows, the mix expects 700",
+                "source 'fewer than limit' has 240 rows, fewer than its limit of 4000",
+                "source 'fewer than limit' has 240 rows, the mix expects 700",
             ],
         ),
     }
-    write_mix(root, [SOURCE | {"name": name} | about for name, (about, _) in notes.items()])
+    write_mix(root, [SOURCE | {"name": name} | options for name, (options, _) in notes.items()])
     assert build_shards.main([*arguments(root, tmp_path / "out", gpt_neox()), "--check"]) == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
-    assert told == [f"note: {note}" for _, lines in notes.values() for note in lines]
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    assert printed == [f"note: {note}" for _, lines in notes.values() for note in lines]
 
 
-def test_rows_that_sources_have_together_may_be_expected(
+def test_expected_rows_of_several_sources_together(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for rows, told in ((480, False), (481, True)):
+    for rows, expect_note in ((480, False), (481, True)):
         mix = write_mix(root, [SOURCE, SOURCE | {"name": "q"}])
         mix.write_text(mix.read_text() + f'[[expected]]\nsources = ["p", "q"]\nrows = {rows}\n')
         assert build_shards.main([*arguments(root, tmp_path / "out", gpt_neox()), "--check"]) == 0
         note = "note: sources p, q together have 480 rows, the mix expects 481"
-        assert (note in capsys.readouterr().out) == told
+        assert (note in capsys.readouterr().out) == expect_note
