@@ -27,6 +27,7 @@ from typing import IO
 
 REPOSITORY = Path(__file__).parents[2]
 IMPORTED = ("torch", "timm", "deepspeed", "deepspeed.runtime.zero.muon.original_muon", "tokenizers")
+CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # CUDA does not work in forks
 MAX_REQUEST_BYTES = 1 << 17
 SHUTDOWN_S = 30  # between SIGTERM and SIGKILL to the remaining ranks, as in torchrun
 
@@ -44,7 +45,7 @@ class ForkedProgram:
         self._status, status = socket.socketpair()
         request = {
             "arguments": arguments,
-            "environment": {**os.environ, **environment},
+            "environment": {**os.environ, **CPU_ONLY, **environment},
             "cwd": str(cwd),
             "ranks": ranks,
         }
@@ -98,7 +99,7 @@ def _server() -> socket.socket:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.fork_server", str(theirs.fileno())],
             cwd=REPOSITORY,
-            env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **CPU_ONLY, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
         )

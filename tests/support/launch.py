@@ -57,7 +57,7 @@ def fork_ranks(ranks: int, program: list[str | Path], *, cwd: Path = REPOSITORY)
 
 
 def kill_all(process: Program) -> None:
-    """SIGKILL a launcher and everything it started; its ranks are in process groups of their own."""
+    """Kill a launcher and all processes that it started, which are in process groups of their own."""
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in family:
         member.kill()
