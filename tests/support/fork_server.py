@@ -42,7 +42,7 @@ class ForkedProgram:
         self.returncode: int | None = None
         self._stdout = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `communicate`)
         self._stderr = self._stdout if merge_errors else tempfile.TemporaryFile()  # noqa: SIM115
-        self._status, status = socket.socketpair()
+        self._status, status = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps messages apart
         request = {
             "arguments": arguments,
             "environment": {**os.environ, **CPU_ONLY, **environment},
