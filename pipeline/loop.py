@@ -1,4 +1,4 @@
-"""The training loop: optimizer steps, and the logging, saves and evaluations between them."""
+"""The training loop: optimizer steps, and the logging, saves and validations between them."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Loop:
 
     def run(self, step: int) -> int:
         """Train from `step` to the end of the recipe, or to a stop request. Return the number of steps done."""
-        if self._missed_evaluation(step):
-            self._evaluate(step)
+        if self._missed_validation(step):
+            self._validate(step)
         tower_timer, towers_s = TowerTimer(self.towers, self.engine.device), 0.0
         with GarbageCollection() as garbage:
             for batch in self.data.from_step(step):
@@ -62,8 +62,8 @@ class Loop:
                 self._check_finite(step, batch, report)
                 # Do not save after a step without an update, because a save deletes an older checkpoint.
                 if report.finite or self._is_last(step):
-                    self._save_and_evaluate(step, report.requests)
-                    tower_timer.pop_seconds()  # discard the towers' time in an evaluation or a probe
+                    self._save_and_validate(step, report.requests)
+                    tower_timer.pop_seconds()  # discard the towers' time in a validation or a probe
                 if report.requests.stop and report.finite:
                     break
                 garbage.after_step(step)
@@ -98,16 +98,16 @@ class Loop:
                 "the samples that the `nonfinite` events in metrics.jsonl name"
             )
 
-    def _save_and_evaluate(self, step: int, requests: Requests) -> None:
+    def _save_and_validate(self, step: int, requests: Requests) -> None:
         finish = requests.stop or requests.save or self._is_last(step)
         if finish or self.saver.due(step):
             self._save_with(lambda: self.saver.save(step))
         if finish:
             self._save_with(self.saver.finish)
             self.run_folder.control.clear("save")
-        # A stop must not wait for an evaluation. The next start makes up for it.
-        if not requests.stop and self._evaluation_due(step):
-            self._evaluate(step)
+        # A stop must not wait for a validation. The next start makes up for it.
+        if not requests.stop and self._validation_due(step):
+            self._validate(step)
 
     def _save_with(self, action: Callable[[], Saved | None]) -> None:
         """Run one phase of a save, and log the checkpoint that it published, if any."""
@@ -117,19 +117,19 @@ class Loop:
             seconds = {"seconds": round(saved.stall_s, 2), "whole_s": round(saved.whole_s, 2)}
             self.metrics.log_event("save", saved.step, **seconds)
 
-    def _evaluation_due(self, step: int) -> bool:
+    def _validation_due(self, step: int) -> bool:
         return self.validation is not None and (self._is_last(step) or self.validation.due(step))
 
-    def _missed_evaluation(self, step: int) -> bool:
-        """Return whether the previous start saved at this step, but stopped before the evaluation that was due."""
-        if step == 0 or not self._evaluation_due(step):
+    def _missed_validation(self, step: int) -> bool:
+        """Return whether the previous start saved at this step, but stopped before the validation that was due."""
+        if step == 0 or not self._validation_due(step):
             return False
         folder = self.run_folder.folder
         return broadcast_from_main(self.run_folder.ranks, lambda: not has_event(folder, "heldout", step))
 
-    def _evaluate(self, step: int) -> None:
+    def _validate(self, step: int) -> None:
         assert self.validation is not None
         began = time.monotonic()
-        with self.watchdog.allow_time_for("the evaluation"), self.metrics.exclude_time("heldout"):
+        with self.watchdog.allow_time_for("the validation"), self.metrics.exclude_time("heldout"):
             losses = self.validation.losses(self.engine, self.towers)
         self.metrics.log_validation(step, losses, seconds=time.monotonic() - began)

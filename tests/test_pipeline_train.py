@@ -107,7 +107,7 @@ def test_after_a_kill_the_same_command_ends_with_the_same_bits(recipe_file, shar
     cut_off.mkdir(exist_ok=True)
     (cut_off / "rank-00000.00.master").write_bytes(b"half")
 
-    heldout = [f"evaluate.shards={shards}", "evaluate.every_steps=5"]  # an evaluation must not change a bit
+    heldout = [f"evaluate.shards={shards}", "evaluate.every_steps=5"]  # a validation must not change a bit
     output = finish(fork_ranks(2, command(recipe_file, shards, run, *heldout)))
     assert "its save was cut off" in output
     assert "heldout at step" in output
@@ -153,8 +153,8 @@ def test_a_stop_request_saves_a_checkpoint_and_no_step_is_repeated(recipe_file, 
 
     heldout = [f"evaluate.shards={shards}", "evaluate.every_steps=1", "evaluate.samples=8"]
     finish(fork_ranks(2, command(recipe_file, shards, run, *heldout)))
-    evaluated = [line["step"] for line in lines(run) if line.get("event") == "heldout"]
-    assert evaluated == list(range(stopped["step"], STEPS + 1)), "the evaluation that the stop skipped is missing"
+    validated = [line["step"] for line in lines(run) if line.get("event") == "heldout"]
+    assert validated == list(range(stopped["step"], STEPS + 1)), "the validation that the stop skipped is missing"
     assert len(losses(run)) == len([line for line in lines(run) if "event" not in line]), "a step was repeated"
     assert_same_end(run, undisturbed)
 

@@ -61,7 +61,7 @@ class RunFolder:
                 write_json(self.weights_file, loaded)
 
     def heartbeat(self) -> None:
-        """Touch the heartbeat file, since the log can be silent for long during a first step, a save or an evaluation.
+        """Touch the heartbeat file, since the log can be silent for long during a first step, a save or a validation.
 
         Before the start is accepted, do nothing, because a start that is refused must not make a dead run look alive.
         """

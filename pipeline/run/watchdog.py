@@ -5,7 +5,7 @@ What happens when a rank dies:
 1. The other ranks wait for it in a collective, and a thread in each of them, the watchdog, notices. On the same
    machine, it sees within a second that the process has ended. On other machines, it sees the folder of step 2.
    If a whole machine is lost, or if a rank hangs, the current step exceeds its time limit: `watchdog.slow_factor` times
-   the median step, but at least `watchdog.least_s`. The first steps, saves and evaluations may take `watchdog.first_s`.
+   the median step, but at least `watchdog.least_s`. The first steps, saves and validations may take `watchdog.first_s`.
 2. Each rank writes its Python stacks to `RUN/stacks/TIME/rank-N.txt`. The first one also writes the reason to stderr
    and to `metrics.jsonl`, and the outcome "lost" to `outcome.json`.
 3. Each rank exits with code 4 (retry). torchrun or srun kills the ranks that are left.
@@ -131,7 +131,7 @@ class Watchdog:
 
     @contextmanager
     def allow_time_for(self, operation: str) -> Iterator[None]:
-        """Allow `first_s` for a block between two steps, such as a save or an evaluation."""
+        """Allow `first_s` for a block between two steps, such as a save or a validation."""
         self._set_deadline(operation, self.config.first_s)
         yield
         self._set_deadline(f"step {self.step + 1}", self.step_limit_s())
