@@ -1,4 +1,4 @@
-"""Pixel-wise alignment (EMMA Eq. 6, 9): from the visual states a small decoder must draw the picture."""
+"""Pixel-wise alignment (EMMA Eq. 6, 9): a small decoder predicts the image from the visual states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TARGET_EPS = 1e-6
 
 
 class AlignTarget(NamedTuple):
-    """What the decoder must give, normalised per patch; mean and std undo that."""
+    """Target of the decoder, normalised per patch, and the mean and standard deviation that were divided out."""
 
     values: Tensor  # [b, n, p] fp32
     mean: Tensor  # [b, n, 1]
@@ -26,7 +26,7 @@ class AlignTarget(NamedTuple):
 
 
 class Alignment(nn.Module):
-    """Fusion of the tapped states and the decoder f_dec: Mamba blocks, a norm and a linear layer. Training only."""
+    """Fusion of the tapped states, then the decoder: Mamba blocks, a norm and a linear layer."""
 
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__()
@@ -40,25 +40,25 @@ class Alignment(nn.Module):
         self.out = nn.Linear(mamba.d_model, config.alignment.num_values)
 
     def forward(self, levels: tuple[Tensor, ...], target: Tensor) -> Tensor:  # -> [b] fp32
-        """Squared error of each picture, averaged over its patches and values."""
-        return (self.draw(levels).float() - target).square().mean((1, 2))
+        """Return the squared error of each image, averaged over its patches and values."""
+        return (self.predict(levels).float() - target).square().mean((1, 2))
 
-    def draw(self, levels: tuple[Tensor, ...]) -> Tensor:  # shallow to final, [b, n, d] each -> [b, n, p]
-        """The normalised values of every patch, from the states of earlier patches (and its own, unless shifted)."""
+    def predict(self, levels: tuple[Tensor, ...]) -> Tensor:  # shallow to final, [b, n, d] each -> [b, n, p]
+        """Predict the normalised values of every patch from it and the patches before it, without it if shifted."""
         levels = tuple(F.pad(level, (0, 0, self.shift, 0))[:, : level.shape[1]] for level in levels)
         return self.out(self.decoder(self.narrow(self.fusion(levels)))[0])
 
 
 @torch.no_grad()
 def align_target(config: EmmaConfig, towers: Towers, pixels: Tensor, features: Tensor) -> AlignTarget:
-    """What the decoder must reconstruct. Shapes: pixels uint8 [b, 3, h, w], features [b, n, v].
+    """Compute the target of the decoder from pixels (uint8 [b, 3, h, w]) and features ([b, n, v]).
 
     Differs: normalised per patch, as in the public code; the paper says raw pixels.
     """
     assert config.alignment is not None
     match config.alignment.target:
         case "pixels":
-            values = patches_of(config.vision, pixels.float() / 255)
+            values = patchify(config.vision, pixels.float() / 255)
         case "features":
             values = features.float()
         case "patch_embedding":
@@ -70,16 +70,16 @@ def align_target(config: EmmaConfig, towers: Towers, pixels: Tensor, features: T
     return AlignTarget(centred / std, mean, std)
 
 
-def patches_of(vision: VisionConfig, pixels: Tensor) -> Tensor:  # [b, 3, h, w] -> [b, n, patch_px * patch_px * 3]
-    """The patches that the towers see, in raster order; within a patch rows, columns, channels."""
+def patchify(vision: VisionConfig, pixels: Tensor) -> Tensor:  # [b, 3, h, w] -> [b, n, patch_px * patch_px * 3]
+    """Cut images into the patches that the towers see, in raster order. Within a patch: rows, columns, channels."""
     seen = pixels[:, :, : vision.seen_px, : vision.seen_px]
     grid, side = vision.grid, vision.patch_px
     return seen.unflatten(3, (grid, side)).unflatten(2, (grid, side)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
-def draw_back(vision: VisionConfig, values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """The picture behind a target, or behind what the decoder gave for it: uint8 [b, 3, seen_px, seen_px]."""
+def unpatchify(vision: VisionConfig, values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return images, uint8 [b, 3, seen_px, seen_px], from the normalised values of their patches."""
     grid, side = vision.grid, vision.patch_px
     patches = (values.float() * std + mean).unflatten(2, (side, side, 3)).unflatten(1, (grid, grid))
-    picture = patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
-    return (picture * 255).round().clamp(0, 255).to(torch.uint8)
+    image = patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+    return (image * 255).round().clamp(0, 255).to(torch.uint8)

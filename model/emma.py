@@ -1,4 +1,4 @@
-"""EMMA: a projector, a Mamba language model that reads the picture first, and an alignment that only training runs."""
+"""EMMA: projector, Mamba language model, and the alignment that only training runs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from model.text_loss import token_nll
 
 
 class Losses(NamedTuple):
-    """Sums and counts of each row, never means: the caller divides by the totals of the whole optimizer step."""
+    """Sums and counts of each row. The caller divides by the totals of the whole optimizer step."""
 
-    text_nll: Tensor  # [b] fp32, -log p summed over the row's supervised tokens
-    text_tokens: Tensor  # [b] how many those are
+    text_nll: Tensor  # [b] fp32, negative log-likelihood summed over the row's supervised tokens
+    text_tokens: Tensor  # [b] number of the row's supervised tokens
     align_error: Tensor | None  # [b] fp32, mean squared error of the image; None without image or alignment
 
 
 class Emma(nn.Module):
-    """Everything that trains. The frozen towers stay outside: ZeRO-3 would shard them and gather them every step."""
+    """The modules that are trained. The frozen vision towers are outside, so that ZeRO-3 does not shard them."""
 
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__()
@@ -36,51 +36,50 @@ class Emma(nn.Module):
     def forward(
         self, tokens: Tensor, targets: Tensor, features: Tensor | None = None, align_target: Tensor | None = None
     ) -> Losses:
-        """Training losses of one micro-batch, all of whose rows have a picture, or none.
+        """Compute the training losses of one micro-batch. Either all of its rows have an image, or none has.
 
-        Shapes: tokens and targets [b, t]; features [b, n, v]; align_target [b, n, p]. Unless it is IGNORE_INDEX,
-        targets[i, j] is the token at j, predicted from the position before it: the last patch predicts the text's
-        first token.
+        Args:
+            tokens: Token ids [b, t], padded on the right.
+            targets: Token at each position of the text [b, t], or IGNORE_INDEX. Each is predicted from the position
+                before it, so the last patch predicts the first token.
+            features: Features of the vision towers [b, n, v].
+            align_target: Normalised values of each patch [b, n, p].
         """
         visual, text = self.embed(tokens, features)
-        num_visual = visual.shape[1]
-        hidden, tapped = self._read(torch.cat([visual, text], 1))
+        num_visual, x, alignment = visual.shape[1], torch.cat([visual, text], 1), self.config.alignment
+        hidden, tapped = self.llm(x, alignment.taps, alignment.tap) if alignment else self.llm(x)
 
-        nll, counts = self._text_loss(hidden[:, max(num_visual - 1, 0) : -1], targets)
+        predicting = hidden[:, max(num_visual - 1, 0) : -1]
+        targets = targets[:, targets.shape[1] - predicting.shape[1] :]  # without image nothing predicts the first token
+        supervised = targets != IGNORE_INDEX
+        logits = self.llm.head(
+            predicting[supervised]
+        )  # supervised positions only, since logits are the largest tensors
+        nll = torch.zeros(targets.shape, device=targets.device)
+        nll[supervised] = token_nll(logits, targets[supervised])
+        text_nll, text_tokens = nll.sum(1), supervised.sum(1)
+
         if self.alignment is None or align_target is None:
-            return Losses(nll, counts, None)
+            return Losses(text_nll, text_tokens, None)
         levels = tuple(level[:, :num_visual] for level in (*tapped, hidden))
-        return Losses(nll, counts, self.alignment(levels, align_target))
-
-    def mixers(self) -> list[Mixer]:
-        """Every Mamba mixer: what ZeRO-3 may gather as one, since each is called once per forward at most."""
-        return [module for module in self.modules() if isinstance(module, Mixer)]
-
-    @torch.no_grad()
-    def prefill(self, tokens: Tensor, features: Tensor | None = None) -> tuple[Tensor, Cache]:
-        """Logits [b, vocab] after the prompt, and the state to go on from. No padding: rows are equally long."""
-        return self.llm.prefill(torch.cat(self.embed(tokens, features), 1))
-
-    @torch.no_grad()
-    def decode(self, tokens: Tensor, cache: Cache) -> Tensor:  # [b, 1] -> [b, vocab]
-        """Logits after one more token; `cache` moves on in place, so a token costs the same at any length."""
-        return self.llm.decode(tokens[:, 0], cache)
+        return Losses(text_nll, text_tokens, self.alignment(levels, align_target))
 
     def embed(self, tokens: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor]:  # [b, n, d], [b, t, d]
-        """What the language model reads: the picture (n = 0 without one), then the text."""
+        """Return the language model's inputs: projected features (n = 0 without image) and embedded tokens."""
         text = self.llm.embed(tokens)
         visual = text[:, :0] if features is None else self.projector(features.to(text.dtype))
         return visual, text
 
-    def _read(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:  # [b, l, d] -> [b, l, d], [b, l, d] per tap
-        alignment = self.config.alignment
-        return self.llm(x, alignment.taps, alignment.tap) if alignment else self.llm(x)
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor, features: Tensor | None = None) -> tuple[Tensor, Cache]:
+        """Return the logits [b, vocab] after a prompt and the cache for `decode`. All rows must be equally long."""
+        return self.llm.prefill(torch.cat(self.embed(tokens, features), 1))
 
-    def _text_loss(self, predicting: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Per-row sums; the head sees supervised positions only, since its logits are the largest tensors of all."""
-        targets = targets[:, targets.shape[1] - predicting.shape[1] :]  # text alone: nothing predicts its first token
-        supervised = targets != IGNORE_INDEX
-        logits = self.llm.head(predicting[supervised])  # [supervised tokens, vocab]
-        nll = torch.zeros(targets.shape, device=targets.device)
-        nll[supervised] = token_nll(logits, targets[supervised])
-        return nll.sum(1), supervised.sum(1)
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, cache: Cache) -> Tensor:  # [b, 1] -> [b, vocab]
+        """Return the logits after one more token, and update `cache` in place."""
+        return self.llm.decode(tokens[:, 0], cache)
+
+    def mixers(self) -> list[Mixer]:
+        """Return all Mamba mixers. ZeRO-3 may gather each as one unit, since a forward pass calls it at most once."""
+        return [module for module in self.modules() if isinstance(module, Mixer)]

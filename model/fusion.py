@@ -1,4 +1,4 @@
-"""Multi-scale feature fusion: tapped states of increasing depth, and the final one, become one state per patch."""
+"""Multi-scale feature fusion (EMMA Eq. 7-8): combine tapped states and the final state into one state per patch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from model.mamba import MIXERS, RMSNorm
 
 
 class CrossAttention(nn.Module):
-    """Queries read the keys of their own and earlier patches, in raster order."""
+    """Multi-head attention in which each patch of `x` attends to the same and earlier patches of `y`."""
 
     def __init__(self, width: int, head_dim: int) -> None:
         super().__init__()
@@ -30,10 +30,10 @@ class CrossAttention(nn.Module):
 
 
 class FusionBlock(nn.Module):
-    """EMMA Eq. 8: x̂ = x + attention(x, y); x̂ + mamba(x̂).
+    """Fuse two states: x̂ = x + attention(x, y), then x̂ + mamba(x̂) (EMMA Eq. 8).
 
-    Differs: RMSNorm before the attention and before Mamba, as every Mamba block has; the paper shows none, and
-    the branches that it fuses have no common scale.
+    Differs: RMSNorm before the attention and before Mamba, as in every Mamba block, because the fused states have
+    different scales. The paper shows no norm.
     """
 
     def __init__(self, config: EmmaConfig) -> None:
@@ -50,7 +50,7 @@ class FusionBlock(nn.Module):
 
 
 class Cascade(nn.Module):
-    """EMMA Eq. 7: the shallowest state is the first query; each deeper one, and the final one last, is read in turn."""
+    """Start from the shallowest state and fuse each deeper one into it, the final state last (EMMA Eq. 7)."""
 
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__()
@@ -65,10 +65,10 @@ class Cascade(nn.Module):
 
 
 class Concatenation(nn.Module):
-    """The public code's fusion: all levels through one matrix, then learned queries read a slice of it per block.
+    """Fuse as the public code does: mix all levels by one matrix, then let learned queries attend to each slice of it.
 
-    Differs: queries start at a sine-cosine code of their patch (the public code's are all equal),
-    stay in raster order like the keys, and see patches up to their own rather than whole rows.
+    Differs: each query starts at the sine-cosine position code of its patch, where the public code's are all equal.
+    Queries and keys are in raster order, and a query sees patches up to its own, not up to the end of the row.
     """
 
     def __init__(self, config: EmmaConfig) -> None:
@@ -93,7 +93,7 @@ class Concatenation(nn.Module):
 
 
 class FinalOnly(nn.Module):
-    """No fusion: the final state as it is."""
+    """Return the final state unchanged, without fusion."""
 
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ FUSIONS: dict[str, type[nn.Module]] = {"cascade": Cascade, "concat": Concatenati
 
 
 def sine_cosine(grid: int, width: int) -> Tensor:  # [n, width]
-    """Two-dimensional position code in raster order: half of the width tells the row, half the column."""
+    """Return position codes in raster order. Half of the channels encode the row, the other half the column."""
     frequencies = 10000 ** -(torch.arange(width // 4) / (width // 4))
     angles = torch.arange(grid)[:, None] * frequencies  # [grid, width / 4]
     code = torch.cat([angles.sin(), angles.cos()], -1)  # [grid, width / 2]

@@ -1,24 +1,22 @@
-"""A stack of Mamba blocks that hands over tapped depths, and the language model on top of one."""
+"""Stack of Mamba blocks that returns tapped states, and the Mamba language model."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.config import MambaConfig
+from model.config import MambaConfig, Tap
 from model.mamba import Cache, MambaBlock, RMSNorm
-
-Tap = Literal["mixer", "residual"]
 
 
 class Segment(NamedTuple):
-    """Layers `start` to `stop - 1`; in backward they are recomputed from the segment's input, or were kept."""
+    """Layers `start` to `stop - 1`, whose activations are kept or recomputed together in the backward pass."""
 
     start: int
     stop: int
@@ -26,7 +24,14 @@ class Segment(NamedTuple):
 
 
 def plan_segments(num_layers: int, taps: Sequence[int], segment_layers: int, keep_layers: int) -> list[Segment]:
-    """Segments of at most `segment_layers` (0: nothing is recomputed) that end at each tap; last layers are kept."""
+    """Split the layers into segments for activation checkpointing, so that a segment ends after each tapped layer.
+
+    Args:
+        num_layers: Number of layers to split.
+        taps: 0-based layers whose state is returned.
+        segment_layers: Largest number of layers that are recomputed together; 0: recompute none.
+        keep_layers: Number of final layers that keep their activations.
+    """
     kept_from = num_layers - keep_layers if segment_layers else 0
     bounds = sorted({0, *(tap + 1 for tap in taps), max(kept_from, 0), num_layers})
     segments = []
@@ -38,10 +43,11 @@ def plan_segments(num_layers: int, taps: Sequence[int], segment_layers: int, kee
 
 
 class MambaStack(nn.Module):
-    """`num_layers` blocks and a final norm.
+    """Mamba blocks and a final norm.
 
-    segment_layers   0: every activation is kept; k: at most k layers are recomputed together in backward
-    keep_layers      that many last layers are not recomputed all the same, where memory is left over
+    Attributes:
+        segment_layers: Largest number of layers that are recomputed together in the backward pass; 0: recompute none.
+        keep_layers: Number of final layers that keep their activations instead of recomputing them.
     """
 
     layers: Sequence[MambaBlock]
@@ -51,26 +57,33 @@ class MambaStack(nn.Module):
         self.layers = nn.ModuleList(MambaBlock(config) for _ in range(config.num_layers))  # type: ignore[assignment]
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
         self.segment_layers = self.keep_layers = 0
-        with torch.no_grad():  # the residual stream of a deep stack starts at the variance of a shallow one
+        with torch.no_grad():  # so that the variance of the residual stream does not grow with the depth
             for layer in self.layers:
                 layer.mixer.out_proj.weight /= math.sqrt(config.num_layers)
 
     def forward(
         self, x: Tensor, taps: Sequence[int] = (), tap: Tap = "mixer"
     ) -> tuple[Tensor, tuple[Tensor, ...]]:  # [b, l, d] -> [b, l, d], [b, l, d] per tap
-        """The final normed state and, for each tapped layer, its mixer's branch or the residual stream after it.
+        """Return the final normed state and the state of each tapped layer.
 
-        A recomputed segment returns its tapped state and ends with its last layer: nothing is captured from inside, for
-        a hook there would fire twice, and ZeRO-3 would release the last layer's weights under a longer replay.
+        Args:
+            x: Embedded inputs [b, l, d].
+            taps: 0-based layers whose state is returned.
+            tap: State to return: the output of the layer's mixer, or the residual stream after the layer.
         """
+        # A recomputed segment returns its tapped state. A hook inside it would fire twice, and if the segment continued
+        # after the tapped layer, ZeRO-3 would release that layer's weights during the recomputation.
         hidden, residual, tapped = x, None, []
         for segment in plan_segments(len(self.layers), taps, self.segment_layers, self.keep_layers):
+            layers = (segment.start, segment.stop)
             if segment.recompute and torch.is_grad_enabled():
-                run: Callable[..., Any] = self._checkpointed
+                hidden, residual = checkpoint(
+                    self._run, *layers, hidden, residual, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                run = self._run
-            hidden, residual = run(segment.start, segment.stop, hidden, residual)
+                hidden, residual = self._run(*layers, hidden, residual)
             if segment.stop - 1 in taps:
+                assert residual is not None
                 tapped.append(hidden if tap == "mixer" else (hidden + residual).to(hidden.dtype))
         return self.norm_f(hidden, residual)[0], tuple(tapped)
 
@@ -79,29 +92,26 @@ class MambaStack(nn.Module):
             hidden, residual = layer(hidden, residual)
         return hidden, residual
 
-    def _checkpointed(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-        return checkpoint(self._run, *arguments, use_reentrant=False, preserve_rng_state=False)
-
     def prefill(self, x: Tensor) -> tuple[Tensor, Cache]:
-        """`forward` for generation: the final state of the last position [b, d], and every layer's state after it."""
+        """Return the final state of the last position [b, d], and every layer's recurrent state after it."""
         hidden, residual, cache = x, None, []
         for layer in self.layers:
             hidden, residual, state = layer.prefill(hidden, residual)
             cache.append(state)
-        return self._last(hidden, residual), cache
+        last_residual = None if residual is None else residual[:, -1].contiguous()
+        return self.norm_f(hidden[:, -1].contiguous(), last_residual)[0], cache
 
     def step(self, x: Tensor, cache: Cache) -> Tensor:  # [b, d] -> [b, d]
-        """The final state of one more position; `cache` moves on in place."""
+        """Return the final state of one more position, and update `cache` in place."""
         hidden, residual = x, None
         for layer, state in zip(self.layers, cache, strict=True):
             hidden, residual = layer.step(hidden, residual, state)
         return self.norm_f(hidden, residual)[0]
 
-    def _last(self, hidden: Tensor, residual: Tensor | None) -> Tensor:
-        return self.norm_f(hidden[:, -1].contiguous(), None if residual is None else residual[:, -1].contiguous())[0]
-
 
 class Backbone(MambaStack):
+    """Mamba stack with a token embedding, under mamba_ssm's parameter names."""
+
     def __init__(self, config: MambaConfig) -> None:
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
@@ -109,7 +119,7 @@ class Backbone(MambaStack):
 
 
 class MambaLM(nn.Module):
-    """A Mamba language model, called on embeddings, since a picture precedes the text. The head is the embedding."""
+    """Mamba language model. It is called on embeddings, because an image precedes the text. The head is tied."""
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
@@ -122,7 +132,7 @@ class MambaLM(nn.Module):
         self.lm_head.weight = self.backbone.embedding.weight
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MambaLM:
-        """`to_empty` of a module on the meta device would untie the weights."""
+        """Tie the weights again, because `to_empty` on a module on the meta device unties them."""
         super()._apply(fn, recurse)
         self.tie_weights()
         return self

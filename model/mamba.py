@@ -1,10 +1,10 @@
 """Mamba-1 and Mamba-2: mixers and blocks, with mamba_ssm's parameter names and initial values.
 
-A mixer's training pass is one fused kernel on CUDA (mamba_ssm's `Mamba.forward`, `Mamba2.forward`) and the
-composition of `model.kernels.dispatch` elsewhere; `prefill` is that composition on every device, because it must hand
-over the states.
-ZeRO-3: mixers read their children's weights directly, so they (or whole blocks) are what may be marked as leaf
-modules; each is called at most once per forward, with positional tensors.
+In training, a mixer is one fused kernel on CUDA, as in mamba_ssm, and a composition of the operations in
+`model.kernels.dispatch` on other devices. `prefill` is that composition on every device, because it returns the states.
+
+Mixers read their children's weights directly, so ZeRO-3 must gather a mixer as one unit (a leaf module). A forward pass
+calls each at most once, with positional tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NO_WEIGHT_DECAY = ("A_log", "D", "dt_bias")
 
 
 class State(NamedTuple):
-    """What a mixer remembers of the past; decoding updates both tensors in place."""
+    """Recurrent state of a mixer. Decoding updates both tensors in place."""
 
     conv: Tensor  # [b, c, d_conv - 1]
     ssm: Tensor  # fp32; Mamba-1 [b, c, k], Mamba-2 [b, h, p, k]
@@ -33,7 +33,7 @@ Cache = list[State]
 
 
 class Mixer(nn.Module):
-    """What the two kinds share: the projections around the scan, and the parameters that never decay."""
+    """Base class of both mixers: projections, convolution, and parameters without weight decay."""
 
     A_log: nn.Parameter
 
@@ -48,35 +48,37 @@ class Mixer(nn.Module):
         return self.fused(x) if x.is_cuda else self.prefill(x)[0]
 
     def fused(self, x: Tensor) -> Tensor:
+        """Compute `forward` by one fused CUDA kernel."""
         raise NotImplementedError
 
     def prefill(self, x: Tensor) -> tuple[Tensor, State]:
-        """`forward`, and the state after the last position."""
+        """Return the output of `forward` and the state after the last position."""
         raise NotImplementedError
 
     def step(self, x: Tensor, state: State) -> Tensor:  # [b, d] -> [b, d]
-        """One more position."""
+        """Compute the output of one more position, and update `state` in place."""
         raise NotImplementedError
 
     @property
     def conv_parameters(self) -> tuple[Tensor, Tensor]:  # [c, d_conv], [c]
+        """Weight and bias of the convolution."""
         assert self.conv1d.bias is not None
         return self.conv1d.weight.squeeze(1), self.conv1d.bias
 
     @property
     def decay_rates(self) -> Tensor:
-        """A of the papers, fp32."""
+        """A in the Mamba papers, fp32."""
         return -torch.exp(self.A_log.float())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Mixer:
-        """`to_empty` of a module on the meta device makes new parameters, which would lose their mark."""
+        """Mark the parameters again, because `to_empty` on a module on the meta device replaces them."""
         super()._apply(fn, recurse)
         mark_no_weight_decay(self)
         return self
 
 
 class Mamba1Mixer(Mixer):
-    """mamba_ssm's `Mamba`."""
+    """Mamba-1 mixer, mamba_ssm's `Mamba`."""
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__(config, 2 * config.d_inner, config.d_inner)
@@ -89,7 +91,7 @@ class Mamba1Mixer(Mixer):
 
     def fused(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
-        # The kernel wants time last; multiplied from the left, the projection comes out so without a copy.
+        # The kernel wants time last. Multiplying by the weight from the left gives this layout without a copy.
         xz = self.in_proj.weight @ x.flatten(0, 1).t()  # [2c, b * l]
         xz = xz.view(-1, batch, length).transpose(0, 1)  # [b, 2c, l]
         return dispatch.fused().mamba_inner_fn(
@@ -122,14 +124,14 @@ class Mamba1Mixer(Mixer):
         return self.out_proj(y)
 
     def _scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """dt (before its bias), A, B, C and D of the scan over x [..., c]."""
+        """Return dt (before its bias), A, B, C and D of the scan over x [..., c]."""
         sizes = [self.config.dt_rank, self.config.d_state, self.config.d_state]
         dt, B, C = self.x_proj(x).split(sizes, -1)
         return dt @ self.dt_proj.weight.t(), self.decay_rates, B, C, self.D.float()
 
 
 class Mamba2Mixer(Mixer):
-    """mamba_ssm's `Mamba2`. Its `in_proj` gives [z, x, B, C, dt]."""
+    """Mamba-2 mixer, mamba_ssm's `Mamba2`. `in_proj` returns [z, x, B, C, dt]."""
 
     def __init__(self, config: MambaConfig) -> None:
         conv_width = config.d_inner + 2 * config.num_groups * config.d_state
@@ -175,7 +177,7 @@ class Mamba2Mixer(Mixer):
         return self.in_proj(x).split([self.config.d_inner, self.conv1d.in_channels, self.config.num_heads], -1)
 
     def _split_conv(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [..., h, p], B and C [..., g, k]."""
+        """Split the convolution's output into x [..., h, p], B and C [..., g, k]."""
         groups = (self.config.num_groups, self.config.d_state)
         x, B, C = xBC.split([self.config.d_inner, math.prod(groups), math.prod(groups)], -1)
         return x.unflatten(-1, (-1, self.config.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
@@ -185,30 +187,32 @@ MIXERS: dict[str, Callable[[MambaConfig], Mixer]] = {"mamba1": Mamba1Mixer, "mam
 
 
 def mark_no_weight_decay(module: nn.Module) -> None:
-    """Marks A_log, D and dt_bias as mamba_ssm does; whoever builds parameter groups must honour it."""
+    """Mark A_log, D and dt_bias as mamba_ssm does, so that the optimizer leaves them out of weight decay."""
     for name, parameter in module.named_parameters(recurse=False):
         if name in NO_WEIGHT_DECAY:
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
 
 def initial_dt_bias(num: int) -> Tensor:
-    """Inverse softplus of step sizes that are log-uniform in [0.001, 0.1], as mamba_ssm starts."""
+    """Return the inverse softplus of step sizes drawn log-uniformly from [0.001, 0.1], as in mamba_ssm."""
     dt = torch.exp(torch.rand(num) * (math.log(0.1) - math.log(0.001)) + math.log(0.001)).clamp(min=1e-4)
     return dt + torch.log(-torch.expm1(-dt))
 
 
 class GatedRMSNorm(nn.Module):
+    """RMSNorm of x · silu(z), for each group of channels."""
+
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.d_inner))
-        self.eps, self.groups = 1e-5, config.num_groups  # mamba_ssm fixes this eps; `norm_eps` is the blocks'
+        self.eps, self.groups = 1e-5, config.num_groups  # fixed in mamba_ssm; `norm_eps` is for blocks
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         return dispatch.gated_norm(x, z, self.weight, self.eps, self.groups)
 
 
 class RMSNorm(nn.Module):
-    """Adds to the fp32 residual stream and normalises the sum; returns (normed, residual)."""
+    """Add to the fp32 residual stream and normalise the sum. Returns (normed, residual)."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -219,7 +223,7 @@ class RMSNorm(nn.Module):
 
 
 class MambaBlock(nn.Module):
-    """Add, norm, mixer. Returns (the mixer's branch, the residual stream before it), as mamba_ssm's `Block`."""
+    """Add, norm, mixer. Returns (the mixer's output, the residual stream before it), as mamba_ssm's `Block`."""
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Vision width to language width; and the cross-scan that may stand before it."""
+"""Projector from vision features to the language model's width, and the cross-scan of the features before it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CROSS_SCAN_STATE = 16
 
 
 class Projector(nn.Module):
-    """A GELU MLP of three layers whose first is four times the vision width, as Cobra's `fused-gelu-mlp`."""
+    """MLP of three layers with GELU, as Cobra's `fused-gelu-mlp`. The first layer is four times the vision width."""
 
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__()
@@ -34,9 +34,9 @@ class Projector(nn.Module):
 
 
 class CrossScan(nn.Module):
-    """The core of VMamba's SS2D: the patches are scanned in four directions, and the four results are added up.
+    """Scan the patches in four directions and add the results up, as VMamba's SS2D does.
 
-    Differs: SS2D's input and output projections, gate and convolution are left out, since the projector's MLP follows.
+    Differs: no input and output projections, gate or convolution, because the projector's MLP follows.
     """
 
     def __init__(self, width: int, grid: int) -> None:
@@ -51,14 +51,14 @@ class CrossScan(nn.Module):
         return self.out_norm(sum(scan(normed[:, order])[:, order.argsort()] for scan, order in directions))
 
     def orders(self, device: torch.device) -> tuple[Tensor, ...]:  # each [n]
-        """Along rows, along columns, and both backwards."""
+        """Return the patches' order in each direction: along rows, along columns, and both backwards."""
         rows = torch.arange(self.grid**2, device=device)
         columns = rows.view(self.grid, self.grid).t().flatten()
         return rows, columns, rows.flip(0), columns.flip(0)
 
 
 class DirectedScan(nn.Module):
-    """A selective scan whose step sizes, B and C come from its input, as in Mamba-1 without gate and convolution."""
+    """Selective scan of Mamba-1, without gate and convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

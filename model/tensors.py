@@ -1,4 +1,4 @@
-"""Files of named tensors: read lazily, filled into a module strictly, every difference named at once."""
+"""Files of named tensors: lazy reading, and strict loading into a module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model.errors import UserError, first_line
 from model.hashing import file_sha256
 
-PUBLISHED_NAMES = (  # transformers' and mamba_ssm's, whole or in shards, in the order of preference
+PUBLISHED_NAMES = (  # of transformers and mamba_ssm, whole or sharded, in order of preference
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -24,7 +24,7 @@ PUBLISHED_NAMES = (  # transformers' and mamba_ssm's, whole or in shards, in the
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """The tensors of one or more files by name; one is in memory only while it is used (a pickle is memory-mapped)."""
+    """Tensors of one or more files by name. Each is read from disk when it is accessed; pickles are memory-mapped."""
 
     def __init__(self, paths: list[Path], sources: dict[str, tuple[Mapping[str, Tensor], str]]) -> None:
         self.paths, self._sources = paths, sources
@@ -40,16 +40,19 @@ class TensorFiles(Mapping[str, Tensor]):
         return len(self._sources)
 
     def renamed(self, names: Mapping[str, str]) -> TensorFiles:
-        """The same under new names, given as new -> old; what is not among them is left out."""
+        """Return the tensors under new names. `names` maps new to old names; other tensors are left out."""
         return TensorFiles(self.paths, {new: self._sources[old] for new, old in names.items()})
 
-    def record(self) -> dict[str, str]:
-        """Path -> sha256, for the run folder."""
+    def file_hashes(self) -> dict[str, str]:
+        """Return the sha256 of each file by its path."""
         return {str(path): file_sha256(path) for path in self.paths}
 
 
 def open_tensors(*paths: Path) -> TensorFiles:
-    """Raises: UserError for a file that is not there, not readable, or a pickle that holds more than tensors."""
+    """Open files of tensors, safetensors or pickles.
+
+    Raises: UserError if a file is missing or unreadable, or is a pickle that holds other objects than tensors.
+    """
     sources: dict[str, tuple[Mapping[str, Tensor], str]] = {}
     for path in paths:
         source = _open(path)
@@ -58,18 +61,18 @@ def open_tensors(*paths: Path) -> TensorFiles:
 
 
 def open_published(folder: Path) -> TensorFiles:
-    """The model in a folder, in any of the published layouts. Raises: UserError that lists what was looked for."""
+    """Open the model in a folder, in any of the published layouts. Raises: UserError if there is none."""
     for path in (folder / name for name in PUBLISHED_NAMES):
         if path.exists():
             return open_tensors(*(_shards(path) if path.name.endswith(".index.json") else [path]))
-    raise UserError(f"{folder}: no model there; expected one of {', '.join(PUBLISHED_NAMES)}")
+    raise UserError(f"{folder}: no model in this folder; expected one of {', '.join(PUBLISHED_NAMES)}")
 
 
 def _shards(index: Path) -> list[Path]:
     shards = sorted({index.parent / name for name in json.loads(index.read_text())["weight_map"].values()})
     missing = [shard.name for shard in shards if not shard.exists()]
     if missing:
-        raise UserError(f"{index}: its shards {', '.join(missing)} are not beside it; complete the download")
+        raise UserError(f"{index}: shards are missing in its folder ({', '.join(missing)}); complete the download")
     return shards
 
 
@@ -97,14 +100,21 @@ def _open(path: Path) -> Mapping[str, Tensor]:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: this pickle holds more than tensors and could run code; not loaded. Convert it to safetensors"
+            f"{path}: refused, because this pickle holds other objects than tensors and could run code; "
+            "convert it to safetensors"
         ) from error
-    except Exception as error:  # safetensors and torch raise types of their own for a damaged file
+    except Exception as error:  # for a damaged file, safetensors and torch raise exceptions of many types
         raise UserError(f"{path}: not a readable tensor file ({error})") from error
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str, tied: Collection[str] = ()) -> None:
-    """Copies tensors into a module that has exactly the same names and shapes; `tied` names may be there or not.
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str, tied: Collection[str] = ()) -> None:
+    """Copy tensors into a module that has exactly the same names and shapes.
+
+    Args:
+        module: Module to load into.
+        tensors: Tensors by their names in the module's state dict.
+        source: Name of the tensors' origin in messages.
+        tied: Names of tensors that are tied to others, and are ignored.
 
     Raises: UserError that names every missing, unexpected and mis-shaped tensor.
     """
@@ -119,15 +129,17 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str, tied: Co
         else:
             tensor.copy_(given)
     if problems:
-        raise UserError(f"{source} does not fit this model: {'; '.join(problems)}")
+        raise UserError(f"{source}: does not fit this model: {'; '.join(problems)}")
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Make a folder for what is written inside the block. Raises: UserError if the disk does not take it."""
+def report_write_errors(folder: Path) -> Iterator[None]:
+    """Create a folder that the block writes a model to. Raises: UserError if that or a write in the block fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except (OSError, SafetensorError) as error:
-        told = f"{folder}: the model could not be written ({first_line(error)})"
-        raise UserError(f"{told}; make room there or choose another folder, and run the same command again") from None
+        message = f"{folder}: the model could not be written ({first_line(error)})"
+        raise UserError(
+            f"{message}; free some space or choose another folder, and run the same command again"
+        ) from None

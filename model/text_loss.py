@@ -1,4 +1,4 @@
-"""The text's negative log-likelihood in fp32, without fp32 logits: they would be the largest tensors of training."""
+"""Negative log-likelihood of text in fp32, without a copy of the logits in fp32, which would need most memory."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_ROWS = 1024  # rows of logits that are in fp32 at once
+CHUNK_ROWS = 1024  # rows of logits that are converted to fp32 at a time
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:  # [m, vocab], [m] -> [m] fp32
-    """-log softmax(logits)[target] of each row, as if the logits were fp32."""
+    """Return -log softmax(logits)[target] of each row, computed in fp32."""
     return _TokenNll.apply(logits, targets)
 
 
 class _TokenNll(torch.autograd.Function):
-    """Keeps the logits as they are and their normalisers; the softmax is made again, chunk by chunk, in backward."""
+    """Save the logits in their own type and the normalisers. The backward pass recomputes the softmax in chunks."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:

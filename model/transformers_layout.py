@@ -1,6 +1,7 @@
-"""The trained language model as transformers publishes Mamba: for the tools that start from `AutoModelForCausalLM`.
+"""Export of the language model in the layout of transformers, for tools that use `AutoModelForCausalLM`.
 
-The only door to transformers. Its configuration's defaults are another model's (Codestral's): every number is given.
+The only module that imports transformers. Every value of its configuration is given, because the defaults are those of
+another model (Codestral).
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import EOS_ID, PAD_ID, MambaConfig
-from model.tensors import writing
+from model.tensors import report_write_errors
 
 OURS, THEIRS = "backbone.embedding.", "backbone.embeddings."
 
 
 def transformers_config(config: MambaConfig) -> Any:
-    """The `MambaConfig` or `Mamba2Config` of transformers that describes the same network."""
+    """Return transformers' `MambaConfig` or `Mamba2Config` of the same network."""
     import transformers
 
     shared: dict[str, Any] = {
@@ -45,15 +46,20 @@ def transformers_config(config: MambaConfig) -> Any:
 
 
 def save_language_model(folder: Path, config: MambaConfig, state: Mapping[str, Tensor]) -> None:
-    """Write a folder for `AutoModelForCausalLM.from_pretrained`. `state`: of the language model alone, in our names.
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` reads.
 
-    Raises: UserError if the disk does not take it.
+    Args:
+        folder: Folder to write.
+        config: Configuration of the language model.
+        state: State dict of the language model alone.
+
+    Raises: UserError if the folder cannot be written.
     """
     tensors = {
         name.replace(OURS, THEIRS): tensor.detach().contiguous()
         for name, tensor in state.items()
-        if name != "lm_head.weight"  # the embedding again
+        if name != "lm_head.weight"  # tied to the embedding
     }
-    with writing(folder):
+    with report_write_errors(folder):
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         transformers_config(config).save_pretrained(folder)

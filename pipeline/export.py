@@ -94,7 +94,7 @@ def _write(
     manifest = Manifest.load(recipe.data.shards)
     tokenizer_json = (Path(recipe.data.shards) / "tokenizer.json").read_text(encoding="utf-8")
     extra = {**extra, "recipe": recipe.identity(), "shards_sha256": manifest.sha256}
-    save_model(out, recipe.config, state, towers, tokenizer_json, extra)
+    save_model(out, config=recipe.config, state=state, towers=towers, tokenizer_json=tokenizer_json, extra=extra)
 
 
 def newest_intact(checkpoints: Path) -> int:

@@ -55,7 +55,7 @@ def language_model(recipe: Recipe, source: str, *, cached: bool = False) -> str:
 
     Checked here so that weights of another model are noticed on the login node and not on a GPU.
     """
-    folder = Path(source) if Path(source).is_dir() else hub_folder(source, cached)
+    folder = Path(source) if Path(source).is_dir() else hub_folder(source, cached=cached)
     files, rows = open_published(folder), recipe.config.llm.vocab_size
     embedding = next((files[name] for name in files if "embedding" in name), None)
     if embedding is None or embedding.shape[0] != rows:

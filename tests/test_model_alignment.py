@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.alignment import Alignment, align_target, draw_back
+from model.alignment import Alignment, align_target, unpatchify
 from model.config import AlignmentConfig, EmmaConfig
 from model.presets import preset
 from model.vision import Towers
@@ -38,7 +38,7 @@ def target(config: EmmaConfig) -> tuple[Tensor, Tensor, Tensor]:
 def test_a_target_draws_back_exactly_the_pixels_that_the_towers_see() -> None:
     values, mean, std = target(CONFIG)
     assert values.shape == (2, 49, 588)
-    assert torch.equal(draw_back(CONFIG.vision, values, mean, std), PIXELS[:, :, :98, :98])
+    assert torch.equal(unpatchify(CONFIG.vision, values, mean, std), PIXELS[:, :, :98, :98])
 
 
 def test_patches_are_in_raster_order_and_normalised_each_by_itself() -> None:
@@ -56,7 +56,7 @@ def test_a_flat_patch_is_finite() -> None:
     flat = torch.full_like(PIXELS, 128)
     values, mean, std = align_target(CONFIG, towers, flat, towers(flat))
     assert values.isfinite().all() and values.abs().max() < 1e-2
-    assert torch.equal(draw_back(CONFIG.vision, values, mean, std), flat[:, :, :98, :98])
+    assert torch.equal(unpatchify(CONFIG.vision, values, mean, std), flat[:, :, :98, :98])
 
 
 @pytest.mark.parametrize(("name", "width"), [("tiny_avf", 160), ("tiny_release", 64)])
@@ -77,14 +77,14 @@ def test_the_decoder_is_mamba_blocks_a_norm_and_a_linear_layer() -> None:
         x = x + layer.mixer(layer.norm(x)[0])
     expected = alignment.out(alignment.decoder.norm_f(x)[0])
     assert len(alignment.decoder.layers) == 2
-    torch.testing.assert_close(alignment.draw(levels), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(alignment.predict(levels), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_loss_is_each_pictures_squared_error_over_patches_and_values_in_fp32() -> None:
     alignment, levels, (values, *_) = Alignment(CONFIG).bfloat16(), states(), target(CONFIG)
     rounded = tuple(level.bfloat16() for level in levels)
     error = alignment(rounded, values)
-    drawn = alignment.draw(rounded)
+    drawn = alignment.predict(rounded)
     assert (drawn.dtype, error.dtype) == (torch.bfloat16, torch.float32)
     torch.testing.assert_close(error, ((drawn.float() - values) ** 2).sum((1, 2)) / (49 * 588))
 
@@ -98,7 +98,7 @@ def test_a_patch_is_drawn_from_itself_and_earlier_ones_or_only_from_earlier_ones
     changed = tuple(level.clone() for level in before)
     for level in changed:
         level[:, 20] += 1
-    differs = (alignment.draw(before) != alignment.draw(changed)).any(-1)
+    differs = (alignment.predict(before) != alignment.predict(changed)).any(-1)
     assert not differs[:, : 20 + shift].any() and differs[:, 20 + shift :].all()
 
 
@@ -106,7 +106,7 @@ def test_the_decoder_may_be_narrower_and_of_another_kind() -> None:
     alignment = Alignment(with_alignment(CONFIG, decoder_width=64, decoder_kind="mamba1"))
     assert {layer.mixer.config.kind for layer in alignment.decoder.layers} == {"mamba1"}
     assert alignment.out.in_features == 64
-    assert alignment.draw(states()).shape == (2, 49, 588)
+    assert alignment.predict(states()).shape == (2, 49, 588)
 
 
 def test_the_full_size_loss_weight_is_the_public_codes() -> None:

@@ -28,7 +28,14 @@ def make(name: str, seed: int = 0) -> tuple[Emma, Towers]:
 
 def save(folder: Path, name: str = "tiny_v2") -> tuple[Emma, Towers]:
     emma, towers = make(name)
-    save_model(folder, emma.config, emma.state_dict(), towers, '{"a": "tokenizer"}', {"step": 7})
+    save_model(
+        folder,
+        config=emma.config,
+        state=emma.state_dict(),
+        towers=towers,
+        tokenizer_json='{"a": "tokenizer"}',
+        extra={"step": 7},
+    )
     return emma, towers
 
 
@@ -55,7 +62,7 @@ def test_the_files_hold_every_tensor_once_and_the_tied_head_not_at_all(tmp_path:
 def test_without_its_alignment_a_model_is_loaded_for_inference_and_answers_the_same(tmp_path: Path) -> None:
     emma, towers = make("tiny_v2")
     state = {name: tensor for name, tensor in emma.state_dict().items() if not name.startswith("alignment.")}
-    save_model(tmp_path, emma.config, state, towers, None, {})
+    save_model(tmp_path, config=emma.config, state=state, towers=towers, tokenizer_json=None, extra={})
     loaded = load_model(tmp_path)
     assert loaded.emma.alignment is None and loaded.tokenizer is None
     tokens, features = torch.randint(0, 1024, (1, 5)), torch.randn(1, 49, 160)
@@ -92,9 +99,9 @@ def test_a_model_that_does_not_fit_names_every_difference_in_one_error(tmp_path:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (None, "not the description of a saved model"),
-        ("{", "not the description of a saved model"),
-        ('{"format": 1, "model": {"nmae": 1}}', "not the description of a saved model"),
+        (None, "not the configuration of a saved model"),
+        ("{", "not the configuration of a saved model"),
+        ('{"format": 1, "model": {"nmae": 1}}', "not the configuration of a saved model"),
     ],
 )
 def test_a_folder_that_is_no_model_is_refused_with_what_to_do(tmp_path: Path, content: str, expected: str) -> None:
@@ -108,7 +115,7 @@ def test_a_model_of_another_format_is_refused(tmp_path: Path) -> None:
     save(tmp_path)
     described = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**described, "format": 2}))
-    with pytest.raises(UserError, match="format 2, but this version reads format 1"):
+    with pytest.raises(UserError, match="found format 2, expected 1"):
         load_model(tmp_path)
 
 
@@ -191,7 +198,7 @@ def test_a_language_model_of_the_other_kind_is_refused(tmp_path: Path) -> None:
 def test_an_incomplete_download_names_the_missing_shards(tmp_path: Path) -> None:
     _, last = write_shards(tmp_path, published_state("tiny_v2"))
     (tmp_path / last).unlink()
-    with pytest.raises(UserError, match=f"its shards {last} are not beside it"):
+    with pytest.raises(UserError, match=rf"shards are missing in its folder \({last}\)"):
         load_language_model(make("tiny_v2")[0], tmp_path)
 
 
@@ -202,13 +209,17 @@ class Surprise:
 
 def test_a_pickle_that_would_run_code_is_refused_unread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"lm_head.weight": Surprise()}, tmp_path / "pytorch_model.bin", pickle_module=pickle)
-    with pytest.raises(UserError, match=r"pytorch_model\.bin: this pickle holds more than tensors"):
+    with pytest.raises(
+        UserError, match=r"pytorch_model\.bin: refused, because this pickle holds other objects than tensors"
+    ):
         load_language_model(make("tiny_v2")[0], tmp_path)
     assert "code ran" not in capsys.readouterr().out
 
 
 def test_an_empty_folder_says_what_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no model there; expected one of model\.safetensors, .*pytorch_model\.bin"):
+    with pytest.raises(
+        UserError, match=r"no model in this folder; expected one of model\.safetensors, .*pytorch_model\.bin"
+    ):
         load_language_model(make("tiny_v2")[0], tmp_path)
 
 

@@ -115,7 +115,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = preset("tiny_v2")
     torch.manual_seed(0)
     tokenizer_json = (tokenizer / "tokenizer.json").read_text()
-    save_model(folder / "m", config, Emma(config).state_dict(), Towers(config.vision), tokenizer_json, {})
+    save_model(
+        folder / "m",
+        config=config,
+        state=Emma(config).state_dict(),
+        towers=Towers(config.vision),
+        tokenizer_json=tokenizer_json,
+        extra={},
+    )
     return folder / "m"
 
 

@@ -39,7 +39,7 @@ def test_a_relative_path_is_refused_in_a_job_that_runs_in_a_temporary_copy(
 MISTAKES = {
     "no root": (["--root", "/nowhere"], "--root /nowhere is not a folder"),
     "no tokenizer": (["--tokenizer", "/nowhere"], "there is no tokenizer /nowhere"),
-    "unknown preset": (["--model", "emma_v3"], "no model preset 'emma_v3'; did you mean 'emma_v2'?"),
+    "unknown preset": (["--model", "emma_v3"], "no model preset 'emma_v3', did you mean 'emma_v2'; presets: emma_v1"),
     "large vocabulary": (["--model", "tiny_v2"], "has ids up to 50276, but preset tiny_v2 embeds 1024"),
     "check and compare": (
         ["--check", "--compare-images"],

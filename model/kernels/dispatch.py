@@ -1,7 +1,7 @@
-"""Mamba's operations by the tensor's device: fused CUDA kernels, `model.kernels.reference` elsewhere.
+"""Mamba's operations: fused kernels for CUDA tensors, `model.kernels.reference` for tensors on other devices.
 
-The only door to mamba_ssm and causal_conv1d, which are imported when the first CUDA tensor arrives. Layouts are those
-of `model.kernels.reference`; what the kernels want instead is made here.
+The only module that imports mamba_ssm and causal_conv1d, when the first CUDA tensor arrives. Arguments and layouts are
+those of `model.kernels.reference`; where a kernel expects another layout, the function converts.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ KERNELS = {
 
 @lru_cache(maxsize=1)
 def fused() -> SimpleNamespace:
-    """The kernels by name. Raises: UserError if they are not installed: a silent fallback would be a slow surprise."""
-    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # what a start found to be fast, the next one need not seek
+    """Import the kernels. Raises: UserError if they are not installed; there is no fallback, which would be slow."""
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # so that later runs skip autotuning
     try:
         return SimpleNamespace(**{name: getattr(importlib.import_module(KERNELS[name]), name) for name in KERNELS})
     except (ImportError, OSError, RuntimeError) as error:
@@ -46,7 +46,7 @@ def fused() -> SimpleNamespace:
 
 
 def kernel_report(device: torch.device | str) -> str:
-    """One line for the start of a run: which path tensors of this device take."""
+    """Describe in one line which implementation tensors on this device use, for the log of a run."""
     if torch.device(device).type != "cuda":
         return f"Mamba in plain torch {torch.__version__} on {torch.device(device).type}"
     fused()
@@ -55,7 +55,7 @@ def kernel_report(device: torch.device | str) -> str:
 
 
 def add_norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(norm(hidden + residual), hidden + residual); the sum is kept in fp32, the norm in the type of `hidden`."""
+    """Return (norm(hidden + residual), hidden + residual). The sum is fp32, the norm has the type of `hidden`."""
     if hidden.is_cuda:
         return fused().layer_norm_fn(
             hidden, weight, None, residual=residual, prenorm=True, residual_in_fp32=True, eps=eps, is_rms_norm=True
@@ -65,6 +65,7 @@ def add_norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 
 
 def gated_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
+    """Compute `reference.gated_rms_norm`."""
     if x.is_cuda:
         group_size = x.shape[-1] // groups
         return fused().rmsnorm_fn(x, weight, None, z=z, eps=eps, group_size=group_size, norm_before_gate=False)
@@ -72,30 +73,34 @@ def gated_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) ->
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Compute `reference.causal_conv`."""
     if x.is_cuda:
-        # Contiguous first: the channels-last kernel wants strides that are multiples of 8, which a slice may not have.
+        # The channels-last kernel needs strides that are multiples of 8, which a slice may not have.
         return fused().causal_conv1d_fn(x.contiguous().mT, weight, bias, activation="silu").mT
     return reference.causal_conv(x, weight, bias)
 
 
 def causal_conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Compute `reference.causal_conv_step`."""
     if x.is_cuda:
         return fused().causal_conv1d_update(x, state, weight, bias, "silu")
     return reference.causal_conv_step(x, state, weight, bias)
 
 
 def conv_state(x: Tensor, width: int) -> Tensor:
-    """What `causal_conv_step` needs of a sequence [b, l, c]: its last `width - 1` positions, zeros before the first."""
+    """Return the state for `causal_conv_step` after x [b, l, c]: the last `width - 1` positions, padded with zeros."""
     return F.pad(x.mT, (width - 1 - x.shape[1], 0)).contiguous()  # [b, c, width - 1]
 
 
 def selective_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`reference.selective_scan`. The kernel gives no gradient through the returned state."""
+    """Compute `reference.selective_scan`. On CUDA no gradient flows through the returned state."""
     if not x.is_cuda:
         return reference.selective_scan(x, dt, A, B, C, D, z, dt_bias)
-    x, dt, B, C = (part.to(x.dtype).mT.contiguous() for part in (x, dt, B, C))  # the kernel wants time last, one type
+    x, dt, B, C = (
+        part.to(x.dtype).mT.contiguous() for part in (x, dt, B, C)
+    )  # the kernel needs time last and one type
     z = None if z is None else z.mT.contiguous()
     y, state = fused().selective_scan_fn(
         x, dt, A, B, C, D, z=z, delta_bias=dt_bias, delta_softplus=True, return_last_state=True
@@ -106,6 +111,7 @@ def selective_scan(
 def selective_scan_step(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor
 ) -> Tensor:
+    """Compute `reference.selective_scan_step`."""
     if x.is_cuda:
         update = fused().selective_state_update
         return update(state, x, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=True)
@@ -115,6 +121,7 @@ def selective_scan_step(
 def ssd(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
+    """Compute `reference.ssd`."""
     if not x.is_cuda:
         return reference.ssd(x, dt, A, B, C, D, dt_bias, chunk_size)
     y, state = fused().mamba_chunk_scan_combined(
@@ -126,9 +133,10 @@ def ssd(
 def ssd_step(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor
 ) -> Tensor:
+    """Compute `reference.ssd_step`."""
     if not x.is_cuda:
         return reference.ssd_step(state, x, dt, A, B, C, D, dt_bias)
-    _, heads, head_dim, d_state = state.shape  # the kernel recognises a scalar per head by strides of 0
+    _, heads, head_dim, d_state = state.shape  # strides of 0 tell the kernel that a head has one value
     dt, D, dt_bias = (part[..., None].expand(*part.shape, head_dim) for part in (dt, D, dt_bias))
     A = A[:, None, None].expand(heads, head_dim, d_state)
     return fused().selective_state_update(state, x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=True)

@@ -1,8 +1,10 @@
-"""Mamba's operations in plain torch: the CPU path, and the oracle that the CUDA kernels are held to.
+"""Mamba's operations in plain torch: the implementation on CPU, and the reference that tests compare kernels with.
 
-Inputs of any float type; the arithmetic and the states are fp32, the output has the type of `x`. Letters beside the
-package's: `c` channels, `k` state size, `p` values per head, `g` groups, `r = h / g`, `q` positions of one chunk,
-`m` chunks. `step` functions advance one token and update the state in place.
+Inputs may have any float type. Arithmetic and states are fp32, and the output has the type of `x`. Functions named
+`..._step` process one position and update the state in place.
+
+Axis letters besides those of `model`: `c` channels, `k` state size, `p` values per head, `g` groups, `r = h / g` heads
+per group, `q` positions per chunk, `m` chunks.
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-SCAN_BLOCK = 512  # positions whose [b, c, k] states are alive at once; longer sequences recompute them in backward
+SCAN_BLOCK = 512  # positions whose [b, c, k] states are in memory at once; the backward pass recomputes other blocks
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """silu of the depthwise convolution in which position i reads i and the `w - 1` positions before it.
+    """Return silu of a depthwise convolution in which position i reads i and the `w - 1` positions before it.
 
     Shapes: x [b, l, c], weight [c, w], bias [c].
     """
@@ -31,7 +33,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def causal_conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`causal_conv` of one more position. Shapes: x [b, c], state [b, c, w - 1], the inputs before it."""
+    """Compute `causal_conv` at the next position. Shapes: x [b, c], state [b, c, w - 1] (the inputs before it)."""
     window = torch.cat([state, x[..., None].to(state.dtype)], -1)
     state.copy_(window[..., 1:])
     return F.silu((window.float() * weight.float()).sum(-1) + bias.float()).to(x.dtype)
@@ -43,7 +45,9 @@ def causal_conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> 
 def selective_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t;  y_t = (C_t h_t + D x_t) silu(z_t). Returns y and the last state.
+    """Compute h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t and y_t = (C_t h_t + D x_t) silu(z_t).
+
+    Returns y and the last state. softplus(dt + dt_bias) is the step size in the equations.
 
     Shapes: x, dt, z [b, l, c]; A [c, k]; B, C [b, l, k]; D, dt_bias [c]; state [b, c, k].
     """
@@ -61,7 +65,7 @@ def selective_scan(
 
 
 def _scan_block(A: Tensor, state: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    x, dt, B, C = (part.transpose(0, 1) for part in (x, dt, B, C))  # time first: a position is one block of memory
+    x, dt, B, C = (part.transpose(0, 1) for part in (x, dt, B, C))  # time first, so that a position is contiguous
     decay = torch.exp(dt[..., None] * A)  # [l, b, c, k]
     driven = (dt * x)[..., None] * B[:, :, None]  # [l, b, c, k]
     states = _Recurrence.apply(decay, driven, state)
@@ -69,10 +73,10 @@ def _scan_block(A: Tensor, state: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: T
 
 
 class _Recurrence(torch.autograd.Function):
-    """h[t] = decay[t] h[t-1] + driven[t] along the first axis.
+    """Compute h[t] = decay[t] h[t-1] + driven[t] along the first axis.
 
-    One fused in-place operation per position: at the sizes that run on a CPU this is several times faster than scans
-    that do more arithmetic to take fewer steps, and it has no exponential of a difference that could overflow.
+    It takes one fused in-place operation per position. At sizes that run on a CPU this is several times faster than a
+    parallel scan, which has fewer steps but more arithmetic. Nor does it take exponentials that could overflow.
     """
 
     @staticmethod
@@ -100,26 +104,26 @@ class _Recurrence(torch.autograd.Function):
 def selective_scan_step(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor
 ) -> Tensor:
-    """`selective_scan` of one more position. Shapes as there, without the `l` axis."""
+    """Compute `selective_scan` at the next position. Shapes as in `selective_scan`, without the `l` axis."""
     xf, dt = x.float(), F.softplus(dt.float() + dt_bias)
     state.mul_(torch.exp(dt[..., None] * A)).add_((dt * xf)[..., None] * B.float()[:, None])
     y = (state @ C.float()[..., None]).squeeze(-1) + xf * D
     return (y * F.silu(z.float())).to(x.dtype)
 
 
-# -- Mamba-2: one decay per head, so a chunk is a masked matrix product ------------------------------------------------
+# -- Mamba-2: one decay per head, so that a chunk is a masked matrix product -------------------------------------------
 
 
 def ssd(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    """`selective_scan` with a scalar A per head (state-space duality), by chunks. Returns y and the last state.
+    """Compute `selective_scan` with a scalar A per head, by chunks (state-space duality). Returns y and the last state.
 
-    Shapes: x [b, l, h, p]; dt [b, l, h]; A, D, dt_bias [h]; B, C [b, l, g, k]; state [b, h, p, k]. Any `l`: the last
-    chunk is filled with dt = 0, which neither decays nor drives the state.
+    Shapes: x [b, l, h, p]; dt [b, l, h]; A, D, dt_bias [h]; B, C [b, l, g, k]; state [b, h, p, k]. `l` may be any
+    length: the last chunk is padded with dt = 0, which leaves the state unchanged.
     """
     batch, length, heads, _ = x.shape
-    chunk = -(-length // -(-length // chunk_size))  # as many chunks as chunk_size asks for, of one size: less to fill
+    chunk = -(-length // -(-length // chunk_size))  # equal chunks of at most chunk_size, for little padding
     dt = F.softplus(dt.float() + dt_bias)
     parts = (x.float() * dt[..., None], (dt * A)[..., None], B.float(), C.float())
     xdt, log_decay, B, C = (_chunks(part, chunk, B.shape[2]) for part in parts)
@@ -129,19 +133,19 @@ def ssd(
 
 
 def _chunks(part: Tensor, chunk: int, groups: int) -> Tensor:
-    """[b, l, h or g, values] -> [b, m, g, q, r, values]."""
+    """Pad and split [b, l, h or g, values] into [b, m, g, q, r, values]."""
     part = F.pad(part, (0, 0, 0, 0, 0, -part.shape[1] % chunk))
     return part.unflatten(2, (groups, -1)).unflatten(1, (-1, chunk)).transpose(2, 3)
 
 
 def _ssd_chunks(xdt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """xdt [b, m, g, q, r, p], log_decay [b, m, g, q, r], B and C [b, m, g, q, k]; the state is [b, g, k, r, p].
+    """Scan chunk by chunk. All products with a state are one per chunk and group, since its heads share B and C.
 
-    Heads of one group share B and C, so all products with a state are one matrix product per chunk and group.
+    Shapes: xdt [b, m, g, q, r, p], log_decay [b, m, g, q, r], B and C [b, m, g, q, k]; returned state [b, g, k, r, p].
     """
     since_start = log_decay.cumsum(3)
     per_head = since_start.mT  # [b, m, g, r, q]
-    between = per_head[..., :, None] - per_head[..., None, :]  # from position j (last) to i
+    between = per_head[..., :, None] - per_head[..., None, :]  # log decay from position j (last axis) to position i
     future = torch.ones(between.shape[-2:], dtype=torch.bool, device=between.device).triu(1)
     weights = (C @ B.mT)[:, :, :, None] * between.masked_fill_(future, -torch.inf).exp_()
     within = (weights @ xdt.transpose(3, 4)).transpose(3, 4)
@@ -160,7 +164,7 @@ def _ssd_chunks(xdt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) -> tuple[T
 def ssd_step(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor
 ) -> Tensor:
-    """`ssd` of one more position. Shapes as there, without the `l` axis."""
+    """Compute `ssd` at the next position. Shapes as in `ssd`, without the `l` axis."""
     heads_per_group = x.shape[1] // B.shape[1]
     B, C = (part.float().repeat_interleave(heads_per_group, 1) for part in (B, C))  # [b, h, k]
     xf, dt = x.float(), F.softplus(dt.float() + dt_bias)  # [b, h, p], [b, h]
@@ -169,12 +173,12 @@ def ssd_step(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) · weight over the last axis."""
+    """Return x / rms(x) · weight over the last axis."""
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
-    """rms norm of x · silu(z), each group of channels by itself (Mamba-2's `norm_before_gate=False`)."""
+    """Return the RMSNorm of x · silu(z) for each group of channels (Mamba-2's `norm_before_gate=False`)."""
     gated = (x.float() * F.silu(z.float())).unflatten(-1, (groups, -1))
     normed = F.rms_norm(gated, gated.shape[-1:], None, eps)
     return (normed.flatten(-2) * weight.float()).to(x.dtype)
