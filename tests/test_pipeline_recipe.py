@@ -1,6 +1,7 @@
 """Loading of recipes: strictness, types, ranges; identity and fingerprint."""
 
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from model.config import AlignmentConfig
 from model.errors import UserError
 from model.presets import PRESETS, preset
+from pipeline.checkpoint.manifest import Identity, check_identity
 from pipeline.config import LossConfig
 from pipeline.recipe import Recipe, load_recipe, recipe_of_run
 from preprocess.strict_toml import UNSET
@@ -205,18 +207,38 @@ def test_new_keys_at_their_defaults_change_neither_identity_nor_fingerprint(old_
 
 
 @pytest.mark.parametrize(
-    ("changes", "place"),
+    ("changes", "settings", "difference"),
     [
-        ({"z_weight": 0.1}, {"loss": {"z_weight": 0.1}}),
-        ({"dropout": 0.2}, {"architecture": {"alignment": {"dropout": 0.2}}}),
-        ({"decay": 0.999}, {"averaging": {"decay": 0.999}}),
+        ({"z_weight": 0.1}, {"loss": {"z_weight": 0.1}}, "loss.z_weight was its default, now 0.1"),
+        (
+            {"dropout": 0.2},
+            {"architecture": {"alignment": {"dropout": 0.2}}},
+            "architecture.alignment.dropout was its default, now 0.2",
+        ),
+        ({"decay": 0.999}, {"averaging": {"decay": 0.999}}, "averaging was its default, now {'decay': 0.999}"),
     ],
 )
-def test_a_new_key_that_is_set_changes_the_identity(old_run, monkeypatch, changes, place):
+def test_an_old_checkpoint_is_refused_when_a_new_key_is_set(old_run, monkeypatch, changes, settings, difference):
     old, manifest = old_run
     new = with_new_keys(monkeypatch, old, **changes)
+    assert new.identity() == merged(manifest["recipe"], settings)
     assert new.fingerprint() != manifest["fingerprint"]
-    assert new.identity() == merged(manifest["recipe"], place)
+    with pytest.raises(UserError, match=re.escape(f"changed since: {difference}; give the old values")):
+        check_identity(OLD_RUN, manifest, identity_of(new, manifest))
+
+
+def test_an_old_checkpoint_resumes_when_new_keys_have_their_defaults(old_run, monkeypatch):
+    old, manifest = old_run
+    check_identity(OLD_RUN, manifest, identity_of(with_new_keys(monkeypatch, old), manifest))
+
+
+def identity_of(recipe: Recipe, manifest: dict[str, Any]) -> Identity:
+    return Identity(
+        recipe=recipe.identity(),
+        fingerprint=recipe.fingerprint(),
+        shards_sha256=manifest["shards_sha256"],
+        total_steps=manifest["total_steps"],
+    )
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -72,9 +72,10 @@ def check_identity(folder: Path, manifest: dict[str, Any], identity: Identity) -
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:
+    """Describe each setting that differs. One that is absent is newer than the other recipe and has its default."""
     lines = []
     for key in sorted(old.keys() | new.keys()):
-        before, after, path = old.get(key), new.get(key), f"{where}{key}"
+        before, after, path = old.get(key, "its default"), new.get(key, "its default"), f"{where}{key}"
         if isinstance(before, dict) and isinstance(after, dict):
             lines += _differences(before, after, f"{path}.")
         elif before != after:
