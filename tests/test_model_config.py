@@ -101,7 +101,7 @@ def test_scaled_taps_stay_at_different_layers(taps: tuple[int, ...], scaled: tup
     assert scale_taps(taps, 64, to_layers=6) == scaled
 
 
-def test_blocks_of_another_kind_than_the_language_model_have_that_kinds_state_size() -> None:
+def test_mamba_blocks_of_another_kind_have_the_state_size_of_that_kind() -> None:
     v1, v2 = preset("emma_v1"), preset("emma_v2")
     assert v1.mamba_blocks(None) == v1.llm
     assert (v1.mamba_blocks("mamba2").d_state, v2.mamba_blocks("mamba1").d_state) == (128, 16)

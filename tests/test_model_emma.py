@@ -1,4 +1,4 @@
-"""The assembled model: losses, presets, gradients, generation."""
+"""The whole model: losses, gradients, generation, and all presets."""
 
 import pytest
 import torch
@@ -21,15 +21,15 @@ def seeded(name: str) -> Emma:
 
 
 def text(length: int = 21) -> tuple[Tensor, Tensor]:
-    """Two dialogues with several answers; the second has a shorter one, so the counts differ."""
+    """Return tokens and targets of two dialogues, with several answers and different numbers of supervised tokens."""
     tokens = torch.randint(0, 1024, (2, length), generator=torch.Generator().manual_seed(length))
     targets = tokens.clone()
     targets[:, :5] = targets[0, 9:12] = targets[1, 15:] = IGNORE_INDEX
     return tokens, targets
 
 
-def picture(config: EmmaConfig) -> tuple[Tensor, Tensor | None]:
-    """Features, and the target that goes with them."""
+def image(config: EmmaConfig) -> tuple[Tensor, Tensor | None]:
+    """Return the features of two images, and their alignment target if the model has an alignment."""
     towers = Towers(config.vision)
     features = towers(PIXELS)
     return features, align_target(config, towers, PIXELS, features).values if config.alignment else None
@@ -45,7 +45,7 @@ def full_logits(emma: Emma, tokens: Tensor, features: Tensor | None) -> Tensor:
 @pytest.mark.parametrize("name", TINY)
 def test_every_trainable_parameter_of_every_preset_gets_a_gradient(name: str) -> None:
     emma = seeded(name)
-    losses = emma(*text(), *picture(emma.config))
+    losses = emma(*text(), *image(emma.config))
     assert (losses.align_error is None) == (emma.config.alignment is None)
     total = losses.text_nll.sum() + (0 if losses.align_error is None else losses.align_error.sum())
     total.backward()
@@ -54,15 +54,15 @@ def test_every_trainable_parameter_of_every_preset_gets_a_gradient(name: str) ->
     assert not without
 
 
-@pytest.mark.parametrize("with_picture", [True, False])
-def test_text_losses_are_sums_of_the_next_tokens_log_likelihood(with_picture: bool) -> None:
-    """The last patch predicts the first token; without a picture nothing does, and it is not counted."""
+@pytest.mark.parametrize("with_image", [True, False])
+def test_text_losses_sum_the_negative_log_likelihood_of_the_next_token(with_image: bool) -> None:
+    """The last patch predicts the first token. Without image nothing predicts it, so it is not counted."""
     emma, (tokens, targets) = seeded("tiny_v2"), text()
     targets[0, 0] = tokens[0, 0]
-    features = picture(emma.config)[0] if with_picture else None
+    features = image(emma.config)[0] if with_image else None
     losses = emma(tokens, targets, features)
     log_p = full_logits(emma, tokens, features).log_softmax(-1)
-    offset = 49 if with_picture else 0
+    offset = 49 if with_image else 0
     for row in range(2):
         scored = [j for j in range(21) if targets[row, j] != IGNORE_INDEX and offset + j > 0]
         expected = -sum(log_p[row, offset + j - 1, tokens[row, j]] for j in scored)
@@ -71,20 +71,20 @@ def test_text_losses_are_sums_of_the_next_tokens_log_likelihood(with_picture: bo
     assert losses.align_error is None
 
 
-def test_losses_of_a_row_do_not_depend_on_the_rows_beside_it() -> None:
+def test_losses_of_a_row_do_not_depend_on_other_rows() -> None:
     emma, (tokens, targets) = seeded("tiny_v1"), text()
-    features, target = picture(emma.config)
+    features, target = image(emma.config)
     assert target is not None
-    together = emma(tokens, targets, features, target)
+    batched = emma(tokens, targets, features, target)
     for row in range(2):
         alone = emma(*(part[row : row + 1] for part in (tokens, targets, features, target)))
-        for found, expected in zip(alone, together, strict=True):
+        for found, expected in zip(alone, batched, strict=True):
             torch.testing.assert_close(found[0], expected[row], rtol=1e-4, atol=1e-4)
 
 
-def test_right_padding_changes_no_loss() -> None:
+def test_padding_on_the_right_does_not_change_losses() -> None:
     emma, (tokens, targets) = seeded("tiny_v2"), text()
-    features, target = picture(emma.config)
+    features, target = image(emma.config)
     padded, padded_targets = F.pad(tokens, (0, 13), value=1), F.pad(targets, (0, 13), value=IGNORE_INDEX)
     for found, expected in zip(
         emma(padded, padded_targets, features, target), emma(tokens, targets, features, target), strict=True
@@ -92,7 +92,7 @@ def test_right_padding_changes_no_loss() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_row_without_supervised_tokens_counts_nothing_and_gives_no_nan() -> None:
+def test_rows_without_supervised_tokens_have_zero_loss_and_zero_gradient() -> None:
     emma, (tokens, targets) = seeded("tiny_v2"), text()
     losses = emma(tokens, torch.full_like(targets, IGNORE_INDEX))
     losses.text_nll.sum().backward()
@@ -100,7 +100,7 @@ def test_a_row_without_supervised_tokens_counts_nothing_and_gives_no_nan() -> No
     assert all(p.grad is None or not p.grad.any() for p in emma.parameters())
 
 
-def test_a_text_only_step_runs_neither_projector_nor_fusion_nor_decoder() -> None:
+def test_a_text_only_batch_runs_neither_projector_nor_alignment() -> None:
     emma = seeded("tiny_v1")
     emma(*text()).text_nll.sum().backward()
     reached = {name.split(".")[0] for name, p in emma.named_parameters() if p.grad is not None}
@@ -109,9 +109,9 @@ def test_a_text_only_step_runs_neither_projector_nor_fusion_nor_decoder() -> Non
 
 @pytest.mark.parametrize("policy", [(1, 0), (2, 0), (4, 0), (3, 2)])
 @pytest.mark.parametrize("name", ["tiny_v1", "tiny_v2"])
-def test_gradients_with_activation_checkpointing_equal_those_without(name: str, policy: tuple[int, int]) -> None:
+def test_activation_checkpointing_does_not_change_gradients(name: str, policy: tuple[int, int]) -> None:
     emma = seeded(name)
-    inputs = (*text(), *picture(emma.config))
+    inputs = (*text(), *image(emma.config))
 
     def gradients() -> list[Tensor]:
         losses = emma(*inputs)
@@ -123,11 +123,11 @@ def test_gradients_with_activation_checkpointing_equal_those_without(name: str, 
     assert all(map(torch.equal, gradients(), expected))
 
 
-@pytest.mark.parametrize("with_picture", [True, False])
+@pytest.mark.parametrize("with_image", [True, False])
 @pytest.mark.parametrize("name", ["tiny_v1", "tiny_v2", "tiny_csm", "tiny_release_v2"])
-def test_generation_step_by_step_equals_the_full_forward_pass(name: str, with_picture: bool) -> None:
+def test_decoding_token_by_token_equals_the_full_forward_pass(name: str, with_image: bool) -> None:
     emma, (tokens, _) = seeded(name), text(50)
-    features = picture(emma.config)[0] if with_picture else None
+    features = image(emma.config)[0] if with_image else None
     expected = full_logits(emma, tokens, features)[:, -50:]
     logits, cache = emma.prefill(tokens[:, :40], features)
     torch.testing.assert_close(logits, expected[:, 39], rtol=1e-4, atol=1e-4)
@@ -136,10 +136,10 @@ def test_generation_step_by_step_equals_the_full_forward_pass(name: str, with_pi
 
 
 @pytest.mark.parametrize("version", ["", "_v2"])
-def test_presets_that_differ_in_training_alone_are_identical_at_inference(version: str) -> None:
+def test_presets_that_differ_only_in_training_are_identical_at_inference(version: str) -> None:
     full = seeded("tiny_v2" if version else "tiny_v1")
     tokens, _ = text()
-    features, _ = picture(full.config)
+    features, _ = image(full.config)
     expected, _ = full.prefill(tokens, features)
     shared = {name: tensor for name, tensor in full.state_dict().items() if not name.startswith("alignment.")}
     for name in ("cobra", "no_mff", "avf", "release"):
@@ -148,14 +148,14 @@ def test_presets_that_differ_in_training_alone_are_identical_at_inference(versio
         assert torch.equal(variant.prefill(tokens, features)[0], expected)
 
 
-def test_initial_values_follow_the_seed_alone() -> None:
+def test_the_seed_determines_the_initial_values() -> None:
     for one, other in zip(seeded("tiny_v2").parameters(), seeded("tiny_v2").parameters(), strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(("name", "trainable"), [("emma_v1", 3_185_011_276), ("emma_v2", 3_112_072_156)])
-def test_full_size_models_train_as_many_parameters_as_the_paper_counts(name: str, trainable: int) -> None:
-    """3.19 B and 3.11 B with a full-width decoder; the parts are counted one by one in their own tests."""
+def test_full_size_models_have_the_papers_number_of_trainable_parameters(name: str, trainable: int) -> None:
+    """3.19 B and 3.11 B with a decoder of full width. Other tests count the parts."""
     with torch.device("meta"):
         emma = Emma(preset(name))
     assert sum(parameter.numel() for parameter in emma.parameters()) == trainable
@@ -170,14 +170,16 @@ def test_every_preset_can_be_built_on_the_meta_device(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny_v1", "tiny_v2"])
-def test_a_tiny_model_learns_eight_samples_by_heart_and_its_towers_stand_still(name: str) -> None:
+def test_a_tiny_model_overfits_eight_samples_and_its_towers_do_not_change(name: str) -> None:
     torch.manual_seed(0)
     emma, towers = seeded(name), Towers(preset(name).vision)
     frozen = [parameter.clone() for parameter in towers.parameters()]
     pixels = torch.randint(0, 256, (8, 3, 100, 100), dtype=torch.uint8)
     features = towers(pixels)
     target = align_target(emma.config, towers, pixels, features).values
-    tokens = torch.randint(2, 1024, (8, 6)) * torch.tensor([0, 0, 0, 1, 1, 1])  # one prompt: the picture must tell
+    tokens = torch.randint(2, 1024, (8, 6)) * torch.tensor(
+        [0, 0, 0, 1, 1, 1]
+    )  # the same prompt in all rows, so that only the image distinguishes them
     targets = tokens.where(tokens > 0, IGNORE_INDEX)
     optimizer = torch.optim.AdamW(emma.parameters(), lr=3e-3)
     history = []

@@ -1,4 +1,4 @@
-"""Fusion against Eq. 7 and 8 written out, with the attention as a masked softmax."""
+"""Fusion, compared with EMMA Eq. 7 and 8 written out and with attention as a masked softmax."""
 
 import math
 from typing import Any
@@ -23,7 +23,7 @@ def rms(x: Tensor, norm: Any) -> Tensor:
 
 
 def attention(x: Tensor, y: Tensor, module: CrossAttention, head_dim: int) -> Tensor:
-    """Multi-head attention of x over y, one head at a time; patch i reads patches 0 to i."""
+    """Compute multi-head attention head by head. Patch i of x attends to patches 0 to i of y."""
     q = x @ module.q_proj.weight.t()
     k, v = (y @ module.kv_proj.weight.t()).chunk(2, -1)
     later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
@@ -36,12 +36,12 @@ def attention(x: Tensor, y: Tensor, module: CrossAttention, head_dim: int) -> Te
 
 
 def block(x: Tensor, y: Tensor, module: Any) -> Tensor:
-    """EMMA Eq. 8."""
+    """Compute EMMA Eq. 8."""
     x_hat = x + attention(rms(x, module.norm_x), rms(y, module.norm_y), module.attention, 32)
     return x_hat + module.mixer(rms(x_hat, module.norm))
 
 
-def test_the_cascade_is_equation_7_over_equation_8() -> None:
+def test_the_cascade_equals_equations_7_and_8() -> None:
     shallow, middle, deep, final = levels()
     cascade = Cascade(CONFIG)
     b1, b2, b3 = cascade.blocks
@@ -49,7 +49,7 @@ def test_the_cascade_is_equation_7_over_equation_8() -> None:
     torch.testing.assert_close(cascade((shallow, middle, deep, final)), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_concatenation_mixes_all_levels_and_its_queries_read_one_slice_per_block() -> None:
+def test_concatenation_mixes_all_levels_and_each_block_attends_to_one_slice() -> None:
     concatenation, inputs = Concatenation(preset("tiny_release")), levels()
     normed = torch.cat([rms(x, norm) for x, norm in zip(inputs, concatenation.norms, strict=True)], -1)
     slices = (normed @ concatenation.mix.weight.t() + concatenation.mix.bias).split(CONFIG.llm.d_model, -1)
@@ -60,7 +60,7 @@ def test_the_concatenation_mixes_all_levels_and_its_queries_read_one_slice_per_b
 
 
 @pytest.mark.parametrize("make", [lambda: Cascade(CONFIG), lambda: Concatenation(preset("tiny_release_v2"))])
-def test_a_late_patch_never_reaches_an_earlier_one(make: type) -> None:
+def test_fusion_is_causal_over_patches(make: type) -> None:
     fusion, before = make(), levels()
     changed = tuple(level.clone() for level in before)
     for level in changed:
@@ -70,8 +70,8 @@ def test_a_late_patch_never_reaches_an_earlier_one(make: type) -> None:
     assert (old[:, 30:] != new[:, 30:]).any(-1).all()
 
 
-def test_the_sine_cosine_code_tells_every_patch_and_rows_from_columns() -> None:
+def test_position_codes_are_distinct_and_separate_rows_from_columns() -> None:
     code = sine_cosine(7, 128).view(7, 7, 128)
     assert len(torch.unique(code.flatten(0, 1), dim=0)) == 49
-    assert torch.equal(code[3, :, :64], code[3, :1, :64].expand(7, -1))  # the first half tells the row
+    assert torch.equal(code[3, :, :64], code[3, :1, :64].expand(7, -1))  # the first half encodes the row
     assert torch.equal(code[:, 3, 64:], code[:1, 3, 64:].expand(7, -1))

@@ -1,6 +1,8 @@
-"""The fused path against mamba_ssm's own model and against our CPU path. On a machine with a GPU and the kernels:
+"""Fused kernels, compared with mamba_ssm's own model and with plain torch on the CPU.
 
-python -m pytest tests/test_model_gpu.py
+Needs a GPU and the kernels:
+
+    python -m pytest tests/test_model_gpu.py
 """
 
 from dataclasses import replace
@@ -22,7 +24,7 @@ from model.vision import Towers
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.filterwarnings("ignore"),  # the kernels' packages and Triton use what torch deprecates
+    pytest.mark.filterwarnings("ignore"),  # the kernels and Triton use deprecated functions of torch
 ]
 
 KINDS = ("mamba1", "mamba2")
@@ -62,7 +64,7 @@ def mamba_ssm_twin(llm: MambaLM, dtype: torch.dtype) -> Any:
 
 
 def assert_near(found: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
-    """By relative norm: single elements of a bf16 tensor may differ by more than their size."""
+    """Compare by relative norm, because single elements of a bf16 tensor may differ by more than their size."""
     assert found.shape == expected.shape and found.isfinite().all(), what
     distance = (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-12)
     assert distance <= tolerance, f"{what}: relative distance {distance:.2e}, allowed {tolerance:.0e}"
@@ -82,7 +84,7 @@ def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_loss_and_every_gradient_equal_mamba_ssm(kind: str, dtype: torch.dtype, length: int) -> None:
-    """The same kernels on the same numbers; Mamba-1's backward pass adds in no fixed order."""
+    """Both run the same kernels, but the backward pass of Mamba-1 adds in no fixed order, so bits may differ."""
     llm, tokens = language_model(kind, dtype), tokens_of(length)
     twin = mamba_ssm_twin(llm, dtype)
     logits, expected = llm.head(llm(llm.embed(tokens))[0]), twin(tokens).logits
@@ -100,7 +102,7 @@ def test_logits_loss_and_every_gradient_equal_mamba_ssm(kind: str, dtype: torch.
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_kernels_equal_the_plain_torch_path(kind: str, length: int) -> None:
+def test_kernels_equal_plain_torch_on_the_cpu(kind: str, length: int) -> None:
     llm, tokens = language_model(kind), tokens_of(length)
     twin = MambaLM(llm.config)
     twin.load_state_dict(llm.state_dict())
@@ -131,7 +133,7 @@ def test_prefill_and_decoding_equal_the_full_forward_pass(kind: str, dtype: torc
 @pytest.mark.parametrize("policy", [(1, 0), (2, 0), (3, 1), (4, 0)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpointed_segments_give_the_gradients_of_none(
+def test_activation_checkpointing_does_not_change_gradients(
     kind: str, dtype: torch.dtype, policy: tuple[int, int]
 ) -> None:
     llm, tokens = language_model(kind, dtype), tokens_of(100)
@@ -148,7 +150,7 @@ def test_checkpointed_segments_give_the_gradients_of_none(
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("tiny_")])
-def test_losses_and_gradients_of_every_preset_equal_the_cpus(name: str) -> None:
+def test_losses_and_gradients_of_every_preset_equal_those_on_the_cpu(name: str) -> None:
     torch.manual_seed(0)
     emma, towers = Emma(preset(name)), Towers(preset(name).vision)
     pixels = torch.randint(0, 256, (2, 3, 100, 100), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The vectorised scans against the recurrence written out token by token, in double precision."""
+"""Reference operations, compared with the recurrence written out position by position in double precision."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ CHUNK = 16
 
 
 def recurrence(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition: x and dt [b, l, c], A [c, k], B and C [b, l, c, k], D [c]."""
+    """Compute the scan by its definition. Shapes: x and dt [b, l, c], A [c, k], B and C [b, l, c, k], D [c]."""
     state, outputs = torch.zeros(x.shape[0], *A.shape, dtype=x.dtype), []
     for t in range(x.shape[1]):
         state = torch.exp(dt[:, t, :, None] * A) * state + (dt[:, t] * x[:, t])[..., None] * B[:, t]
@@ -73,7 +73,7 @@ def expected_ssd(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def assert_same(inputs: dict[str, Tensor], found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    """Output, last state, and the gradient of each input."""
+    """Compare the output, the last state, and the gradient of each input."""
     weights = [torch.randn_like(part.double()) for part in expected]
     gradients = []
     for parts in (found, expected):
@@ -86,12 +86,12 @@ def assert_same(inputs: dict[str, Tensor], found: tuple[Tensor, Tensor], expecte
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_the_selective_scan_and_its_gradients_are_the_recurrence(length: int) -> None:
+def test_selective_scan_and_its_gradients_equal_the_recurrence(length: int) -> None:
     inputs = scan_inputs(length)
     assert_same(inputs, reference.selective_scan(**inputs), expected_scan(inputs))
 
 
-def test_a_scan_over_several_blocks_recomputes_them_and_stays_the_recurrence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scan_that_recomputes_several_blocks_equals_the_recurrence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "SCAN_BLOCK", 16)
     inputs = scan_inputs(50)
     assert_same(inputs, reference.selective_scan(**inputs), expected_scan(inputs))
@@ -99,13 +99,13 @@ def test_a_scan_over_several_blocks_recomputes_them_and_stays_the_recurrence(mon
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_the_chunked_ssd_and_its_gradients_are_the_recurrence(length: int, groups: int) -> None:
+def test_chunked_ssd_and_its_gradients_equal_the_recurrence(length: int, groups: int) -> None:
     inputs = ssd_inputs(length, groups)
     assert_same(inputs, reference.ssd(**inputs, chunk_size=CHUNK), expected_ssd(inputs))
 
 
 def test_strong_decay_neither_overflows_nor_gives_nan() -> None:
-    """The differences of cumulated decays reach -10^4 within a chunk; their exponentials must be masked before."""
+    """Log decays reach ±10^4 within a chunk, so future positions must be masked before the exponential."""
     scan, duality = scan_inputs(33), ssd_inputs(33, 1)
     with torch.no_grad():
         for inputs in (scan, duality):
@@ -120,7 +120,7 @@ def test_strong_decay_neither_overflows_nor_gives_nan() -> None:
 
 
 def test_bf16_inputs_are_computed_in_fp32() -> None:
-    """Only the output is rounded: it is the nearest bf16 of the exact result on the rounded inputs."""
+    """The output is the exact result for the rounded inputs, rounded to bf16."""
     scan, duality = scan_inputs(33, torch.bfloat16), ssd_inputs(33, 1, torch.bfloat16)
     for (y, state), (exact, exact_state) in (
         (reference.selective_scan(**scan), expected_scan(scan)),
@@ -131,7 +131,7 @@ def test_bf16_inputs_are_computed_in_fp32() -> None:
         torch.testing.assert_close(state.double(), exact_state, rtol=1e-4, atol=1e-4)
 
 
-def test_stepping_token_by_token_is_the_scan() -> None:
+def test_steps_of_one_position_equal_the_selective_scan() -> None:
     inputs = {name: tensor.detach() for name, tensor in scan_inputs(9).items()}
     y, last = reference.selective_scan(**inputs)
     state = torch.zeros_like(last)
@@ -146,7 +146,7 @@ def test_stepping_token_by_token_is_the_scan() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_stepping_token_by_token_is_the_ssd(groups: int) -> None:
+def test_steps_of_one_position_equal_ssd(groups: int) -> None:
     inputs = {name: tensor.detach() for name, tensor in ssd_inputs(9, groups).items()}
     y, last = reference.ssd(**inputs, chunk_size=4)
     state = torch.zeros_like(last)
@@ -160,7 +160,7 @@ def test_stepping_token_by_token_is_the_ssd(groups: int) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 9])
-def test_the_convolution_is_causal_and_its_steps_go_on_where_it_ends(length: int) -> None:
+def test_the_convolution_is_causal_and_its_steps_continue_it(length: int) -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(2, length + 4, 6), torch.randn(6, 4), torch.randn(6)
     expected = F.silu(F.conv1d(x.mT, weight[:, None], bias, padding=3, groups=6)[..., : length + 4]).mT
@@ -171,7 +171,7 @@ def test_the_convolution_is_causal_and_its_steps_go_on_where_it_ends(length: int
     torch.testing.assert_close(torch.stack(steps, 1), expected[:, length:])
 
 
-def test_the_gated_norm_is_taken_over_each_group_after_the_gate() -> None:
+def test_gated_rms_norm_normalises_each_group_after_the_gate() -> None:
     torch.manual_seed(0)
     x, z, weight = torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(8)
     gated = (x * F.silu(z)).unflatten(-1, (2, 4))

@@ -1,4 +1,4 @@
-"""The language models against transformers' independent implementations, with the same weights in both."""
+"""Language models, compared with the implementations of transformers under the same weights."""
 
 from dataclasses import replace
 from typing import Any
@@ -33,7 +33,7 @@ def small(kind: MambaKind, **changes: Any) -> MambaConfig:
 
 
 def language_model(kind: MambaKind, **changes: Any) -> MambaLM:
-    """Random, with every parameter that starts at a constant moved away from it."""
+    """Build a language model, with noise on every parameter because some start at a constant."""
     torch.manual_seed(0)
     llm = MambaLM(small(kind, **changes))
     with torch.no_grad():
@@ -57,7 +57,7 @@ def theirs(name: str) -> str:
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Of the next token; of the first for a single one, so that there is a loss."""
+    """Return the loss of the next token. A single token is its own target, so that there is a loss."""
     if tokens.shape[1] == 1:
         return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
@@ -91,7 +91,7 @@ def test_grouped_mamba2_equals_transformers(groups: int) -> None:
     y = llm.backbone.layers[0].mixer.prefill(llm.embed(tokens))[1].ssm
     assert y.shape == (2, 8, 16, llm.config.d_state)
     twin = transformers_twin(llm)
-    for layer in twin.backbone.layers:  # transformers norms all channels as one group, mamba_ssm each group by itself
+    for layer in twin.backbone.layers:  # transformers normalises all channels as one group
         layer.mixer.norm.forward = _group_norm(layer.mixer.norm, groups)
     torch.testing.assert_close(llm.head(llm(llm.embed(tokens))[0]), twin(input_ids=tokens).logits, rtol=1e-4, atol=1e-4)
 
@@ -117,7 +117,7 @@ def test_prefill_and_decoding_equal_the_full_forward_pass(kind: MambaKind, promp
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_decoding_updates_its_state_in_place_and_never_grows_it(kind: MambaKind) -> None:
+def test_decoding_updates_a_state_of_fixed_size_in_place(kind: MambaKind) -> None:
     llm = language_model(kind).requires_grad_(False)
     _, cache = llm.prefill(llm.embed(torch.randint(0, 96, (1, 5))))
     before = [(part.data_ptr(), part.shape) for state in cache for part in state]
@@ -131,22 +131,26 @@ PLANS = [
     ((8, (3, 4), 0, 0), [(0, 4, False), (4, 5, False), (5, 8, False)], "taps end segments even without checkpointing"),
     ((8, (), 1, 0), [(i, i + 1, True) for i in range(8)], "every layer"),
     ((8, (3,), 3, 0), [(0, 3, True), (3, 4, True), (4, 7, True), (7, 8, True)], "segments restart at a tap"),
-    ((8, (3,), 4, 2), [(0, 4, True), (4, 6, True), (6, 8, False)], "the last two are kept"),
-    ((8, (6,), 4, 3), [(0, 4, True), (4, 5, True), (5, 7, False), (7, 8, False)], "a tap among the kept"),
-    ((8, (), 4, 8), [(0, 8, False)], "all are kept"),
-    ((8, (), 4, 99), [(0, 8, False)], "more are kept than there are"),
+    ((8, (3,), 4, 2), [(0, 4, True), (4, 6, True), (6, 8, False)], "the last two keep their activations"),
+    (
+        (8, (6,), 4, 3),
+        [(0, 4, True), (4, 5, True), (5, 7, False), (7, 8, False)],
+        "a tap in a layer that keeps its activations",
+    ),
+    ((8, (), 4, 8), [(0, 8, False)], "all keep their activations"),
+    ((8, (), 4, 99), [(0, 8, False)], "keep_layers exceeds the number of layers"),
     ((0, (), 4, 0), [], "no layers"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "expected", "why"), PLANS, ids=[why for *_, why in PLANS])
-def test_segments_end_at_taps_and_never_exceed_their_length(arguments: tuple, expected: list, why: str) -> None:
+def test_segments_end_at_taps_and_do_not_exceed_segment_layers(arguments: tuple, expected: list, why: str) -> None:
     assert [tuple(segment) for segment in plan_segments(*arguments)] == expected, why
 
 
 @pytest.mark.parametrize("tap", ["mixer", "residual"])
 @pytest.mark.parametrize("policy", [(1, 0), (2, 0), (3, 1), (4, 0), (4, 3), (8, 0), (2, 8)])
-def test_every_checkpointing_policy_gives_the_gradients_of_none(policy: tuple[int, int], tap: str) -> None:
+def test_checkpointing_policies_do_not_change_gradients(policy: tuple[int, int], tap: str) -> None:
     llm = language_model("mamba2", num_layers=6)
     tokens = torch.randint(0, 96, (2, 20))
     expected = _tapped_gradients(llm, tokens, tap)
@@ -162,7 +166,7 @@ def _tapped_gradients(llm: MambaLM, tokens: Tensor, tap: str) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(llm.parameters())))
 
 
-def test_taps_are_the_branch_or_the_residual_stream_after_the_layer() -> None:
+def test_taps_are_the_mixers_output_or_the_residual_stream_after_the_layer() -> None:
     llm = language_model("mamba1")
     x = torch.randn(2, 9, 64)
     hidden, residual = x, None
@@ -181,7 +185,7 @@ def test_taps_are_the_branch_or_the_residual_stream_after_the_layer() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_later_token_never_changes_an_earlier_state(kind: MambaKind) -> None:
+def test_the_language_model_is_causal(kind: MambaKind) -> None:
     llm = language_model(kind)
     x = torch.randn(1, 40, 64)
     changed = x.clone()
@@ -199,7 +203,7 @@ def test_full_size_language_models_have_the_published_number_of_parameters(name:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_filled_after_the_meta_device_is_still_tied_and_marked(kind: MambaKind) -> None:
+def test_to_empty_keeps_weights_tied_and_marked_as_without_weight_decay(kind: MambaKind) -> None:
     with torch.device("meta"):
         llm = MambaLM(small(kind))
     llm = llm.to_empty(device="cpu")
@@ -212,7 +216,7 @@ def test_a_model_filled_after_the_meta_device_is_still_tied_and_marked(kind: Mam
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_initial_values_are_mamba_ssms(kind: MambaKind) -> None:
+def test_initial_values_are_those_of_mamba_ssm(kind: MambaKind) -> None:
     torch.manual_seed(0)
     llm = MambaLM(small(kind, d_model=256, num_layers=4))
     mixer: Any = llm.backbone.layers[1].mixer
@@ -224,13 +228,13 @@ def test_initial_values_are_mamba_ssms(kind: MambaKind) -> None:
         assert mixer.dt_proj.weight.abs().max() <= mixer.config.dt_rank**-0.5
     else:
         assert A.min() >= -16 and A.max() <= -1
-    bound = (1 / mixer.out_proj.in_features) ** 0.5 / 4**0.5  # of four layers
+    bound = (1 / mixer.out_proj.in_features) ** 0.5 / 4**0.5  # for four layers
     assert 0.95 * bound < mixer.out_proj.weight.abs().max() <= bound
     assert abs(llm.backbone.embedding.weight.std() - 0.02) < 0.001
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_residual_stream_is_fp32_under_bf16_weights(kind: MambaKind) -> None:
+def test_the_residual_stream_is_fp32_with_bf16_weights(kind: MambaKind) -> None:
     llm = language_model(kind).bfloat16()
     hidden, residual = llm.backbone.layers[0](llm.embed(torch.randint(0, 96, (1, 8))))
     assert (hidden.dtype, residual.dtype) == (torch.bfloat16, torch.float32)

@@ -1,4 +1,4 @@
-"""The projector, and the cross-scan that may stand before it."""
+"""Projector and cross-scan."""
 
 import torch
 from torch.nn import functional as F
@@ -7,7 +7,7 @@ from model.presets import preset
 from model.projector import CrossScan, Projector
 
 
-def test_the_projector_is_the_three_layer_gelu_mlp() -> None:
+def test_the_projector_is_a_three_layer_gelu_mlp() -> None:
     torch.manual_seed(0)
     projector, features = Projector(preset("tiny_v2")), torch.randn(2, 49, 160)
     first, second, third = (projector.expand, projector.reduce, projector.out)
@@ -16,7 +16,7 @@ def test_the_projector_is_the_three_layer_gelu_mlp() -> None:
     torch.testing.assert_close(projector(features), expected)
 
 
-def test_the_full_size_projector_is_2176_8704_2560_2560() -> None:
+def test_the_full_size_projector_has_widths_2176_8704_2560_2560() -> None:
     with torch.device("meta"):
         projector = Projector(preset("emma_v2"))
     layers = [(layer.in_features, layer.out_features) for layer in (projector.expand, projector.reduce, projector.out)]
@@ -24,15 +24,15 @@ def test_the_full_size_projector_is_2176_8704_2560_2560() -> None:
     assert sum(parameter.numel() for parameter in projector.parameters()) == 47_789_568
 
 
-def test_the_cross_scan_visits_every_patch_along_rows_columns_and_backwards() -> None:
+def test_the_cross_scan_runs_along_rows_and_columns_and_backwards() -> None:
     rows, columns, rows_back, columns_back = (order.tolist() for order in CrossScan(32, 3).orders(torch.device("cpu")))
     assert rows == [0, 1, 2, 3, 4, 5, 6, 7, 8]
     assert columns == [0, 3, 6, 1, 4, 7, 2, 5, 8]
     assert (rows_back, columns_back) == (rows[::-1], columns[::-1])
 
 
-def test_each_direction_reads_only_what_it_has_passed() -> None:
-    """Patch 4 of a 3 × 3 grid changes: a direction's output changes there and after, in that direction's order."""
+def test_each_direction_of_the_cross_scan_is_causal_in_its_order() -> None:
+    """A change of patch 4 in a 3 × 3 grid changes the output at patch 4 and after it, in each direction's order."""
     torch.manual_seed(0)
     cross_scan, features = CrossScan(32, 3), torch.randn(1, 9, 32)
     changed = features.clone()

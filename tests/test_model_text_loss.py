@@ -1,4 +1,4 @@
-"""The lean likelihood against torch's cross entropy in fp32."""
+"""Negative log-likelihood, compared with torch's cross entropy in fp32."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from model.text_loss import token_nll
 
 @pytest.mark.parametrize("rows", [0, 1, 4, 11])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_is_fp32_cross_entropy_at_any_number_of_chunks(
+def test_token_nll_equals_fp32_cross_entropy_with_any_number_of_chunks(
     dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text_loss, "CHUNK_ROWS", 4)
@@ -25,7 +25,7 @@ def test_it_is_fp32_cross_entropy_at_any_number_of_chunks(
     torch.testing.assert_close(*gradients)
 
 
-def test_huge_logits_stay_finite() -> None:
+def test_huge_logits_have_a_finite_loss_and_gradient() -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
     nll = token_nll(logits, torch.tensor([1]))
     nll.sum().backward()

@@ -1,4 +1,4 @@
-"""The frozen towers against timm's own intermediate layers."""
+"""Vision towers, compared with the intermediate layers of timm's models."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ PIXELS = torch.randint(0, 256, (2, 3, 100, 100), dtype=torch.uint8, generator=to
 
 
 def published(tower: TowerConfig, image_px: int) -> Any:
-    """timm's whole model, as its checkpoints are: all blocks, norms, and SigLIP's attention pool."""
+    """Build timm's whole model with random weights: all blocks, norms, and SigLIP's attention pool."""
     torch.manual_seed(1)
     model = timm.create_model(tower.timm_name, num_classes=0, **{**tower.overrides, "img_size": image_px}).eval()
     with torch.no_grad():
@@ -44,7 +44,7 @@ def second_to_last(tower: TowerConfig, model: Any, pixels: Tensor) -> Tensor:
         return model.get_intermediate_layers(normalised, n={tower.depth - 2}, norm=False)[0]
 
 
-def test_features_are_timms_second_to_last_layers_side_by_side(tmp_path: Path) -> None:
+def test_features_are_the_concatenated_second_to_last_layers_of_timms_models(tmp_path: Path) -> None:
     models = save_published(tmp_path)
     features = Towers(VISION, tmp_path)(PIXELS)
     expected = [second_to_last(*pair, PIXELS) for pair in zip(VISION.towers, models, strict=True)]
@@ -52,7 +52,7 @@ def test_features_are_timms_second_to_last_layers_side_by_side(tmp_path: Path) -
     torch.testing.assert_close(features, torch.cat(expected, -1), rtol=1e-4, atol=1e-5)
 
 
-def test_position_embeddings_of_another_resolution_are_resampled_as_timm_does(tmp_path: Path) -> None:
+def test_position_embeddings_of_another_resolution_are_resampled_as_in_timm(tmp_path: Path) -> None:
     """DINOv2 is published for 37 × 37 patches."""
     published_models = save_published(tmp_path, image_px=14 * 11)
     towers = Towers(VISION, tmp_path)
@@ -64,14 +64,14 @@ def test_position_embeddings_of_another_resolution_are_resampled_as_timm_does(tm
         torch.testing.assert_close(towers.towers[tower.name](PIXELS), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_pixels_beyond_the_last_whole_patch_are_never_seen() -> None:
+def test_pixels_beyond_the_last_whole_patch_do_not_change_features() -> None:
     towers, changed = Towers(VISION), PIXELS.clone()
     changed[:, :, VISION.seen_px :] = 0
     changed[:, :, :, VISION.seen_px :] = 0
     assert torch.equal(towers(PIXELS), towers(changed))
 
 
-def test_full_size_towers_leave_out_what_never_reaches_the_output() -> None:
+def test_full_size_towers_lack_the_layers_that_features_do_not_depend_on() -> None:
     with torch.device("meta"):
         towers = Towers(preset("emma_v2").vision)
         whole = [timm.create_model(tower.timm_name, num_classes=0, img_size=384) for tower in towers.config.towers]
@@ -88,7 +88,7 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def test_random_towers_are_the_same_for_everybody_and_leave_the_random_state_alone() -> None:
+def test_random_towers_are_always_the_same_and_do_not_change_the_random_state() -> None:
     torch.manual_seed(1)
     first = Towers(VISION)
     drawn = torch.rand(1)
@@ -113,19 +113,19 @@ def test_bf16_towers_normalise_in_fp32() -> None:
     assert (features - exact(PIXELS)).norm() / exact(PIXELS).norm() < 0.01
 
 
-def test_the_patch_embedding_is_the_last_towers() -> None:
+def test_the_patch_embedding_is_that_of_the_last_tower() -> None:
     towers = Towers(VISION)
     proj = towers.towers["siglip"].vit.patch_embed.proj
     expected = nn.functional.conv2d((PIXELS / 255 - 0.5) / 0.5, proj.weight, proj.bias, stride=14).flatten(2).mT
     torch.testing.assert_close(towers.patch_embedding(PIXELS), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_folder_without_a_towers_weights_says_which_names_were_looked_for(tmp_path: Path) -> None:
+def test_a_folder_without_weights_is_refused_with_the_expected_names(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no weights of tower dinov2; expected one of dinov2\.safetensors"):
         Towers(VISION, tmp_path)
 
 
-def test_weights_of_another_tower_are_refused_with_every_difference(tmp_path: Path) -> None:
+def test_weights_of_another_tower_are_refused_with_each_difference(tmp_path: Path) -> None:
     save_published(tmp_path)
     wider = replace(VISION.towers[1], overrides={**VISION.towers[1].overrides, "embed_dim": 32})
     with pytest.raises(UserError, match=r"tower siglip.*blocks\.0\.norm1\.weight is \[64\], expected \[32\]"):

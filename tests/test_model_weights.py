@@ -1,4 +1,4 @@
-"""Models saved and loaded; published checkpoints in each of their layouts."""
+"""Saving and loading of models, and loading of published language models in each layout."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ def save(folder: Path, name: str = "tiny_v2") -> tuple[Emma, Towers]:
 
 
 @pytest.mark.parametrize("name", ["tiny_v1", "tiny_v2", "tiny_cobra", "tiny_csm_v2", "tiny_release"])
-def test_a_saved_model_comes_back_tensor_for_tensor(tmp_path: Path, name: str) -> None:
+def test_a_saved_model_is_loaded_with_equal_tensors(tmp_path: Path, name: str) -> None:
     emma, towers = save(tmp_path, name)
     loaded = load_model(tmp_path)
     assert loaded.config == emma.config and loaded.extra == {"step": 7}
@@ -52,14 +52,14 @@ def test_a_saved_model_comes_back_tensor_for_tensor(tmp_path: Path, name: str) -
     assert loaded.emma.llm.lm_head.weight is loaded.emma.llm.backbone.embedding.weight
 
 
-def test_the_files_hold_every_tensor_once_and_the_tied_head_not_at_all(tmp_path: Path) -> None:
+def test_the_files_hold_every_tensor_once_and_omit_the_tied_head(tmp_path: Path) -> None:
     emma, towers = save(tmp_path)
-    parameters = {name for name, _ in emma.named_parameters()}  # named_parameters gives tied ones once
+    parameters = {name for name, _ in emma.named_parameters()}  # named_parameters lists tied tensors once
     assert load_file(tmp_path / "model.safetensors").keys() == parameters
     assert load_file(tmp_path / "towers.safetensors").keys() == towers.state_dict().keys()
 
 
-def test_without_its_alignment_a_model_is_loaded_for_inference_and_answers_the_same(tmp_path: Path) -> None:
+def test_a_model_saved_without_alignment_has_the_same_logits(tmp_path: Path) -> None:
     emma, towers = make("tiny_v2")
     state = {name: tensor for name, tensor in emma.state_dict().items() if not name.startswith("alignment.")}
     save_model(tmp_path, config=emma.config, state=state, towers=towers, tokenizer_json=None, extra={})
@@ -69,7 +69,7 @@ def test_without_its_alignment_a_model_is_loaded_for_inference_and_answers_the_s
     assert torch.equal(loaded.emma.prefill(tokens, features)[0], emma.prefill(tokens, features)[0])
 
 
-def test_a_model_is_loaded_in_the_type_asked_for(tmp_path: Path) -> None:
+def test_a_model_is_loaded_in_the_requested_dtype(tmp_path: Path) -> None:
     emma, _ = save(tmp_path)
     loaded = load_model(tmp_path, "cpu", torch.bfloat16)
     assert {tensor.dtype for part in (loaded.emma, loaded.towers) for tensor in part.state_dict().values()} == {
@@ -79,7 +79,7 @@ def test_a_model_is_loaded_in_the_type_asked_for(tmp_path: Path) -> None:
     assert torch.equal(loaded.emma.llm.backbone.embedding.weight, weight.bfloat16())
 
 
-def test_a_model_that_does_not_fit_names_every_difference_in_one_error(tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_are_all_named_in_one_error(tmp_path: Path) -> None:
     save(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["projector.out.bias"]
@@ -104,7 +104,7 @@ def test_a_model_that_does_not_fit_names_every_difference_in_one_error(tmp_path:
         ('{"format": 1, "model": {"nmae": 1}}', "not the configuration of a saved model"),
     ],
 )
-def test_a_folder_that_is_no_model_is_refused_with_what_to_do(tmp_path: Path, content: str, expected: str) -> None:
+def test_a_folder_without_a_saved_model_is_refused(tmp_path: Path, content: str, expected: str) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=rf"config\.json: {expected}.*pipeline\.export"):
@@ -128,7 +128,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_survives_json(name: str) -> None:
+def test_every_preset_is_restored_from_json(name: str) -> None:
     assert config_from_dict(json.loads(json.dumps(asdict(preset(name))))) == preset(name)
 
 
@@ -139,12 +139,12 @@ Writer = Callable[[Path, dict[str, Tensor]], list[str]]
 
 
 def published_state(name: str) -> dict[str, Tensor]:
-    """As mamba_ssm saves: the tied head is there too."""
+    """Return a state dict as mamba_ssm saves it, with the tied head."""
     return {key: tensor.clone() for key, tensor in make(name, seed=1)[0].llm.state_dict().items()}
 
 
 def theirs(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As transformers saves: another name for the embedding, and no tied head."""
+    """Convert to transformers' layout, which names the embedding differently and has no tied head."""
     renamed = {name.replace("backbone.embedding.", "backbone.embeddings."): tensor for name, tensor in state.items()}
     del renamed["lm_head.weight"]
     return renamed
@@ -181,7 +181,7 @@ def test_a_language_model_loads_from_each_published_layout(tmp_path: Path, write
     assert record == {"source": str(tmp_path), "sha256": hashes}
 
 
-def test_loading_a_language_model_leaves_every_other_part_alone(tmp_path: Path) -> None:
+def test_loading_a_language_model_does_not_change_other_parts(tmp_path: Path) -> None:
     write_safetensors(tmp_path, published_state("tiny_v2"))
     emma, _ = make("tiny_v2")
     before = {name: tensor.clone() for name, tensor in emma.state_dict().items() if not name.startswith("llm.")}
@@ -202,13 +202,13 @@ def test_an_incomplete_download_names_the_missing_shards(tmp_path: Path) -> None
         load_language_model(make("tiny_v2")[0], tmp_path)
 
 
-class Surprise:
+class RunsCode:
     def __reduce__(self) -> tuple:
         return (print, ("code ran",))
 
 
-def test_a_pickle_that_would_run_code_is_refused_unread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save({"lm_head.weight": Surprise()}, tmp_path / "pytorch_model.bin", pickle_module=pickle)
+def test_a_pickle_that_could_run_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"lm_head.weight": RunsCode()}, tmp_path / "pytorch_model.bin", pickle_module=pickle)
     with pytest.raises(
         UserError, match=r"pytorch_model\.bin: refused, because this pickle holds other objects than tensors"
     ):
@@ -216,14 +216,16 @@ def test_a_pickle_that_would_run_code_is_refused_unread(tmp_path: Path, capsys: 
     assert "code ran" not in capsys.readouterr().out
 
 
-def test_an_empty_folder_says_what_was_looked_for(tmp_path: Path) -> None:
+def test_an_empty_folder_is_refused_with_the_expected_names(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"no model in this folder; expected one of model\.safetensors, .*pytorch_model\.bin"
     ):
         load_language_model(make("tiny_v2")[0], tmp_path)
 
 
-def test_an_unreachable_hub_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_model_is_an_error_that_names_prefetch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"'nobody/nothing': neither a folder nor .*pipeline\.prefetch"):
+    with pytest.raises(
+        UserError, match=r"'nobody/nothing': not a folder, and cannot be downloaded .*pipeline\.prefetch"
+    ):
         load_language_model(make("tiny_v2")[0], "nobody/nothing")

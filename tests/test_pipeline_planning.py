@@ -1,4 +1,4 @@
-"""Planning before paying: the figures of the paper's models, and a rehearsal of one rank on the CPU."""
+"""Planning commands: sizes and costs of the paper's models, and a dry run of one rank on the CPU."""
 
 import json
 
@@ -13,7 +13,7 @@ from tests.support.launch import fork_python
 
 
 @pytest.mark.parametrize(("name", "llm", "trainable"), [("v1", 2_768_345_600, 3.19e9), ("v2", 2_702_599_680, 3.11e9)])
-def test_the_papers_models_have_the_papers_sizes_and_steps(name, llm, trainable):
+def test_describe_reports_the_papers_parameters_and_steps(name, llm, trainable):
     facts = describe(load_recipe(f"pipeline/recipes/emma_{name}.toml", planning=True), ranks=8, mfu=0.4)
     assert facts["parameters"]["llm"] == llm
     assert facts["parameters"]["trainable"] == pytest.approx(trainable, rel=0.005)
@@ -23,7 +23,7 @@ def test_the_papers_models_have_the_papers_sizes_and_steps(name, llm, trainable)
 
 
 @pytest.mark.parametrize("name", ["emma_v1", "emma_v2"])
-def test_operations_are_six_per_parameter_and_token_and_a_little(name):
+def test_training_flops_are_about_six_per_parameter_and_token(name):
     config = preset(name)
     text = 295
     flops = flops_per_sample(config, text, supervised=text, segment_layers=0, keep_layers=0)
@@ -35,7 +35,7 @@ def test_operations_are_six_per_parameter_and_token_and_a_little(name):
     assert recomputed == pytest.approx(0.75 * flops.language, rel=0.05)
 
 
-def test_the_recipes_shards_give_steps_and_lengths(recipe_file, shards):
+def test_describe_uses_the_steps_and_lengths_of_existing_shards(recipe_file, shards):
     recipe = load_recipe(recipe_file, [f"data.shards={shards}"], planning=True)
     facts = describe(recipe, ranks=2, mfu=0.4)
     assert facts["data"]["samples"] == 35
@@ -43,7 +43,7 @@ def test_the_recipes_shards_give_steps_and_lengths(recipe_file, shards):
     assert longest_text(recipe, default=1) > 20
 
 
-def test_a_rehearsal_says_what_fits_and_how_fast(recipe_file, tmp_path):
+def test_a_dry_run_reports_which_micro_batches_fit(recipe_file, tmp_path):
     out = tmp_path / "trials.json"
     done = fork_python(
         "-m", "pipeline.dry_run", recipe_file, "--ranks", "2", "--micro-batches", "1", "4", "--json", out

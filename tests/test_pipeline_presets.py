@@ -1,4 +1,4 @@
-"""Every system that the paper compares goes the whole way: a ZeRO-3 step, a save, a resume, an export, an answer."""
+"""Presets of all systems that the paper compares, end to end: training, resuming, export, generation."""
 
 import json
 
@@ -17,7 +17,7 @@ VARIANTS = [
     "tiny_csm",
     "tiny_avf",
     "tiny_release",
-]  # tiny_v2 is everywhere else
+]  # other tests cover tiny_v2
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_a_preset_trains_saves_resumes_exports_and_answers(recipe_file, zephyr_s
     words = [recipe_file, f"model={name}", f"data.shards={zephyr_shards}", f"run.dir={run}", "checkpoint.every_steps=1"]
     train = ["-m", "pipeline.train", *words, "steps=3"]
     (run / "control").mkdir(parents=True)
-    (run / "control/stop").touch()  # under SLURM, a request that stands when training starts is not taken away
+    (run / "control/stop").touch()  # under SLURM, an earlier stop request stays in force
     for done in (fork_python(*train, EMMA_JOB="1"), fork_python(*train)):
         assert done.returncode == 0, done.stderr
     facts = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -42,5 +42,5 @@ def test_a_preset_trains_saves_resumes_exports_and_answers(recipe_file, zephyr_s
 
     export_run(run, out, step=None, with_alignment=False)
     model, tokenizer = load(out, "cpu")
-    picture = np.zeros((100, 100, 3), np.uint8)
-    assert len(answer(model, tokenizer, ["Which colour?"], [picture], max_new_tokens=3)) == 1
+    image = np.zeros((100, 100, 3), np.uint8)
+    assert len(answer(model, tokenizer, ["Which colour?"], [image], max_new_tokens=3)) == 1

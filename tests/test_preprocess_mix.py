@@ -91,23 +91,23 @@ def test_every_key_of_a_mix_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("weight", "taken"), [(1, "abcde"), (3, "aaabbbcccdddeee"), (0.5, "bd"), (1.5, "abbcdde")])
-def test_a_weight_repeats_rows_or_thins_them_evenly(weight: float, taken: str) -> None:
+def test_a_weight_repeats_rows_or_drops_rows_evenly(weight: float, taken: str) -> None:
     source = Source(name="a", format="llava", annotations="a.json", weight=weight)
     assert "".join(row * source.times(number) for number, row in enumerate("abcde")) == taken
 
 
-def test_the_papers_mix_has_its_three_sources_in_five_files() -> None:
+def test_the_papers_mix_has_three_formats_in_five_files() -> None:
     mix = load_mix(PAPER)
     assert [source.format for source in mix.sources] == ["llava", "lvis", "lrv", "lrv", "lrv"]
     assert mix.images.encoding == "jpeg"
 
 
 ROWS: dict[str, tuple[dict[str, Any], str]] = {
-    "number for a picture": (
+    "number for an image": (
         {"image_id": 2325435, "question": "Q", "answer": "A", "task": "x"},
         "lrv/lrv-vg/2325435.jpg",
     ),
-    "text for a picture": ({"image_id": "17", "question": "Q", "answer": "A"}, "lrv/lrv-vg/17.jpg"),
+    "text for an image": ({"image_id": "17", "question": "Q", "answer": "A"}, "lrv/lrv-vg/17.jpg"),
     "file name of a chart": ({"image_id": "c_1.png", "question": "Q", "answer": "A"}, "lrv/lrv-vg/c_1.png"),
     "number that is an answer": ({"image_id": "17", "question": "Q", "answer": 3.5}, "lrv/lrv-vg/17.jpg"),
 }
@@ -115,11 +115,11 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("kind", ROWS)
 def test_a_row_of_lrv_is_one_question_with_its_answer(kind: str) -> None:
-    row, picture = ROWS[kind]
+    row, image = ROWS[kind]
     dialogue = to_dialogue(
         json.loads(json.dumps(row)), source="lrv", row=5, row_format="lrv", image_folder="lrv/lrv-vg"
     )
-    assert dialogue.image == picture
+    assert dialogue.image == image
     assert [(turn.speaker, turn.text) for turn in dialogue.turns] == [("human", "Q"), ("gpt", str(row["answer"]))]
     assert (dialogue.source, dialogue.row, dialogue.id) == ("lrv", 5, str(row["image_id"]))
 
