@@ -1,4 +1,4 @@
-"""Losses on held-out shards while training. The weights, and so the rest of the training, stay as they are."""
+"""Validation during training: losses on held-out shards."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ from pipeline.step import LossAccumulator, row_losses, text_weights
 
 
 class Validation:
-    """The first global batches that a training on the held-out shards would see: the same ones every time.
+    """Compute the losses on `evaluate.samples` held-out samples, the same ones each time.
 
-    Raises: UserError if the shards do not fit the recipe's model.
+    The samples are the first global batches that a training on the held-out shards would see. A validation changes no
+    weight, so training gives the same bits with and without it.
+
+    Raises: UserError if the shards do not match the recipe's model.
     """
 
     def __init__(self, recipe: Recipe, ranks: Ranks):
         assert recipe.evaluate.shards is not None
-        # It is short, and a loading process would take longer to start.
+        # Starting DataLoader workers would take longer than a validation.
         data = replace(recipe.data, shards=recipe.evaluate.shards, epochs=1, workers=0)
         self.recipe = recipe
         try:
@@ -37,30 +40,35 @@ class Validation:
         self.num_batches = min(-(-recipe.evaluate.samples // recipe.optim.global_batch), self.data.plan.steps_per_epoch)
 
     def due(self, step: int) -> bool:
+        """Return whether the recipe asks for a validation after this step."""
         return step % self.recipe.evaluate.every_steps == 0
 
     @torch.no_grad()
     def losses(self, engine: Engine, towers: Towers) -> dict[str, Any]:
-        """Means over the samples, by the keys of docs/metrics.md. Every rank must call it."""
-        sums = LossAccumulator(len(self.data.sources.names), engine.device)
+        """Return the mean losses by their keys in docs/metrics.md. Every rank must call it."""
+        losses = LossAccumulator(len(self.data.sources.names), engine.device)
         batches = []
         engine.eval()
         for batch in islice(self.data.from_step(0), self.num_batches):
-            numbers = batch.sources.rows.to(engine.device)
-            for micro_batch, sources in zip(batch.micro_batches, numbers, strict=True):
-                sums.add(*row_losses(engine, towers, self.recipe, micro_batch.to(engine.device)), sources)
+            sources = batch.sources.rows.to(engine.device)
+            for micro_batch, row_sources in zip(batch.micro_batches, sources, strict=True):
+                text, align = row_losses(engine, towers, self.recipe, micro_batch.to(engine.device))
+                losses.add(text, align, row_sources)
             batches.append(replace(batch, micro_batches=[]))
         engine.train()
-        text, align, *by_source = sums.reduce()
-        return self._means(batches, text, align, by_source)
+        text_sum, align_sum, *sums_by_source = losses.reduce()
+        return self._means(batches, text_sum, align_sum, sums_by_source)
 
-    def _means(self, batches: list[GlobalBatch], text: float, align: float, by_source: list[float]) -> dict[str, Any]:
-        samples, images = sum(batch.samples for batch in batches), sum(batch.images for batch in batches)
-        of_source = np.sum([text_weights(self.recipe, batch) for batch in batches], axis=0)
-        named = zip(self.data.sources.names, by_source, of_source, strict=True)
+    def _means(
+        self, batches: list[GlobalBatch], text_sum: float, align_sum: float, sums_by_source: list[float]
+    ) -> dict[str, Any]:
+        """Divide the loss sums by their weights. A source without samples has no mean."""
+        images = sum(batch.images for batch in batches)
+        weights = np.sum([text_weights(self.recipe, batch) for batch in batches], axis=0)
+        by_source = zip(self.data.sources.names, sums_by_source, weights, strict=True)
         return {
-            "heldout/loss/text": text / max(1, of_source.sum()),
-            "heldout/loss/align": align / images if images and self.recipe.config.alignment else None,
-            **{f"heldout/loss/text/{name}": total / weight if weight else None for name, total, weight in named},
-            "heldout/samples": samples,
+            "heldout/loss/text": text_sum / max(1, weights.sum()),
+            "heldout/loss/align": align_sum / images if images and self.recipe.config.alignment else None,
+            **{f"heldout/loss/text/{name}": total / weight if weight else None for name, total, weight in by_source},
+            "heldout/samples": sum(batch.samples for batch in batches),
         }

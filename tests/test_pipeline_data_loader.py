@@ -1,4 +1,4 @@
-"""What the loader hands to the model is what the shards hold: every sample once an epoch, everything in place."""
+"""Data loader: every sample once per epoch, exactly as stored; damage and dead workers are errors."""
 
 import os
 import re
@@ -30,13 +30,13 @@ def train_data(recipe_file, shards, world_size=1, rank=0, *overrides):
 
 @pytest.fixture(scope="module")
 def stock_samples(shards):
-    """The set as the stock webdataset reader sees it."""
+    """Samples of the set as the stock webdataset reader decodes them."""
     urls = sorted(map(str, shards.glob("*.tar")))
     return list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("rgb8"))
 
 
 def rows_of(data, steps):
-    """(tokens, supervised tokens, pixels) of every real row of some steps, hashable."""
+    """Return (tokens, supervised tokens, pixels) of every real row of some steps, hashable."""
     rows = []
     for batch, _ in zip(data.from_step(0), range(steps), strict=False):
         for micro in batch.micro_batches:
@@ -49,7 +49,7 @@ def rows_of(data, steps):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_over_two_ranks_is_the_set_as_the_stock_reader_reads_it(recipe_file, shards, stock_samples, workers):
+def test_an_epoch_over_two_ranks_equals_what_the_stock_reader_reads(recipe_file, shards, stock_samples, workers):
     ranks = [train_data(recipe_file, shards, 2, rank, f"data.workers={workers}") for rank in (0, 1)]
     steps = ranks[0].plan.steps_per_epoch
     seen = Counter(row for data in ranks for row in rows_of(data, steps))
@@ -66,7 +66,7 @@ def test_an_epoch_over_two_ranks_is_the_set_as_the_stock_reader_reads_it(recipe_
     assert max(seen.values()) == 1
 
 
-def test_an_epoch_begun_in_the_middle_goes_on_where_it_would_have(recipe_file, shards):
+def test_an_epoch_can_start_at_any_step(recipe_file, shards):
     data = train_data(recipe_file, shards)
     whole = list(data.from_step(0))
     late = next(iter(data.from_step(3)))
@@ -75,7 +75,7 @@ def test_an_epoch_begun_in_the_middle_goes_on_where_it_would_have(recipe_file, s
 
 
 @pytest.mark.parametrize("first", [3, 2])
-def test_workers_that_start_early_serve_the_expected_step_and_no_other(recipe_file, shards, first):
+def test_workers_started_early_are_used_only_for_the_step_they_were_started_for(recipe_file, shards, first):
     whole = list(train_data(recipe_file, shards).from_step(0))
     data = train_data(recipe_file, shards, 1, 0, "data.workers=2")
     data.start_workers(3)
@@ -89,7 +89,7 @@ def test_workers_that_start_early_serve_the_expected_step_and_no_other(recipe_fi
     batches.close()
 
 
-def test_reading_again_and_again_leaves_no_threads_behind(recipe_file, shards):
+def test_iterating_repeatedly_leaves_no_threads_behind(recipe_file, shards):
     data = train_data(recipe_file, shards)
     next(data.from_step(0))
     before = threading.active_count()
@@ -98,7 +98,7 @@ def test_reading_again_and_again_leaves_no_threads_behind(recipe_file, shards):
     assert threading.active_count() == before
 
 
-def test_targets_are_the_supervised_tokens_in_place_and_padding_is_on_the_right(recipe_file, shards):
+def test_targets_are_the_supervised_tokens_and_padding_is_on_the_right(recipe_file, shards):
     data = train_data(recipe_file, shards)
     for batch in data.from_step(0):
         supervised = 0
@@ -112,7 +112,7 @@ def test_targets_are_the_supervised_tokens_in_place_and_padding_is_on_the_right(
         assert supervised == batch.supervised_tokens
 
 
-def test_a_batch_knows_its_padding_and_its_tokens(recipe_file, shards):
+def test_a_batch_counts_its_tokens_and_its_padding(recipe_file, shards):
     data = train_data(recipe_file, shards, 1, 0, "optim.micro_batch=8")
     for batch in data.from_step(0):
         [micro] = batch.micro_batches
@@ -122,23 +122,23 @@ def test_a_batch_knows_its_padding_and_its_tokens(recipe_file, shards):
         assert batch.padding_ratio == pytest.approx(1 - batch.tokens / computed)
 
 
-def test_pixels_are_those_that_were_stored(recipe_file, shards, stock_samples):
+def test_pixels_equal_the_stored_image(recipe_file, shards, stock_samples):
     data = train_data(recipe_file, shards)
     row = int(np.flatnonzero(data.plan.has_image)[0])
     stored, _ = data.reader.read(row)
     batch = next(b for b in data.from_step(0) if row in b.ids)
-    pictures = torch.cat([micro.pixels for micro in batch.micro_batches]).permute(0, 2, 3, 1).numpy()
-    assert any((picture == decode_stored_image(stored.image)).all() for picture in pictures)
+    images = torch.cat([micro.pixels for micro in batch.micro_batches]).permute(0, 2, 3, 1).numpy()
+    assert any((image == decode_stored_image(stored.image)).all() for image in images)
 
 
-def test_shards_of_another_model_are_refused(recipe_file, shards):
+def test_shards_for_another_model_are_refused(recipe_file, shards):
     with pytest.raises(UserError, match=r"prompt template is 'base'.*'zephyr'"):
         train_data(recipe_file, shards, 1, 0, "model=tiny_v1")
     with pytest.raises(UserError, match=r"image size is 100.*384"):
         train_data(recipe_file, shards, 1, 0, "model=emma_v2")
 
 
-def test_shards_of_another_tokenizer_are_refused_whatever_its_folder_is_called(recipe_file, shards, tmp_path):
+def test_tokenizers_are_compared_by_content_not_by_folder_name(recipe_file, shards, tmp_path):
     same = tmp_path / "elsewhere/other_name"
     same.mkdir(parents=True)
     shutil.copy(shards / "tokenizer.json", same)
@@ -154,7 +154,7 @@ CUTS = [("tokens_offset", 0), ("tokens_offset", 20), ("meta_offset", 3), ("image
 
 
 @pytest.mark.parametrize(("column", "beyond"), CUTS)
-def test_a_shard_cut_short_anywhere_stops_the_loader_with_the_sample_and_the_remedy(
+def test_a_truncated_shard_is_an_error_that_names_the_sample_and_the_remedy(
     recipe_file, shards, tmp_path, column, beyond
 ):
     damaged = tmp_path / "shards"
@@ -168,7 +168,7 @@ def test_a_shard_cut_short_anywhere_stops_the_loader_with_the_sample_and_the_rem
     assert f"preprocess.shardset verify {damaged}" in str(error.value)
 
 
-def test_a_loading_process_hands_the_error_over(recipe_file, shards, tmp_path):
+def test_a_worker_passes_its_error_on_to_the_rank(recipe_file, shards, tmp_path):
     damaged = tmp_path / "shards"
     shutil.copytree(shards, damaged)
     for tar in damaged.glob("*.tar"):
@@ -177,8 +177,8 @@ def test_a_loading_process_hands_the_error_over(recipe_file, shards, tmp_path):
         list(train_data(recipe_file, damaged, 1, 0, "data.workers=1").from_step(0))
 
 
-# Stops the loading process, kills it once that was told, and tells how the epoch ended; then it waits for more to come.
-ACCIDENTS = """
+# Suspends the worker, kills it after the stall warning, and prints the error that ends the epoch.
+SUSPEND_AND_KILL = """
 import psutil, signal, sys, time, torch
 from pipeline.data.loader import TrainData
 from pipeline.data.workers import worker_death
@@ -186,19 +186,19 @@ from pipeline.distributed.ranks import Ranks
 from pipeline.distributed.stall_warning import StallWarning
 from pipeline.recipe import load_recipe
 
-def tell(line):
+def on_warning(line):
     if "(stopped)" in line:
         print(line)
-        loading.kill()
+        worker.kill()
 
 alone = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 data = TrainData(load_recipe(sys.argv[1], sys.argv[2:]), alone)
-data.stall_warning = StallWarning(tell, limit_s=0.5)
+data.stall_warning = StallWarning(on_warning, limit_s=0.5)
 batches = data.from_step(0)
 next(batches)
-[loading] = [child for child in psutil.Process().children() if "--multiprocessing-fork" in child.cmdline()]
-loading.suspend()
-print(loading.pid)
+[worker] = [child for child in psutil.Process().children() if "--multiprocessing-fork" in child.cmdline()]
+worker.suspend()
+print(worker.pid)
 try:
     list(batches)
 except RuntimeError as error:
@@ -207,17 +207,17 @@ except RuntimeError as error:
 """
 
 
-def test_a_loading_process_that_hangs_and_one_that_is_killed_are_named(recipe_file, shards):
+def test_messages_name_a_worker_that_hangs_and_one_that_is_killed(recipe_file, shards):
     overrides = (f"data.shards={shards}", "run.dir=none", "data.workers=1")
-    done = fork_python("-c", ACCIDENTS, recipe_file, *overrides)
+    done = fork_python("-c", SUSPEND_AND_KILL, recipe_file, *overrides)
     assert done.returncode == 0, done.stderr
-    pid, hangs, killed = done.stdout.splitlines()
+    pid, warning, death = done.stdout.splitlines()
     where = f"rank 0 on {socket.gethostname()}"
-    assert hangs.startswith(f"{where}: waiting for data from DataLoader worker {pid} (stopped) takes longer than")
-    # What torch raises depends on what the loop was doing.
-    assert re.match(rf"{where}: DataLoader worker {pid} (ended|exited|is killed by signal)", killed)
+    assert warning.startswith(f"{where}: waiting for data from DataLoader worker {pid} (stopped) takes longer than")
+    # torch raises different errors, depending on where the rank was when the worker died.
+    assert re.match(rf"{where}: DataLoader worker {pid} (ended|exited|is killed by signal)", death)
 
 
-def test_another_error_is_not_a_loading_process_that_died():
+def test_other_errors_are_not_taken_for_the_death_of_a_worker():
     alone = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
     assert worker_death(RuntimeError("any other"), alone) is None

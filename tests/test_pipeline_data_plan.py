@@ -1,4 +1,4 @@
-"""The plan is a pure function, loses no sample, and is the same however it is sliced."""
+"""The plan: every sample once per epoch, one modality per batch, and the same order for every number of ranks."""
 
 import hashlib
 from dataclasses import replace
@@ -23,7 +23,7 @@ def make_plan(count=1000, text_only=0.1, seed=7, global_batch=16, window=4):
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 1000])
 @pytest.mark.parametrize("text_only", [0.0, 0.1, 1.0])
-def test_every_sample_stands_in_an_epoch_exactly_once(count, text_only):
+def test_every_sample_occurs_exactly_once_per_epoch(count, text_only):
     plan = make_plan(count, text_only)
     for epoch in (0, 1):
         ids = plan.epoch(epoch)
@@ -31,7 +31,7 @@ def test_every_sample_stands_in_an_epoch_exactly_once(count, text_only):
         assert sorted(ids[ids != FILLER]) == list(range(count))
 
 
-def test_every_global_batch_is_of_one_modality_and_filler_stands_last():
+def test_every_global_batch_is_of_one_modality_with_filler_last():
     plan = make_plan()
     for ids in plan.epoch(0):
         real = ids[ids != FILLER]
@@ -39,7 +39,7 @@ def test_every_global_batch_is_of_one_modality_and_filler_stands_last():
         assert (ids[: len(real)] == real).all()
 
 
-def test_epochs_seeds_and_data_sets_are_shuffled_differently():
+def test_each_epoch_seed_and_data_set_has_its_own_order():
     plan = make_plan()
     others = [plan.epoch(1), make_plan(seed=8).epoch(0), replace(plan, manifest_sha256="cd" * 32).epoch(0)]
     for other in others:
@@ -49,40 +49,40 @@ def test_epochs_seeds_and_data_sets_are_shuffled_differently():
 def test_the_longest_batch_with_images_comes_first_to_reach_the_peak_memory_early():
     plan = make_plan()
     epoch = plan.epoch(0)
-    with_pictures = epoch[plan.has_image[epoch[:, 0]]]
-    longest = np.where(with_pictures == FILLER, 0, plan.text_tokens[with_pictures]).max()
+    with_images = epoch[plan.has_image[epoch[:, 0]]]
+    longest = np.where(with_images == FILLER, 0, plan.text_tokens[with_images]).max()
     assert plan.has_image[epoch[0, 0]]
     assert plan.text_tokens[epoch[0][epoch[0] != FILLER]].max() == longest
 
 
-def test_steps_continue_over_epochs():
+def test_steps_are_numbered_across_epochs():
     plan = make_plan(100)
     steps = [plan.step(step) for step in range(2 * plan.steps_per_epoch)]
     assert (np.stack(steps) == np.concatenate([plan.epoch(0), plan.epoch(1)])).all()
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 16), (1, 4), (2, 8), (2, 2), (8, 2), (16, 1)])
-def test_slices_of_any_shape_hold_the_same_global_batch(world_size, micro_batch):
+def test_the_slices_of_all_ranks_make_up_the_global_batch(world_size, micro_batch):
     ids = make_plan().step(3)
     slices = [rank_slices(ids, rank, world_size, micro_batch) for rank in range(world_size)]
     assert {len(part) for rank in slices for part in rank} == {micro_batch}
     assert sorted(np.concatenate([part for rank in slices for part in rank])) == sorted(ids)
 
 
-def test_sorting_inside_windows_leaves_little_padding():
+def test_sorting_inside_windows_keeps_padding_below_one_percent():
     plan = make_plan(20_000, text_only=0.0, window=100)
     lengths = np.where(plan.epoch(0) == FILLER, 0, plan.text_tokens[plan.epoch(0)])
     padded = lengths.max(axis=1).sum() * plan.global_batch
     assert 1 - lengths.sum() / padded < 0.01
 
 
-def test_the_order_is_the_one_that_it_has_always_been():
-    """A checkpoint resumes into the middle of this order: it may not change with NumPy or with us."""
+def test_the_order_never_changes():
+    """Compare with a golden digest, because a checkpoint resumes in the middle of this order."""
     ids = np.concatenate([make_plan().epoch(0), make_plan().epoch(3)])
     digest = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
     assert digest == "c9588c8e18be9e0c94e8552504eaff9914adcb185f025e4a0ab07ec1bcc6e0c3"
 
 
-def test_a_plan_over_nothing_is_refused():
+def test_a_plan_needs_at_least_one_sample():
     with pytest.raises(ValueError, match="no samples to plan"):
         make_plan(0)

@@ -1,4 +1,4 @@
-"""Shards that change, vanish, fail or hang while they are read: noticed, named, and never skipped."""
+"""The shard reader reports shards that change, vanish, fail or hang, and never skips a sample."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ def copy(shards: Path, tmp_path: Path) -> Path:
 
 
 def flip(path: Path) -> None:
-    """One bit, in the last picture of the shard: no sample that is read here looks different."""
+    """Flip a bit in the last image of the shard, which no test here reads, so that only the hash can tell."""
     data = bytearray(path.read_bytes())
     data[-4000] ^= 1
     path.write_bytes(data)
@@ -37,7 +37,7 @@ def replace_by_another(shard: Path) -> None:
 
 @pytest.mark.parametrize("opened_before", [False, True])
 @pytest.mark.parametrize("change", [flip, replace_by_another])
-def test_a_shard_whose_content_changes_under_our_feet_stops_the_reader(copy, change, opened_before):
+def test_a_shard_whose_content_changes_during_the_run_is_an_error(copy, change, opened_before):
     reader, shard = ShardReader(copy), copy / "shard-00000.tar"
     if opened_before:
         reader.read(ROW)
@@ -53,7 +53,7 @@ def replace_by_a_copy(shard: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [Path.touch, replace_by_a_copy])
-def test_the_same_bytes_under_another_time_or_inode_are_the_same_shard(copy, change):
+def test_a_shard_with_a_new_time_or_inode_but_the_same_bytes_is_accepted(copy, change):
     reader, shard = ShardReader(copy), copy / "shard-00000.tar"
     before, _ = reader.read(ROW)
     change(shard)
@@ -62,7 +62,7 @@ def test_the_same_bytes_under_another_time_or_inode_are_the_same_shard(copy, cha
     assert reader.fingerprints[0] == ShardReader(copy).fingerprints[0]
 
 
-def test_a_shard_that_vanishes_is_named_with_the_remedy(copy):
+def test_a_missing_shard_is_an_error_that_names_the_remedy(copy):
     reader, shard = ShardReader(copy), copy / "shard-00000.tar"
     reader.read(ROW)
     shard.unlink()
@@ -70,8 +70,8 @@ def test_a_shard_that_vanishes_is_named_with_the_remedy(copy):
         reader.read(ROW)
 
 
-def test_a_file_system_that_fails_is_not_taken_for_damage(copy):
-    """Reading a process's memory at address 0 is an I/O error, as from a broken disk."""
+def test_a_failing_file_system_is_retryable_and_not_taken_for_damage(copy):
+    """Simulate a broken disk: reading a process's memory at address 0 is an I/O error."""
     shard = copy / "shard-00000.tar"
     shard.unlink()
     shard.symlink_to("/proc/self/mem")
@@ -79,7 +79,7 @@ def test_a_file_system_that_fails_is_not_taken_for_damage(copy):
         ShardReader(copy).read(ROW)
 
 
-def test_an_index_that_the_disk_fails_to_give_is_not_taken_for_damage_either(copy, monkeypatch):
+def test_a_failing_disk_under_the_index_is_retryable_too(copy, monkeypatch):
     def fails(*_, **__):
         raise OSError(errno.EIO, "Input/output error")
 
@@ -90,22 +90,22 @@ def test_an_index_that_the_disk_fails_to_give_is_not_taken_for_damage_either(cop
         _ = ShardReader(copy).index
 
 
-def test_a_read_that_takes_long_is_named_while_it_lasts_and_afterwards(copy):
-    """Opening a FIFO waits for its other end, as a disk that hangs would make it."""
-    shard, told = copy / "shard-00000.tar", Queue[str]()
+def test_a_slow_read_is_reported_while_it_lasts_and_when_it_ends(copy):
+    """Simulate a disk that hangs: opening a FIFO waits until its other end is opened."""
+    shard, warnings = copy / "shard-00000.tar", Queue[str]()
     shard.unlink()
     os.mkfifo(shard)
     reader = ShardReader(copy)
-    reader.stall_warning = StallWarning(told.put, limit_s=0.01)
+    reader.stall_warning = StallWarning(warnings.put, limit_s=0.01)
     reading = threading.Thread(target=fails, args=(lambda: reader.read(ROW),), daemon=True)
     reading.start()
-    assert told.get(timeout=60) == f"{shard}: reading sample 000000003 takes longer than 0.01 s; still waiting"
+    assert warnings.get(timeout=60) == f"{shard}: reading sample 000000003 takes longer than 0.01 s; still waiting"
     os.close(os.open(shard, os.O_WRONLY))
     reading.join()
-    assert told.get(timeout=60).startswith(f"{shard}: reading sample 000000003 took ")
+    assert warnings.get(timeout=60).startswith(f"{shard}: reading sample 000000003 took ")
 
 
-def test_a_slow_read_is_kept_with_its_shard_and_its_key(copy):
+def test_a_slow_read_is_recorded_with_its_shard_and_key(copy):
     reader = ShardReader(copy)
     reader.stall_warning = StallWarning(lambda line: None, limit_s=0.0)
     reader.read(ROW)

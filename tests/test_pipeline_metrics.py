@@ -1,4 +1,4 @@
-"""What a run tells: held-out losses and documented keys, and wandb for real, offline."""
+"""Metrics of real runs: the documented keys, validation losses, console lines, and wandb in offline mode."""
 
 import itertools
 import json
@@ -25,10 +25,10 @@ from pipeline.step import Requests, StepReport, Timings
 from tests.support.launch import REPOSITORY, finish, fork_python, fork_ranks, run_python
 
 STEPS = 6
-CONSOLE_LINE = 200  # characters
+MAX_CONSOLE_LINE = 200  # characters
 
 
-def words(recipe_file, shards, run, *overrides):
+def train_command(recipe_file, shards, run, *overrides):
     return ["-m", "pipeline.train", recipe_file, f"data.shards={shards}", f"run.dir={run}", *overrides]
 
 
@@ -38,22 +38,22 @@ def lines(run):
 
 @pytest.fixture(scope="module")
 def evaluated(recipe_file, shards, tmp_path_factory):
-    """A run of two ranks that looks at held-out shards, and what it said."""
+    """The folder and the output of a run of two ranks with validation."""
     run = tmp_path_factory.mktemp("evaluated") / "run"
     heldout = [f"evaluate.shards={shards}", "evaluate.every_steps=4", "evaluate.samples=999"]
-    return run, finish(fork_ranks(2, words(recipe_file, shards, run, f"steps={STEPS}", *heldout)))
+    return run, finish(fork_ranks(2, train_command(recipe_file, shards, run, f"steps={STEPS}", *heldout)))
 
 
-def test_held_out_losses_are_over_all_samples(evaluated):
-    told = [line for line in lines(evaluated[0]) if line.get("event") == "heldout"]
-    assert [line["step"] for line in told] == [4, STEPS]
-    assert [line["heldout/samples"] for line in told] == [35, 35]
-    assert told[1]["heldout/loss/text"] < told[0]["heldout/loss/text"] < 7
-    assert told[1]["heldout/loss/text/squares"] == pytest.approx(told[1]["heldout/loss/text"])
+def test_a_validation_covers_all_samples(evaluated):
+    first, last = [line for line in lines(evaluated[0]) if line.get("event") == "heldout"]
+    assert (first["step"], last["step"]) == (4, STEPS)
+    assert (first["heldout/samples"], last["heldout/samples"]) == (35, 35)
+    assert last["heldout/loss/text"] < first["heldout/loss/text"] < 7
+    assert last["heldout/loss/text/squares"] == pytest.approx(last["heldout/loss/text"])
 
 
 def documented(heading):
-    """Keys of the first column of the table under a heading of docs/metrics.md."""
+    """Return the keys in the first column of the table under a heading of docs/metrics.md."""
     text = (REPOSITORY / "docs/metrics.md").read_text()
     section = text.split(f"## {heading}\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
@@ -69,17 +69,17 @@ def test_every_key_is_documented_and_every_documented_key_is_written(evaluated):
     assert {"start", "save", "heldout", "done"} <= events <= documented("Events")
 
 
-def test_the_ranks_towers_are_compared_after_every_step_with_pictures(evaluated):
-    told = {line["step"]: line for line in lines(evaluated[0]) if "event" not in line}
-    had_pictures = [told[step]["loss/align"] is not None for step in range(1, STEPS)]
-    assert any(had_pictures)
-    for step, pictures in zip(range(2, STEPS + 1), had_pictures, strict=True):
-        ratio = told[step]["ranks/slowest_ratio"]
-        assert ratio >= 1 if pictures else ratio is None, f"step {step}"
+def test_tower_times_are_compared_after_every_step_with_images(evaluated):
+    by_step = {line["step"]: line for line in lines(evaluated[0]) if "event" not in line}
+    had_images = [by_step[step]["loss/align"] is not None for step in range(1, STEPS)]
+    assert any(had_images)
+    for step, had in zip(range(2, STEPS + 1), had_images, strict=True):  # a step's times are in the next step's line
+        ratio = by_step[step]["ranks/slowest_ratio"]
+        assert ratio >= 1 if had else ratio is None, f"step {step}"
 
 
 @pytest.mark.parametrize("why", ["stop", "save", "nonfinite"])
-def test_a_step_after_which_the_run_may_end_has_a_line_though_none_is_due(recipe_file, shards, tmp_path, why):
+def test_a_step_after_which_the_run_may_end_is_always_logged(recipe_file, shards, tmp_path, why):
     recipe = load_recipe(recipe_file, [f"data.shards={shards}", f"run.dir={tmp_path}", "log.every_steps=4"])
     ranks = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
     data = TrainData(recipe, ranks)
@@ -89,7 +89,7 @@ def test_a_step_after_which_the_run_may_end_has_a_line_though_none_is_due(recipe
         for step, batch in enumerate(batches, 1):
             asked = why if step == 3 else ""
             loss = math.nan if asked == "nonfinite" else 1.0
-            told = StepReport(
+            report = StepReport(
                 text=loss,
                 align=None,
                 total=loss,
@@ -98,32 +98,32 @@ def test_a_step_after_which_the_run_may_end_has_a_line_though_none_is_due(recipe
                 requests=Requests(stop=asked == "stop", save=asked == "save"),
                 timings=[Timings()],
             )
-            metrics.log_step(step, batch, told, lr=1e-3)
+            metrics.log_step(step, batch, report, lr=1e-3)
     [line] = [line for line in lines(tmp_path) if "event" not in line]
     assert line["step"] == 3
     assert line["data/samples/squares"] == sum(batch.samples for batch in batches)
 
 
-def test_a_line_that_was_cut_off_is_ended_before_the_next(tmp_path):
+def test_an_appended_event_starts_on_a_line_of_its_own_after_a_cut_off_line(tmp_path):
     append_event(tmp_path, "first", 1)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"cut off')
     append_event(tmp_path, "second", 2)
     append_event(tmp_path, "third", 3)
-    told = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert told[1] == '{"cut off'
-    assert [json.loads(line)["event"] for line in (told[0], *told[2:])] == ["first", "second", "third"]
+    text = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert text[1] == '{"cut off'
+    assert [json.loads(line)["event"] for line in (text[0], *text[2:])] == ["first", "second", "third"]
 
 
-def test_the_console_has_one_readable_line_for_each_interval(evaluated):
-    told = [line for line in evaluated[1].splitlines() if line.startswith("step ")]
-    assert len(told) == STEPS
-    assert all(len(line) < CONSOLE_LINE for line in told)
+def test_the_console_has_one_short_line_for_each_log_interval(evaluated):
+    step_lines = [line for line in evaluated[1].splitlines() if line.startswith("step ")]
+    assert len(step_lines) == STEPS
+    assert all(len(line) < MAX_CONSOLE_LINE for line in step_lines)
 
 
-def test_wandb_has_every_step_though_its_helper_died_and_the_run_was_resumed(recipe_file, shards, tmp_path):
+def test_wandb_has_every_step_after_its_helper_died_and_the_run_resumed(recipe_file, shards, tmp_path):
     run, steps = tmp_path / "run", 16
-    command = words(recipe_file, shards, run, "log.wandb=offline", f"steps={steps}")
+    command = train_command(recipe_file, shards, run, "log.wandb=offline", f"steps={steps}")
     process = subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -136,8 +136,8 @@ def test_wandb_has_every_step_though_its_helper_died_and_the_run_was_resumed(rec
     for member in family:  # as a preemption does
         member.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 0
-    told = json.loads((run / "outcome.json").read_text())
-    assert (told["outcome"], told["reason"]) == ("stopped", "by SIGTERM")
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert (outcome["outcome"], outcome["reason"]) == ("stopped", "by SIGTERM")
     identity = (run / "wandb_id").read_text()
 
     done = fork_python(*command)
@@ -165,7 +165,7 @@ class Run:
 
     def finish(self, exit_code):
         outcome = Path("{run}/outcome.json")
-        print("the outcome is told" if outcome.exists() else "too early", flush=True)
+        print("the outcome is written" if outcome.exists() else "too early", flush=True)
         time.sleep(900)
 """
 IMPATIENT = (
@@ -176,10 +176,10 @@ IMPATIENT = (
 def test_wandb_finishes_after_the_outcome_and_delays_the_exit_for_a_limited_time(recipe_file, shards, tmp_path):
     run = tmp_path / "run"
     (tmp_path / "wandb.py").write_text(SILENT_WANDB.format(run=run))
-    _, _, *recipe = words(recipe_file, shards, run, "log.wandb=online", "steps=2")
+    _, _, *recipe = train_command(recipe_file, shards, run, "log.wandb=online", "steps=2")
     done = run_python("-c", IMPATIENT, *recipe, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert "the outcome is told" in done.stdout
+    assert "the outcome is written" in done.stdout
     assert (
         f"wandb: the upload did not finish within 1 s; run `wandb sync {run}/wandb/run-*` to upload the rest"
         in done.stdout
@@ -187,7 +187,7 @@ def test_wandb_finishes_after_the_outcome_and_delays_the_exit_for_a_limited_time
 
 
 def logged_steps(data):
-    """Steps of a wandb file: records in LevelDB's log format, blocks of 32 KiB after a header of 7 bytes."""
+    """Yield the steps in a wandb file, which has LevelDB's log format: blocks of 32 KiB after a header of 7 bytes."""
     at, record = 7, b""
     while at + 7 <= len(data):
         if (room := 32768 - at % 32768) < 7:

@@ -1,4 +1,4 @@
-"""The values of a log line: weighted as the loss is, over the ranks that others wait for, without what is no step."""
+"""Values of a log line: averages over the window, waits of the slowest rank, and timers."""
 
 from types import SimpleNamespace
 
@@ -59,7 +59,7 @@ def window(recipe, peak_flops=None):
 
 
 @pytest.mark.parametrize(("mean", "loss"), [("token", (6 + 2) / (3 + 1)), ("sample", (6 + 2) / (2 + 1))])
-def test_losses_by_source_are_weighted_over_the_interval_as_the_recipe_says(recipe_file, mean, loss):
+def test_losses_by_source_are_weighted_as_the_recipe_says(recipe_file, mean, loss):
     each = window(load_recipe(recipe_file, [f"loss.text={mean}"], planning=True))
     each.add(batch([2, 0], [3, 0]), report([6, 0]))
     each.add(batch([1, 0], [1, 0]), report([2, 0]))
@@ -69,14 +69,14 @@ def test_losses_by_source_are_weighted_over_the_interval_as_the_recipe_says(reci
     assert (values["data/samples/a"], values["data/samples/b"]) == (3, 0)
 
 
-def test_a_step_that_was_not_finite_does_not_spoil_the_interval(recipe):
+def test_a_step_that_is_not_finite_is_left_out_of_the_average(recipe):
     each = window(recipe)
     each.add(batch([1, 1], [2, 2]), report([4, 2]))
     each.add(batch([1, 1], [2, 2]), report([np.nan, np.nan], total=np.nan))
     assert each.close()["loss/text/a"] == 2
 
 
-def test_waits_are_those_of_the_slowest_rank_of_each_step(recipe):
+def test_each_step_counts_the_wait_of_its_slowest_rank(recipe):
     each = window(recipe)
     each.add(batch([1, 1], [1, 1]), report([1, 1], [timings(0.1, 1, 0), timings(0.3, 3, 0.5)]))
     each.add(batch([1, 1], [1, 1]), report([1, 1], [timings(0.5, 1, 0), timings(0.1, 1, 0)]))
@@ -86,12 +86,12 @@ def test_waits_are_those_of_the_slowest_rank_of_each_step(recipe):
     assert (values["ranks/slowest"], values["ranks/slowest_ratio"]) == (1, 2)
 
 
-def test_the_slowest_rank_is_compared_with_the_median_and_text_alone_tells_nothing():
+def test_the_slowest_rank_is_compared_with_the_median_rank():
     assert slowest_rank([1.0, 1.1, 5.5, 1.2]) == {"ranks/slowest": 2, "ranks/slowest_ratio": 5.5 / 1.1}
     assert slowest_rank([0.0, 0.0]) == {"ranks/slowest": None, "ranks/slowest_ratio": None}
 
 
-def test_saving_is_no_steps_time(recipe, monkeypatch):
+def test_excluded_time_does_not_count_as_step_time(recipe, monkeypatch):
     times = iter([0.0, 11.0, 11.0])
     monkeypatch.setattr("pipeline.metrics.window.time.monotonic", lambda: next(times))
     each = window(recipe, peak_flops=1e9)
@@ -104,7 +104,7 @@ def test_saving_is_no_steps_time(recipe, monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["tiny_v1", "tiny_v2"])
-def test_useful_operations_are_those_of_the_cost_model(model):
+def test_useful_flops_agree_with_the_cost_model(model):
     config = preset(model)
     flops, patches = UsefulFlops(config), config.vision.num_patches
     both = batch([3, 1], [12, 4], images=4, tokens=4 * (30 + patches))
@@ -127,26 +127,26 @@ def test_useful_operations_are_those_of_the_cost_model(model):
         ("Some GPU", None),
     ],
 )
-def test_a_devices_peak_is_found_by_its_name(name, peak):
+def test_the_peak_of_a_device_is_looked_up_by_name(name, peak):
     assert peak_flops(name) == peak
 
 
-def test_the_cpu_has_no_peak():
+def test_the_cpu_has_no_peak_flops():
     assert peak_flops_of_ranks(Ranks(rank=0, local_rank=0, world_size=2, device=torch.device("cpu"))) is None
 
 
-def test_a_step_is_divided_by_source(shards):
+def test_samples_and_tokens_of_a_batch_are_counted_by_source(shards):
     index = load_index(shards)
     sources = Sources(index)
     assert sources.names == ["squares"]
     ids, mine = np.array([3, 4, 5, -1]), [np.array([3, 4]), np.array([5, -1])]
-    divided = sources.of_batch(ids, mine)
-    assert divided.samples.tolist() == [3]
-    assert divided.supervised_tokens.tolist() == [sum(index.column("num_supervised_tokens").to_pylist()[3:6])]
-    assert divided.rows.tolist() == [[0, 0], [0, 0]]
+    counts = sources.of_batch(ids, mine)
+    assert counts.samples.tolist() == [3]
+    assert counts.supervised_tokens.tolist() == [sum(index.column("num_supervised_tokens").to_pylist()[3:6])]
+    assert counts.rows.tolist() == [[0, 0], [0, 0]]
 
 
-def test_garbage_is_collected_at_fixed_steps_and_at_no_others():
+def test_garbage_is_collected_at_fixed_steps_only():
     import gc
 
     collected = []
@@ -166,7 +166,7 @@ def test_garbage_is_collected_at_fixed_steps_and_at_no_others():
         gc.callbacks.pop()
 
 
-def test_the_towers_are_timed_and_nothing_else():
+def test_the_tower_timer_times_each_forward_pass_of_the_towers():
     towers = torch.nn.Linear(2, 2)
     clock = TowerTimer(towers, torch.device("cpu"))
     assert clock.pop_seconds() == 0

@@ -1,4 +1,4 @@
-"""What counts as a spike: a poisoned batch does, the noise of a training does not."""
+"""Spike detection: a poisoned batch is a spike, the noise of a training is not."""
 
 import math
 
@@ -28,22 +28,22 @@ def report(total, grad_norm=1.0):
     )
 
 
-def found(totals, grad_norms=None, has_images=True):
+def spike_keys(totals, grad_norms=None, has_images=True):
     spikes = SpikeDetector()
     norms = [1.0] * len(totals) if grad_norms is None else grad_norms
     steps = (spikes.check(report(*both), has_images=has_images) for both in zip(totals, norms, strict=True))
     return {step: [spike.key for spike in each] for step, each in enumerate(steps) if each}
 
 
-def test_a_normal_noisy_run_is_silent():
+def test_a_noisy_but_normal_run_has_no_spikes():
     noise = np.random.Generator(np.random.Philox(key=3))
     steps = np.arange(20_000)
     losses = (0.8 + 2.5 * np.exp(-steps / 300)) * (1 + 0.1 * noise.standard_normal(len(steps)))
     norms = np.exp(0.3 * noise.standard_normal(len(steps)))
-    assert found(losses, norms) == {}
+    assert spike_keys(losses, norms) == {}
 
 
-def test_a_spike_is_told_with_its_value_and_what_is_usual():
+def test_a_spike_carries_its_value_the_usual_value_and_z():
     spikes = SpikeDetector()
     for step in range(NOISE_STEPS):
         assert spikes.check(report(1 + 0.01 * (-1) ** step), has_images=True) == []
@@ -57,42 +57,42 @@ def test_a_spike_is_told_with_its_value_and_what_is_usual():
 def test_one_spike_does_not_hide_the_next():
     losses = [1.0] * 3 * NOISE_STEPS
     losses[FIRST::40] = [4.0] * len(losses[FIRST::40])
-    assert list(found(losses)) == list(range(FIRST, 3 * NOISE_STEPS, 40))
+    assert list(spike_keys(losses)) == list(range(FIRST, 3 * NOISE_STEPS, 40))
 
 
-def test_a_kind_of_batch_that_is_rare_but_returns_is_no_spike():
+def test_a_rare_but_recurring_kind_of_batch_is_not_a_spike():
     losses = [1.0] * 3 * NOISE_STEPS
     losses[5::12] = [2.0] * len(losses[5::12])
-    assert found(losses) == {}
-    assert found([*losses, 30.0]) == {len(losses): ["loss/total"]}
+    assert spike_keys(losses) == {}
+    assert spike_keys([*losses, 30.0]) == {len(losses): ["loss/total"]}
 
 
-def test_a_new_level_is_soon_usual():
-    steps = list(found([1.0] * NOISE_STEPS + [2.0] * NOISE_STEPS))
+def test_a_lasting_change_of_level_is_reported_only_at_first():
+    steps = list(spike_keys([1.0] * NOISE_STEPS + [2.0] * NOISE_STEPS))
     assert NOISE_STEPS in steps
     assert max(steps) <= NOISE_STEPS + MEDIAN_STEPS // 2
 
 
-def test_neither_the_first_steps_nor_a_quiet_window_make_a_spike_of_little():
-    assert found([5.0] + [1.0] * FIRST + [1.2] * 3) == {}
-    assert found([1.0] * (FIRST - 1) + [9.0]) == {}
-    assert found([1.0] * FIRST + [9.0]) == {FIRST: ["loss/total"]}
+def test_the_first_steps_and_small_deviations_are_never_spikes():
+    assert spike_keys([5.0] + [1.0] * FIRST + [1.2] * 3) == {}
+    assert spike_keys([1.0] * (FIRST - 1) + [9.0]) == {}
+    assert spike_keys([1.0] * FIRST + [9.0]) == {FIRST: ["loss/total"]}
 
 
 def test_an_exploding_gradient_is_reported_but_not_an_infinite_one():
     norms = [1.0] * FIRST
-    assert found([1.0] * (FIRST + 1), [*norms, 30.0]) == {FIRST: ["optim/grad_norm"]}
-    assert found([1.0] * (FIRST + 1), [*norms, math.inf]) == {}
+    assert spike_keys([1.0] * (FIRST + 1), [*norms, 30.0]) == {FIRST: ["optim/grad_norm"]}
+    assert spike_keys([1.0] * (FIRST + 1), [*norms, math.inf]) == {}
 
 
-def test_steps_with_pictures_and_steps_without_are_not_compared():
+def test_steps_with_images_are_not_compared_with_text_only_steps():
     spikes = SpikeDetector()
     for _ in range(NOISE_STEPS):
         assert spikes.check(report(1.0), has_images=True) == []
         assert spikes.check(report(7.0), has_images=False) == []
 
 
-def test_a_poisoned_batch_in_a_real_training_stands_out(recipe_file, shards, tmp_path):
+def test_a_poisoned_batch_in_a_real_training_is_a_spike(recipe_file, shards, tmp_path):
     recipe = load_recipe(recipe_file, [f"data.shards={shards}", f"run.dir={tmp_path}", "optim.micro_batch=8"])
     data = TrainData(recipe, Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu")))
     batch = next(batch for batch in data.from_step(0) if not batch.images)

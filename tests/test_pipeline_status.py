@@ -1,4 +1,4 @@
-"""The ledger adds up: every second of a run with a crash and a stop is named once."""
+"""Status and history: the ledger of wall time, the state of a run, and what the table shows."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def event(name, step, time, **facts):
     return {"event": name, "step": step, "time": time, **facts}
 
 
-# Began at 100; crashed some time after step 4; resumed at 2 at 160; stopped; queued from 185 to 200; lost; done.
+# Starts at 100, crashes after step 4, resumes from step 2 at 160, stops at 185, resumes at 200, is lost, resumes, done.
 LINES = [
     event("start", 0, 110, began=100, total_steps=6),
     step_line(2, 120, 5, wait_s=1),
@@ -57,7 +57,7 @@ LINES = [
 ]
 
 
-def test_every_second_is_named_once():
+def test_the_ledger_counts_every_second_once():
     ledger = replay(LINES).ledger
     assert ledger.total == 119
     assert ledger.starting == 10 + 5 + 4 + 2
@@ -74,24 +74,24 @@ def test_every_second_is_named_once():
     assert ledger.goodput == pytest.approx(28 / 119)
 
 
-def test_a_stop_between_two_lines_and_a_save_count_as_steps_done():
+def test_a_save_and_a_stop_between_two_log_lines_advance_the_step():
     assert replay([*LINES[:3], event("save", 3, 124, seconds=1)]).step == 3
     assert replay([*LINES[:3], event("stopped", 3, 124)]).step == 3
 
 
-def test_the_time_left_is_at_the_rate_of_this_start_with_its_saves():
+def test_the_time_left_uses_the_speed_and_the_saves_of_the_current_start():
     start = event("resume", 2, 130, began=125, total_steps=8)
     save = event("save", 4, 143, seconds=3)
     assert replay([*LINES[:3], start, step_line(4, 140, 5), save]).left_s == 4 * (5 + 3 / 2)
 
 
-def test_an_event_is_found_at_its_step(tmp_path):
+def test_has_event_finds_an_event_only_at_its_step(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, LINES)) + '\n{"cut off')
     assert has_event(tmp_path, "heldout", 6)
     assert not has_event(tmp_path, "heldout", 5)
 
 
-def test_restarts_tell_how_the_start_before_had_ended():
+def test_each_restart_records_how_the_previous_start_ended():
     starts = replay(LINES).starts
     assert [(start.step, start.before) for start in starts] == [
         (0, ""),
@@ -101,31 +101,31 @@ def test_restarts_tell_how_the_start_before_had_ended():
     ]
 
 
-def test_the_table_tells_what_there_is_to_know(tmp_path):
-    told = table(tmp_path, replay(LINES), now=219)
-    for words in (
+def test_the_table_shows_progress_speed_restarts_warnings_and_sources(tmp_path):
+    text = table(tmp_path, replay(LINES), now=219)
+    for part in (
         "step 6 of 6, 0:00:00 left",
-        "lately 1.6 samples/s, 1600 tok/s, MFU 40.0%, padding 1.0%",
+        "recent speed: 1.6 samples/s, 1600 tok/s, MFU 40.0%, padding 1.0%",
         "rank 3 takes 1.50 times as long",
         "resumed at step 5 after it was lost: rank 1 has ended",
         "steps without a finite loss or gradient: 6",
         "spikes at steps 6 (total 3, z 10)",
     ):
-        assert words in told
-    [a] = [line.split() for line in told.splitlines() if line.startswith("a ")]
+        assert part in text
+    [a] = [line.split() for line in text.splitlines() if line.startswith("a ")]
     assert a == ["a", "32", f"{sum(2.0 / step for step in (2, 4, 5, 6)) / 4:.4f}", "0.5000"]
-    [b] = [line.split() for line in told.splitlines() if line.startswith("b ")]
+    [b] = [line.split() for line in text.splitlines() if line.startswith("b ")]
     assert b == ["b", "0", "-", "-"]
 
 
-def test_what_was_redone_is_told_once():
+def test_a_spike_in_a_redone_step_is_listed_once():
     spike = event("spike", 3, 30, key="loss/total", value=3.0, usual=1.0, z=9.0, samples=[1])
     again = event("resume", 2, 40, began=40, total_steps=6)
     history = replay([event("start", 0, 0, began=0, total_steps=6), spike, again, spike | {"time": 50}])
     assert len(history.spikes) == 1
 
 
-def test_a_log_line_that_covers_old_and_new_steps_is_divided():
+def test_a_log_line_over_redone_and_new_steps_is_split_between_them():
     lines = [
         event("start", 0, 10, began=10, total_steps=9),
         step_line(4, 14, 1),
@@ -147,7 +147,7 @@ def test_a_log_line_that_covers_old_and_new_steps_is_divided():
         ({"outcome": "lost", "step": 6, "reason": "rank 1 has ended"}, 5, "lost: rank 1 has ended"),
     ],
 )
-def test_the_state_is_read_off_the_outcome_and_the_silence(tmp_path, outcome, silent_s, state):
+def test_the_state_follows_from_the_outcome_and_the_silence(tmp_path, outcome, silent_s, state):
     if outcome:
         (tmp_path / "outcome.json").write_text(json.dumps(outcome))
     history = replay(LINES[:4])
@@ -156,7 +156,7 @@ def test_the_state_is_read_off_the_outcome_and_the_silence(tmp_path, outcome, si
 
 
 @pytest.mark.parametrize("lines", [LINES[:1], LINES[:4]], ids=["in its first step", "in a save or an evaluation"])
-def test_what_takes_long_is_no_death_while_the_watchdog_lives(tmp_path, lines):
+def test_a_run_is_not_dead_while_its_heartbeat_goes_on(tmp_path, lines):
     history, alive = replay(lines), tmp_path / "control/alive"
     alive.parent.mkdir()
     alive.touch()
@@ -165,7 +165,7 @@ def test_what_takes_long_is_no_death_while_the_watchdog_lives(tmp_path, lines):
     assert state_of(tmp_path, history, now=history.last_time + 3725) == "dead: silent for 0:02:05"
 
 
-def test_the_sign_of_life_of_an_earlier_start_does_not_make_a_later_one_dead(tmp_path):
+def test_the_old_heartbeat_of_a_previous_start_does_not_make_a_run_dead(tmp_path):
     alive = tmp_path / "control/alive"
     alive.parent.mkdir()
     alive.touch()
@@ -174,12 +174,12 @@ def test_the_sign_of_life_of_an_earlier_start_does_not_make_a_later_one_dead(tmp
     assert state_of(tmp_path, history, now=history.last_time + 100) == "running"
 
 
-def test_the_time_left_is_told_only_once_a_step_was_timed(tmp_path):
+def test_the_time_left_is_shown_only_after_a_step_was_timed(tmp_path):
     begun = event("start", 0, 110, began=100, total_steps=1000)
     assert table(tmp_path, replay([begun]), now=240).splitlines()[0] == f"{tmp_path}: running, step 0 of 1000"
 
 
-def test_a_crash_is_told_with_its_reason_whatever_the_other_ranks_made_of_it(tmp_path):
+def test_the_state_shows_the_crash_not_the_lost_ranks_that_followed_it(tmp_path):
     crash = event("failed", None, 134, reason="RuntimeError: out of memory")
     history = replay([*LINES[:4], crash])
     assert state_of(tmp_path, history, now=135) == state_of(tmp_path, history, now=9999)
@@ -191,8 +191,8 @@ def test_a_crash_is_told_with_its_reason_whatever_the_other_ranks_made_of_it(tmp
 
 
 @pytest.fixture
-def loading(recipe_file, tmp_path):
-    """A start in a folder whose run had been stopped."""
+def starting(recipe_file, tmp_path):
+    """A run that is starting in the folder of a run that was stopped."""
     (tmp_path / "outcome.json").write_text(json.dumps({"outcome": "stopped", "step": 5, "reason": "by SIGUSR1"}))
     recipe = load_recipe(recipe_file, [f"run.dir={tmp_path}"], planning=True)
     run = RunFolder(recipe, Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu")))
@@ -204,58 +204,58 @@ def state_later(run, seconds):
     return state_of(run.folder, replay(LINES[:9]), now=time.time() + seconds)
 
 
-def test_a_start_that_loads_is_neither_stopped_nor_dead_but_not_for_ever(loading):
-    assert state_later(loading, 300) == "starting"
-    assert state_later(loading, 3 * 3600) == "dead: it began to start 3:00:00 ago"
-    loading.accept_start(5, {})
-    assert state_later(loading, 0) == "stopped", "the word of metrics.jsonl, now that this start can tell there"
+def test_a_run_that_starts_up_is_reported_as_starting_for_half_an_hour_at_most(starting):
+    assert state_later(starting, 300) == "starting"
+    assert state_later(starting, 3 * 3600) == "dead: still starting after 3:00:00"
+    starting.accept_start(5, {})
+    assert state_later(starting, 0) == "stopped", "now metrics.jsonl counts, whose last event is a stop"
 
 
-def test_a_start_gives_a_sign_of_life_once_it_is_accepted(loading):
-    loading.heartbeat()
-    assert not loading.heartbeat_file.exists()
-    loading.accept_start(5, {})
-    loading.heartbeat()
-    assert loading.heartbeat_file.exists()
+def test_a_start_gives_no_heartbeat_before_it_is_accepted(starting):
+    starting.heartbeat()
+    assert not starting.heartbeat_file.exists()
+    starting.accept_start(5, {})
+    starting.heartbeat()
+    assert starting.heartbeat_file.exists()
 
 
-def test_a_start_that_is_refused_leaves_the_state_as_it_was(loading):
-    loading.write_outcome("failed", reason="optim.lr was 0.001, now 0.003")
-    assert state_later(loading, 0) == "stopped by SIGUSR1"
-    loading.write_outcome("lost", step=0, reason="rank 0 has ended")
-    assert state_later(loading, 0) == "stopped by SIGUSR1"
+def test_a_refused_start_leaves_the_state_unchanged(starting):
+    starting.write_outcome("failed", reason="optim.lr was 0.001, now 0.003")
+    assert state_later(starting, 0) == "stopped by SIGUSR1"
+    starting.write_outcome("lost", step=0, reason="rank 0 has ended")
+    assert state_later(starting, 0) == "stopped by SIGUSR1"
 
 
-def test_of_a_start_that_is_lost_before_its_first_step_the_first_word_counts(loading):
-    loading.record_failed_start("failed: OSError: no such device")
-    loading.write_outcome("lost", step=0, reason="rank 1 has ended")
-    assert state_later(loading, 0) == "failed: OSError: no such device"
+def test_the_first_recorded_reason_of_a_failed_start_is_kept(starting):
+    starting.record_failed_start("failed: OSError: no such device")
+    starting.write_outcome("lost", step=0, reason="rank 1 has ended")
+    assert state_later(starting, 0) == "failed: OSError: no such device"
 
 
-def test_a_crash_before_and_after_the_first_step_is_told(recipe_file, shards, tmp_path):
-    words = [recipe_file, f"data.shards={shards}", f"run.dir={tmp_path}"]
-    for place in ("build_engine", "Loop.run"):
-        crashing = f"from pipeline import train; train.{place} = lambda *_: 1 / 0; train.main()"
-        assert fork_python("-c", crashing, *words).returncode == 1
-        told = run_python("-m", "pipeline.status", tmp_path).stdout
-        assert told.startswith(f"{tmp_path}: failed: ZeroDivisionError: division by zero"), place
+def test_a_crash_is_reported_both_before_and_after_the_loop_begins(recipe_file, shards, tmp_path):
+    arguments = [recipe_file, f"data.shards={shards}", f"run.dir={tmp_path}"]
+    for function in ("build_engine", "Loop.run"):
+        crashing = f"from pipeline import train; train.{function} = lambda *_: 1 / 0; train.main()"
+        assert fork_python("-c", crashing, *arguments).returncode == 1
+        text = run_python("-m", "pipeline.status", tmp_path).stdout
+        assert text.startswith(f"{tmp_path}: failed: ZeroDivisionError: division by zero"), function
 
 
-def test_how_long_the_last_start_took_is_told_by_phase(tmp_path):
-    told = table(tmp_path, replay(LINES[:10]), now=208)
-    assert "last start 4.0 s: imports 1.0, checkpoint 3.0\n" in told + "\n"
-    assert "last start" not in table(tmp_path, replay(LINES[:9]), now=208), "an earlier version tells of no phases"
+def test_the_table_shows_the_phases_of_the_last_start(tmp_path):
+    text = table(tmp_path, replay(LINES[:10]), now=208)
+    assert "last start 4.0 s: imports 1.0, checkpoint 3.0\n" in text + "\n"
+    assert "last start" not in table(tmp_path, replay(LINES[:9]), now=208), "older versions logged no phases"
 
 
-def test_a_loss_that_is_not_finite_is_null_in_the_json(tmp_path):
+def test_a_loss_that_is_not_finite_becomes_null_in_the_json(tmp_path):
     lines = [LINES[0], step_line(2, 120, 5) | {"loss/text": None, "loss/align": None}, step_line(4, 130, 5)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    told = run_python("-m", "pipeline.status", tmp_path, "--json").stdout
-    facts = json.loads(told, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    text = run_python("-m", "pipeline.status", tmp_path, "--json").stdout
+    facts = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
     assert facts["losses"] == {"2": [None, None], "4": [0.5, 1.0]}
 
 
-def test_a_place_that_takes_no_figure_is_one_line(tmp_path):
+def test_a_figure_that_cannot_be_written_is_an_error_of_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, LINES)))
     done = run_python("-m", "pipeline.status", tmp_path, "--png", tmp_path / "absent/loss.png")
     assert done.returncode == 2
@@ -264,7 +264,7 @@ def test_a_place_that_takes_no_figure_is_one_line(tmp_path):
     assert "absent/loss.png" in line
 
 
-def test_a_reader_that_has_read_enough_ends_it_quietly(tmp_path):
+def test_a_closed_pipe_ends_the_command_quietly(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, LINES)))
     reader, writer = os.pipe()
     os.close(reader)
@@ -274,7 +274,7 @@ def test_a_reader_that_has_read_enough_ends_it_quietly(tmp_path):
     assert done.stderr == ""
 
 
-def test_a_line_that_was_cut_off_by_a_kill_is_passed_over(tmp_path):
+def test_a_line_that_a_kill_cut_off_is_ignored(tmp_path):
     text = "\n".join(map(json.dumps, LINES[:4]))
     (tmp_path / "metrics.jsonl").write_text(text + '\n{"step": 5, "ti')
     assert read_history(tmp_path).step == 4
@@ -283,11 +283,17 @@ def test_a_line_that_was_cut_off_by_a_kill_is_passed_over(tmp_path):
     assert read_history(tmp_path).ledger == replay(LINES).ledger
 
 
-def test_a_folder_that_is_no_run_is_said_so(tmp_path):
+def test_a_folder_without_a_run_is_an_error_of_the_user(tmp_path):
     with pytest.raises(UserError, match="no run found in this folder"):
         read_history(tmp_path)
 
 
-def test_the_losses_are_drawn(tmp_path):
+def test_draw_run_writes_a_png(tmp_path):
     draw_run(replay(LINES), tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("module", ["pipeline.status", "pipeline.train"])
+def test_only_commands_that_plot_import_matplotlib(module):
+    program = f"import sys, {module}; sys.exit('matplotlib' in sys.modules)"
+    assert run_python("-c", program).returncode == 0

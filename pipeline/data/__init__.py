@@ -1,1 +1,1 @@
-"""Reading shards in the order of the training plan."""
+"""Training data: the plan, the data loader and the shard reader."""

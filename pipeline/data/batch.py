@@ -1,4 +1,4 @@
-"""Batches: the micro-batch of one forward pass, the global batch of one optimizer step, and how rows are collated."""
+"""Batches of training: `MicroBatch` for one forward pass, `GlobalBatch` for one optimizer step, and `collate`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class MicroBatch:
     Attributes:
         tokens: [b, t] int64, padded on the right.
         targets: [b, t] int64, IGNORE_INDEX where not supervised.
-        pixels: [b, 3, h, w] uint8, None for text-only batches. Channels come last in memory until `to`.
+        pixels: [b, 3, h, w] uint8, None for text-only batches. The memory layout is channels-last until `to`.
         real: [b] bool, False for filler rows, which have no effect on the loss.
         slow_reads: reads that were slow while the rows were loaded.
     """
@@ -53,7 +53,7 @@ class GlobalBatch:
     Attributes:
         ids: rows of the index, of all ranks, without filler.
         tokens: visual and text tokens, without padding.
-        padding_ratio: share of the computed positions that are padding, including the wait for the longest rank.
+        padding_ratio: share of padding in the computed positions, with every rank padded to the longest row of any.
         wait_s: how long the training loop waited for this batch.
         slow_reads: slow reads of this rank.
     """

@@ -44,7 +44,7 @@ class Sources:
 
         Args:
             ids: rows of the index that make up the global batch, with FILLER.
-            rank_ids: the same for each micro-batch of this rank.
+            rank_ids: rows of the index in each micro-batch of this rank.
         """
         real = ids[ids != FILLER]
         source, count = self.of_row[real], len(self.names)

@@ -9,7 +9,7 @@ from preprocess.shards.manifest import Manifest
 
 
 def check_shards_match_model(manifest: Manifest, recipe: Recipe) -> None:
-    """Check that the shards hold what the recipe's model reads. Raises: UserError."""
+    """Check that image size, prompt template and tokenizer of the shards match the recipe. Raises: UserError."""
     config = recipe.config
     for name, actual, expected in (
         ("image size", manifest.image["px"], config.vision.image_px),
@@ -30,14 +30,14 @@ def check_shards_match_model(manifest: Manifest, recipe: Recipe) -> None:
 
 
 def _check_tokenizer(manifest: Manifest, recipe: Recipe) -> None:
-    """Compare tokenizers by content if `data.tokenizer` names a copy, otherwise by the name in the preset."""
-    copy, used = recipe.data.tokenizer, manifest.tokenizer
-    expected = copy or recipe.config.tokenizer
+    """Compare tokenizers by content if the recipe gives a tokenizer folder, otherwise by name."""
+    folder, used = recipe.data.tokenizer, manifest.tokenizer
+    expected = folder or recipe.config.tokenizer
     if expected is None:
         return
-    matches = load_tokenizer(copy).sha256 == used["sha256"] if copy else expected == used["name"]
+    matches = load_tokenizer(folder).sha256 == used["sha256"] if folder else expected == used["name"]
     if not matches:
         raise UserError(
             f"data.shards: {recipe.data.shards}: tokenized with {used['name']!r}, expected {expected!r}; build the "
-            f"shards with --tokenizer {expected}, or name the copy that was used: data.tokenizer=FOLDER"
+            f"shards with --tokenizer {expected}, or set data.tokenizer to a copy of the one used"
         )

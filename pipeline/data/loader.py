@@ -38,7 +38,7 @@ class MicroBatchDataset(Dataset):
             return error
 
     def load(self, k: int) -> MicroBatch:
-        """Load micro-batch `k`. Filler rows repeat the first sample of the step, because shapes must be valid."""
+        """Load micro-batch `k`. Filler rows hold a copy of the step's first sample."""
         step, micro = divmod(k, self.per_step)
         ids = self.plan.step(step)
         rank_ids = rank_slices(ids, self.ranks.rank, self.ranks.world_size, self.micro_batch)[micro]
@@ -78,7 +78,7 @@ class TrainData:
         return self.recipe.steps or self.recipe.data.epochs * self.plan.steps_per_epoch
 
     def heaviest_micro_batch(self) -> MicroBatch:
-        """Load this rank's largest micro-batch. It is one of the first step's, where the plan puts the longest."""
+        """Load this rank's largest micro-batch. It is in the first step, where the plan puts the longest rows."""
         first_step = (self.dataset.load(k) for k in range(self.dataset.per_step))
         return max(first_step, key=lambda micro_batch: micro_batch.tokens.numel())
 
@@ -107,14 +107,14 @@ class TrainData:
         return Workers(self.dataset, range(first * per_step, self.total_steps * per_step), self.recipe, self.ranks)
 
     def _global_batch(self, step: int, micro_batches: list[MicroBatch], *, wait_s: float) -> GlobalBatch:
-        """Add to the micro-batches of a step what the index knows about the whole step."""
+        """Build the global batch of a step from this rank's micro-batches and from totals in the index."""
         size, world_size = self.recipe.optim.micro_batch, self.ranks.world_size
         ids = self.plan.step(step)
         real = ids[ids != FILLER]
         has_image = bool(self.plan.has_image[ids[0]])
         visual_tokens = self.recipe.config.vision.num_patches if has_image else 0
         lengths = np.where(ids == FILLER, 0, self.text_tokens[ids] + visual_tokens)
-        # Every rank computes as many positions as the longest row of any rank, because all ranks run in lockstep.
+        # ZeRO-3 runs the ranks in lockstep, so the longest row of any rank determines the cost on all ranks.
         forward_passes = lengths.reshape(-1, size * world_size)
         computed = int(forward_passes.max(axis=1).sum()) * size * world_size
         return GlobalBatch(

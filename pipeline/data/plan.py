@@ -1,7 +1,7 @@
 """Training plan: the samples of each optimizer step, as a pure function of (manifest, seed, epoch, step).
 
 Every global batch is of one modality, so that all ranks run the same modules. World size, micro-batch and number of
-DataLoader workers only choose slices of it. A resumed run therefore needs nothing but the number of the step.
+DataLoader workers only determine how a global batch is sliced. To resume, a run needs only the number of the step.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ FILLER = -1  # fills up the last batch of each modality; filler rows have no eff
 
 
 def count_steps(*, with_image: int, text_only: int, global_batch: int) -> int:
-    """Return the number of steps of an epoch over so many samples, since a global batch holds one modality."""
+    """Return the number of steps per epoch. Samples with and without image fill separate global batches."""
     return -(-with_image // global_batch) + -(-text_only // global_batch)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Plan:
-    """The order of training.
+    """Deterministic order of the training samples.
 
     Attributes:
         text_tokens: [N], number of text tokens of each sample, by its row in the index.
@@ -92,7 +92,7 @@ class Plan:
 def rank_slices(ids: Ids, rank: int, world_size: int, micro_batch: int) -> list[Ids]:
     """Return the micro-batches of one rank, in order.
 
-    A forward pass takes consecutive rows on all ranks, so that rows of similar length are padded together.
+    Consecutive rows, which have similar lengths, go to the same forward pass on all ranks, to save padding.
     """
     return list(ids.reshape(-1, world_size, micro_batch)[:, rank])
 

@@ -31,7 +31,7 @@ PARTS = ("tokens", "meta", "image")  # members of a sample; the index has `<part
 
 
 class DamagedShardError(UserError):
-    """A sample cannot be read. Unlike other errors of the user, it may occur on one rank alone."""
+    """Raised if a sample cannot be read. Unlike other user errors, it can occur on one rank alone."""
 
 
 class SlowRead(NamedTuple):
@@ -124,9 +124,9 @@ class ShardReader:
         return str(self.index.column("key")[row])
 
     def _open(self, shard: int) -> int:
-        """Return the open file of a shard. If it is no longer the file of the run's start, reopen and hash it.
+        """Return the open file of a shard. Reopen and hash it if it has been modified or replaced.
 
-        Raises: ValueError if its content changed.
+        Raises: ValueError if its content differs from the manifest.
         """
         file = self.files.get(shard)
         if file is not None:
@@ -161,7 +161,7 @@ def _pread(file: int, offset: int, size: int) -> bytes:
 
 
 def _fingerprint(stat: os.stat_result) -> Fingerprint:
-    """Return what changes when a file is written to, or when another file replaces it."""
+    """Return values that change when a file is written to or replaced by another."""
     return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_nlink > 0
 
 

@@ -18,13 +18,15 @@ from pipeline.errors import RetryableError
 from pipeline.recipe import Recipe
 
 PREFETCH = 4  # micro-batches that each worker keeps ready
-EXIT_GRACE_S = 5.0  # a worker whose connection breaks is looked for among those that exit within this time
+EXIT_GRACE_S = (
+    5.0  # after a broken connection, how long to wait for the worker to exit, so that the message can name it
+)
 WORKER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) ([^.]+)")  # torch's RuntimeError
 PIN_THREAD_DIED = "Pin memory thread exited unexpectedly"
 
 
 class Workers:
-    """Iterate over `dataset[items]` in order, loaded ahead by `data.workers` processes.
+    """Load `dataset[items]` in order, in `data.workers` processes that prefetch.
 
     The processes start at once. With `data.workers=0` this process loads each item when it is needed.
     """
@@ -43,7 +45,7 @@ class Workers:
             prefetch_factor=PREFETCH if num_workers else None,
             worker_init_fn=_ignore_sigterm,
         )
-        # Workers, and Python's resource tracker, inherit the mask: a SIGUSR1 to the whole job is meant for the rank.
+        # Workers and Python's resource tracker inherit the mask, because only the rank handles a SIGUSR1 to the job.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         try:
             self.batches: Any = iter(loader)
@@ -80,9 +82,9 @@ class Workers:
 
 
 def describe_wait(ranks: Ranks, workers: weakref.ref[Workers]) -> str:
-    """Describe what a rank waits for: its workers by process id, with those that are stopped, dead or blocked.
+    """Describe what a rank waits for: the process ids of its workers, with the state of those that make no progress.
 
-    The reference is weak because the stall warning keeps it, and the workers must end with their last user.
+    The reference is weak because `StallWarning` keeps it after the workers are no longer needed.
     """
     alive = workers()
     described = []
@@ -96,7 +98,7 @@ def describe_wait(ranks: Ranks, workers: weakref.ref[Workers]) -> str:
 def worker_death(error: RuntimeError, ranks: Ranks) -> RetryableError | None:
     """Return the error to report if `error` means that a worker died, otherwise None.
 
-    torch raises it in any line of the training, from its handler of SIGCHLD.
+    torch's SIGCHLD handler can raise this error at any point of the training.
     """
     if PIN_THREAD_DIED in str(error):  # torch's pinning thread noticed the death first
         return RetryableError(
@@ -114,7 +116,7 @@ def _worker_died_error(ranks: Ranks, pid: str, how: str) -> RetryableError:
 
 
 def prefetched_bytes(recipe: Recipe) -> int:
-    """Return the shared memory that one rank's workers fill with prefetched micro-batches of images."""
+    """Return the bytes of shared memory that one rank's prefetched micro-batches need."""
     config = recipe.config
     sample = 3 * config.vision.image_px**2 + 2 * 8 * config.max_text_tokens
     return recipe.data.workers * PREFETCH * recipe.optim.micro_batch * sample

@@ -1,6 +1,6 @@
 """Figures of a run: losses and wall time across restarts, and a grid of answered questions.
 
-The only module that imports matplotlib, which takes a second: commands import this module when they plot.
+This is the only module that imports matplotlib. The import is slow, so commands import this module only when they plot.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.metrics.history import History, format_duration
 from preprocess.images.codec import decode_rgb
 
 LABELLED_RESTARTS = 8  # only the last restarts get a label, because more labels would overlap
-MAX_SMOOTHING = 50  # points that the running median is taken over at most
+MAX_SMOOTHING = 50  # maximum number of points in the running median
 PART_COLOURS = {
     "training": "#2f7d4f",
     "waiting_for_data": "#e0a030",
@@ -80,7 +80,7 @@ def _finite_points(losses: dict[int, tuple[float, float | None]], term: int) -> 
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Return the running median over a twentieth of all points. Unlike a mean, it ignores rare kinds of batches."""
+    """Return the running median over a twentieth of the points, because rare kinds of batches would distort a mean."""
     reach = min(MAX_SMOOTHING, len(values) // 20) // 2
     return [median(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
 

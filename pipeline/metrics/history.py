@@ -14,7 +14,7 @@ from model.errors import UserError
 
 STARTS = ("start", "resume")  # events at which a training loop begins
 ENDS = ("done", "stopped")  # events of an orderly end
-SLOW_RANK_RATIO = 1.25  # a rank is reported as slow from this multiple of the median rank's time on
+SLOW_RANK_RATIO = 1.25  # a rank that takes this many times as long as the median rank is reported as slow
 TEXT_LOSS, SAMPLES = "loss/text/", "data/samples/"  # prefixes of keys that end with a source's name
 
 
@@ -44,13 +44,13 @@ class Ledger:
 
     @property
     def parts(self) -> dict[str, float]:
-        """The seconds of each part, with `other` for the rest of the total."""
+        """Return the seconds of each part, with `other` for the rest of the total."""
         parts = {name: seconds for name, seconds in asdict(self).items() if name != "total"}
         return {**parts, "other": max(0.0, self.total - sum(parts.values()))}
 
     @property
     def goodput(self) -> float:
-        """Share of the wall time that was spent on steps done for the first time."""
+        """Return the share of the wall time that was spent on steps done for the first time."""
         return self.training / self.total if self.total else 0.0
 
 
@@ -83,7 +83,7 @@ class LoggedSpike:
 
 @dataclass(kw_only=True)
 class History:
-    """A run over all its starts. Of a step that was done twice, the later line counts.
+    """History of a run over all its starts. If a step was done twice, the later line counts.
 
     Attributes:
         losses: (text, align) by step; align is None for a text-only step.
@@ -94,7 +94,7 @@ class History:
         nonfinite: steps without a finite loss or gradient.
         step_s: seconds per step in the last line.
         paused_s: seconds of saving and validation since the last start.
-        last_event: how the last start ended, as far as it recorded that.
+        last_event: how the last start ended; empty if it recorded no end.
     """
 
     ledger: Ledger = field(default_factory=Ledger)
@@ -115,7 +115,7 @@ class History:
 
     @property
     def left_s(self) -> float:
-        """Estimated seconds to the end of the run."""
+        """Return the estimated seconds to the end of the run."""
         done = self.step - (self.starts[-1].step if self.starts else 0)
         return seconds_left(self.total_steps - self.step, self.step_s, self.paused_s, done)
 
@@ -141,9 +141,9 @@ def has_event(run: Path, name: str, step: int) -> bool:
 
 
 def has_stepped_with(run: Path, *, world_size: int, settings: dict[str, Any]) -> bool:
-    """Return whether any start with this world size and these memory settings logged a step. Raises: OSError.
+    """Return whether a start with this world size and these memory settings logged a step. Raises: OSError.
 
-    Starts of older versions did not log their settings; they count as having had the same ones.
+    Starts of older versions, which did not log their settings, count as having had the same ones.
     """
     matches = False
     for line in _read_lines(run):

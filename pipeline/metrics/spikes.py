@@ -11,14 +11,14 @@ from typing import Any
 
 from pipeline.step import StepReport
 
-MEDIAN_STEPS = 16  # last steps of one modality, whose median is the usual value
-NOISE_STEPS = 128  # last steps whose deviations from the usual value give the noise
-MIN_NOISE_STEPS = 48  # no step is a spike before the noise is known from this many
+MEDIAN_STEPS = 16  # number of last steps of one modality whose median is the usual value
+NOISE_STEPS = 128  # number of last deviations from the usual value that determine the noise
+MIN_NOISE_STEPS = 48  # number of deviations that must be known before a step can be a spike
 Z_THRESHOLD = 7.0
 # Lower bound of the noise, as a standard deviation of the logarithm. A spike is therefore at least a third more loss
 # (e ** (7 * 0.041) = 1.33) or two and a half times the gradient norm, however quiet the steps before were.
 MIN_NOISE = {"loss/total": 0.041, "optim/grad_norm": 0.131}
-# The noise is estimated from this quantile, which in a normal distribution lies 1.645 standard deviations up.
+# The noise is estimated from this quantile. In a normal distribution it is 1.645 standard deviations above the mean.
 QUANTILE, QUANTILE_TO_STD = 0.95, 1 / 1.645
 
 
@@ -44,9 +44,9 @@ class Spike:
 class SpikeDetector:
     """Compare the loss and the gradient norm of each step with the last steps of the same modality.
 
-    Values are compared as logarithms, because both are positive and vary by factors. The noise is a quantile of the
-    deviations upwards: some kinds of answers are rare and have a higher loss, which is no spike, and a quantile,
-    unlike a standard deviation, is hardly moved by one spike, so that the next one is found too.
+    Values are compared as logarithms, because both are positive and vary by factors. The noise is estimated from an
+    upper quantile of the deviations, so that batches of a rare kind with a higher loss count as noise. A single spike
+    hardly changes the quantile, so that the next one is found too.
     """
 
     def __init__(self) -> None:
@@ -72,6 +72,6 @@ class SpikeDetector:
 
 
 def _noise(deviations: Iterable[float]) -> float:
-    """Return the standard deviation of the normal distribution that has this upper quantile."""
+    """Estimate the standard deviation from the upper quantile, assuming a normal distribution."""
     ordered = sorted(deviations)
     return ordered[int(QUANTILE * len(ordered))] * QUANTILE_TO_STD if ordered else 0.0

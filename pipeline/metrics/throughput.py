@@ -9,7 +9,7 @@ from pipeline.data.batch import GlobalBatch
 from pipeline.distributed.ranks import Ranks
 from pipeline.flops import flops_per_sample, mamba_layer_flops
 
-# Dense bf16 operations per second, from the vendors' data sheets. The longest name found in a device's name is used.
+# Dense bf16 operations per second, from the vendors' data sheets. If several names match a device, the longest counts.
 PEAK_FLOPS = {
     "A10": 125e12,
     "A30": 165e12,
@@ -57,14 +57,14 @@ class UsefulFlops:
         image = flops_per_sample(config, text_tokens=0, supervised=0, segment_layers=0, keep_layers=0)
         image_and_one = flops_per_sample(config, text_tokens=0, supervised=1, segment_layers=0, keep_layers=0)
         self.per_supervised_token = image_and_one.useful - image.useful
-        # Without the language model's share, because `of_batch` counts visual and text tokens as one sequence.
+        # The language model's share is subtracted, because `of_batch` counts visual and text tokens as one sequence.
         num_patches = config.vision.num_patches
         self.per_image = image.useful - self._language_model(num_patches, length=num_patches)
 
     def of_batch(self, batch: GlobalBatch) -> float:
         """Return the operations of a global batch.
 
-        All its sequences count with the mean length, which is nearly exact because batches are sorted by length.
+        It assumes that all sequences have the mean length, which is nearly exact because batches are sorted by length.
         """
         language_model = self._language_model(batch.tokens, length=round(batch.tokens / batch.samples))
         return language_model + self.per_image * batch.images + self.per_supervised_token * batch.supervised_tokens

@@ -18,7 +18,7 @@ COLLECT_EVERY = 50  # steps
 class GarbageCollection:
     """Context manager that collects garbage at the same steps on all ranks, and times it.
 
-    Automatic collection would stop each rank at another moment, and all other ranks would wait for it each time.
+    Automatic collection would stop each rank at a different step, and every stop would delay all ranks.
     """
 
     def __enter__(self) -> GarbageCollection:
@@ -66,7 +66,7 @@ class TowerTimer:
         self.laps.append((self.begun, self._now()))
 
     def _now(self) -> Any:
-        """Return the time, on a GPU as an event in its queue, because the host runs ahead of the device."""
+        """Return the time, on a GPU as an event in its stream, because the host runs ahead of the device."""
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

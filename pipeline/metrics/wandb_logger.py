@@ -1,6 +1,6 @@
 """Weights & Biases logging: one wandb run per run folder, across all resumes, online or offline.
 
-No failure of wandb ends or blocks the training, because `metrics.jsonl` is the record.
+If wandb fails, the training continues, because `metrics.jsonl` has all metrics.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from pipeline.recipe import Recipe
 
 # SLURM's SIGTERM on preemption kills wandb's helper process, while the training goes on to save a checkpoint.
-MAX_HELPER_DEATHS = 3  # after one more, logging goes on without wandb
+MAX_HELPER_DEATHS = 3  # after more deaths than this, the training continues without wandb
 FINISH_S = 60.0  # limit for the upload at the end; without a network, wandb would try until the job's time limit
 RESENT_LINES = 256  # a helper that dies may not have written its last lines; wandb ignores steps that it already has
 
@@ -55,7 +55,7 @@ class WandbLogger:
                 f"run `wandb sync {self.folder}/wandb/run-*` to upload the rest",
                 flush=True,
             )
-            # Handlers run last in, first out: this one ends the process before wandb's own, which waits for the upload.
+            # Exit handlers run in reverse order, so this one runs before wandb's, which waits for the upload.
             atexit.register(_exit_now)
 
     def _open(self) -> None:

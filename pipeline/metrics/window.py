@@ -19,7 +19,7 @@ class Window:
 
     Args:
         sources: names of the data sources, in the order of `StepReport.text_by_source`.
-        peak_flops: operations per second that the devices of all ranks can do together; None if unknown.
+        peak_flops: peak operations per second of all ranks' devices together; None if unknown.
     """
 
     def __init__(self, recipe: Recipe, sources: list[str], *, peak_flops: float | None):
@@ -35,7 +35,7 @@ class Window:
         self.text, self.text_weights, self.samples_by_source = (np.zeros(len(self.sources)) for _ in range(3))
 
     def add(self, batch: GlobalBatch, report: StepReport) -> None:
-        """Add one step. Each wait is that of the slowest rank, because all other ranks wait for it."""
+        """Add one step. Its waits are those of the slowest rank, because all ranks wait for that one."""
         self.steps += 1
         self.samples += batch.samples
         self.tokens += batch.tokens
