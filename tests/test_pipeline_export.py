@@ -163,7 +163,7 @@ def recompute_all(model, tokenizer, question, image, max_new_tokens):
 
 
 def test_generate_prints_an_answer(exported, raw_mix):
-    picture = raw_mix.parent / "pictures" / "0.png"
+    picture = raw_mix.parent / "images" / "0.png"
     words = [exported, "--image", picture, "--prompt", "Which colour?", "--max-new-tokens", "4", "--device", "cpu"]
     done = fork_python("-m", "pipeline.generate", *words)
     assert done.returncode == 0, done.stderr

@@ -43,7 +43,7 @@ def test_the_python_example_of_the_readme_prints_an_answer(recipe_file, shards, 
     [example] = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     recipe = load_recipe(recipe_file, [f"data.shards={shards}"], planning=True)
     export_untrained(recipe, tmp_path / "model", with_alignment=False)
-    image = next((raw_mix.parent / "pictures").glob("*.png"))
+    image = next((raw_mix.parent / "images").glob("*.png"))
     for name, path in (("runs/demo/model", tmp_path / "model"), ("runs/demo/raw/held_out/0000.jpg", image)):
         assert example.count(name) == 1
         example = example.replace(name, str(path))

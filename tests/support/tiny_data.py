@@ -28,13 +28,13 @@ def write_byte_tokenizer(folder: Path) -> Path:
 def write_raw_data(root: Path, num_images: int, num_text_only: int) -> Path:
     """Write images of coloured squares, dialogues about them and text-only dialogues. Return the mix file."""
     noise = np.random.Generator(np.random.Philox(key=5))
-    (root / "pictures").mkdir(parents=True)
+    (root / "images").mkdir(parents=True)
     rows = []
     for i in range(num_images):
         colour = list(COLOURS)[i % len(COLOURS)]
         pixels = np.full((60 + i, 80, 3), 128, np.uint8) + noise.integers(0, 30, (60 + i, 80, 3), np.uint8)
         pixels[10:40, 10 + i : 40 + i] = COLOURS[colour]
-        Image.fromarray(pixels).save(root / "pictures" / f"{i}.png")
+        Image.fromarray(pixels).save(root / "images" / f"{i}.png")
         turns = [("human", "<image>\nWhich colour?"), ("gpt", colour)] + [("human", "Sure?"), ("gpt", "Yes")] * (i % 3)
         rows.append({"id": f"p{i}", "image": f"{i}.png", "conversations": _turns(turns)})
     answers = [f"It is {'so ' * i}{i}." for i in range(num_text_only)]
@@ -44,7 +44,7 @@ def write_raw_data(root: Path, num_images: int, num_text_only: int) -> Path:
     ]
     (root / "dialogues.json").write_text(json.dumps(rows))
     mix = root / "mix.toml"
-    source = 'name = "squares"\nformat = "llava"\nannotations = "dialogues.json"\nimages = "pictures"'
+    source = 'name = "squares"\nformat = "llava"\nannotations = "dialogues.json"\nimages = "images"'
     mix.write_text(f"[[source]]\n{source}\nexpected_rows = {len(rows)}\n")
     return mix
 
