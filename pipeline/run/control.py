@@ -1,7 +1,7 @@
 """Requests to stop or to save a run: files in the run folder's `control/`, and signals.
 
 A person or the batch script creates `control/stop` or `control/save`. The script writes the name of the signal that it
-received into the file. It does not forward the signal itself, because launchers, loading processes and wandb's helper
+received into the file. It does not forward the signal itself, because launchers, DataLoader workers and wandb's helper
 process would receive it too, and exit.
 """
 

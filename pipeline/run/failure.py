@@ -50,7 +50,7 @@ def exit_after(error: Exception, recipe: Recipe | None, ranks: Ranks | None, run
 
 
 def _exit_with_message(error: CommandError, recipe: Recipe | None, run: RunFolder | None) -> NoReturn:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise here if a loading process ended
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise here if a DataLoader worker ended
     is_main = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
     if not (is_main or isinstance(error, (DamagedShardError, RetryableError))):
         # The main rank has raised the same error. The launcher kills all ranks once one exits, so let it exit first.

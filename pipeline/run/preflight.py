@@ -49,7 +49,7 @@ HASHING_S = 15.0  # time for hashing shards; the others are checked by size alon
 CHUNK_BYTES = 8 << 20  # read at once when hashing
 PROBE_BYTES = 64 << 20  # size of the all-reduce that is timed
 LIMIT_S = 120.0  # for all checks together; one that takes longer hangs
-SHARED_MEMORY = Path("/dev/shm")  # where loading processes put their micro-batches
+SHARED_MEMORY = Path("/dev/shm")  # where DataLoader workers put their micro-batches
 MAX_NAMED = 3  # damaged shards that a message names; it counts the others
 
 
@@ -144,7 +144,7 @@ def check_vision_towers(context: Context) -> str:
 
 
 def check_shared_memory(context: Context) -> str:
-    """Check that the prefetched micro-batches fit into shared memory. Loading processes die when it is full."""
+    """Check that the prefetched micro-batches fit into shared memory. DataLoader workers die when it is full."""
     recipe, ranks = context.recipe, context.ranks
     needed = prefetched_bytes(recipe) * local_ranks(ranks)
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else needed
