@@ -117,8 +117,7 @@ def test_after_a_kill_the_same_command_ends_with_the_same_bits(recipe_file, shar
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_previous_one_is_loaded(recipe_file, shards, undisturbed, tmp_path):
-    run = tmp_path / "run"
-    finish(fork_ranks(2, command(recipe_file, shards, run)))
+    run = Path(shutil.copytree(undisturbed, tmp_path / "run"))
     checkpoints = run / "checkpoints"
     moments = checkpoints / folder_name(STEPS) / "rank-00001.00.exp_avg"
     flip_one_bit(moments)
