@@ -72,7 +72,7 @@ class Tokenizer:
                 whole text; ids after them may differ. This saves memory: tokenizing takes 100 times the text's size.
         """
         if max_exact is not None:
-            # Cutting a text can change the ids before the cut, so at least as many spare ids are kept before it.
+            # Cutting a text can change the last ids before the cut, so spare ids separate the exact ids from the cut.
             wanted = max_exact + max(max_exact, MIN_SPARE_TOKENS)
             length = CHARACTERS_PER_TOKEN * wanted
             while length < len(text):
@@ -149,10 +149,7 @@ def encode_dialogue(
 
 
 def encode_prompt(conversations: Conversation, template: str, tokenizer: Tokenizer) -> list[int]:
-    """Return the ids up to the point where the model must answer: a prefix of the ids in training.
-
-    The last turn must be the human's.
-    """
+    """Tokenize a dialogue that ends with a question. The ids are a prefix of the training ids of the whole dialogue."""
     assert conversations[-1]["from"] == "human", "a prompt ends with a question"
     return encode_dialogue(conversations, template, tokenizer).tokens
 

@@ -36,7 +36,7 @@ REASONS = {
 
 
 class Rejected(Exception):  # noqa: N818  bad input data is not a program error
-    """Raised for a row that cannot become a sample. Bad data stays bad, so the caller must not retry."""
+    """Raised for a row that cannot become a sample. Retrying does not help, because the data is bad."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         assert reason in REASONS, reason

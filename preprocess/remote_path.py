@@ -15,7 +15,11 @@ from model.errors import UserError
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A URL with the part of `pathlib.Path` that reading raw data needs."""
+    """A URL with the methods of `pathlib.Path` that reading raw data needs.
+
+    Differs from universal_pathlib: only the beginning of an oversized file is read, errors have an errno, and paths are
+    normalised (`.` and `//`).
+    """
 
     url: str
 
@@ -58,7 +62,7 @@ class RemotePath:
     def read_bytes(self, max_bytes: int) -> bytes:
         """Read the first `max_bytes` bytes.
 
-        Raises: OSError with an errno, which fsspec leaves out, so that a missing file differs from a failed read.
+        Raises: OSError with an errno, which fsspec omits, so that callers can tell a missing file from a failed read.
         """
         filesystem, path = self._resolve()
         try:

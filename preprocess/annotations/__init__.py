@@ -1,1 +1,1 @@
-"""Annotation files: the mix, readers, dialogues and the work list."""
+"""Annotation files: mixes, the reader, annotation formats, and the worklist."""

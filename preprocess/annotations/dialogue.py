@@ -1,4 +1,4 @@
-"""Annotation formats (llava, lvis, lrv): conversion of a row into a dialogue.
+"""Annotation formats (llava, lvis, lrv): converting the rows of annotation files into dialogues.
 
 To add a format, write its parser, and add its name to `Format` and `FORMATS`.
 """
@@ -70,8 +70,8 @@ class RowFormat:
     """An annotation format.
 
     Attributes:
-        parse: Returns the image name, or None, and the turns in the order of the row. Raises: Rejected.
-        id_key: Key of the row's id where the row has no "id".
+        parse: Function that returns the image name (None for text-only rows) and the turns, or raises `Rejected`.
+        id_key: Key that holds the row's id if the row has no "id".
     """
 
     parse: Callable[[Row], tuple[str | None, list[Turn]]]

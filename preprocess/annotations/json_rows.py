@@ -33,13 +33,14 @@ class TextWindow:
         self.stream, self.path = stream, path
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="replace")
         self.window, self.position = self.decoder.decode(head), 0
-        self.line, self.line_start = 1, 0  # line_start is an index in `window`, negative if the line began before it
+        self.line, self.line_start = 1, 0  # line_start is an index into `window`, negative if the line began earlier
         self.ended = False
 
     def read_more(self) -> bool:
         """Read the next chunk and drop the parsed text. Return False at the end of the file.
 
-        An unparsed rest is doubled, so that a caller that scans all of it after each call takes linear time.
+        The chunk is at least as large as the unparsed text, which doubles the window while a row is incomplete. This
+        keeps the time linear for a caller that scans the whole window after each call.
         """
         if self.ended:
             return False
@@ -74,7 +75,7 @@ class TextWindow:
         """Return the index where the line ends, or None if that is more than `max_characters` away."""
         searched = self.position
         while (end := self.window.find("\n", searched)) < 0:
-            searched = len(self.window) - self.position  # its index after read_more()
+            searched = len(self.window) - self.position  # read_more() drops the parsed text, which shifts all indices
             if searched > max_characters:
                 return None
             if not self.read_more():
@@ -96,8 +97,8 @@ class TextWindow:
 def is_array(text: TextWindow) -> bool:
     """Return whether the file is one JSON array of rows rather than JSONL.
 
-    A first line that is an array by itself may also be a (bad) row of JSONL. It is taken as such if other lines follow
-    and it holds no objects. With objects, it is an array of rows to which something was appended.
+    A first line that is a complete array is ambiguous. If it contains no objects and other lines follow, it counts as a
+    (bad) row of JSONL. If it contains objects, it counts as the array of all rows, to which something was appended.
     """
     if text.peek() != "[":
         return False

@@ -31,11 +31,11 @@ class DialogueRange:
     """The part of the worklist that one shard is built from.
 
     Attributes:
-        first: Number of its first dialogue, counted over the whole worklist.
-        count: Number of its dialogues.
-        offset: Position of its first byte in the worklist.
-        size: Number of its bytes.
-        sha256: Digest of its bytes.
+        first: Index of the first dialogue in the whole worklist.
+        count: Number of dialogues.
+        offset: Position of the first byte in the worklist.
+        size: Number of bytes.
+        sha256: Digest of these bytes.
     """
 
     first: int
@@ -53,7 +53,7 @@ class Worklist:
         rows: Number of rows after limit and weight are applied.
         rows_read: Number of rows read from the annotation file: all of them, unless the limit stopped the reading.
         rejects: Number of rejected rows by source and reason.
-        folders: For each source, the image folders with the number of rows that need each.
+        folders: For each source, the number of rows by image folder.
     """
 
     ranges: list[DialogueRange] = field(default_factory=list)
@@ -126,7 +126,10 @@ def _lines(
 
 
 def _weighted_rows(source: Source, root: AnyPath, work: Worklist) -> Iterator[Any | Rejected]:
-    """Apply limit and weight. Copies of a row are adjacent, so that its image is decoded only once."""
+    """Yield the rows of a source after applying its limit and weight.
+
+    Copies of a row are adjacent, so that its image is decoded only once.
+    """
     for row, value in enumerate(itertools.islice(read_rows(root / source.annotations), source.limit)):
         work.rows_read[source.name] += 1
         yield from itertools.repeat(value, source.times(row))
@@ -144,10 +147,7 @@ def _to_line(dialogue: Dialogue) -> bytes:
 
 
 def check_feasible(work: Worklist, store: ImageStore, max_reject_ratio: float) -> None:
-    """Check that the mix has rows and that missing image folders alone do not exceed the reject limit.
-
-    Raises: UserError.
-    """
+    """Raise UserError if the mix has no rows, or if missing image folders alone exceed the reject limit."""
     if not work.rows.total():
         raise UserError("the mix's annotation files have no rows: there is nothing to build")
     for source, folders in work.folders.items():
@@ -163,7 +163,10 @@ def check_feasible(work: Worklist, store: ImageStore, max_reject_ratio: float) -
 
 
 def row_count_notes(mix: Mix, work: Worklist) -> Iterator[str]:
-    """Yield a note for each source whose number of rows is not the expected one, as far as its limit allows to know."""
+    """Yield a note for each source whose number of rows differs from what the mix expects.
+
+    If a limit stopped the reading, the total is unknown, so only a number that is already too large gives a note.
+    """
     complete = {
         source.name for source in mix.sources if source.limit is None or work.rows_read[source.name] < source.limit
     }
@@ -190,7 +193,7 @@ def _shortage_notes(source: Source, work: Worklist) -> Iterator[str]:
 def _expectation_note(
     subject: str, names: Collection[str], expected: int, work: Worklist, complete: set[str]
 ) -> Iterator[str]:
-    """Yield a note if the sources' rows cannot be the expected number. A file that was not read to its end has more."""
+    """Yield a note if the number of rows differs from `expected`. A file that was not read to its end may have more."""
     rows, all_read = sum(work.rows_read[name] for name in names), complete.issuperset(names)
     if rows > expected or (all_read and rows < expected):
         yield f"note: {subject} {'' if all_read else 'at least '}{rows} rows, the mix expects {expected}"

@@ -17,7 +17,7 @@ Colour = tuple[int, int, int]
 Cell = tuple[int, int]  # row, column
 
 SCENE_PX = 200
-CELL_PX = 56  # two patches of the tiny models, which see the scene at half this size
+CELL_PX = 56  # two patches of the tiny models, which resize the scene to half its size
 MARGIN_PX = (SCENE_PX - 3 * CELL_PX) // 2
 JITTER_PX = 3
 RADIUS_PX = (20, 24)  # small enough that no shape leaves its cell
@@ -61,7 +61,7 @@ class Scene:
         jitter: Shift of all shapes to the right and down, in pixels.
         radius: Half the size of a shape, in pixels.
         cells: Cells that hold a shape, in reading order.
-        word: The printed word; then there are no shapes.
+        word: The printed word, or "" for a scene of shapes.
     """
 
     background: Colour

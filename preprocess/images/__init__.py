@@ -1,1 +1,1 @@
-"""Images: decoding, resizing, encoding, and finding them in folders and archives."""
+"""Images: decoding, resizing and encoding, and reading them from folders and archives."""

@@ -48,7 +48,7 @@ class Archive:
         return self._contents.size(member)
 
     def read(self, member: str) -> bytes:
-        """Raises: Rejected if the member is damaged; OSError if reading failed."""
+        """Return the content of a member. Raises: Rejected if it is damaged; OSError if reading failed."""
         try:
             return self._contents.read(member)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:

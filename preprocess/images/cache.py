@@ -10,7 +10,7 @@ CACHE_BYTES = 64 << 20
 ENTRY_BYTES = 1 << 10  # upper bound of Python's own overhead per entry
 
 EncodedImage = tuple[bytes, str]  # file content, format
-Rejection = tuple[str, str]  # reason, detail; the exception's traceback would keep its callers' variables in memory
+Rejection = tuple[str, str]  # reason, detail; not the exception, whose traceback keeps variables in memory
 
 
 class ImageCache:

@@ -241,7 +241,9 @@ def codec_versions() -> str:
 
 
 def read_image_file(path: Path, image_px: int) -> Pixels:
-    """Load an image file as the model saw images in training from JPEG shards: uint8 [image_px, image_px, 3].
+    """Load an image file as uint8 [image_px, image_px, 3] for inference.
+
+    It is processed like the images of JPEG shards, so that the model sees the same JPEG artefacts as in training.
 
     Raises:
         UserError: If the file cannot be read or is not an image.

@@ -28,7 +28,7 @@ class ImageStore:
     """Reads images by their path below the root. Archives stay open, one handle per process.
 
     Args:
-        archives: Maps folders that are not unpacked to the archive of each, both below the root.
+        archives: Archive of each image folder that is not unpacked. Folders and archives are below the root.
     """
 
     def __init__(self, root: AnyPath, archives: Mapping[str, str]) -> None:
@@ -62,7 +62,7 @@ class ImageStore:
     def fingerprint(self, path: str) -> str:
         """Return the sha256 of the image file, or the reason why it cannot be read.
 
-        It changes when a missing image is added or a damaged one is replaced, even by one of the same size.
+        The fingerprint changes when a missing image is added, or a damaged one is replaced by one of the same size.
         """
         try:
             return sha256_hex(self.read(path))
@@ -134,7 +134,7 @@ def _check_file_size(size: int) -> None:
 
 
 def _exists(check: Callable[[], bool]) -> bool:
-    """Call `Path.is_file` or `Path.is_dir`. Treat invalid file names as missing files."""
+    """Call `Path.is_file` or `Path.is_dir`, and return False for an invalid file name instead of raising."""
     try:
         return check()
     except OSError as error:
