@@ -18,7 +18,7 @@ TARGET_EPS = 1e-6
 
 
 class AlignTarget(NamedTuple):
-    """Target of the decoder, normalised per patch, and the mean and standard deviation that were divided out."""
+    """Target of the decoder: values normalised per patch, and the mean and standard deviation to undo that."""
 
     values: Tensor  # [b, n, p] fp32
     mean: Tensor  # [b, n, 1]
@@ -44,7 +44,7 @@ class Alignment(nn.Module):
         return (self.predict(levels).float() - target).square().mean((1, 2))
 
     def predict(self, levels: tuple[Tensor, ...]) -> Tensor:  # shallow to final, [b, n, d] each -> [b, n, p]
-        """Predict the normalised values of every patch from it and the patches before it, without it if shifted."""
+        """Predict the values of each patch from its own and earlier states; with `shift`, from earlier ones only."""
         levels = tuple(F.pad(level, (0, 0, self.shift, 0))[:, : level.shape[1]] for level in levels)
         return self.out(self.decoder(self.narrow(self.fusion(levels)))[0])
 
@@ -53,7 +53,7 @@ class Alignment(nn.Module):
 def align_target(config: EmmaConfig, towers: Towers, pixels: Tensor, features: Tensor) -> AlignTarget:
     """Compute the target of the decoder from pixels (uint8 [b, 3, h, w]) and features ([b, n, v]).
 
-    Differs: normalised per patch, as in the public code; the paper says raw pixels.
+    Differs: the values are normalised per patch, as in the public code. The paper's target is raw pixels.
     """
     assert config.alignment is not None
     match config.alignment.target:
@@ -78,7 +78,7 @@ def patchify(vision: VisionConfig, pixels: Tensor) -> Tensor:  # [b, 3, h, w] ->
 
 
 def unpatchify(vision: VisionConfig, values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Return images, uint8 [b, 3, seen_px, seen_px], from the normalised values of their patches."""
+    """Invert `patchify` and the normalisation. Return images, uint8 [b, 3, seen_px, seen_px]."""
     grid, side = vision.grid, vision.patch_px
     patches = (values.float() * std + mean).unflatten(2, (side, side, 3)).unflatten(1, (grid, grid))
     image = patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)

@@ -21,7 +21,7 @@ Target = Literal["pixels", "features", "patch_embedding"]
 
 @dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-    """A frozen vision tower, built by timm."""
+    """Configuration of a frozen vision tower, which timm builds."""
 
     name: str
     """Short name, used for weight files and state dict keys."""
@@ -52,7 +52,7 @@ class TowerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """The vision towers and the size of the image that they share."""
+    """Configuration of the vision towers and of the image that all of them see."""
 
     towers: tuple[TowerConfig, ...]
     """Towers whose features are concatenated, in this order."""
@@ -86,7 +86,7 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MambaConfig:
-    """A Mamba language model. The fields are named as in mamba_ssm, except `kind`, `num_layers` and `weights`."""
+    """Configuration of a Mamba language model. Most fields are named as in mamba_ssm."""
 
     kind: MambaKind
     """Version of the Mamba blocks."""
@@ -146,7 +146,7 @@ class MambaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentConfig:
-    """Fusion, decoder and target of the alignment loss, which only training computes (EMMA Eq. 6-9)."""
+    """Configuration of the alignment loss, which only training computes (EMMA Eq. 6-9)."""
 
     taps: tuple[int, ...]
     """0-based layers of the language model whose states are fused with the final state, in increasing order."""
@@ -190,7 +190,7 @@ class AlignmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EmmaConfig:
-    """A whole model."""
+    """Configuration of a whole model."""
 
     name: str
     """Name of the preset."""

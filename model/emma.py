@@ -16,7 +16,7 @@ from model.text_loss import token_nll
 
 
 class Losses(NamedTuple):
-    """Sums and counts of each row. The caller divides by the totals of the whole optimizer step."""
+    """Losses of each row, as sums and counts. The caller divides by the totals of the whole optimizer step."""
 
     text_nll: Tensor  # [b] fp32, negative log-likelihood summed over the row's supervised tokens
     text_tokens: Tensor  # [b] number of the row's supervised tokens

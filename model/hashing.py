@@ -1,4 +1,4 @@
-"""sha256 of files."""
+"""Hashing of files."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class Backbone(MambaStack):
 
 
 class MambaLM(nn.Module):
-    """Mamba language model. It is called on embeddings, because an image precedes the text. The head is tied."""
+    """Mamba language model. Its inputs are embeddings, because an image precedes the text. The head is tied."""
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()

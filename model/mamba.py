@@ -78,7 +78,7 @@ class Mixer(nn.Module):
 
 
 class Mamba1Mixer(Mixer):
-    """Mamba-1 mixer, mamba_ssm's `Mamba`."""
+    """Mamba-1 mixer, the counterpart of mamba_ssm's `Mamba`."""
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__(config, 2 * config.d_inner, config.d_inner)
@@ -131,7 +131,7 @@ class Mamba1Mixer(Mixer):
 
 
 class Mamba2Mixer(Mixer):
-    """Mamba-2 mixer, mamba_ssm's `Mamba2`. `in_proj` returns [z, x, B, C, dt]."""
+    """Mamba-2 mixer, the counterpart of mamba_ssm's `Mamba2`. `in_proj` returns [z, x, B, C, dt]."""
 
     def __init__(self, config: MambaConfig) -> None:
         conv_width = config.d_inner + 2 * config.num_groups * config.d_state
@@ -223,7 +223,7 @@ class RMSNorm(nn.Module):
 
 
 class MambaBlock(nn.Module):
-    """Add, norm, mixer. Returns (the mixer's output, the residual stream before it), as mamba_ssm's `Block`."""
+    """Add to the residual stream, normalise, and apply the mixer. Returns (mixer output, residual stream before it)."""
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()

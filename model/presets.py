@@ -41,16 +41,16 @@ MAMBA2_2P7B = MambaConfig(
 
 
 def alignment_weight(num_values: int, num_patches: int = DINOSIGLIP.num_patches) -> float:
-    """Return the alignment weight that multiplies each squared error of an image by 1e-5, as the public code does."""
+    """Convert the public code's factor of an image's summed squared error, 1e-5, to the weight of the mean error."""
     return 1e-5 * num_patches * num_values
 
 
 def scale_taps(taps: tuple[int, ...], num_layers: int, *, to_layers: int) -> tuple[int, ...]:
-    """Move taps to the same fractions of another depth, to different layers even if that is shallow."""
+    """Move taps to the same fractions of another depth. Even in a shallow model, no two taps share a layer."""
     scaled: list[int] = []
     for position, tap in enumerate(taps):
         first = scaled[-1] + 1 if scaled else 0
-        last = to_layers - len(taps) + position  # leaves a layer for each tap after this one
+        last = to_layers - len(taps) + position  # so that each later tap has a layer
         scaled.append(min(max(tap * to_layers // num_layers, first), last))
     return tuple(scaled)
 
@@ -103,7 +103,7 @@ def avf(full: EmmaConfig) -> EmmaConfig:
 
 
 def release(full: EmmaConfig) -> EmmaConfig:
-    """Train what the paper's public code trains. In no table.
+    """Train what the paper's public code trains. Not in the paper.
 
     The tapped states are concatenated, learned queries read them through Mamba-2 blocks, and the target is SigLIP's
     patch embedding.

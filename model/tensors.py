@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model.errors import UserError, first_line
 from model.hashing import file_sha256
 
-PUBLISHED_NAMES = (  # of transformers and mamba_ssm, whole or sharded, in order of preference
+PUBLISHED_NAMES = (  # file names of transformers and mamba_ssm, whole or sharded, in order of preference
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -134,7 +134,7 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str, 
 
 @contextmanager
 def report_write_errors(folder: Path) -> Iterator[None]:
-    """Create a folder that the block writes a model to. Raises: UserError if that or a write in the block fails."""
+    """Create the folder of a model. Raises: UserError if that or a write inside the block fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield

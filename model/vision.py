@@ -14,7 +14,7 @@ from model.config import TowerConfig, VisionConfig
 from model.errors import UserError, first_line
 from model.tensors import load_into, open_tensors
 
-RANDOM_SEED = 20250  # one seed for all runs, because towers without published weights are never trained
+RANDOM_SEED = 20250  # fixed, because towers with random weights are not trained and must be equal in every run
 # timm initialises for training: features are weak and nearly the same at every position. These towers are not trained,
 # so patch embedding and position embedding are drawn larger, as they are in trained towers.
 RANDOM_PATCH_GAIN, RANDOM_POSITION_STD = 3.0, 1.5

@@ -39,7 +39,7 @@ NOT_IN_IDENTITY = ("data", "checkpoint", "engine", "log", "evaluate", "watchdog"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that configures a training run."""
+    """Configuration of a training run."""
 
     model: str
     """Preset of the model."""
@@ -77,7 +77,7 @@ class Recipe:
     def identity(self) -> dict[str, Any]:
         """Return the settings that determine the training. A checkpoint resumes only under equal ones.
 
-        A section of the recipe is part of them unless `NOT_IN_IDENTITY` names it. Keys that are newer than the first
+        Every section of the recipe takes part unless `NOT_IN_IDENTITY` names it. Keys that are newer than the first
         checkpoint format are left out while they have their default, so that older checkpoints still resume.
         """
         settings = {key: value for key, value in _identity_of(self).items() if key not in NOT_IN_IDENTITY}
@@ -188,7 +188,7 @@ def _validate(recipe: Recipe, where: str) -> None:
 
 
 def _empty_texts(table: dict[str, Any], section: str = "") -> Iterator[str]:
-    """Yield the keys that hold empty text. As a path it would name the working folder, as an option mean null."""
+    """Yield the keys that hold empty text, which usually comes from an unset shell variable."""
     for key, value in table.items():
         if isinstance(value, dict):
             yield from _empty_texts(value, f"{section}{key}.")

@@ -96,11 +96,13 @@ def parse_table(
 
     Raises: UserError that names the key, what was found and what is valid.
     """
-    return _Parser(frozenset(may_be_unset), how_to_set).table(kind, table, where, prefix="")
+    return _Parser(may_be_unset=frozenset(may_be_unset), how_to_set=how_to_set).table(kind, table, where, prefix="")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Parser:
+    """Options of one `parse_table`, and the recursion over its tables."""
+
     may_be_unset: frozenset[str]
     how_to_set: str
 

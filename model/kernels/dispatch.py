@@ -136,7 +136,7 @@ def ssd_step(
     """Compute `reference.ssd_step`."""
     if not x.is_cuda:
         return reference.ssd_step(state, x, dt, A, B, C, D, dt_bias)
-    _, heads, head_dim, d_state = state.shape  # strides of 0 tell the kernel that a head has one value
+    _, heads, head_dim, d_state = state.shape  # the kernel detects one value per head by strides of 0
     dt, D, dt_bias = (part[..., None].expand(*part.shape, head_dim) for part in (dt, D, dt_bias))
     A = A[:, None, None].expand(heads, head_dim, d_state)
     return fused().selective_state_update(state, x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=True)

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-SCAN_BLOCK = 512  # positions whose [b, c, k] states are in memory at once; the backward pass recomputes other blocks
+SCAN_BLOCK = (
+    512  # positions whose [b, c, k] states are in memory at once; longer scans are recomputed in the backward pass
+)
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -123,7 +125,7 @@ def ssd(
     length: the last chunk is padded with dt = 0, which leaves the state unchanged.
     """
     batch, length, heads, _ = x.shape
-    chunk = -(-length // -(-length // chunk_size))  # equal chunks of at most chunk_size, for little padding
+    chunk = -(-length // -(-length // chunk_size))  # equal chunks of at most chunk_size, to pad little
     dt = F.softplus(dt.float() + dt_bias)
     parts = (x.float() * dt[..., None], (dt * A)[..., None], B.float(), C.float())
     xdt, log_decay, B, C = (_chunks(part, chunk, B.shape[2]) for part in parts)
@@ -139,7 +141,7 @@ def _chunks(part: Tensor, chunk: int, groups: int) -> Tensor:
 
 
 def _ssd_chunks(xdt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Scan chunk by chunk. All products with a state are one per chunk and group, since its heads share B and C.
+    """Scan by chunks. Heads of a group share B and C, so one matrix product per chunk and group serves all of them.
 
     Shapes: xdt [b, m, g, q, r, p], log_decay [b, m, g, q, r], B and C [b, m, g, q, k]; returned state [b, g, k, r, p].
     """

@@ -16,7 +16,7 @@ Encoding = Literal["jpeg", "raw", "original"]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One annotation file."""
+    """One annotation file of a mix."""
 
     name: str
     """Name of the source in counts and rejects."""
@@ -40,7 +40,7 @@ class Source:
     """How often each row is taken: 3 is three times, 0.5 is every second row."""
 
     def times(self, row: int) -> int:
-        """Return how often to take a row. The first n rows are taken ⌊n × weight⌋ times together, evenly spread."""
+        """Return how many times to take a row. After n rows, ⌊n × weight⌋ have been taken, evenly spread."""
         return math.floor((row + 1) * self.weight) - math.floor(row * self.weight)
 
 
@@ -65,7 +65,7 @@ class ImagesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """A whole mix."""
+    """Annotation files of a shard set, and how its images are stored."""
 
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; None: the preset's."""
