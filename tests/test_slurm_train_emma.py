@@ -179,7 +179,7 @@ def test_a_mistake_in_the_recipe_fails_the_job_with_one_line(slurm, submit, tmp_
     assert slurm.wait_for(job) == "FAILED"
     assert slurm.job(job)["Restarts"] == "0"
     assert slurm.log(job).startswith("error: ")
-    assert "did you mean 'lr'" in slurm.log(job)
+    assert "did you mean 'optim.lr'" in slurm.log(job)
     assert slurm.log(job).count("\n") == 1
 
 
