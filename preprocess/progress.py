@@ -30,9 +30,9 @@ class Progress:
         self,
         folder: ShardFolder | None,
         total: int,
+        *,
         reused: int = 0,
         rejects: Mapping[str, int] | None = None,
-        *,
         stream: TextIO = sys.stdout,
     ) -> None:
         self.path = folder.progress if folder else None
@@ -46,7 +46,7 @@ class Progress:
         self.done += dialogues
         self.rejects.update(rejects)
 
-    def tick(self, state: str = "building", last: bool = False) -> None:
+    def tick(self, state: str = "building", *, last: bool = False) -> None:
         """Print and write the progress if it is due. Call it at least once per second."""
         now = time.monotonic()
         if self.path and (last or now - self._written >= FILE_EVERY_S):
@@ -54,10 +54,10 @@ class Progress:
             publish(self.path, canonical_json(self.report(state)))
         if last or now - self._printed >= (TERMINAL_EVERY_S if self.terminal else LOG_EVERY_S):
             self._printed = now
-            self._show(last)
+            self._show(last=last)
 
-    def numbers(self) -> dict[str, float]:
-        """Return the numbers for a monitoring system."""
+    def metrics(self) -> dict[str, float]:
+        """Return the values that Ray exports to a monitoring system."""
         report = self.report("")
         return {
             "dialogues_done": self.done,
@@ -67,6 +67,7 @@ class Progress:
         }
 
     def report(self, state: str) -> dict[str, Any]:
+        """Return the content of progress.json."""
         elapsed = time.monotonic() - self.started
         rate = (self.done - self.reused) / elapsed if elapsed > 0 else 0.0
         left = (self.total - self.done) / rate if rate > 0 else None
@@ -79,7 +80,7 @@ class Progress:
             "left_s": None if left is None else round(left, 1),
         }
 
-    def _show(self, last: bool) -> None:
+    def _show(self, *, last: bool) -> None:
         report = self.report("")
         share = self.done / self.total if self.total else 1.0
         left = "?" if report["left_s"] is None else format_duration(report["left_s"])

@@ -81,7 +81,10 @@ def test_the_index_points_to_the_payloads_in_the_tar(tmp_path: Path) -> None:
             data[at[f"{part}_offset"] : at[f"{part}_offset"] + at[f"{part}_bytes"]]
             for part in ("tokens", "meta", "image")
         )
-        assert same(from_payloads(at["key"], tokens, meta, image or None, sample.image_format), sample)
+        assert same(
+            from_payloads(at["key"], tokens=tokens, meta=meta, image=image or None, image_format=sample.image_format),
+            sample,
+        )
         assert (at["num_text_tokens"], at["num_supervised_tokens"], at["has_image"]) == (i + 1, i + 1, i > 0)
 
 

@@ -94,7 +94,7 @@ class ShardReader:
         """
         try:
             tokens, meta, image = self._read_parts(row)
-            sample = from_payloads(self._key(row), tokens, meta, image or None)
+            sample = from_payloads(self._key(row), tokens=tokens, meta=meta, image=image or None)
             return sample, sample_pixels(sample, self.manifest.image["px"]) if image else None
         except (OSError, EOFError, ValueError, KeyError, TypeError, Rejected) as error:
             message = f"{self._path(self.columns['shard'][row])}: sample {self._key(row)} cannot be read"

@@ -112,7 +112,8 @@ def _build_set(
     remove_orphans(folder, {task.name for task in tasks})
     publish(folder.tokenizer, request.tokenizer.data)
     rejects = sum((Counter(result.rejects) for result in reused), count_by_source(work.rejects))
-    progress = Progress(folder, work.dialogues, sum(result.dialogues for result in reused), rejects)
+    reused_dialogues = sum(result.dialogues for result in reused)
+    progress = Progress(folder, work.dialogues, reused=reused_dialogues, rejects=rejects)
     finished = {result.name for result in reused}
     _build_shards([task for task in tasks if task.name not in finished], request.workers, progress)
     contents = publish_index(folder, tasks)

@@ -34,7 +34,7 @@ def build_on_ray(tasks: Sequence[ShardTask], workers: int | None, progress: Prog
     """
     with _cluster(workers):
         remote = ray.remote(build_shard).options(max_retries=0)  # Ray does not count tasks killed for memory
-        gauges = {name: Gauge(f"emma_{name}", f"build_shards: {name}") for name in progress.numbers()}
+        gauges = {name: Gauge(f"emma_{name}", f"build_shards: {name}") for name in progress.metrics()}
         waiting = list(reversed(tasks))
         running: dict[ray.ObjectRef, ShardTask] = {}
         failures = Counter[str]()
@@ -59,7 +59,7 @@ def build_on_ray(tasks: Sequence[ShardTask], workers: int | None, progress: Prog
                 else:
                     progress.add(result.dialogues, result.rejects)
             progress.tick()
-            for name, value in progress.numbers().items():
+            for name, value in progress.metrics().items():
                 gauges[name].set(value)
         progress.tick("finalising", last=True)
 

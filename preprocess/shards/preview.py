@@ -105,7 +105,7 @@ def _read_sample(folder: ShardFolder, manifest: Manifest, row: dict[str, Any]) -
         tokens, meta, image = (
             os.pread(tar.fileno(), row[f"{part}_bytes"], row[f"{part}_offset"]) for part in ("tokens", "meta", "image")
         )
-        return from_payloads(row["key"], tokens, meta, image or None)
+        return from_payloads(row["key"], tokens=tokens, meta=meta, image=image or None)
 
 
 def _facts(manifest: Manifest) -> str:

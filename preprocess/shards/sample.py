@@ -42,8 +42,8 @@ class Sample:
     image_format: str | None
     source: str
     id: str
-    row: int = -1
-    image_path: str | None = None
+    row: int
+    image_path: str | None
 
     @property
     def num_supervised_tokens(self) -> int:
@@ -91,10 +91,13 @@ def from_fields(fields: Mapping[str, bytes], key: str = "") -> Sample:
     images = [name for name in fields if name not in (TOKENS, META) and not name.startswith("__")]
     assert len(images) <= 1, f"{key}: more than one image: {images}"
     name = images[0] if images else None
-    return from_payloads(key, fields[TOKENS], fields[META], fields[name] if name else None, name)
+    image = fields[name] if name else None
+    return from_payloads(key, tokens=fields[TOKENS], meta=fields[META], image=image, image_format=name)
 
 
-def from_payloads(key: str, tokens: bytes, meta: bytes, image: bytes | None, image_format: str | None = None) -> Sample:
+def from_payloads(
+    key: str, *, tokens: bytes, meta: bytes, image: bytes | None, image_format: str | None = None
+) -> Sample:
     """Decode the payloads of a sample. The index does not hold `image_format`, so its readers leave it out."""
     about = json.loads(meta)
     return Sample(

@@ -15,7 +15,7 @@ from preprocess.shards.sample import META, TOKENS, Sample, to_fields
 from preprocess.shards.tar_writer import add_member, end_tar
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class WrittenShard:
     """Hash and size of a shard's tar, and the index columns of its samples."""
 
@@ -36,8 +36,8 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> WrittenShard:
     count = len(columns["key"])
     if not count:
         path.unlink()
-        return WrittenShard("", 0, 0, columns)
-    return WrittenShard(file.sha256, file.size, count, columns)
+        return WrittenShard(sha256="", bytes=0, samples=0, columns=columns)
+    return WrittenShard(sha256=file.sha256, bytes=file.size, samples=count, columns=columns)
 
 
 def _add_sample(file: HashingFile, sample: Sample) -> dict[str, tuple[int, int]]:
