@@ -40,7 +40,7 @@ MISTAKES = {
     "no root": (["--root", "/nowhere"], "--root /nowhere is not a folder"),
     "no tokenizer": (["--tokenizer", "/nowhere"], "there is no tokenizer /nowhere"),
     "unknown preset": (["--model", "emma_v3"], "no model preset 'emma_v3', did you mean 'emma_v2'; presets: emma_v1"),
-    "large vocabulary": (["--model", "tiny_v2"], "has ids up to 50276, but preset tiny_v2 embeds 1024"),
+    "large vocabulary": (["--model", "tiny_v2"], "has ids up to 50276, but preset tiny_v2 has 1024 token embeddings"),
     "check and compare": (
         ["--check", "--compare-images"],
         "--check does not compare images: leave out --check or --compare-images",

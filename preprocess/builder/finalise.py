@@ -78,7 +78,9 @@ def publish_index(folder: ShardFolder, tasks: Sequence[ShardTask]) -> SetContent
             data = task.sidecar.read_bytes()
             sidecar = json.loads(data)
             if sidecar["spec_sha256"] != task.spec_sha256:
-                raise UserError(f"{task.sidecar} was changed by another build; run this build again, alone")
+                raise UserError(
+                    f"{task.sidecar} was changed by another build; run the same command again after it ends"
+                )
             contents.sidecars[task.sidecar.name] = hashlib.sha256(data).hexdigest()
             contents.made_with[sidecar["made_with"]] += 1
             if sidecar["samples"]:

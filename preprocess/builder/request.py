@@ -120,8 +120,8 @@ def _find_tokenizer(parsed: argparse.Namespace, mix: Mix, config: EmmaConfig) ->
     rows = config.llm.vocab_size
     if tokenizer.vocab_size > rows:
         raise UserError(
-            f"tokenizer {name} has ids up to {tokenizer.vocab_size - 1}, but preset {config.name} embeds {rows}. "
-            "Choose a smaller tokenizer or another preset"
+            f"tokenizer {name} has ids up to {tokenizer.vocab_size - 1}, but preset {config.name} has "
+            f"{rows} token embeddings. Choose a smaller tokenizer or another preset"
         )
     if tokenizer.vocab_size > 1 << 16:
         raise UserError(
