@@ -1,0 +1,208 @@
+"""Tokens per second of greedy decoding, beside the limit that the measured memory bandwidth sets.
+
+    python -m benchmarks.decode --json decode.json                            # on a machine with one GPU; minutes
+    python -m benchmarks.decode --models emma_v2 --batches 1 --states fp32 --only fused
+
+Full-size language models with random bf16 weights after a short random prompt. Per model, batch and state type: our
+fused step as a CUDA graph (`fused`), the model's own step (`eager`) and its replay as a graph (`eager, graph`), and
+mamba_ssm's `generate(cg=True)`. The ceiling reads every weight once and reads and writes every state once per step, at
+the rate of a large copy on the same GPU. docs/latency.md keeps the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import MambaConfig, preset
+from model.kernels.decode_graph import DecodeGraph
+from model.language_model import MambaLM
+
+STATES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PROMPT, MIN_SECONDS = 16, 1.0
+
+
+def copy_bandwidth(size: int = 4 << 30) -> float:
+    """Bytes read and written per second by a large copy on the GPU."""
+    source = torch.randint(-128, 127, (size,), dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * size / seconds_per_call(lambda: target.copy_(source), at_least=0.2)
+
+
+def seconds_per_call(call: Callable[[], Any], at_least: float = MIN_SECONDS, rounds: int = 3) -> float:
+    """Median over `rounds` of the mean time of a call, each round lasting about `at_least` seconds."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    calls = max(3, int(at_least / (time.perf_counter() - begun)))
+    means = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        means.append(start.elapsed_time(end) / 1000 / calls)
+    return statistics.median(means)
+
+
+def kernels_per_call(call: Callable[[], Any]) -> int:
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def bytes_per_step(llm: MambaLM, batch: int, state_dtype: torch.dtype) -> int:
+    """Every weight read once, every state read and written once."""
+    config, item = llm.config, llm.backbone.embedding.weight.element_size()
+    weights = sum(parameter.nbytes for parameter in llm.parameters())  # the head is the embedding, counted once
+    conv = llm.backbone.layers[0].mixer.conv1d.weight.shape[0] * (config.d_conv - 1) * item
+    ssm = config.d_inner * config.d_state * state_dtype.itemsize
+    return weights + 2 * batch * config.num_layers * (conv + ssm)
+
+
+def random_model(config: MambaConfig) -> MambaLM:
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        return MambaLM(config).to(torch.bfloat16).requires_grad_(False)
+
+
+@torch.no_grad()
+def fused_step(llm: MambaLM, batch: int, state_dtype: torch.dtype) -> Callable[[], Any]:
+    tokens = torch.randint(llm.config.vocab_size, (batch, PROMPT), device="cuda")
+    logits, cache = llm.prefill(llm.embed(tokens))
+    engine = DecodeGraph(llm, batch, state_dtype=state_dtype)
+    engine.load(cache)
+    engine.step(logits.argmax(-1))
+    return engine.step
+
+
+@torch.no_grad()
+def eager_steps(llm: MambaLM, batch: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """The model's own greedy step, and its replay as a CUDA graph."""
+    tokens = torch.randint(llm.config.vocab_size, (batch, PROMPT), device="cuda")
+    logits, cache = llm.prefill(llm.embed(tokens))
+    chosen = logits.argmax(-1)
+
+    @torch.no_grad()
+    def step() -> None:
+        torch.argmax(llm.decode(chosen, cache), -1, out=chosen)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return step, graph.replay
+
+
+def mamba_ssm_seconds(llm: MambaLM, batch: int, steps: int = 128) -> float:
+    """Seconds per token of mamba_ssm's greedy loop: a long generation minus a short one."""
+    model = mamba_ssm_twin(llm)
+    prompt = torch.randint(llm.config.vocab_size, (batch, PROMPT), device="cuda")
+
+    def generate(length: int) -> float:
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        model.generate(prompt, max_length=PROMPT + length, cg=True)
+        torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    generate(steps + 8)
+    return statistics.median((generate(steps + 8) - generate(8)) / steps for _ in range(3))
+
+
+def mamba_ssm_twin(llm: MambaLM) -> Any:
+    from mamba_ssm.models.config_mamba import MambaConfig as PublishedConfig
+    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+
+    own = llm.config
+    ssm: dict[str, Any] = {"d_state": own.d_state, "d_conv": own.d_conv, "expand": own.expand}
+    if own.kind == "mamba2":
+        ssm |= {"layer": "Mamba2", "headdim": own.head_dim, "ngroups": own.num_groups, "chunk_size": own.chunk_size}
+    published = PublishedConfig(
+        d_model=own.d_model, n_layer=own.num_layers, vocab_size=own.vocab_size, ssm_cfg=ssm, pad_vocab_size_multiple=8
+    )
+    twin = MambaLMHeadModel(published, device="cuda", dtype=torch.bfloat16)
+    twin.load_state_dict(llm.state_dict(), strict=True)
+    return twin
+
+
+def measure(llm: MambaLM, batch: int, state: str, bandwidth: float, only: str) -> list[dict[str, Any]]:
+    """Rows of the table; the baselines keep fp32 states (ours) or their own type (mamba_ssm) and are run once."""
+    ceiling = batch * bandwidth / bytes_per_step(llm, batch, STATES[state])
+    timed: list[tuple[str, float, int | None]] = []
+    step = fused_step(llm, batch, STATES[state])
+    timed.append(("fused", seconds_per_call(step), kernels_per_call(step)))
+    del step
+    gc.collect()
+    if state == "fp32" and not only:
+        eager, replay = eager_steps(llm, batch)
+        timed.append(("eager, graph", seconds_per_call(replay), kernels_per_call(replay)))
+        timed.append(("eager", seconds_per_call(eager), None))
+        del eager, replay
+        gc.collect()
+        timed.append(("mamba_ssm, graph", mamba_ssm_seconds(llm, batch), None))
+        gc.collect()
+    torch.cuda.empty_cache()
+    return [
+        {
+            "model": llm.config.kind,
+            "batch": batch,
+            "state": state,
+            "step": name,
+            "ms": 1000 * seconds,
+            "tokens_per_s": batch / seconds,
+            "ceiling": ceiling,
+            "share": batch / seconds / ceiling,
+            "kernels": kernels,
+        }
+        for name, seconds, kernels in timed
+    ]
+
+
+def line(row: dict[str, Any]) -> str:
+    head = f"| {row['model']} | {row['batch']} | {row['state']} | {row['step']} | {row['ms']:.3f} |"
+    return head + f" {row['tokens_per_s']:.0f} | {row['ceiling']:.0f} | {row['share']:.0%} | {row['kernels'] or ''} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["emma_v2", "emma_v1"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--states", nargs="+", choices=STATES, default=["fp32", "bf16"])
+    parser.add_argument("--only", default="", choices=["", "fused"], help="leave out the baselines")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    bandwidth, rows = copy_bandwidth(), []
+    print(f"{torch.cuda.get_device_name()}, copy {bandwidth / 1e12:.2f} TB/s, torch {torch.__version__}")
+    print("| model | batch | state | step | ms | tok/s | ceiling | share | kernels |\n|---|---|---|---|---|---|---|---|---|")
+    for name in args.models:
+        llm = random_model(preset(name).llm)
+        for batch in args.batches:
+            for state in args.states:
+                for row in measure(llm, batch, state, bandwidth, args.only):
+                    print(line(row), flush=True)
+                    rows.append(row)
+        del llm
+        gc.collect()
+    if args.json:
+        args.json.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "bandwidth": bandwidth, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

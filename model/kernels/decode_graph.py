@@ -1,0 +1,242 @@
+"""Greedy decoding of a Mamba language model: static buffers, fused kernels, one CUDA graph per step.
+
+Up to `decode.MAX_VECTORS` sequences, a layer is three kernels for Mamba-2 (projection with norm and convolution, state
+update with gate, projection with gated norm and residual) and four for Mamba-1 (one more for x_proj). Larger batches
+have four: matrix products on tensor cores, of which the second is split, and a kernel that adds its parts and norms.
+Mamba-1's x_proj and dt_proj and the head are the library's products there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.kernels import decode
+from model.kernels.decode import Conv, Tile
+
+
+class Layer(NamedTuple):
+    """A layer's weights, constants and states. Constants of the step are fp32 and computed once."""
+
+    norm: Tensor  # [d]
+    in_proj: Tensor  # [n, d]
+    conv: Conv
+    A: Tensor
+    D: Tensor
+    dt_bias: Tensor
+    ssm_state: Tensor  # Mamba-1 [b, c, k], Mamba-2 [b, h, p, k]
+    out_proj: Tensor  # [d, c]
+    gate_norm: Tensor | None  # Mamba-2
+    x_proj: Tensor | None  # Mamba-1
+    dt_weight: Tensor | None  # Mamba-1
+
+
+class DecodeGraph:
+    """Decode `batch` sequences together. Weights are shared with the model and must not be replaced.
+
+    Args:
+        llm: A `MambaLM` on a CUDA device, bf16 or fp32, with one group (`num_groups` 1).
+        batch: Number of sequences; every step advances all of them.
+        state_dtype: Type in which the SSM states are kept; arithmetic is fp32.
+        dependent_launch: Start kernels before their predecessors end; None: where the GPU can (compute capability 9.0).
+        graph: Replay a CUDA graph; False launches the kernels one by one.
+    """
+
+    def __init__(
+        self,
+        llm: torch.nn.Module,
+        batch: int,
+        *,
+        state_dtype: torch.dtype = torch.float32,
+        dependent_launch: bool | None = None,
+        graph: bool = True,
+    ) -> None:
+        self.config = config = llm.config
+        if config.kind == "mamba2" and config.num_groups != 1:
+            raise ValueError(f"num_groups is {config.num_groups}; the fused decode step supports 1")
+        weight = llm.backbone.embedding.weight.detach()
+        self.embedding, self.final_norm = weight, llm.backbone.norm_f.weight.detach()
+        self.batch, self.dtype, self.device = batch, weight.dtype, weight.device
+        self.vectors = batch <= decode.MAX_VECTORS
+        self.pdl = decode.supports_dependent_launch(self.device) if dependent_launch is None else dependent_launch
+        self.layers = [self._layer(block, state_dtype) for block in llm.backbone.layers]
+        self._allocate()
+        self.graph = self._capture() if graph else None
+
+    # -- What callers do ---------------------------------------------------------------------------------------------
+
+    def load(self, cache: list[tuple[Tensor, Tensor]], rows: slice = slice(None)) -> None:
+        """Copy the states after a prefill, `model.mamba.Cache`, into the given rows of the batch."""
+        for layer, (conv, ssm) in zip(self.layers, cache, strict=True):
+            layer.conv.state[:, rows].copy_(conv.permute(2, 0, 1))
+            layer.ssm_state[rows].copy_(ssm)
+
+    def step(self, tokens: Tensor | None = None) -> Tensor:
+        """Advance by one token each: `tokens` [b], or the tokens chosen by the last step.
+
+        Returns the logits [b, vocab]. They and `self.tokens`, the index of the largest logit of each row, are
+        overwritten by the next step.
+        """
+        if tokens is not None:
+            self.tokens.copy_(tokens)
+        if self.graph is None:
+            self._run()
+        else:
+            self.graph.replay()
+        return self.logits
+
+    # -- Buffers -----------------------------------------------------------------------------------------------------
+
+    def _layer(self, block: torch.nn.Module, state_dtype: torch.dtype) -> Layer:
+        mixer, config = block.mixer, self.config
+        second = config.kind == "mamba2"
+        conv_weight, conv_bias = (part.detach() for part in mixer.conv_parameters)
+        state = (config.num_heads, config.head_dim) if second else (config.d_inner,)
+        return Layer(
+            norm=block.norm.weight.detach(),
+            in_proj=mixer.in_proj.weight.detach(),
+            conv=Conv(
+                torch.zeros(
+                    config.d_conv - 1, self.batch, conv_weight.shape[0], dtype=self.dtype, device=self.device
+                ),
+                conv_weight.t().contiguous(),
+                conv_bias,
+                start=config.d_inner if second else 0,
+            ),
+            A=mixer.decay_rates.detach().contiguous(),
+            D=mixer.D.detach().float(),
+            dt_bias=(mixer.dt_bias if second else mixer.dt_proj.bias).detach().float(),
+            ssm_state=self._zeros(*state, config.d_state, dtype=state_dtype),
+            out_proj=mixer.out_proj.weight.detach(),
+            gate_norm=mixer.norm.weight.detach() if second else None,
+            x_proj=None if second else mixer.x_proj.weight.detach(),
+            dt_weight=None if second else mixer.dt_proj.weight.detach(),
+        )
+
+    def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros(self.batch, *shape, dtype=dtype or self.dtype, device=self.device)
+
+    def _allocate(self) -> None:
+        config, layer, fp32 = self.config, self.layers[0], torch.float32
+        weights = {"in": layer.in_proj, "x": layer.x_proj, "out": layer.out_proj, "head": self.embedding}
+        self.tiles: dict[str, Tile] = {name: decode.tile_for(w) for name, w in weights.items() if w is not None}
+        self.tokens = self._zeros(dtype=torch.int64)
+        self.residual = self._zeros(config.d_model, dtype=fp32)
+        self.x = self._zeros(config.d_model)
+        self.projected = self._zeros(layer.in_proj.shape[0])
+        self.y = self._zeros(config.d_inner)
+        self.y_sums = None
+        if layer.gate_norm is not None:
+            block = decode.mamba2_block(self.batch, config.head_dim)
+            self.y_sums = self._zeros(config.d_inner // block, dtype=fp32)
+        if layer.x_proj is not None:
+            self.dbc = self._zeros(layer.x_proj.shape[0])
+        if self.vectors:
+            self.sums: Tensor | None = self._zeros(decode.num_programs(layer.out_proj, self.tiles["out"]), dtype=fp32)
+            num_best = decode.num_programs(self.embedding, self.tiles["head"])
+            self.best_value = self._zeros(num_best, dtype=fp32)
+            self.best_index = self._zeros(num_best, dtype=torch.int32)
+            self.logits = self._zeros(config.vocab_size, dtype=fp32)
+        else:
+            self.sums = None
+            self.in_tile = decode.matmul_tile_for(layer.in_proj, split=False)
+            self.out_tile = decode.matmul_tile_for(layer.out_proj, split=True)
+            self.branch = torch.zeros(
+                self.out_tile.splits, self.batch, config.d_model, dtype=fp32, device=self.device
+            )
+            self.dt = self._zeros(config.d_inner)
+            self.logits = self._zeros(config.vocab_size)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Compile the kernels by running them once, then record them. States are zeros afterwards."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self._run()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._run()
+        self.tokens.zero_()
+        for layer in self.layers:
+            layer.conv.state.zero_()
+            layer.ssm_state.zero_()
+        return graph
+
+    # -- One step ----------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        eps = self.config.norm_eps
+        first = self.layers[0].norm
+        decode.embed(self.tokens, self.embedding, first, self.residual, self.x, self.sums, eps)
+        run_layer = self._vector_layer if self.vectors else self._matrix_layer
+        for layer, next_norm in self._layers_with_next_norm():
+            run_layer(layer, next_norm)
+        if self.sums is None:
+            torch.mm(self.x, self.embedding.t(), out=self.logits)
+            decode.argmax(self.logits, None, self.tokens, self.pdl)
+            return
+        tile, best = self.tiles["head"], (self.best_value, self.best_index)
+        decode.project_vocabulary(self.embedding, self.x, self.sums, eps, self.logits, *best, tile, self.pdl)
+        decode.argmax(*best, self.tokens, self.pdl)
+
+    def _layers_with_next_norm(self) -> Iterator[tuple[Layer, Tensor]]:
+        norms = [layer.norm for layer in self.layers[1:]] + [self.final_norm]
+        return zip(self.layers, norms, strict=True)
+
+    def _vector_layer(self, layer: Layer, next_norm: Tensor) -> None:
+        assert self.sums is not None
+        eps, tiles, pdl = self.config.norm_eps, self.tiles, self.pdl
+        decode.project(layer.in_proj, self.x, self.sums, eps, self.projected, layer.conv, tiles["in"], pdl)
+        if layer.x_proj is not None:
+            x = self.projected[:, : self.config.d_inner]
+            decode.project(layer.x_proj, x, None, eps, self.dbc, None, tiles["x"], pdl)
+        self._update(layer, None)
+        decode.project_residual(
+            layer.out_proj,
+            self.y,
+            self.y_sums,
+            self.gate_eps,
+            self.residual,
+            next_norm,
+            self.x,
+            self.sums,
+            tiles["out"],
+            pdl,
+        )
+
+    def _matrix_layer(self, layer: Layer, next_norm: Tensor) -> None:
+        decode.matmul(layer.in_proj, self.x, self.projected[None], layer.conv, self.in_tile, self.pdl)
+        dt = None
+        if layer.x_proj is not None and layer.dt_weight is not None:
+            torch.mm(self.projected[:, : self.config.d_inner], layer.x_proj.t(), out=self.dbc)
+            dt = torch.mm(self.dbc[:, : self.config.dt_rank], layer.dt_weight.t(), out=self.dt)
+        self._update(layer, dt)
+        decode.matmul(layer.out_proj, self.y, self.branch, None, self.out_tile, self.pdl)
+        decode.add_norm(
+            self.branch,
+            self.y_sums,
+            self.config.d_inner,
+            self.gate_eps,
+            self.residual,
+            next_norm,
+            self.x,
+            self.config.norm_eps,
+            self.pdl,
+        )
+
+    def _update(self, layer: Layer, dt: Tensor | None) -> None:
+        constants, state = (layer.A, layer.D), layer.ssm_state
+        if layer.gate_norm is not None and self.y_sums is not None:
+            decode.mamba2_update(
+                self.projected, state, *constants, layer.dt_bias, layer.gate_norm, self.y, self.y_sums, self.pdl
+            )
+        elif layer.dt_weight is not None:
+            decode.mamba1_update(
+                self.projected, self.dbc, dt, layer.dt_weight, layer.dt_bias, *constants, state, self.y, self.pdl
+            )
+
+    gate_eps = 1e-5  # `GatedRMSNorm` fixes it
