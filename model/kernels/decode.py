@@ -1,7 +1,7 @@
 """Launch the Triton kernels of a decode step on preallocated tensors.
 
-Every function writes into the buffers that it is given, so that a CUDA graph can replay the launches. The references are
-in `model.kernels.decode_reference`, under the same names.
+Every function writes into the buffers that it is given, so that a CUDA graph can replay the launches. The references
+are in `model.kernels.decode_reference`, under the same names. Import this module only where Triton is installed.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from model.kernels import decode_kernels as kernels
+from model.kernels import decode_projections, decode_states
 
-MAX_VECTORS = 4  # sequences up to which matrix-vector products beat the library's matrix products
+MAX_VECTORS = 2  # sequences up to which matrix-vector products beat matrix products
 
 
 class Tile(NamedTuple):
@@ -52,18 +53,17 @@ def supports_dependent_launch(device: torch.device) -> bool:
 
 
 def tile_for(weight: Tensor) -> Tile:
-    """A tile in which every warp holds whole rows, and enough rows to occupy the GPU."""
-    n, k = weight.shape
-    warps = 4 if n * k > 2**22 else 2
-    rows = warps if k <= 4096 and weight.element_size() == 2 else max(warps // 2, 1)
-    return Tile(rows, 256, 8 if weight.element_size() == 4 else warps)
+    """The fastest tile on an H200 for a matrix of this size. Every warp holds whole rows, or one row is shared."""
+    rows = weight.shape[0]
+    warps = 4 if weight.element_size() == 2 else 8
+    return Tile(1, 512, warps) if rows < 1024 else Tile(8 if rows > 16384 else 4, 256, warps)
 
 
 def matmul_tile_for(weight: Tensor, *, split: bool) -> MatmulTile:
-    """Split the columns of a matrix whose rows alone do not occupy the GPU."""
-    n, k = weight.shape
-    splits = 4 if split and n < 8192 and k % 256 == 0 else 1
-    return MatmulTile(64, 64, 4 if weight.element_size() == 2 else 2, 4, splits)
+    """The fastest tile on an H200. Few rows do not occupy the GPU: the columns are split, where the caller can add."""
+    columns, stages = (128, 3) if weight.element_size() == 2 else (32, 2)
+    splits = 5 if split and weight.shape[1] % (5 * columns) == 0 else 1
+    return MatmulTile(64, columns, stages, 4, splits)
 
 
 def next_power_of_2(value: int) -> int:
@@ -93,7 +93,7 @@ def project(
     weight: Tensor, x: Tensor, sums: Tensor | None, eps: float, out: Tensor, conv: Conv | None, tile: Tile, pdl: bool
 ) -> None:
     """Write weight · x / rms(x) into `out` [b, n], with the convolution and silu applied to its rows."""
-    kernels.project_kernel[(num_programs(weight, tile),)](
+    decode_projections.project_kernel[(num_programs(weight, tile),)](
         weight,
         x,
         sums,
@@ -124,7 +124,7 @@ def project_residual(
     pdl: bool,
 ) -> None:
     """Add weight · x / rms(x) to the residual; write its product with `norm_weight` and its partial squares."""
-    kernels.project_residual_kernel[(num_programs(weight, tile),)](
+    decode_projections.project_residual_kernel[(num_programs(weight, tile),)](
         weight,
         x,
         sums,
@@ -150,7 +150,7 @@ def project_vocabulary(
     pdl: bool,
 ) -> None:
     """Write the logits, and the value and index of the largest logit of every program's rows."""
-    kernels.project_vocabulary_kernel[(num_programs(weight, tile),)](
+    decode_projections.project_vocabulary_kernel[(num_programs(weight, tile),)](
         weight,
         x,
         sums,
@@ -163,16 +163,14 @@ def project_vocabulary(
     )
 
 
-def matmul(
-    weight: Tensor, x: Tensor, out: Tensor, conv: Conv | None, tile: MatmulTile, pdl: bool
-) -> None:
+def matmul(weight: Tensor, x: Tensor, out: Tensor, conv: Conv | None, tile: MatmulTile, pdl: bool) -> None:
     """Write weight · x as partial sums into `out` [splits, b, n]; with one split, apply the convolution and silu."""
     n, k = weight.shape
     splits, batch, _ = out.shape
     block = min(max(next_power_of_2(batch), 16), 128)
-    kernels.matmul_kernel[(-(-n // tile.rows), splits, -(-batch // block))](
-        weight,
-        x,
+    decode_projections.matmul_kernel[(-(-n // tile.rows), splits, -(-batch // block))](
+        TensorDescriptor.from_tensor(weight, [tile.rows, tile.columns]),
+        TensorDescriptor.from_tensor(x, [block, tile.columns]),
         out,
         conv and conv.state,
         conv and conv.weight,
@@ -194,9 +192,9 @@ def matmul(
     )
 
 
-def mamba2_block(batch: int, head_dim: int) -> int:
-    """Values of a head per program of `mamba2_update`: few at small batches, to occupy every multiprocessor."""
-    return min(head_dim, 16 if batch <= MAX_VECTORS else 32)
+def mamba2_block(head_dim: int) -> int:
+    """Values of a head per program of `mamba2_update`."""
+    return min(head_dim, 16)
 
 
 def mamba2_update(
@@ -209,12 +207,11 @@ def mamba2_update(
     y: Tensor,
     sums: Tensor,
     pdl: bool,
-    warps: int = 4,
 ) -> None:
     """Advance the states [b, h, p, k]; write y · silu(z) · norm_weight and the partial squares of y · silu(z)."""
     batch, heads, head_dim, d_state = state.shape
     block = heads * head_dim // sums.shape[1]
-    kernels.mamba2_update_kernel[(sums.shape[1], batch)](
+    decode_states.mamba2_update_kernel[(sums.shape[1], batch)](
         zxbcdt,
         state,
         A,
@@ -228,7 +225,7 @@ def mamba2_update(
         STATE=d_state,
         BLOCK_P=block,
         PDL=pdl,
-        num_warps=warps,
+        num_warps=4,
         launch_pdl=pdl,
     )
 
@@ -244,13 +241,12 @@ def mamba1_update(
     state: Tensor,
     y: Tensor,
     pdl: bool,
-    block: int = 32,
-    warps: int = 4,
 ) -> None:
     """Advance the states [b, c, k] and write y · silu(z). `dt` None: computed here from dbc and `dt_weight`."""
     batch, channels, d_state = state.shape
     rank = dt_weight.shape[1]
-    kernels.mamba1_update_kernel[(-(-channels // block), batch)](
+    block = 16 if batch <= MAX_VECTORS else 128
+    decode_states.mamba1_update_kernel[(-(-channels // block), batch)](
         xz,
         dbc,
         dt,
@@ -266,18 +262,24 @@ def mamba1_update(
         STATE=d_state,
         BLOCK_C=block,
         PDL=pdl,
-        num_warps=warps,
+        num_warps=4,
         launch_pdl=pdl,
     )
 
 
 def embed(
-    tokens: Tensor, embedding: Tensor, norm_weight: Tensor, residual: Tensor, normed: Tensor, sums: Tensor | None, eps: float
+    tokens: Tensor,
+    embedding: Tensor,
+    norm_weight: Tensor,
+    residual: Tensor,
+    normed: Tensor,
+    sums: Tensor | None,
+    eps: float,
 ) -> None:
     """Start a step: embed the tokens. Without `sums` the result is divided by its rms."""
     width = embedding.shape[1]
     num_sums = 1 if sums is None else sums.shape[1]
-    kernels.embed_kernel[(tokens.shape[0],)](
+    decode_states.embed_kernel[(tokens.shape[0],)](
         tokens,
         embedding,
         norm_weight,
@@ -308,7 +310,7 @@ def add_norm(
     """Sum the branch [splits, b, d], divide it by the rms that `sums` gives, add it to the residual, and normalise."""
     splits, batch, width = branch.shape
     num_sums = 0 if sums is None else sums.shape[1]
-    kernels.add_norm_kernel[(batch,)](
+    decode_states.add_norm_kernel[(batch,)](
         branch,
         sums,
         residual,
@@ -330,6 +332,6 @@ def add_norm(
 
 def argmax(values: Tensor, indices: Tensor | None, tokens: Tensor, pdl: bool) -> None:
     """Write the index of the first maximum of each row, looked up in `indices` if given."""
-    kernels.argmax_kernel[(values.shape[0],)](
+    decode_states.argmax_kernel[(values.shape[0],)](
         values, indices, tokens, values.shape[1], BLOCK=4096, PDL=pdl, num_warps=8, launch_pdl=pdl
     )

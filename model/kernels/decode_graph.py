@@ -16,6 +16,8 @@ from torch import Tensor
 
 from model.kernels import decode
 from model.kernels.decode import Conv, Tile
+from model.language_model import MambaLM
+from model.mamba import Cache, Mamba1Mixer, Mamba2Mixer, MambaBlock
 
 
 class Layer(NamedTuple):
@@ -47,7 +49,7 @@ class DecodeGraph:
 
     def __init__(
         self,
-        llm: torch.nn.Module,
+        llm: MambaLM,
         batch: int,
         *,
         state_dtype: torch.dtype = torch.float32,
@@ -68,7 +70,7 @@ class DecodeGraph:
 
     # -- What callers do ---------------------------------------------------------------------------------------------
 
-    def load(self, cache: list[tuple[Tensor, Tensor]], rows: slice = slice(None)) -> None:
+    def load(self, cache: Cache, rows: slice = slice(None)) -> None:
         """Copy the states after a prefill, `model.mamba.Cache`, into the given rows of the batch."""
         for layer, (conv, ssm) in zip(self.layers, cache, strict=True):
             layer.conv.state[:, rows].copy_(conv.permute(2, 0, 1))
@@ -90,30 +92,26 @@ class DecodeGraph:
 
     # -- Buffers -----------------------------------------------------------------------------------------------------
 
-    def _layer(self, block: torch.nn.Module, state_dtype: torch.dtype) -> Layer:
+    def _layer(self, block: MambaBlock, state_dtype: torch.dtype) -> Layer:
         mixer, config = block.mixer, self.config
-        second = config.kind == "mamba2"
-        conv_weight, conv_bias = (part.detach() for part in mixer.conv_parameters)
-        state = (config.num_heads, config.head_dim) if second else (config.d_inner,)
+        assert isinstance(mixer, Mamba1Mixer | Mamba2Mixer)
+        second = isinstance(mixer, Mamba2Mixer)
+        weight, bias = (part.detach() for part in mixer.conv_parameters)
+        conv_state = torch.zeros(config.d_conv - 1, self.batch, len(bias), dtype=self.dtype, device=self.device)
+        ssm_shape = (config.num_heads, config.head_dim) if second else (config.d_inner,)
+        dt_bias = mixer.dt_bias if isinstance(mixer, Mamba2Mixer) else mixer.dt_proj.bias
         return Layer(
             norm=block.norm.weight.detach(),
             in_proj=mixer.in_proj.weight.detach(),
-            conv=Conv(
-                torch.zeros(
-                    config.d_conv - 1, self.batch, conv_weight.shape[0], dtype=self.dtype, device=self.device
-                ),
-                conv_weight.t().contiguous(),
-                conv_bias,
-                start=config.d_inner if second else 0,
-            ),
+            conv=Conv(conv_state, weight.t().contiguous(), bias, start=config.d_inner if second else 0),
             A=mixer.decay_rates.detach().contiguous(),
             D=mixer.D.detach().float(),
-            dt_bias=(mixer.dt_bias if second else mixer.dt_proj.bias).detach().float(),
-            ssm_state=self._zeros(*state, config.d_state, dtype=state_dtype),
+            dt_bias=dt_bias.detach().float(),
+            ssm_state=self._zeros(*ssm_shape, config.d_state, dtype=state_dtype),
             out_proj=mixer.out_proj.weight.detach(),
-            gate_norm=mixer.norm.weight.detach() if second else None,
-            x_proj=None if second else mixer.x_proj.weight.detach(),
-            dt_weight=None if second else mixer.dt_proj.weight.detach(),
+            gate_norm=mixer.norm.weight.detach() if isinstance(mixer, Mamba2Mixer) else None,
+            x_proj=mixer.x_proj.weight.detach() if isinstance(mixer, Mamba1Mixer) else None,
+            dt_weight=mixer.dt_proj.weight.detach() if isinstance(mixer, Mamba1Mixer) else None,
         )
 
     def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -130,7 +128,7 @@ class DecodeGraph:
         self.y = self._zeros(config.d_inner)
         self.y_sums = None
         if layer.gate_norm is not None:
-            block = decode.mamba2_block(self.batch, config.head_dim)
+            block = decode.mamba2_block(config.head_dim)
             self.y_sums = self._zeros(config.d_inner // block, dtype=fp32)
         if layer.x_proj is not None:
             self.dbc = self._zeros(layer.x_proj.shape[0])
@@ -144,9 +142,7 @@ class DecodeGraph:
             self.sums = None
             self.in_tile = decode.matmul_tile_for(layer.in_proj, split=False)
             self.out_tile = decode.matmul_tile_for(layer.out_proj, split=True)
-            self.branch = torch.zeros(
-                self.out_tile.splits, self.batch, config.d_model, dtype=fp32, device=self.device
-            )
+            self.branch = torch.zeros(self.out_tile.splits, self.batch, config.d_model, dtype=fp32, device=self.device)
             self.dt = self._zeros(config.d_inner)
             self.logits = self._zeros(config.vocab_size)
 

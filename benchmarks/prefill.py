@@ -1,0 +1,74 @@
+"""Milliseconds of a prefill: the model's own, as a CUDA graph, and mamba_ssm's.
+
+    python -m benchmarks.prefill --json prefill.json           # on a machine with one GPU; minutes
+
+Full-size language models with random bf16 weights; 749 positions are an image and a short question. docs/latency.md
+keeps the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.decode import mamba_ssm_twin, random_model, seconds_per_call
+from model.config import preset
+from model.kernels.prefill_graph import PrefillGraph
+from model.language_model import MambaLM
+
+LENGTH = 749
+
+
+@torch.no_grad()
+def ways(llm: MambaLM, x: Tensor) -> dict[str, Callable[[], Any]]:
+    """What is timed, by name. `x` are embeddings [b, l, d]."""
+    graph = PrefillGraph(llm, *x.shape[:2])
+    return {"eager": lambda: llm.prefill(x), "graph": lambda: graph(x)}
+
+
+@torch.no_grad()
+def mamba_ssm_way(llm: MambaLM, tokens: Tensor) -> Callable[[], Any]:
+    """A forward pass that fills an inference cache, as mamba_ssm's generation begins."""
+    from mamba_ssm.utils.generation import InferenceParams
+
+    model = mamba_ssm_twin(llm)
+
+    @torch.no_grad()
+    def prefill() -> Any:
+        cache = InferenceParams(max_seqlen=tokens.shape[1] + 1, max_batch_size=tokens.shape[0])
+        return model(tokens, inference_params=cache, num_last_tokens=1).logits
+
+    return prefill
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["emma_v2", "emma_v1"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    print(f"{torch.cuda.get_device_name()}, {LENGTH} positions\n| model | batch | way | ms |\n|---|---|---|---|")
+    for name in args.models:
+        llm = random_model(preset(name).llm)
+        for batch in args.batches:
+            tokens = torch.randint(llm.config.vocab_size, (batch, LENGTH), device="cuda")
+            timed = {"mamba_ssm": mamba_ssm_way(llm, tokens), **ways(llm, llm.embed(tokens))}
+            for way, call in timed.items():
+                with torch.no_grad():
+                    rows.append({"model": name, "batch": batch, "way": way, "ms": 1000 * seconds_per_call(call, 0.3)})
+                print(f"| {name} | {batch} | {way} | {rows[-1]['ms']:.1f} |", flush=True)
+            del timed
+            torch.cuda.empty_cache()
+    if args.json:
+        args.json.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Prefill of one batch size and length as a CUDA graph, because at small batches the host cannot keep up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.language_model import MambaLM
+from model.mamba import Cache
+
+WARM_UPS = 2  # Triton compiles and tunes its kernels outside the capture
+
+
+class PrefillGraph:
+    """Capture `llm.prefill` for embeddings [batch, length, d]. Weights are shared and must not be replaced."""
+
+    def __init__(self, llm: MambaLM, batch: int, length: int) -> None:
+        weight = llm.backbone.embedding.weight
+        self.x = torch.zeros(batch, length, llm.config.d_model, dtype=weight.dtype, device=weight.device)
+        stream = torch.cuda.Stream(weight.device)
+        stream.wait_stream(torch.cuda.current_stream(weight.device))
+        with torch.no_grad(), torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                llm.prefill(self.x)
+        torch.cuda.current_stream(weight.device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(self.graph):
+            self.logits, self.cache = llm.prefill(self.x)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Cache]:
+        """Logits [b, vocab] of the last position and the states; the next call overwrites both."""
+        self.x.copy_(x)
+        self.graph.replay()
+        return self.logits, self.cache
