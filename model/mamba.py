@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from model.config import MambaConfig
 from model.kernels import dispatch
+from model.kernels.mamba1_prefill import mamba1_prefill
 
 NO_WEIGHT_DECAY = ("A_log", "D", "dt_bias")
 
@@ -111,6 +112,9 @@ class Mamba1Mixer(Mixer):
         )
 
     def prefill(self, x: Tensor) -> tuple[Tensor, State]:
+        if x.is_cuda and x.shape[0] * x.shape[1] % 8 == 0:  # else its matrices are not aligned, and slower than copies
+            out, *states = mamba1_prefill(x, *self._weights())
+            return out, State(*states)
         x, z = self.in_proj(x).chunk(2, -1)  # [b, l, c]
         conv_state = dispatch.conv_state(x, self.config.d_conv)
         x = dispatch.causal_conv(x, *self.conv_parameters)
@@ -122,6 +126,18 @@ class Mamba1Mixer(Mixer):
         x = dispatch.causal_conv_step(x, state.conv, *self.conv_parameters)
         y = dispatch.selective_scan_step(state.ssm, x, *self._scan_inputs(x), z, self.dt_proj.bias.float())
         return self.out_proj(y)
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The arguments of `mamba1_prefill`."""
+        dt, constants = self.dt_proj, (self.dt_proj.bias.float(), self.decay_rates, self.D.float())
+        return (
+            self.in_proj.weight,
+            *self.conv_parameters,
+            self.x_proj.weight,
+            dt.weight,
+            *constants,
+            self.out_proj.weight,
+        )
 
     def _scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return dt (before its bias), A, B, C and D of the scan over x [..., c]."""

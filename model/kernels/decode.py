@@ -225,7 +225,7 @@ def mamba2_update(
         STATE=d_state,
         BLOCK_P=block,
         PDL=pdl,
-        num_warps=4,
+        num_warps=1 if state.element_size() == 2 and batch > MAX_VECTORS else 4,
         launch_pdl=pdl,
     )
 
