@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
-from model.config import MambaConfig, preset
+from model.config import MambaConfig
 from model.kernels.decode_graph import DecodeGraph
 from model.language_model import MambaLM
+from model.presets import preset
 
 STATES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROMPT, MIN_SECONDS = 16, 0.5

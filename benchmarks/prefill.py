@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.decode import mamba_ssm_twin, random_model, seconds_per_call
-from model.config import preset
 from model.kernels.prefill_graph import PrefillGraph
 from model.language_model import MambaLM
+from model.presets import preset
 
 LENGTH = 749
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.config import preset
 from model.kernels import decode_reference as fused
 from model.language_model import MambaLM
 from model.mamba import Mamba1Mixer, Mamba2Mixer, State
+from model.presets import preset
 
 EPS = 1e-5
 

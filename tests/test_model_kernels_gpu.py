@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.config import MambaConfig, preset
+from model.config import MambaConfig
 from model.kernels import decode_reference
 from model.language_model import MambaLM
+from model.presets import preset
 
 pytestmark = [
     pytest.mark.gpu,
