@@ -1,9 +1,9 @@
 """Greedy decoding of a Mamba language model: static buffers, fused kernels, one CUDA graph per step.
 
-Up to `decode.MAX_VECTORS` sequences, a layer is three kernels for Mamba-2 (projection with norm and convolution, state
-update with gate, projection with gated norm and residual) and four for Mamba-1 (one more for x_proj). Larger batches
-have four: matrix products on tensor cores, of which the second is split, and a kernel that adds its parts and norms.
-Mamba-1's x_proj and dt_proj and the head are the library's products there.
+Up to `decode.MAX_VECTORS` sequences use matrix-vector products. A Mamba-2 layer is then three kernels: in_proj with the
+norm and the convolution, the state update with the gate, and out_proj with the gated norm and the residual. A Mamba-1
+layer has one more, x_proj. Larger batches use tensor cores, and one more kernel that adds the parts of out_proj and
+norms; x_proj, dt_proj and the head are then PyTorch's products.
 """
 
 from __future__ import annotations
@@ -45,7 +45,11 @@ class DecodeGraph:
         state_dtype: Type in which the SSM states are kept; arithmetic is fp32.
         dependent_launch: Start kernels before their predecessors end; None: where the GPU can (compute capability 9.0).
         graph: Replay a CUDA graph; False launches the kernels one by one.
+
+    Raises: ValueError for more than one group.
     """
+
+    gate_eps = 1e-5  # `GatedRMSNorm` fixes it
 
     def __init__(
         self,
@@ -68,7 +72,7 @@ class DecodeGraph:
         self._allocate()
         self.graph = self._capture() if graph else None
 
-    # -- What callers do ---------------------------------------------------------------------------------------------
+    # -- Public --------------------------------------------------------------------------------------------------------
 
     def load(self, cache: Cache, rows: slice = slice(None)) -> None:
         """Copy the states after a prefill, `model.mamba.Cache`, into the given rows of the batch."""
@@ -234,5 +238,3 @@ class DecodeGraph:
             decode.mamba1_update(
                 self.projected, self.dbc, dt, layer.dt_weight, layer.dt_bias, *constants, state, self.y, self.pdl
             )
-
-    gate_eps = 1e-5  # `GatedRMSNorm` fixes it
