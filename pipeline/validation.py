@@ -57,10 +57,10 @@ class Validation:
             batches.append(replace(batch, micro_batches=[]))
         engine.train()
         text_sum, align_sum, *sums_by_source = losses.reduce()
-        return self._means(batches, text_sum, align_sum, sums_by_source)
+        return self._means(batches, text_sum=text_sum, align_sum=align_sum, sums_by_source=sums_by_source)
 
     def _means(
-        self, batches: list[GlobalBatch], text_sum: float, align_sum: float, sums_by_source: list[float]
+        self, batches: list[GlobalBatch], *, text_sum: float, align_sum: float, sums_by_source: list[float]
     ) -> dict[str, Any]:
         """Divide the loss sums by their weights. A source without samples has no mean."""
         images = sum(batch.images for batch in batches)

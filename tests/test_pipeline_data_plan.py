@@ -64,7 +64,7 @@ def test_steps_are_numbered_across_epochs():
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 16), (1, 4), (2, 8), (2, 2), (8, 2), (16, 1)])
 def test_the_slices_of_all_ranks_make_up_the_global_batch(world_size, micro_batch):
     ids = make_plan().step(3)
-    slices = [rank_slices(ids, rank, world_size, micro_batch) for rank in range(world_size)]
+    slices = [rank_slices(ids, rank=rank, world_size=world_size, micro_batch=micro_batch) for rank in range(world_size)]
     assert {len(part) for rank in slices for part in rank} == {micro_batch}
     assert sorted(np.concatenate([part for rank in slices for part in rank])) == sorted(ids)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import time
-import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,9 +12,9 @@ from torch.utils.data import Dataset
 from pipeline.data.batch import GlobalBatch, MicroBatch, collate
 from pipeline.data.by_source import Sources
 from pipeline.data.compatibility import check_shards_match_model
-from pipeline.data.plan import FILLER, Plan, rank_slices
+from pipeline.data.plan import FILLER, Ids, Plan, rank_slices
 from pipeline.data.shard_reader import DamagedShardError, ShardReader
-from pipeline.data.workers import Workers, describe_wait
+from pipeline.data.workers import Workers
 from pipeline.distributed.ranks import Ranks
 from pipeline.distributed.stall_warning import StallWarning
 from pipeline.errors import RetryableError
@@ -37,11 +35,16 @@ class MicroBatchDataset(Dataset):
         except (DamagedShardError, RetryableError) as error:
             return error
 
+    def rank_slices(self, ids: Ids) -> list[Ids]:
+        """Return the rows of a global batch that each micro-batch of this rank holds."""
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        return rank_slices(ids, rank=rank, world_size=world_size, micro_batch=self.micro_batch)
+
     def load(self, k: int) -> MicroBatch:
         """Load micro-batch `k`. Filler rows hold a copy of the step's first sample."""
         step, micro = divmod(k, self.per_step)
         ids = self.plan.step(step)
-        rank_ids = rank_slices(ids, self.ranks.rank, self.ranks.world_size, self.micro_batch)[micro]
+        rank_ids = self.rank_slices(ids)[micro]
         real = rank_ids != FILLER
         batch = collate([self.reader.read(int(row)) for row in np.where(real, rank_ids, ids[0])], real)
         return replace(batch, slow_reads=self.reader.pop_slow_reads())
@@ -92,11 +95,10 @@ class TrainData:
         self._started = None
         if workers is None or started_for != first:
             workers = self._workers(first)
-        describe = functools.partial(describe_wait, self.ranks, weakref.ref(workers))
         try:
             for step in range(first, self.total_steps):
                 begun = time.monotonic()
-                with self.stall_warning.warn_if_slow(describe):
+                with self.stall_warning.warn_if_slow(workers.describe_wait):
                     micro_batches = [workers.next() for _ in range(self.dataset.per_step)]
                 yield self._global_batch(step, micro_batches, wait_s=time.monotonic() - begun)
         finally:
@@ -108,15 +110,14 @@ class TrainData:
 
     def _global_batch(self, step: int, micro_batches: list[MicroBatch], *, wait_s: float) -> GlobalBatch:
         """Build the global batch of a step from this rank's micro-batches and from totals in the index."""
-        size, world_size = self.recipe.optim.micro_batch, self.ranks.world_size
         ids = self.plan.step(step)
         real = ids[ids != FILLER]
         has_image = bool(self.plan.has_image[ids[0]])
         visual_tokens = self.recipe.config.vision.num_patches if has_image else 0
         lengths = np.where(ids == FILLER, 0, self.text_tokens[ids] + visual_tokens)
         # ZeRO-3 runs the ranks in lockstep, so the longest row of any rank determines the cost on all ranks.
-        forward_passes = lengths.reshape(-1, size * world_size)
-        computed = int(forward_passes.max(axis=1).sum()) * size * world_size
+        forward_passes = lengths.reshape(self.dataset.per_step, -1)
+        computed = int(forward_passes.max(axis=1).sum()) * forward_passes.shape[1]
         return GlobalBatch(
             step=step,
             micro_batches=micro_batches,
@@ -128,5 +129,5 @@ class TrainData:
             padding_ratio=1 - int(lengths.sum()) / max(1, computed),
             wait_s=wait_s,
             slow_reads=tuple(read for micro_batch in micro_batches for read in micro_batch.slow_reads),
-            sources=self.sources.of_batch(ids, rank_slices(ids, self.ranks.rank, world_size, size)),
+            sources=self.sources.of_batch(ids, self.dataset.rank_slices(ids)),
         )

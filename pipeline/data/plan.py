@@ -89,7 +89,7 @@ class Plan:
         return f"{self.manifest_sha256}:{self.seed}"
 
 
-def rank_slices(ids: Ids, rank: int, world_size: int, micro_batch: int) -> list[Ids]:
+def rank_slices(ids: Ids, *, rank: int, world_size: int, micro_batch: int) -> list[Ids]:
     """Return the micro-batches of one rank, in order.
 
     Consecutive rows, which have similar lengths, go to the same forward pass on all ranks, to save padding.

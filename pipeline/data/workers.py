@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import signal
 import socket
-import weakref
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -18,9 +17,7 @@ from pipeline.errors import RetryableError
 from pipeline.recipe import Recipe
 
 PREFETCH = 4  # micro-batches that each worker keeps ready
-EXIT_GRACE_S = (
-    5.0  # after a broken connection, how long to wait for the worker to exit, so that the message can name it
-)
+EXIT_GRACE_S = 5.0  # how long to wait for a worker to exit after its connection broke, so that the error can name it
 WORKER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) ([^.]+)")  # torch's RuntimeError
 PIN_THREAD_DIED = "Pin memory thread exited unexpectedly"
 
@@ -56,6 +53,15 @@ class Workers:
     def processes(self) -> list[Any]:
         return list(getattr(self.batches, "_workers", ()))
 
+    def describe_wait(self) -> str:
+        """Describe what the rank waits for: the process ids of its workers, and which of them make no progress."""
+        described = []
+        for process in self.processes:
+            state = PROBLEM_STATES.get(process_state(process.pid))
+            described.append(f"{process.pid} ({state})" if state else str(process.pid))
+        source = f" from DataLoader worker {', '.join(described)}" if described else ""
+        return f"rank {self.ranks.rank} on {socket.gethostname()}: waiting for data{source}"
+
     def close(self) -> None:
         """End the processes, even if the traceback of an error keeps this object alive.
 
@@ -79,20 +85,6 @@ class Workers:
         if isinstance(item, Exception):  # returned rather than raised: see MicroBatchDataset
             raise item
         return item
-
-
-def describe_wait(ranks: Ranks, workers: weakref.ref[Workers]) -> str:
-    """Describe what a rank waits for: the process ids of its workers, with the state of those that make no progress.
-
-    The reference is weak because `StallWarning` keeps it after the workers are no longer needed.
-    """
-    alive = workers()
-    described = []
-    for process in alive.processes if alive else ():
-        state = PROBLEM_STATES.get(process_state(process.pid))
-        described.append(f"{process.pid} ({state})" if state else str(process.pid))
-    source = f" from DataLoader worker {', '.join(described)}" if described else ""
-    return f"rank {ranks.rank} on {socket.gethostname()}: waiting for data{source}"
 
 
 def worker_death(error: RuntimeError, ranks: Ranks) -> RetryableError | None:

@@ -117,7 +117,9 @@ class History:
     def left_s(self) -> float:
         """Return the estimated seconds to the end of the run."""
         done = self.step - (self.starts[-1].step if self.starts else 0)
-        return seconds_left(self.total_steps - self.step, self.step_s, self.paused_s, done)
+        return seconds_left(
+            steps=self.total_steps - self.step, step_s=self.step_s, paused_s=self.paused_s, steps_done=done
+        )
 
 
 def read_history(run: Path) -> History:
@@ -253,14 +255,15 @@ def _replay_event(history: History, event: str, line: dict[str, Any]) -> None:
         history.nonfinite.append(step)
 
 
-def seconds_left(steps: int, step_s: float, paused_s: float, done: int) -> float:
-    """Estimate the seconds for the remaining `steps`.
+def seconds_left(*, steps: int, step_s: float, paused_s: float, steps_done: int) -> float:
+    """Estimate the seconds for the remaining steps of a run.
 
     Args:
+        steps: number of remaining steps.
         step_s: seconds per step.
-        paused_s: seconds of saving and validation during the last `done` steps.
+        paused_s: seconds that saving and validation took during the last `steps_done` steps.
     """
-    return steps * (step_s + paused_s / max(1, done))
+    return steps * (step_s + paused_s / max(1, steps_done))
 
 
 def format_duration(seconds: float) -> str:

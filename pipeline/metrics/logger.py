@@ -146,7 +146,12 @@ class MetricsLogger:
 
     def _console_line(self, values: dict[str, Any]) -> str:
         step, total_steps = values["step"], self.data.total_steps
-        left_s = seconds_left(total_steps - step, values["time/step_s"], self.excluded_s, step - self.first_step)
+        left_s = seconds_left(
+            steps=total_steps - step,
+            step_s=values["time/step_s"],
+            paused_s=self.excluded_s,
+            steps_done=step - self.first_step,
+        )
         align = "   -  " if values["loss/align"] is None else f"{values['loss/align']:.4f}"
         mfu = "" if values["speed/mfu"] is None else f"  mfu {values['speed/mfu']:.1%}"
         memory = f"  {values['memory/peak_gib']:.1f} GiB" if values["memory/peak_gib"] else ""
