@@ -23,7 +23,7 @@ class Segment(NamedTuple):
     recompute: bool
 
 
-def plan_segments(num_layers: int, taps: Sequence[int], segment_layers: int, keep_layers: int) -> list[Segment]:
+def plan_segments(num_layers: int, taps: Sequence[int], *, segment_layers: int, keep_layers: int) -> list[Segment]:
     """Split the layers into segments for activation checkpointing, so that a segment ends after each tapped layer.
 
     Args:
@@ -74,7 +74,8 @@ class MambaStack(nn.Module):
         # A recomputed segment returns its tapped state. A hook inside it would fire twice, and if the segment continued
         # after the tapped layer, ZeRO-3 would release that layer's weights during the recomputation.
         hidden, residual, tapped = x, None, []
-        for segment in plan_segments(len(self.layers), taps, self.segment_layers, self.keep_layers):
+        plan = plan_segments(len(self.layers), taps, segment_layers=self.segment_layers, keep_layers=self.keep_layers)
+        for segment in plan:
             layers = (segment.start, segment.stop)
             if segment.recompute and torch.is_grad_enabled():
                 hidden, residual = checkpoint(

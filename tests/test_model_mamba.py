@@ -145,7 +145,9 @@ PLANS = [
 
 @pytest.mark.parametrize(("arguments", "expected", "why"), PLANS, ids=[why for *_, why in PLANS])
 def test_segments_end_at_taps_and_do_not_exceed_segment_layers(arguments: tuple, expected: list, why: str) -> None:
-    assert [tuple(segment) for segment in plan_segments(*arguments)] == expected, why
+    num_layers, taps, segment_layers, keep_layers = arguments
+    segments = plan_segments(num_layers, taps, segment_layers=segment_layers, keep_layers=keep_layers)
+    assert [tuple(segment) for segment in segments] == expected, why
 
 
 @pytest.mark.parametrize("tap", ["mixer", "residual"])
