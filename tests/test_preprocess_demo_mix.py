@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from model.errors import UserError
+from model.errors import ExitCode, UserError
 from model.presets import preset
 from preprocess import build_shards
 from preprocess.demo.damaged_rows import DAMAGED, REPAIRABLE
@@ -31,6 +31,7 @@ from preprocess.demo.scenes import (
 from preprocess.demo.writing import photograph_dialogues
 from preprocess.images.codec import decode_rgb
 from preprocess.prompts import Tokenizer, load_tokenizer
+from tests.support.launch import run_python
 
 MIX = Path(__file__).parents[1] / "preprocess" / "mixes" / "demo.toml"
 SIZES = Sizes(llava=40, lvis=20, lrv=10, held_out=30, text_only=20)
@@ -157,6 +158,12 @@ def test_the_same_version_writes_the_same_bytes(root: Path, tmp_path: Path) -> N
 def test_a_folder_that_is_not_empty_is_refused(root: Path) -> None:
     with pytest.raises(UserError, match="is not empty"):
         write_mix(root, SIZES)
+
+
+def test_the_command_reports_a_folder_that_is_not_empty_in_one_line(root: Path) -> None:
+    command = run_python("-m", "preprocess.demo", root)
+    assert command.returncode == ExitCode.USER_ERROR
+    assert command.stderr == f"error: {root} is not empty. Give another folder, or remove its contents\n"
 
 
 def test_no_training_image_has_the_pixels_of_a_held_out_image(root: Path) -> None:
