@@ -21,6 +21,7 @@ class ExitCode(IntEnum):
     FAILED = 3  # too many rejects, or a failed training; running the same command again would fail again
     RETRY = 4  # transient failure; running the same command again may succeed
     INTERRUPTED = 130  # by Ctrl-C
+    BROKEN_PIPE = 141  # the reader of stdout, such as `head`, has closed it
     TERMINATED = 143  # by SIGTERM
 
 
@@ -45,7 +46,6 @@ OSERROR_REMEDIES = {  # errors that retrying does not fix
     errno.EROFS: "choose a writable path",
     errno.ENOTDIR: "check the path",
     errno.EISDIR: "check the path",
-    errno.EEXIST: "check the path",
     errno.ELOOP: "check the path",
     errno.ENAMETOOLONG: "check the path",
 }
@@ -79,18 +79,29 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         sys.stdout.flush()
     except CommandError as error:
         code = _report(str(error), error.exit_code)
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = ExitCode.OK
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+            sys.exit(ExitCode.BROKEN_PIPE)
         if error.errno is None:
             raise
         remedy = oserror_remedy(error) or ("check the path" if error.errno == errno.ENOENT else None)
-        code = _report(f"{oserror_text(error)}; {remedy or 'try again'}", ExitCode(2 if remedy else 4))
+        code = _report(
+            f"{oserror_text(error)}; {remedy or 'try again'}", ExitCode.USER_ERROR if remedy else ExitCode.RETRY
+        )
     except KeyboardInterrupt:
         print(file=sys.stderr)
         code = ExitCode.INTERRUPTED
     sys.exit(code)
+
+
+def _stdout_is_closed() -> bool:
+    """Whether nobody reads stdout any more. If so, redirect it, so that flushing it at exit raises no second error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _report(message: str, code: ExitCode) -> ExitCode:

@@ -14,7 +14,7 @@ from pipeline.engine import Engine
 from pipeline.flops import GIB
 from pipeline.recipe import Recipe
 from pipeline.step import row_losses
-from pipeline.zero import clear_gradients, missing_moment_bytes
+from pipeline.zero import discard_gradients, missing_moment_bytes
 
 SAMPLE_LAYERS = 4  # kept in the second measurement, from which the size of one layer is computed
 WARM_UP_PASSES = 2  # ZeRO-3 needs them to re-trace its prefetch order
@@ -80,8 +80,7 @@ def _run_pass(engine: Engine, towers: Towers, recipe: Recipe, batch: MicroBatch)
     """Run forward and backward as in training, with a loss of weight zero, so that every gradient is zero."""
     text, align = row_losses(engine, towers, recipe, batch.to(engine.device))
     engine.backward(0.0 * (text.sum() + align.sum()))
-    engine.optimizer.zero_grad()
-    clear_gradients(engine)
+    discard_gradients(engine)
 
 
 def _max_over_ranks(value: float, device: torch.device) -> float:

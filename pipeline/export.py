@@ -15,7 +15,6 @@ import argparse
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,13 +24,14 @@ from model.errors import UserError, run_cli
 from model.transformers_layout import save_language_model
 from model.vision import Towers
 from model.weights import load_model, save_model
-from pipeline.checkpoint.folder import folder_name, list_steps
+from pipeline.checkpoint.folder import CHECKPOINTS, folder_name, list_steps
 from pipeline.checkpoint.layout import full_state
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.verify import find_damage
 from pipeline.initial_model import check_towers_unchanged, initial_model, make_towers
 from pipeline.recipe import Recipe, recipe_of_run
 from pipeline.recipe import load_recipe as read_recipe
+from preprocess.shards.folder import ShardFolder
 from preprocess.shards.manifest import Manifest
 from preprocess.strict_toml import UNSET
 
@@ -53,8 +53,8 @@ def export_run(
     recipe = recipe_of_run(run)
     if shards:
         recipe = replace(recipe, data=replace(recipe.data, shards=shards))
-    step = step if step is not None else newest_intact(run / "checkpoints")
-    folder = run / "checkpoints" / folder_name(step)
+    step = step if step is not None else newest_intact(run / CHECKPOINTS)
+    folder = run / CHECKPOINTS / folder_name(step)
     if damage := find_damage(folder):
         raise UserError(f"{folder}: {damage}. Choose another --step.")
     found, trained = Manifest.load(recipe.data.shards).sha256, read_manifest(folder)["shards_sha256"]
@@ -66,7 +66,7 @@ def export_run(
     check_towers_unchanged(run / "weights.json", towers)
     state = full_state(folder)
     check_state(state, recipe.config, folder)
-    _write(out, recipe, state, towers, with_alignment, {"step": step})
+    _write(out, recipe, state, towers, with_alignment=with_alignment, step=step)
     return step
 
 
@@ -83,17 +83,15 @@ def export_untrained(recipe: Recipe, out: Path, *, with_alignment: bool) -> None
     if recipe.data.shards is UNSET:
         raise UserError("data.shards is not set; add data.shards=… to the command: the shards' tokenizer is exported")
     emma, towers, _ = initial_model(recipe)
-    _write(out, recipe, emma.state_dict(), towers, with_alignment, {"step": 0})
+    _write(out, recipe, emma.state_dict(), towers, with_alignment=with_alignment, step=0)
 
 
-def _write(
-    out: Path, recipe: Recipe, state: State, towers: Towers, with_alignment: bool, extra: dict[str, Any]
-) -> None:
+def _write(out: Path, recipe: Recipe, state: State, towers: Towers, *, with_alignment: bool, step: int) -> None:
     if not with_alignment:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("alignment.")}
     manifest = Manifest.load(recipe.data.shards)
-    tokenizer_json = (Path(recipe.data.shards) / "tokenizer.json").read_text(encoding="utf-8")
-    extra = {**extra, "recipe": recipe.identity(), "shards_sha256": manifest.sha256}
+    tokenizer_json = ShardFolder(Path(recipe.data.shards)).tokenizer.read_text(encoding="utf-8")
+    extra = {"step": step, "recipe": recipe.identity(), "shards_sha256": manifest.sha256}
     save_model(out, config=recipe.config, state=state, towers=towers, tokenizer_json=tokenizer_json, extra=extra)
 
 

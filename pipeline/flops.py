@@ -38,7 +38,6 @@ class Parameters:
 
 def count_parameters(config: EmmaConfig) -> Parameters:
     """Count the parameters of each part of a model."""
-    """Count the parameters of each part of a model."""
     with torch.device("meta"):
         emma = Emma(config)
     fusion = _count(emma.alignment.fusion) if emma.alignment else 0

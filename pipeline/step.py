@@ -22,7 +22,7 @@ from model.vision import Towers
 from pipeline.data.batch import GlobalBatch, MicroBatch
 from pipeline.engine import Engine
 from pipeline.recipe import Recipe
-from pipeline.zero import clear_gradients
+from pipeline.zero import clear_gradients, set_learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +105,7 @@ class StepReport:
 
 def optimizer_step(engine: Engine, towers: Towers, recipe: Recipe, batch: GlobalBatch, lr: float) -> LossSums:
     """Train on one global batch. Every rank must call it, with its own slice of the same batch."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+    set_learning_rate(engine, lr)
     clear_gradients(engine)
     totals = step_totals(recipe, batch)
     losses = LossAccumulator(len(batch.sources.samples), engine.device)

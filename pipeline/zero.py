@@ -131,6 +131,12 @@ def _step_tensor(adam: torch.optim.Optimizer, buffer: Buffer, updates: float) ->
     return torch.tensor(updates, dtype=torch.float32, device=device)
 
 
+def set_learning_rate(engine: Engine, lr: float) -> None:
+    """Set the learning rate of all parameter groups."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
 def clear_gradients(engine: Engine) -> None:
     """Set all gradients to zero. Every rank must call it before the first backward pass of a step.
 
@@ -139,6 +145,12 @@ def clear_gradients(engine: Engine) -> None:
     """
     if torch.is_tensor(flat := _flat_gradients(engine)):
         flat.zero_()
+
+
+def discard_gradients(engine: Engine) -> None:
+    """Discard the gradients of a backward pass that no update follows."""
+    engine.optimizer.zero_grad()
+    clear_gradients(engine)
 
 
 def check_partition(engine: Engine) -> None:

@@ -23,8 +23,11 @@ while (($#)); do
       sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$0"
       exit
       ;;
-    --arch) arch=${2:?--arch needs a number, such as 80} && shift 2 ;;
-    --wheels) wheels=$(mkdir -p "${2:?--wheels needs a folder}" && realpath "$2") && shift 2 ;;
+    --arch | --wheels)
+      (($# > 1)) || { echo "error: $1: needs a value; see --help" >&2 && exit 2; }
+      if [[ $1 == --arch ]]; then arch=$2; else wheels=$(mkdir -p "$2" && realpath "$2"); fi
+      shift 2
+      ;;
     *) echo "error: $1: unknown option; see --help" >&2 && exit 2 ;;
   esac
 done
@@ -62,7 +65,9 @@ file, name, arch = Path(sys.argv[1]), *sys.argv[2:]
 flag = re.compile(r'cc_flag\.append\("-gencode"\)\s*cc_flag\.append\("arch=compute_(\d+),code=sm_\d+"\)')
 known = flag.findall(text := file.read_text())
 if arch not in known:
-    sys.exit(f"error: --arch {arch}: {name} compiles {', '.join(known) or 'no architecture that this script can find'}")
+    choices = ", ".join(known) or "no architecture that this script can find"
+    print(f"error: --arch {arch}: {name} compiles {choices}", file=sys.stderr)
+    sys.exit(2)
 file.write_text(flag.sub(lambda match: match[0] if match[1] == arch else "pass", text))
 PYTHON
 }

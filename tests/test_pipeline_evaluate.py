@@ -172,6 +172,17 @@ def test_the_command_prints_a_table_and_writes_all_answers(
     assert all(isinstance(row["said"], str) for row in result["answers"])
 
 
+@pytest.mark.parametrize("option", ["--shuffle-images", "--shuffle-pictures"])
+def test_shuffling_has_a_name_and_a_hidden_former_name(option, model_folder, images, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps(vars(asked("a.png"))) + "\n")
+    with pytest.raises(UserError, match="share one image"):
+        run_command(monkeypatch, model_folder, path, "--images", images, option, "0")
+    with pytest.raises(SystemExit):
+        run_command(monkeypatch, "--help")
+    assert (option in capsys.readouterr().out) == (option == "--shuffle-images")
+
+
 def test_an_unwritable_result_file_is_one_error_line_after_the_table(
     model_folder: Path, images: Path, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ def install_kernels(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("words", [["--sm", "80"], ["--arch"]])
 def test_a_wrong_option_is_reported_in_one_line(words):
     done = install_kernels(*words)
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert done.stdout == ""
     assert words[0] in done.stderr
     assert done.stderr.count("\n") == 1

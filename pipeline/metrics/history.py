@@ -145,12 +145,14 @@ def has_event(run: Path, name: str, step: int) -> bool:
 def has_stepped_with(run: Path, *, world_size: int, settings: dict[str, Any]) -> bool:
     """Return whether a start with this world size and these memory settings logged a step. Raises: OSError.
 
-    Starts of older versions, which did not log their settings, count as having had the same ones.
+    Only the settings that a start logged are compared, because older versions did not have all of today's.
     """
     matches = False
     for line in _read_lines(run):
         if line.get("event") in STARTS:
-            matches = line.get("world_size") == world_size and line.get("settings", settings) == settings
+            logged = line.get("settings", {})
+            same = {key: settings.get(key) for key in logged} == logged
+            matches = same and line.get("world_size") == world_size
         elif matches and ("event" not in line or line["event"] == "save"):
             return True
     return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -57,7 +58,8 @@ def user_oserrors(path: Path, then: str = "run the same command again") -> Itera
     try:
         yield
     except OSError as error:
-        if remedy := oserror_remedy(error):
+        # Not in the shared table, because in training EEXIST comes from races between ranks in shared caches.
+        if remedy := oserror_remedy(error) or ("check the path" if error.errno == errno.EEXIST else None):
             raise UserError(f"{oserror_text(error, path)}; {remedy}, then {then}") from None
         raise
 

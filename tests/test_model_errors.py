@@ -1,0 +1,65 @@
+"""`run_cli`: one line and one exit code per kind of error, also when the reader of a pipe has gone."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from model.errors import CommandError, ExitCode, UserError, did_you_mean, oserror_remedy
+from pipeline.errors import RetryableError, from_oserror
+from tests.support.launch import REPOSITORY, run_python
+
+PROGRAM = "from model.errors import *; from pipeline.errors import *; run_cli(lambda: {body})"
+THROW = "(_ for _ in ()).throw({error})"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        ("UserError('x: wrong')", ExitCode.USER_ERROR, "error: x: wrong"),
+        ("RetryableError('x: later')", ExitCode.RETRY, "error: x: later"),
+        ("CommandError('x: failed')", ExitCode.FAILED, "error: x: failed"),
+        ("PermissionError(13, 'Permission denied', 'f')", ExitCode.USER_ERROR, "error: f: Permission denied; ask"),
+        ("FileNotFoundError(2, 'No such file', 'f')", ExitCode.USER_ERROR, "error: f: No such file; check the path"),
+        ("OSError(5, 'Input/output error', 'f')", ExitCode.RETRY, "error: f: Input/output error; try again"),
+        ("BrokenPipeError(32, 'Broken pipe')", ExitCode.RETRY, "error: Broken pipe; try again"),
+    ],
+)
+def test_an_error_of_a_command_is_one_line_and_an_exit_code(error, code, message):
+    done = run_python("-c", PROGRAM.format(body=THROW.format(error=error)))
+    assert done.returncode == code
+    [line] = done.stderr.splitlines()
+    assert line.startswith(message)
+
+
+def test_an_unexpected_error_keeps_its_traceback():
+    done = run_python("-c", PROGRAM.format(body="1 / 0"))
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+
+
+@pytest.mark.parametrize("body", ["None", "print('x' * 100_000)"])
+def test_a_command_whose_reader_has_gone_does_not_exit_with_success(body):
+    """`command | true` must not look like a finished command, unless the command printed nothing."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", PROGRAM.format(body=body)]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert done.returncode == (ExitCode.OK if body == "None" else ExitCode.BROKEN_PIPE)
+    assert done.stderr == ""
+
+
+def test_errors_that_a_user_can_fix_are_told_from_transient_ones():
+    assert isinstance(from_oserror(OSError(errno.ENOSPC, "No space left", "f")), UserError)
+    for transient in (errno.EIO, errno.ESTALE, errno.EEXIST):
+        assert isinstance(from_oserror(OSError(transient, "?", "f")), RetryableError)
+    assert oserror_remedy(ValueError()) is None
+    assert issubclass(RetryableError, CommandError)
+
+
+def test_the_nearest_known_name_is_suggested_if_one_is_near():
+    assert did_you_mean("optm", ["optim", "data"]) == ", did you mean 'optim'"
+    assert did_you_mean("zzz", ["optim", "data"]) == ""
