@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import select
 import sys
 from collections.abc import Callable, Iterable
 from enum import IntEnum
@@ -97,11 +98,14 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
 def _stdout_is_closed() -> bool:
     """Whether nobody reads stdout any more. If so, redirect it, so that flushing it at exit raises no second error."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)  # an error is always reported
+        closed = any(events & select.POLLERR for _, events in poll.poll(0))
+    except OSError:  # stdout is no file
+        return False
+    if closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    return closed
 
 
 def _report(message: str, code: ExitCode) -> ExitCode:
