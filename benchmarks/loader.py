@@ -2,7 +2,7 @@
 
     python -m benchmarks.loader --json loader.json
 
-Compares `pipeline.data.loader` with the stock webdataset pipeline, each with two loading processes. The stock
+Compares `pipeline.data.loader` with the stock webdataset pipeline, each with two DataLoader workers. The stock
 pipeline is a stream: to resume inside an epoch, it reads and discards the samples that the run has already seen. Only
 the current epoch is counted, because each epoch starts with another seed. The full-size figure assumes that the
 stream keeps its rate. docs/performance.md has the table.
@@ -123,7 +123,7 @@ def stock(shards: Path, epochs: int) -> dict[str, float]:
 def table(results: Mapping[str, Any]) -> str:
     of_epoch = FULL_EPOCH / 2
     lines = [
-        f"{results['samples']} samples, {WORKERS} loading processes",
+        f"{results['samples']} samples, {WORKERS} DataLoader workers",
         f"| | samples/s | × the {NEEDED_SAMPLES_PER_S} of 8 GPUs | resumed in epoch 2: first batch, s | of 1.23 M, s |",
         "|---|---|---|---|---|",
     ]

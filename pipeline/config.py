@@ -32,7 +32,7 @@ class DataConfig:
     """Number of global batches whose samples are sorted by length together. 200 keeps padding below 1 %."""
 
     workers: Count = 2
-    """Number of loading processes per rank."""
+    """Number of DataLoader workers per rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
