@@ -102,7 +102,7 @@ def to_dialogue(value: Any, *, source: str, row: int, row_format: Format, image_
     name, turns = FORMATS[row_format].parse(value)
     turns = _alternate(turns)
     if name is None and any(IMAGE_TOKEN in turn.text for turn in turns):
-        raise Rejected("image_token_without_picture", "the text contains <image>, but the row has no image")
+        raise Rejected("image_token_without_picture", "the text holds <image>, the row no picture")
     image = None if name is None else image_path(image_folder, name)
     dialogue_id = row_id(value, source=source, row=row, row_format=row_format)
     return Dialogue(source=source, row=row, id=dialogue_id, image=image, turns=tuple(turns))
