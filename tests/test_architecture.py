@@ -117,7 +117,7 @@ def tracked_files() -> list[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_top_level_packages_import_in_one_direction(path):
+def test_imports_between_packages_go_only_from_pipeline_to_preprocess_to_model(path):
     package = name_of(path).split("/")[0]
     ours = {module for module, _ in imports(path) if module.split(".")[0] in PACKAGES}
     assert {module.split(".")[0] for module in ours} <= MAY_IMPORT[package]
@@ -146,7 +146,7 @@ def test_imports_are_absolute(path):
     assert [module for module, dots in imports(path) if dots] == []
 
 
-def test_modules_import_each_other_without_cycles():
+def test_the_import_graph_of_our_modules_has_no_cycles():
     names = {name_of(path).removesuffix(".py").replace("/", "."): path for path in SOURCES}
     unfinished = {name: {module for module, _ in imports(path)} & set(names) for name, path in names.items()}
     while leaves := {name for name, needs in unfinished.items() if not needs}:
@@ -155,12 +155,12 @@ def test_modules_import_each_other_without_cycles():
 
 
 @pytest.mark.parametrize("dependency", DOORS)
-def test_a_heavy_dependency_is_imported_in_one_place(dependency):
+def test_each_heavy_dependency_is_imported_by_one_file_or_folder_only(dependency):
     users = {name_of(path) for path in SOURCES if dependency in {module.split(".")[0] for module, _ in imports(path)}}
     assert [user for user in users if not user.startswith(DOORS[dependency])] == []
 
 
-def test_only_zero_touches_the_internals_of_deepspeed():
+def test_only_pipeline_zero_accesses_deepspeeds_undocumented_attributes():
     users = {name_of(path) for path in SOURCES if DEEPSPEED_INTERNALS.search(path.read_text())}
     assert users == {"pipeline/zero.py"}
 
@@ -170,12 +170,12 @@ def test_presets_and_prompts_can_be_imported_without_torch():
     assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=False).returncode == 0
 
 
-def test_no_module_edits_the_import_path():
+def test_no_module_changes_sys_path():
     edits = re.compile(r"sys\.path\s*(\.(insert|append|extend)|\[|\+?=)")
     assert [name_of(path) for path in SOURCES if edits.search(path.read_text())] == []
 
 
-def test_no_helper_or_program_of_the_tests_imports_conftest():
+def test_no_file_in_tests_or_benchmarks_imports_conftest():
     helpers = [path for path in OTHERS if path.name != "conftest.py"]
     assert [name_of(path) for path in helpers if any("conftest" in module for module, _ in imports(path))] == []
 
@@ -184,35 +184,35 @@ def test_no_helper_or_program_of_the_tests_imports_conftest():
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=name_of)
-def test_a_package_has_few_enough_files_to_survey(folder):
+def test_each_package_stays_below_its_maximum_number_of_files(folder):
     assert len(list(folder.glob("*.py"))) <= MAX_FILES.get(name_of(folder), MAX_FILES_OF_A_PACKAGE)
 
 
 @pytest.mark.parametrize("path", SOURCES + OTHERS, ids=name_of)
-def test_files_and_functions_are_short_enough_to_read(path):
+def test_files_and_functions_stay_below_their_maximum_number_of_lines(path):
     assert len(path.read_text().splitlines()) < MAX_LINES
     lines = {function.name: (function.end_lineno or 0) - function.lineno + 1 for function in functions(path)}
     assert {name: count for name, count in lines.items() if count > MAX_FUNCTION_LINES} == {}
 
 
-def test_names_of_tests_are_short_enough_to_read():
+def test_test_names_have_at_most_80_characters():
     names = [function.name for path in OTHERS if path.name.startswith("test_") for function in functions(path)]
     assert [name for name in names if len(name) > MAX_TEST_NAME] == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_no_module_has_the_name_of_a_standard_module(path):
+def test_no_module_has_the_same_name_as_a_standard_library_module(path):
     assert path.stem == "__init__" or path.stem not in sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if path.stem == "__init__"], ids=name_of)
-def test_a_package_file_contains_only_its_docstring(path):
+def test_every_init_file_contains_only_a_docstring(path):
     body = parse(path).body
     assert len(body) == 1
     assert ast.get_docstring(ast.Module(body, [])) is not None
 
 
-def test_no_tracked_file_contains_a_path_of_one_machine():
+def test_no_tracked_file_contains_an_absolute_path_of_this_machine_or_a_home_folder():
     machine = re.compile(rf"{re.escape(str(REPOSITORY))}/|/(home|Users)/\w+/")
     texts = {name: (REPOSITORY / name).read_bytes().decode(errors="ignore") for name in tracked_files()}
     assert [f"{name}: {match[0]}" for name, text in texts.items() for match in machine.finditer(text)] == []

@@ -17,7 +17,7 @@ from preprocess.shards.manifest import Manifest
 from preprocess.shards.writer import read_fields
 
 
-def test_the_builder_and_the_plain_script_of_the_benchmark_do_the_same_work(tmp_path: Path) -> None:
+def test_the_builder_and_the_baseline_script_write_nearly_equal_images(tmp_path: Path) -> None:
     results = measure(tmp_path, images=4, rows_per_image=2, workers=[], rounds=1, processes=[2])
     assert results["rows"] == 8
     assert results["levels_off"][0] > 0.99
@@ -29,7 +29,7 @@ def test_the_builder_and_the_plain_script_of_the_benchmark_do_the_same_work(tmp_
     assert "| ours, 2 processes at once (each) |" in table(results)
 
 
-def test_the_generated_full_size_data_fits_the_mix_of_the_paper(tmp_path: Path) -> None:
+def test_the_paper_mix_builds_from_generated_full_size_data_without_rejects(tmp_path: Path) -> None:
     generate(tmp_path / "root", rows=400)
     words = [PAPER_MIX, "--model", "tiny_v2", "--root", tmp_path / "root", "--out", tmp_path / "set"]
     words += ["--tokenizer", tmp_path / "root/tokenizer", "--workers", 0]
@@ -49,7 +49,7 @@ def test_the_generated_full_size_data_fits_the_mix_of_the_paper(tmp_path: Path) 
     assert len(set(shared)) < len(shared)
 
 
-def test_waste_counts_padding_and_the_wait_for_the_slowest_rank() -> None:
+def test_waste_counts_padding_with_and_without_waiting_for_the_slowest_rank() -> None:
     tokens = np.array([10, 20, 30, 40], np.int32)
     has_image = np.zeros(4, bool)
     batches = np.full((1, 8, 1, 16), FILLER)
@@ -57,11 +57,11 @@ def test_waste_counts_padding_and_the_wait_for_the_slowest_rank() -> None:
     within, lockstep = waste(batches, tokens, has_image)
     assert within == pytest.approx(1 - 100 / (16 * 20 + 16 * 40))
     assert lockstep == pytest.approx(1 - 100 / (8 * 16 * 40))
-    _, with_pictures = waste(batches, tokens, ~has_image)
-    assert with_pictures == pytest.approx(1 - (100 + 4 * PATCHES) / (8 * 16 * (40 + PATCHES)))
+    _, with_images = waste(batches, tokens, ~has_image)
+    assert with_images == pytest.approx(1 - (100 + 4 * PATCHES) / (8 * 16 * (40 + PATCHES)))
 
 
-def test_wider_windows_waste_less_and_all_waste_less_than_the_other_schemes() -> None:
+def test_waste_is_lowest_with_sorting_windows_and_falls_as_they_widen() -> None:
     tokens, has_image = llava_like(share=0.05)
     found = [about["with_the_wait"] for about in padding.measure(tokens, has_image, windows=(8, 50, 100)).values()]
     assert found == sorted(found, reverse=True)
@@ -69,7 +69,7 @@ def test_wider_windows_waste_less_and_all_waste_less_than_the_other_schemes() ->
     assert found[-1] < 0.05
 
 
-def test_the_loader_benchmark_times_both_ways_of_loading_the_same_set(tmp_path: Path) -> None:
+def test_the_loader_benchmark_reports_speeds_for_our_loader_and_for_webdataset(tmp_path: Path) -> None:
     shards = loader.build_set(tmp_path, images=64)
     ours, stock = loader.ours(shards, epochs=2), loader.stock(shards, epochs=2)
     for found in (ours, stock):

@@ -19,13 +19,13 @@ def curve(offset: float) -> list[dict]:
     ]
 
 
-def test_distance_compares_smoothed_curves_over_the_second_half():
+def test_the_distance_of_two_runs_averages_smoothed_losses_over_the_second_half():
     assert distance(curve(0.0), curve(0.0)) == 0
     assert distance(curve(1.0), curve(0.0)) == pytest.approx(sum(range(1, 21)) / 20 / 20)
     assert smoothed([1.0, 2.0, 3.0], width=2) == [1.0, 1.5, 2.5]
 
 
-def test_the_table_and_the_figure_show_every_run(tmp_path):
+def test_table_has_a_row_per_run_and_draw_writes_a_png(tmp_path):
     curves = {"fp32": curve(0.0), "bf16": curve(0.2)}
     assert "| bf16 | 2.2000 | 0.5000 | 0.1050 | 100 | 1.5 |" in table(curves).splitlines()
     draw(curves, "title", tmp_path / "curves.png")
@@ -33,5 +33,5 @@ def test_the_table_and_the_figure_show_every_run(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["v1", "v2"])
-def test_the_reduced_models_can_be_built(kind):
+def test_each_reduced_model_has_more_than_ten_million_parameters(kind):
     assert sum(parameter.numel() for parameter in Emma(reduced(kind)).parameters()) > 10_000_000

@@ -27,17 +27,17 @@ def losses(metrics: Path) -> dict[int, tuple[float | None, ...]]:
     return {line["step"]: tuple(line[key] for key in keys) for line in lines if "event" not in line}
 
 
-def test_an_old_shard_set_passes_verification():
+def test_a_shard_set_written_by_version_0_1_passes_verification():
     done = fork_python("-m", "preprocess.shardset", "verify", V0_1 / "shards")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_an_old_checkpoint_passes_verification():
+def test_a_checkpoint_written_by_version_0_1_passes_verification():
     assert find_damage(V0_1 / "run" / CHECKPOINT) is None
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_an_old_run_resumes_with_the_losses_that_it_had(folder, ranks):
+def test_a_run_of_version_0_1_resumes_and_repeats_its_recorded_losses(folder, ranks):
     metrics = folder / "run/metrics.jsonl"
     expected = losses(metrics)
     lines = metrics.read_text().splitlines(keepends=True)
@@ -54,7 +54,7 @@ def test_an_old_run_resumes_with_the_losses_that_it_had(folder, ranks):
             assert ours == (theirs if theirs is None else pytest.approx(theirs, rel=1e-5)), f"step {step}"
 
 
-def test_an_old_run_is_exported_and_answers(folder):
+def test_a_run_of_version_0_1_is_exported_and_the_model_generates_an_answer(folder):
     exported = fork_python(*WITH_PRESET, "pipeline.export", "run", "model", cwd=folder)
     assert exported.returncode == 0, exported.stderr
     question = ["--image", "raw/images/0.png", "--prompt", "Which colour?", "--max-new-tokens", "4"]

@@ -27,35 +27,35 @@ print(values)
         ("import atexit; atexit.register(print, 'end')", 0, "end\n", None),
     ],
 )
-def test_exit_code_and_output_are_those_of_a_new_process(code, returncode, stdout, last_error):
+def test_a_forked_program_has_the_exit_code_and_output_of_a_new_process(code, returncode, stdout, last_error):
     done = fork_python("-c", code, "word")
     assert (done.returncode, done.stdout) == (returncode, stdout)
     assert done.stderr.splitlines()[-1:] == ([last_error] if last_error else [])
 
 
-def test_a_program_sees_the_environment_of_its_start(monkeypatch):
+def test_a_forked_program_gets_the_callers_environment_and_working_directory(monkeypatch):
     monkeypatch.setenv("SET_BY_TEST", "1")
     code = "import os; from pathlib import Path; print(os.environ['SET_BY_TEST'], os.environ['MORE'], Path.cwd())"
     assert fork_python("-c", code, MORE="2").stdout == f"1 2 {REPOSITORY}\n"
 
 
-def test_modules_of_this_repository_are_not_imported_in_advance():
+def test_the_fork_server_does_not_preload_modules_of_this_repository():
     code = (
         "import sys; print([name for name in sys.modules if name.split('.')[0] in ('model', 'preprocess', 'pipeline')])"
     )
     assert fork_python("-c", code).stdout == "[]\n"
 
 
-def test_ranks_communicate_over_gloo():
+def test_forked_ranks_communicate_over_gloo():
     assert finish(fork_ranks(2, ["-c", COLLECTIVE])).splitlines() == ["['0', '1']"] * 2
 
 
-def test_a_rank_that_fails_ends_the_others():
+def test_a_failing_forked_rank_ends_the_other_ranks():
     program = "import os, sys, time; os.environ['RANK'] == '1' and sys.exit(3); time.sleep(600)"
     assert "ended with 3" in finish(fork_ranks(2, ["-c", program]), code=1, timeout=60)
 
 
-def test_killing_a_launcher_kills_its_ranks():
+def test_killing_the_launcher_of_forked_ranks_kills_the_ranks():
     process = fork_ranks(2, ["-c", "import time; time.sleep(600)"])
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=1)

@@ -35,13 +35,13 @@ def target(config: EmmaConfig) -> tuple[Tensor, Tensor, Tensor]:
     return align_target(config, towers, PIXELS, towers(PIXELS))
 
 
-def test_unpatchify_restores_exactly_the_pixels_that_the_towers_see() -> None:
+def test_unpatchify_restores_the_exact_pixels_that_the_vision_towers_received() -> None:
     values, mean, std = target(CONFIG)
     assert values.shape == (2, 49, 588)
     assert torch.equal(unpatchify(CONFIG.vision, values, mean, std), PIXELS[:, :, :98, :98])
 
 
-def test_patches_are_in_raster_order_and_each_is_normalised_by_its_own_statistics() -> None:
+def test_pixel_targets_are_in_raster_order_and_normalised_per_patch() -> None:
     values, mean, std = target(CONFIG)
     patch = PIXELS[1, :, 14:28, 42:56].permute(1, 2, 0).flatten() / 255  # row 1, column 3
     torch.testing.assert_close(mean[1, 7 + 3, 0], patch.mean())
@@ -51,7 +51,7 @@ def test_patches_are_in_raster_order_and_each_is_normalised_by_its_own_statistic
     )
 
 
-def test_the_target_of_a_patch_of_one_colour_is_finite() -> None:
+def test_pixel_targets_of_single_coloured_patches_are_finite() -> None:
     towers = Towers(CONFIG.vision)
     flat = torch.full_like(PIXELS, 128)
     values, mean, std = align_target(CONFIG, towers, flat, towers(flat))
@@ -60,7 +60,7 @@ def test_the_target_of_a_patch_of_one_colour_is_finite() -> None:
 
 
 @pytest.mark.parametrize(("name", "width"), [("tiny_avf", 160), ("tiny_release", 64)])
-def test_features_and_patch_embeddings_as_targets_are_normalised(name: str, width: int) -> None:
+def test_feature_and_patch_embedding_targets_are_normalised_per_patch(name: str, width: int) -> None:
     config = preset(name)
     towers = Towers(config.vision)
     features = towers(PIXELS)
@@ -70,7 +70,7 @@ def test_features_and_patch_embeddings_as_targets_are_normalised(name: str, widt
     torch.testing.assert_close(values * std + mean, raw, rtol=1e-4, atol=1e-5)
 
 
-def test_the_decoder_consists_of_mamba_blocks_a_norm_and_a_linear_layer() -> None:
+def test_the_alignment_decoder_applies_mamba_blocks_a_norm_and_a_linear_layer() -> None:
     alignment, levels = Alignment(CONFIG), states()
     x = alignment.fusion(levels)
     for layer in alignment.decoder.layers:
@@ -80,7 +80,7 @@ def test_the_decoder_consists_of_mamba_blocks_a_norm_and_a_linear_layer() -> Non
     torch.testing.assert_close(alignment.predict(levels), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_loss_is_the_fp32_mean_squared_error_of_each_image() -> None:
+def test_the_alignment_loss_is_the_fp32_mean_squared_error_per_image() -> None:
     alignment, levels, (values, *_) = Alignment(CONFIG).bfloat16(), states(), target(CONFIG)
     rounded = tuple(level.bfloat16() for level in levels)
     error = alignment(rounded, values)
@@ -91,7 +91,7 @@ def test_the_loss_is_the_fp32_mean_squared_error_of_each_image() -> None:
 
 @pytest.mark.parametrize("fusion", ["cascade", "none"])
 @pytest.mark.parametrize("shift", [0, 1])
-def test_a_patch_is_predicted_from_earlier_patches_and_unless_shifted_from_itself(shift: int, fusion: str) -> None:
+def test_a_patch_influences_only_predictions_from_its_index_plus_the_shift_onwards(shift: int, fusion: str) -> None:
     taps = alignment_of(CONFIG).taps if fusion == "cascade" else ()
     alignment = Alignment(with_alignment(CONFIG, shift=shift, fusion=fusion, taps=taps))
     before = states(len(taps) + 1)
@@ -102,14 +102,14 @@ def test_a_patch_is_predicted_from_earlier_patches_and_unless_shifted_from_itsel
     assert not differs[:, : 20 + shift].any() and differs[:, 20 + shift :].all()
 
 
-def test_the_decoder_can_be_narrower_and_of_another_kind() -> None:
+def test_the_alignment_decoder_can_have_its_own_width_and_mamba_kind() -> None:
     alignment = Alignment(with_alignment(CONFIG, decoder_width=64, decoder_kind="mamba1"))
     assert {layer.mixer.config.kind for layer in alignment.decoder.layers} == {"mamba1"}
     assert alignment.out.in_features == 64
     assert alignment.predict(states()).shape == (2, 49, 588)
 
 
-def test_full_size_models_have_the_loss_weight_of_the_public_code() -> None:
+def test_full_size_presets_use_the_alignment_weight_of_the_published_code() -> None:
     """The public code multiplies each squared error by 1e-5; the weights multiply means over 729 patches."""
     weights = {name: alignment_of(preset(name)).weight for name in ("emma_v1", "avf", "release")}
     assert weights == pytest.approx({"emma_v1": 4.28652, "avf": 15.86304, "release": 8.39808})

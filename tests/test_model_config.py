@@ -40,12 +40,12 @@ DIGESTS = {  # a preset that changes is another model: its checkpoints and expor
 
 
 @pytest.mark.parametrize("name", DIGESTS)
-def test_a_preset_keeps_its_values(name: str) -> None:
+def test_each_preset_still_has_its_recorded_digest(name: str) -> None:
     written = json.dumps(asdict(preset(name)), sort_keys=True)
     assert hashlib.sha256(written.encode()).hexdigest()[:16] == DIGESTS[name]
 
 
-def test_the_full_size_models_have_the_papers_values() -> None:
+def test_full_size_presets_have_the_dimensions_of_the_paper() -> None:
     v1, v2 = preset("emma_v1"), preset("emma_v2")
     assert v1.vision == v2.vision
     assert (v1.vision.num_patches, v1.vision.width, v1.vision.seen_px) == (729, 2176, 378)
@@ -62,7 +62,7 @@ def test_the_full_size_models_have_the_papers_values() -> None:
         )
 
 
-def test_every_preset_has_a_tiny_twin_of_the_same_form() -> None:
+def test_every_preset_has_a_tiny_preset_with_the_same_components() -> None:
     full = [name for name in PRESETS if not name.startswith("tiny_")]
     assert len(PRESETS) == 2 * len(full) == 24
     for name in full:
@@ -80,7 +80,7 @@ def two_taps(full: EmmaConfig) -> EmmaConfig:
 
 
 @pytest.mark.parametrize("name", ["tiny_two_taps", "tiny_two_taps_v2"])
-def test_a_new_preset_with_two_taps_has_a_tiny_twin_that_trains(name: str) -> None:
+def test_the_tiny_version_of_a_new_two_tap_preset_gives_every_parameter_a_gradient(name: str) -> None:
     config = make_presets((*ABLATIONS, two_taps))[name]
     assert config.alignment is not None
     assert config.alignment.taps == (1, 5)
@@ -97,18 +97,18 @@ def test_a_new_preset_with_two_taps_has_a_tiny_twin_that_trains(name: str) -> No
     ("taps", "scaled"),
     [((24, 36, 48), (2, 3, 4)), ((), ()), ((0, 63), (0, 5)), ((1, 2, 3), (0, 1, 2)), ((61, 62, 63), (3, 4, 5))],
 )
-def test_scaled_taps_stay_at_different_layers(taps: tuple[int, ...], scaled: tuple[int, ...]) -> None:
+def test_taps_scaled_to_fewer_layers_stay_at_distinct_layers(taps: tuple[int, ...], scaled: tuple[int, ...]) -> None:
     assert scale_taps(taps, 64, to_layers=6) == scaled
 
 
-def test_mamba_blocks_of_another_kind_have_the_state_size_of_that_kind() -> None:
+def test_decoder_blocks_of_the_other_mamba_kind_get_its_state_size() -> None:
     v1, v2 = preset("emma_v1"), preset("emma_v2")
     assert v1.mamba_blocks(None) == v1.llm
     assert (v1.mamba_blocks("mamba2").d_state, v2.mamba_blocks("mamba1").d_state) == (128, 16)
     assert v1.mamba_blocks("mamba1", 512).d_model == 512
 
 
-def test_an_unknown_preset_names_the_nearest() -> None:
+def test_the_error_for_an_unknown_preset_suggests_the_nearest_name() -> None:
     with pytest.raises(ValueError, match=r"no model preset 'tiny_v3', did you mean 'tiny_v[12]'; presets: emma_v1"):
         preset("tiny_v3")
 
@@ -122,12 +122,12 @@ def test_an_unknown_preset_names_the_nearest() -> None:
         ((1, 1), "cascade", "must be increasing"),
     ],
 )
-def test_taps_that_cannot_be_fused_are_refused(taps: tuple[int, ...], fusion: str, message: str) -> None:
+def test_an_alignment_config_with_taps_that_its_fusion_cannot_use_is_rejected(taps: tuple[int, ...], fusion: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AlignmentConfig(taps=taps, num_values=588, weight=1.0, fusion=fusion)  # type: ignore[arg-type]
 
 
-def test_taps_beyond_the_last_layer_are_refused() -> None:
+def test_a_config_with_taps_beyond_the_last_layer_is_rejected() -> None:
     config = preset("tiny_v2")
     with pytest.raises(ValueError, match="reach beyond 2 layers"):
         replace(config, llm=replace(config.llm, num_layers=2))

@@ -71,7 +71,7 @@ def test_text_losses_sum_the_negative_log_likelihood_of_the_next_token(with_imag
     assert losses.align_error is None
 
 
-def test_losses_of_a_row_do_not_depend_on_other_rows() -> None:
+def test_the_losses_of_a_row_do_not_depend_on_the_other_rows_of_the_batch() -> None:
     emma, (tokens, targets) = seeded("tiny_v1"), text()
     features, target = image(emma.config)
     assert target is not None
@@ -92,7 +92,7 @@ def test_padding_on_the_right_does_not_change_losses() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_without_supervised_tokens_have_zero_loss_and_zero_gradient() -> None:
+def test_rows_without_supervised_tokens_have_zero_loss_and_zero_gradients() -> None:
     emma, (tokens, targets) = seeded("tiny_v2"), text()
     losses = emma(tokens, torch.full_like(targets, IGNORE_INDEX))
     losses.text_nll.sum().backward()
@@ -100,7 +100,7 @@ def test_rows_without_supervised_tokens_have_zero_loss_and_zero_gradient() -> No
     assert all(p.grad is None or not p.grad.any() for p in emma.parameters())
 
 
-def test_a_text_only_batch_runs_neither_projector_nor_alignment() -> None:
+def test_a_text_only_batch_gives_gradients_to_the_language_model_only() -> None:
     emma = seeded("tiny_v1")
     emma(*text()).text_nll.sum().backward()
     reached = {name.split(".")[0] for name, p in emma.named_parameters() if p.grad is not None}
@@ -136,7 +136,7 @@ def test_decoding_token_by_token_equals_the_full_forward_pass(name: str, with_im
 
 
 @pytest.mark.parametrize("version", ["", "_v2"])
-def test_presets_that_differ_only_in_training_are_identical_at_inference(version: str) -> None:
+def test_presets_that_differ_only_in_alignment_have_equal_logits_at_inference(version: str) -> None:
     full = seeded("tiny_v2" if version else "tiny_v1")
     tokens, _ = text()
     features, _ = image(full.config)
@@ -148,13 +148,13 @@ def test_presets_that_differ_only_in_training_are_identical_at_inference(version
         assert torch.equal(variant.prefill(tokens, features)[0], expected)
 
 
-def test_the_seed_determines_the_initial_values() -> None:
+def test_models_built_with_the_same_seed_have_equal_parameters() -> None:
     for one, other in zip(seeded("tiny_v2").parameters(), seeded("tiny_v2").parameters(), strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(("name", "trainable"), [("emma_v1", 3_185_011_276), ("emma_v2", 3_112_072_156)])
-def test_full_size_models_have_the_papers_number_of_trainable_parameters(name: str, trainable: int) -> None:
+def test_full_size_models_have_the_papers_trainable_parameter_counts(name: str, trainable: int) -> None:
     """3.19 B and 3.11 B with a decoder of full width. Other tests count the parts."""
     with torch.device("meta"):
         emma = Emma(preset(name))
@@ -170,7 +170,7 @@ def test_every_preset_can_be_built_on_the_meta_device(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny_v1", "tiny_v2"])
-def test_a_tiny_model_overfits_eight_samples_and_its_towers_do_not_change(name: str) -> None:
+def test_a_tiny_model_overfits_eight_samples_with_its_vision_towers_frozen(name: str) -> None:
     torch.manual_seed(0)
     emma, towers = seeded(name), Towers(preset(name).vision)
     frozen = [parameter.clone() for parameter in towers.parameters()]

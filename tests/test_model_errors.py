@@ -27,21 +27,21 @@ THROW = "(_ for _ in ()).throw({error})"
         ("BrokenPipeError(32, 'Broken pipe')", ExitCode.RETRY, "error: Broken pipe; try again"),
     ],
 )
-def test_an_error_of_a_command_is_one_line_and_an_exit_code(error, code, message):
+def test_run_cli_prints_a_known_error_as_one_line_and_exits_with_its_code(error, code, message):
     done = run_python("-c", PROGRAM.format(body=THROW.format(error=error)))
     assert done.returncode == code
     [line] = done.stderr.splitlines()
     assert line.startswith(message)
 
 
-def test_an_unexpected_error_keeps_its_traceback():
+def test_run_cli_prints_the_traceback_of_an_unexpected_error():
     done = run_python("-c", PROGRAM.format(body="1 / 0"))
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
 
 
 @pytest.mark.parametrize("body", ["None", "print('x' * 100_000)"])
-def test_a_command_whose_reader_has_gone_does_not_exit_with_success(body):
+def test_a_command_that_prints_to_a_closed_pipe_exits_with_the_broken_pipe_code(body):
     """`command | true` must not look like a finished command, unless the command printed nothing."""
     reading, writing = os.pipe()
     os.close(reading)
@@ -52,7 +52,7 @@ def test_a_command_whose_reader_has_gone_does_not_exit_with_success(body):
     assert done.stderr == ""
 
 
-def test_errors_that_a_user_can_fix_are_told_from_transient_ones():
+def test_from_oserror_returns_user_errors_and_retryable_errors_by_errno():
     assert isinstance(from_oserror(OSError(errno.ENOSPC, "No space left", "f")), UserError)
     for transient in (errno.EIO, errno.ESTALE, errno.EEXIST):
         assert isinstance(from_oserror(OSError(transient, "?", "f")), RetryableError)
@@ -60,6 +60,6 @@ def test_errors_that_a_user_can_fix_are_told_from_transient_ones():
     assert issubclass(RetryableError, CommandError)
 
 
-def test_the_nearest_known_name_is_suggested_if_one_is_near():
+def test_did_you_mean_suggests_a_similar_name_and_nothing_for_a_dissimilar_one():
     assert did_you_mean("optm", ["optim", "data"]) == ", did you mean 'optim'"
     assert did_you_mean("zzz", ["optim", "data"]) == ""

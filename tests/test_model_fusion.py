@@ -41,7 +41,7 @@ def block(x: Tensor, y: Tensor, module: Any) -> Tensor:
     return x_hat + module.mixer(rms(x_hat, module.norm))
 
 
-def test_the_cascade_equals_equations_7_and_8() -> None:
+def test_cascade_fusion_equals_the_papers_equations_7_and_8() -> None:
     shallow, middle, deep, final = levels()
     cascade = Cascade(CONFIG)
     b1, b2, b3 = cascade.blocks
@@ -60,7 +60,7 @@ def test_concatenation_mixes_all_levels_and_each_block_attends_to_one_slice() ->
 
 
 @pytest.mark.parametrize("make", [lambda: Cascade(CONFIG), lambda: Concatenation(preset("tiny_release_v2"))])
-def test_fusion_is_causal_over_patches(make: type) -> None:
+def test_changing_later_patches_does_not_change_fused_earlier_patches(make: type) -> None:
     fusion, before = make(), levels()
     changed = tuple(level.clone() for level in before)
     for level in changed:
@@ -70,7 +70,7 @@ def test_fusion_is_causal_over_patches(make: type) -> None:
     assert (old[:, 30:] != new[:, 30:]).any(-1).all()
 
 
-def test_position_codes_are_distinct_and_separate_rows_from_columns() -> None:
+def test_position_codes_are_unique_and_encode_row_and_column_in_separate_halves() -> None:
     code = sine_cosine(7, 128).view(7, 7, 128)
     assert len(torch.unique(code.flatten(0, 1), dim=0)) == 49
     assert torch.equal(code[3, :, :64], code[3, :1, :64].expand(7, -1))  # the first half encodes the row

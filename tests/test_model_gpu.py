@@ -83,7 +83,7 @@ def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_loss_and_every_gradient_equal_mamba_ssm(kind: str, dtype: torch.dtype, length: int) -> None:
+def test_logits_loss_and_gradients_equal_those_of_mamba_ssms_own_model(kind: str, dtype: torch.dtype, length: int) -> None:
     """Both run the same kernels, but the backward pass of Mamba-1 adds in no fixed order, so bits may differ."""
     llm, tokens = language_model(kind, dtype), tokens_of(length)
     twin = mamba_ssm_twin(llm, dtype)
@@ -102,7 +102,7 @@ def test_logits_loss_and_every_gradient_equal_mamba_ssm(kind: str, dtype: torch.
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_kernels_equal_plain_torch_on_the_cpu(kind: str, length: int) -> None:
+def test_logits_and_gradients_with_kernels_equal_those_of_plain_torch_on_the_cpu(kind: str, length: int) -> None:
     llm, tokens = language_model(kind), tokens_of(length)
     twin = MambaLM(llm.config)
     twin.load_state_dict(llm.state_dict())
@@ -150,7 +150,7 @@ def test_activation_checkpointing_does_not_change_gradients(
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("tiny_")])
-def test_losses_and_gradients_of_every_preset_equal_those_on_the_cpu(name: str) -> None:
+def test_losses_and_gradients_of_every_tiny_preset_equal_those_on_the_cpu(name: str) -> None:
     torch.manual_seed(0)
     emma, towers = Emma(preset(name)), Towers(preset(name).vision)
     pixels = torch.randint(0, 256, (2, 3, 100, 100), dtype=torch.uint8)
@@ -175,7 +175,7 @@ def test_losses_and_gradients_of_every_preset_equal_those_on_the_cpu(name: str) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fp32_parameters_train_under_autocast(kind: str) -> None:
+def test_under_autocast_fp32_parameters_get_finite_fp32_gradients(kind: str) -> None:
     llm, tokens = language_model(kind), tokens_of(100)
     with torch.autocast("cuda", torch.bfloat16):
         loss = loss_of(llm.head(llm(llm.embed(tokens))[0]), tokens)
@@ -187,6 +187,6 @@ def test_fp32_parameters_train_under_autocast(kind: str) -> None:
     )
 
 
-def test_the_report_names_the_kernels_and_the_device() -> None:
+def test_the_kernel_report_names_the_kernel_packages_and_the_gpu() -> None:
     report = kernel_report("cuda")
     assert "mamba_ssm 2." in report and "causal_conv1d 1." in report and torch.cuda.get_device_name() in report

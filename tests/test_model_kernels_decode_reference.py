@@ -29,7 +29,7 @@ def mix(mixer: torch.nn.Module, normed: Tensor, sums: Tensor, state: State) -> t
 
 
 @pytest.mark.parametrize("name", ["tiny_v1", "tiny_v2"])
-def test_the_composed_references_are_the_models_step(name: str) -> None:
+def test_the_reference_operations_together_equal_the_models_decode_step(name: str) -> None:
     torch.manual_seed(0)
     llm = MambaLM(replace(preset(name).llm, num_layers=3)).requires_grad_(False)
     for parameter in llm.parameters():

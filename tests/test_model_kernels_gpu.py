@@ -57,7 +57,7 @@ def pdl(request: pytest.FixtureRequest) -> bool:
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2600, 2560), (419, 96), (192, 5120), (1000, 328)])
-def test_projection_with_norm_and_convolution(
+def test_the_project_kernel_with_norm_and_convolution_equals_its_reference(
     shape: tuple[int, int], dtype: torch.dtype, batch: int, pdl: bool
 ) -> None:
     from model.kernels import decode
@@ -84,7 +84,7 @@ def test_projection_with_norm_and_convolution(
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2560, 5120), (96, 192)])
-def test_projection_into_the_residual(shape: tuple[int, int], dtype: torch.dtype, batch: int, pdl: bool) -> None:
+def test_the_project_residual_kernel_equals_its_reference(shape: tuple[int, int], dtype: torch.dtype, batch: int, pdl: bool) -> None:
     from model.kernels import decode
 
     torch.manual_seed(0)
@@ -102,7 +102,7 @@ def test_projection_into_the_residual(shape: tuple[int, int], dtype: torch.dtype
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_head_and_argmax(dtype: torch.dtype, batch: int, pdl: bool) -> None:
+def test_the_vocabulary_and_argmax_kernels_equal_the_reference_and_torch_argmax(dtype: torch.dtype, batch: int, pdl: bool) -> None:
     from model.kernels import decode
 
     torch.manual_seed(0)
@@ -122,7 +122,7 @@ def test_head_and_argmax(dtype: torch.dtype, batch: int, pdl: bool) -> None:
 @pytest.mark.parametrize("batch", [3, 16, 64, 130])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2600, 2560), (419, 96)])
-def test_matrix_product_with_convolution(shape: tuple[int, int], dtype: torch.dtype, batch: int, pdl: bool) -> None:
+def test_the_matmul_kernel_with_and_without_convolution_equals_its_reference(shape: tuple[int, int], dtype: torch.dtype, batch: int, pdl: bool) -> None:
     from model.kernels import decode
 
     torch.manual_seed(0)
@@ -148,7 +148,7 @@ def test_matrix_product_with_convolution(shape: tuple[int, int], dtype: torch.dt
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_mamba2_update(dtype: torch.dtype, state_dtype: torch.dtype, pdl: bool) -> None:
+def test_the_mamba2_update_kernel_equals_its_reference(dtype: torch.dtype, state_dtype: torch.dtype, pdl: bool) -> None:
     from model.kernels import decode
 
     torch.manual_seed(0)
@@ -169,7 +169,7 @@ def test_mamba2_update(dtype: torch.dtype, state_dtype: torch.dtype, pdl: bool) 
 @pytest.mark.parametrize("low_rank", [True, False])
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_mamba1_update(dtype: torch.dtype, batch: int, low_rank: bool, pdl: bool) -> None:
+def test_the_mamba1_update_kernel_equals_its_reference(dtype: torch.dtype, batch: int, low_rank: bool, pdl: bool) -> None:
     from model.kernels import decode
 
     torch.manual_seed(0)
@@ -185,7 +185,7 @@ def test_mamba1_update(dtype: torch.dtype, batch: int, low_rank: bool, pdl: bool
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_embedding_and_add_norm(dtype: torch.dtype, pdl: bool) -> None:
+def test_the_embed_and_add_norm_kernels_equal_their_references(dtype: torch.dtype, pdl: bool) -> None:
     from model.kernels import decode
 
     torch.manual_seed(0)
@@ -223,7 +223,7 @@ def language_model(kind: str, dtype: torch.dtype) -> MambaLM:
 @pytest.mark.parametrize("batch", [1, 2, 3, 20])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
-def test_a_captured_step_equals_the_models(kind: str, dtype: torch.dtype, batch: int, pdl: bool) -> None:
+def test_logits_of_a_captured_decode_step_equal_those_of_the_model(kind: str, dtype: torch.dtype, batch: int, pdl: bool) -> None:
     from model.kernels.decode_graph import DecodeGraph
 
     llm, tokens = language_model(kind, dtype), torch.randint(96, (batch, 40), device="cuda")
@@ -238,7 +238,7 @@ def test_a_captured_step_equals_the_models(kind: str, dtype: torch.dtype, batch:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
-def test_greedy_tokens_equal_the_models_in_fp32(kind: str, batch: int) -> None:
+def test_greedy_tokens_of_the_decode_graph_equal_the_models_tokens_in_fp32(kind: str, batch: int) -> None:
     from model.kernels.decode_graph import DecodeGraph
 
     llm, prompt = language_model(kind, torch.float32), torch.randint(96, (batch, 10), device="cuda")
@@ -257,7 +257,7 @@ def test_greedy_tokens_equal_the_models_in_fp32(kind: str, batch: int) -> None:
 
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
-def test_16_bit_states_stay_near(kind: str, state_dtype: torch.dtype) -> None:
+def test_logits_with_16_bit_states_stay_close_to_those_with_fp32_states(kind: str, state_dtype: torch.dtype) -> None:
     from model.kernels.decode_graph import DecodeGraph
 
     llm, tokens = language_model(kind, torch.bfloat16), torch.randint(96, (4, 200), device="cuda")
@@ -269,7 +269,7 @@ def test_16_bit_states_stay_near(kind: str, state_dtype: torch.dtype) -> None:
         assert_near(rounded.step(tokens[:, t]), exact.step(tokens[:, t]), 5e-2, f"token {t}")
 
 
-def test_rows_of_a_batch_can_be_replaced() -> None:
+def test_loading_a_new_state_into_one_row_of_a_decode_graph_gives_its_logits() -> None:
     from model.kernels.decode_graph import DecodeGraph
 
     llm, tokens = language_model("mamba2", torch.float32), torch.randint(96, (3, 30), device="cuda")
@@ -285,7 +285,7 @@ def test_rows_of_a_batch_can_be_replaced() -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 64, 101])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_mamba1_prefill_with_time_last(dtype: torch.dtype, length: int) -> None:
+def test_the_mamba1_prefill_kernel_equals_the_mixers_prefill_on_the_cpu(dtype: torch.dtype, length: int) -> None:
     from model.kernels.mamba1_prefill import mamba1_prefill
 
     mixer: Any = language_model("mamba1", dtype).backbone.layers[0].mixer
@@ -299,7 +299,7 @@ def test_mamba1_prefill_with_time_last(dtype: torch.dtype, length: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
-def test_a_captured_prefill_equals_the_models(kind: str) -> None:
+def test_logits_and_states_of_a_captured_prefill_equal_those_of_the_model(kind: str) -> None:
     from model.kernels.prefill_graph import PrefillGraph
 
     llm = language_model(kind, torch.float32)

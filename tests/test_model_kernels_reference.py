@@ -86,12 +86,12 @@ def assert_same(inputs: dict[str, Tensor], found: tuple[Tensor, Tensor], expecte
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_selective_scan_and_its_gradients_equal_the_recurrence(length: int) -> None:
+def test_the_selective_scan_and_its_gradients_equal_the_plain_recurrence(length: int) -> None:
     inputs = scan_inputs(length)
     assert_same(inputs, reference.selective_scan(**inputs), expected_scan(inputs))
 
 
-def test_a_scan_that_recomputes_several_blocks_equals_the_recurrence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_selective_scan_over_several_blocks_equals_the_plain_recurrence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "SCAN_BLOCK", 16)
     inputs = scan_inputs(50)
     assert_same(inputs, reference.selective_scan(**inputs), expected_scan(inputs))
@@ -99,12 +99,12 @@ def test_a_scan_that_recomputes_several_blocks_equals_the_recurrence(monkeypatch
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_chunked_ssd_and_its_gradients_equal_the_recurrence(length: int, groups: int) -> None:
+def test_chunked_ssd_and_its_gradients_equal_the_plain_recurrence(length: int, groups: int) -> None:
     inputs = ssd_inputs(length, groups)
     assert_same(inputs, reference.ssd(**inputs, chunk_size=CHUNK), expected_ssd(inputs))
 
 
-def test_strong_decay_neither_overflows_nor_gives_nan() -> None:
+def test_strong_decay_gives_finite_outputs_states_and_gradients() -> None:
     """Log decays reach ±10^4 within a chunk, so future positions must be masked before the exponential."""
     scan, duality = scan_inputs(33), ssd_inputs(33, 1)
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_strong_decay_neither_overflows_nor_gives_nan() -> None:
     )
 
 
-def test_bf16_inputs_are_computed_in_fp32() -> None:
+def test_the_scans_compute_bf16_inputs_in_fp32() -> None:
     """The output is the exact result for the rounded inputs, rounded to bf16."""
     scan, duality = scan_inputs(33, torch.bfloat16), ssd_inputs(33, 1, torch.bfloat16)
     for (y, state), (exact, exact_state) in (
@@ -131,7 +131,7 @@ def test_bf16_inputs_are_computed_in_fp32() -> None:
         torch.testing.assert_close(state.double(), exact_state, rtol=1e-4, atol=1e-4)
 
 
-def test_steps_of_one_position_equal_the_selective_scan() -> None:
+def test_stepping_position_by_position_equals_the_whole_selective_scan() -> None:
     inputs = {name: tensor.detach() for name, tensor in scan_inputs(9).items()}
     y, last = reference.selective_scan(**inputs)
     state = torch.zeros_like(last)
@@ -146,7 +146,7 @@ def test_steps_of_one_position_equal_the_selective_scan() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_steps_of_one_position_equal_ssd(groups: int) -> None:
+def test_stepping_position_by_position_equals_the_whole_ssd(groups: int) -> None:
     inputs = {name: tensor.detach() for name, tensor in ssd_inputs(9, groups).items()}
     y, last = reference.ssd(**inputs, chunk_size=4)
     state = torch.zeros_like(last)
@@ -160,7 +160,7 @@ def test_steps_of_one_position_equal_ssd(groups: int) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 9])
-def test_the_convolution_is_causal_and_its_steps_continue_it(length: int) -> None:
+def test_the_causal_convolution_equals_conv1d_and_single_steps_continue_it(length: int) -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(2, length + 4, 6), torch.randn(6, 4), torch.randn(6)
     expected = F.silu(F.conv1d(x.mT, weight[:, None], bias, padding=3, groups=6)[..., : length + 4]).mT
@@ -171,7 +171,7 @@ def test_the_convolution_is_causal_and_its_steps_continue_it(length: int) -> Non
     torch.testing.assert_close(torch.stack(steps, 1), expected[:, length:])
 
 
-def test_gated_rms_norm_normalises_each_group_after_the_gate() -> None:
+def test_gated_rms_norm_multiplies_by_the_gate_and_then_normalises_each_group() -> None:
     torch.manual_seed(0)
     x, z, weight = torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(8)
     gated = (x * F.silu(z)).unflatten(-1, (2, 4))

@@ -65,7 +65,7 @@ def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_loss_and_every_gradient_equal_transformers(kind: MambaKind, length: int) -> None:
+def test_logits_loss_and_gradients_equal_those_of_the_transformers_model(kind: MambaKind, length: int) -> None:
     llm = language_model(kind)
     twin = transformers_twin(llm)
     tokens = torch.randint(0, 96, (2, length))
@@ -85,7 +85,7 @@ def test_logits_loss_and_every_gradient_equal_transformers(kind: MambaKind, leng
 
 
 @pytest.mark.parametrize("groups", [2, 4])
-def test_grouped_mamba2_equals_transformers(groups: int) -> None:
+def test_logits_of_mamba2_with_several_groups_equal_those_of_transformers(groups: int) -> None:
     llm = language_model("mamba2", num_groups=groups, head_dim=16)
     tokens = torch.randint(0, 96, (2, 40))
     y = llm.backbone.layers[0].mixer.prefill(llm.embed(tokens))[1].ssm
@@ -117,7 +117,7 @@ def test_prefill_and_decoding_equal_the_full_forward_pass(kind: MambaKind, promp
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_decoding_updates_a_state_of_fixed_size_in_place(kind: MambaKind) -> None:
+def test_decoding_updates_the_cache_in_place_without_changing_its_size(kind: MambaKind) -> None:
     llm = language_model(kind).requires_grad_(False)
     _, cache = llm.prefill(llm.embed(torch.randint(0, 96, (1, 5))))
     before = [(part.data_ptr(), part.shape) for state in cache for part in state]
@@ -144,7 +144,7 @@ PLANS = [
 
 
 @pytest.mark.parametrize(("arguments", "expected", "why"), PLANS, ids=[why for *_, why in PLANS])
-def test_segments_end_at_taps_and_do_not_exceed_segment_layers(arguments: tuple, expected: list, why: str) -> None:
+def test_checkpointing_segments_end_at_taps_and_have_at_most_segment_layers_layers(arguments: tuple, expected: list, why: str) -> None:
     num_layers, taps, segment_layers, keep_layers = arguments
     segments = plan_segments(num_layers, taps, segment_layers=segment_layers, keep_layers=keep_layers)
     assert [tuple(segment) for segment in segments] == expected, why
@@ -152,7 +152,7 @@ def test_segments_end_at_taps_and_do_not_exceed_segment_layers(arguments: tuple,
 
 @pytest.mark.parametrize("tap", ["mixer", "residual"])
 @pytest.mark.parametrize("policy", [(1, 0), (2, 0), (3, 1), (4, 0), (4, 3), (8, 0), (2, 8)])
-def test_checkpointing_policies_do_not_change_gradients(policy: tuple[int, int], tap: str) -> None:
+def test_activation_checkpointing_does_not_change_gradients_through_taps(policy: tuple[int, int], tap: str) -> None:
     llm = language_model("mamba2", num_layers=6)
     tokens = torch.randint(0, 96, (2, 20))
     expected = _tapped_gradients(llm, tokens, tap)
@@ -168,7 +168,7 @@ def _tapped_gradients(llm: MambaLM, tokens: Tensor, tap: str) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(llm.parameters())))
 
 
-def test_taps_are_the_mixers_output_or_the_residual_stream_after_the_layer() -> None:
+def test_a_tap_returns_the_mixer_output_or_the_residual_stream_after_its_layer() -> None:
     llm = language_model("mamba1")
     x = torch.randn(2, 9, 64)
     hidden, residual = x, None
@@ -187,7 +187,7 @@ def test_taps_are_the_mixers_output_or_the_residual_stream_after_the_layer() -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_language_model_is_causal(kind: MambaKind) -> None:
+def test_changing_later_inputs_does_not_change_earlier_outputs(kind: MambaKind) -> None:
     llm = language_model(kind)
     x = torch.randn(1, 40, 64)
     changed = x.clone()
@@ -198,14 +198,14 @@ def test_the_language_model_is_causal(kind: MambaKind) -> None:
 
 
 @pytest.mark.parametrize(("name", "count"), [("emma_v1", 2_768_345_600), ("emma_v2", 2_702_599_680)])
-def test_full_size_language_models_have_the_published_number_of_parameters(name: str, count: int) -> None:
+def test_full_size_language_models_have_the_published_parameter_counts(name: str, count: int) -> None:
     with torch.device("meta"):
         llm = MambaLM(preset(name).llm)
     assert sum(parameter.numel() for parameter in llm.parameters()) == count
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_to_empty_keeps_weights_tied_and_marked_as_without_weight_decay(kind: MambaKind) -> None:
+def test_to_empty_keeps_weights_tied_and_their_no_weight_decay_marks(kind: MambaKind) -> None:
     with torch.device("meta"):
         llm = MambaLM(small(kind))
     llm = llm.to_empty(device="cpu")
@@ -218,7 +218,7 @@ def test_to_empty_keeps_weights_tied_and_marked_as_without_weight_decay(kind: Ma
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_initial_values_are_those_of_mamba_ssm(kind: MambaKind) -> None:
+def test_initial_values_have_the_ranges_of_mamba_ssms_initialisation(kind: MambaKind) -> None:
     torch.manual_seed(0)
     llm = MambaLM(small(kind, d_model=256, num_layers=4))
     mixer: Any = llm.backbone.layers[1].mixer
@@ -236,7 +236,7 @@ def test_initial_values_are_those_of_mamba_ssm(kind: MambaKind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_residual_stream_is_fp32_with_bf16_weights(kind: MambaKind) -> None:
+def test_the_residual_stream_stays_fp32_with_bf16_weights(kind: MambaKind) -> None:
     llm = language_model(kind).bfloat16()
     hidden, residual = llm.backbone.layers[0](llm.embed(torch.randint(0, 96, (1, 8))))
     assert (hidden.dtype, residual.dtype) == (torch.bfloat16, torch.float32)

@@ -24,14 +24,14 @@ def test_the_full_size_projector_has_widths_2176_8704_2560_2560() -> None:
     assert sum(parameter.numel() for parameter in projector.parameters()) == 47_789_568
 
 
-def test_the_cross_scan_runs_along_rows_and_columns_and_backwards() -> None:
+def test_the_cross_scan_visits_rows_and_columns_forwards_and_backwards() -> None:
     rows, columns, rows_back, columns_back = (order.tolist() for order in CrossScan(32, 3).orders(torch.device("cpu")))
     assert rows == [0, 1, 2, 3, 4, 5, 6, 7, 8]
     assert columns == [0, 3, 6, 1, 4, 7, 2, 5, 8]
     assert (rows_back, columns_back) == (rows[::-1], columns[::-1])
 
 
-def test_each_direction_of_the_cross_scan_is_causal_in_its_order() -> None:
+def test_each_cross_scan_direction_changes_only_patches_that_it_visits_later() -> None:
     """A change of patch 4 in a 3 × 3 grid changes the output at patch 4 and after it, in each direction's order."""
     torch.manual_seed(0)
     cross_scan, features = CrossScan(32, 3), torch.randn(1, 9, 32)
@@ -44,7 +44,7 @@ def test_each_direction_of_the_cross_scan_is_causal_in_its_order() -> None:
         assert set(differs.nonzero().flatten().tolist()) == set(reached.tolist())
 
 
-def test_the_cross_scan_is_added_to_the_features() -> None:
+def test_the_projector_adds_the_cross_scan_output_to_its_input_features() -> None:
     torch.manual_seed(0)
     projector, features = Projector(preset("tiny_csm")), torch.randn(2, 49, 160)
     assert projector.cross_scan is not None

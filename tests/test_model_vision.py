@@ -44,7 +44,7 @@ def second_to_last(tower: TowerConfig, model: Any, pixels: Tensor) -> Tensor:
         return model.get_intermediate_layers(normalised, n={tower.depth - 2}, norm=False)[0]
 
 
-def test_features_are_the_concatenated_second_to_last_layers_of_timms_models(tmp_path: Path) -> None:
+def test_features_concatenate_the_second_to_last_layers_of_timms_models(tmp_path: Path) -> None:
     models = save_published(tmp_path)
     features = Towers(VISION, tmp_path)(PIXELS)
     expected = [second_to_last(*pair, PIXELS) for pair in zip(VISION.towers, models, strict=True)]
@@ -52,7 +52,7 @@ def test_features_are_the_concatenated_second_to_last_layers_of_timms_models(tmp
     torch.testing.assert_close(features, torch.cat(expected, -1), rtol=1e-4, atol=1e-5)
 
 
-def test_position_embeddings_of_another_resolution_are_resampled_as_in_timm(tmp_path: Path) -> None:
+def test_position_embeddings_of_another_resolution_are_resampled_as_timm_does(tmp_path: Path) -> None:
     """DINOv2 is published for 37 × 37 patches."""
     published_models = save_published(tmp_path, image_px=14 * 11)
     towers = Towers(VISION, tmp_path)
@@ -71,7 +71,7 @@ def test_pixels_beyond_the_last_whole_patch_do_not_change_features() -> None:
     assert torch.equal(towers(PIXELS), towers(changed))
 
 
-def test_full_size_towers_lack_the_layers_that_features_do_not_depend_on() -> None:
+def test_full_size_towers_omit_the_layers_after_their_second_to_last_block() -> None:
     with torch.device("meta"):
         towers = Towers(preset("emma_v2").vision)
         whole = [timm.create_model(tower.timm_name, num_classes=0, img_size=384) for tower in towers.config.towers]
@@ -88,7 +88,7 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def test_random_towers_are_always_the_same_and_do_not_change_the_random_state() -> None:
+def test_random_towers_do_not_depend_on_the_global_seed_and_do_not_advance_it() -> None:
     torch.manual_seed(1)
     first = Towers(VISION)
     drawn = torch.rand(1)
@@ -106,26 +106,26 @@ def test_towers_are_frozen_and_stay_in_evaluation_mode() -> None:
     assert not towers(PIXELS).requires_grad
 
 
-def test_bf16_towers_normalise_in_fp32() -> None:
+def test_bf16_towers_give_features_within_one_percent_of_fp32_towers() -> None:
     exact, rounded = Towers(VISION), Towers(VISION).bfloat16()
     features = rounded(PIXELS)
     assert features.dtype == torch.bfloat16
     assert (features - exact(PIXELS)).norm() / exact(PIXELS).norm() < 0.01
 
 
-def test_the_patch_embedding_is_that_of_the_last_tower() -> None:
+def test_patch_embedding_returns_the_patch_embedding_of_the_last_tower() -> None:
     towers = Towers(VISION)
     proj = towers.towers["siglip"].vit.patch_embed.proj
     expected = nn.functional.conv2d((PIXELS / 255 - 0.5) / 0.5, proj.weight, proj.bias, stride=14).flatten(2).mT
     torch.testing.assert_close(towers.patch_embedding(PIXELS), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_folder_without_weights_is_refused_with_the_expected_names(tmp_path: Path) -> None:
+def test_the_error_for_a_folder_without_weights_lists_the_expected_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no weights of tower dinov2; expected one of dinov2\.safetensors"):
         Towers(VISION, tmp_path)
 
 
-def test_weights_of_another_tower_are_refused_with_each_difference(tmp_path: Path) -> None:
+def test_the_error_for_weights_of_another_size_lists_each_differing_tensor(tmp_path: Path) -> None:
     save_published(tmp_path)
     wider = replace(VISION.towers[1], overrides={**VISION.towers[1].overrides, "embed_dim": 32})
     with pytest.raises(UserError, match=r"tower siglip.*blocks\.0\.norm1\.weight is \[64\], expected \[32\]"):

@@ -52,7 +52,7 @@ def test_a_saved_model_is_loaded_with_equal_tensors(tmp_path: Path, name: str) -
     assert loaded.emma.llm.lm_head.weight is loaded.emma.llm.backbone.embedding.weight
 
 
-def test_the_files_hold_every_tensor_once_and_omit_the_tied_head(tmp_path: Path) -> None:
+def test_save_model_writes_every_tensor_once_and_omits_the_tied_head(tmp_path: Path) -> None:
     emma, towers = save(tmp_path)
     parameters = {name for name, _ in emma.named_parameters()}  # named_parameters lists tied tensors once
     assert load_file(tmp_path / "model.safetensors").keys() == parameters
@@ -79,7 +79,7 @@ def test_a_model_is_loaded_in_the_requested_dtype(tmp_path: Path) -> None:
     assert torch.equal(loaded.emma.llm.backbone.embedding.weight, weight.bfloat16())
 
 
-def test_tensors_that_do_not_fit_are_all_named_in_one_error(tmp_path: Path) -> None:
+def test_one_error_names_every_missing_unexpected_and_misshapen_tensor(tmp_path: Path) -> None:
     save(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["projector.out.bias"]
@@ -104,14 +104,14 @@ def test_tensors_that_do_not_fit_are_all_named_in_one_error(tmp_path: Path) -> N
         ('{"format": 1, "model": {"nmae": 1}}', "not the configuration of a saved model"),
     ],
 )
-def test_a_folder_without_a_saved_model_is_refused(tmp_path: Path, content: str, expected: str) -> None:
+def test_loading_a_folder_without_a_valid_config_is_a_user_error(tmp_path: Path, content: str, expected: str) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=rf"config\.json: {expected}.*pipeline\.export"):
         load_model(tmp_path)
 
 
-def test_a_model_of_another_format_is_refused(tmp_path: Path) -> None:
+def test_loading_a_model_saved_in_another_format_version_is_a_user_error(tmp_path: Path) -> None:
     save(tmp_path)
     described = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**described, "format": 2}))
@@ -119,7 +119,7 @@ def test_a_model_of_another_format_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+def test_loading_a_truncated_weight_file_is_a_user_error(tmp_path: Path) -> None:
     save(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
@@ -128,7 +128,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_restored_from_json(name: str) -> None:
+def test_every_preset_survives_a_round_trip_through_json(name: str) -> None:
     assert config_from_dict(json.loads(json.dumps(asdict(preset(name))))) == preset(name)
 
 
@@ -181,7 +181,7 @@ def test_a_language_model_loads_from_each_published_layout(tmp_path: Path, write
     assert record == {"source": str(tmp_path), "sha256": hashes}
 
 
-def test_loading_a_language_model_does_not_change_other_parts(tmp_path: Path) -> None:
+def test_loading_a_language_model_does_not_change_the_other_weights(tmp_path: Path) -> None:
     write_safetensors(tmp_path, published_state("tiny_v2"))
     emma, _ = make("tiny_v2")
     before = {name: tensor.clone() for name, tensor in emma.state_dict().items() if not name.startswith("llm.")}
@@ -189,13 +189,13 @@ def test_loading_a_language_model_does_not_change_other_parts(tmp_path: Path) ->
     assert all(torch.equal(emma.state_dict()[name], tensor) for name, tensor in before.items())
 
 
-def test_a_language_model_of_the_other_kind_is_refused(tmp_path: Path) -> None:
+def test_loading_a_language_model_of_the_other_mamba_kind_is_a_user_error(tmp_path: Path) -> None:
     write_safetensors(tmp_path, published_state("tiny_v1"))
     with pytest.raises(UserError, match=r"does not fit this model: .*unexpected .*x_proj.*missing .*dt_bias"):
         load_language_model(make("tiny_v2")[0], tmp_path)
 
 
-def test_an_incomplete_download_names_the_missing_shards(tmp_path: Path) -> None:
+def test_the_error_for_an_incomplete_download_names_the_missing_shards(tmp_path: Path) -> None:
     _, last = write_shards(tmp_path, published_state("tiny_v2"))
     (tmp_path / last).unlink()
     with pytest.raises(UserError, match=rf"shards are missing in its folder \({last}\)"):
@@ -207,7 +207,7 @@ class RunsCode:
         return (print, ("code ran",))
 
 
-def test_a_pickle_that_could_run_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pickle_that_could_run_code_is_refused_and_not_executed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"lm_head.weight": RunsCode()}, tmp_path / "pytorch_model.bin", pickle_module=pickle)
     with pytest.raises(
         UserError, match=r"pytorch_model\.bin: refused, because this pickle holds other objects than tensors"
@@ -216,14 +216,14 @@ def test_a_pickle_that_could_run_code_is_refused(tmp_path: Path, capsys: pytest.
     assert "code ran" not in capsys.readouterr().out
 
 
-def test_an_empty_folder_is_refused_with_the_expected_names(tmp_path: Path) -> None:
+def test_the_error_for_an_empty_language_model_folder_lists_the_expected_files(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"no model in this folder; expected one of model\.safetensors, .*pytorch_model\.bin"
     ):
         load_language_model(make("tiny_v2")[0], tmp_path)
 
 
-def test_an_unreachable_hub_model_is_an_error_that_names_prefetch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_an_unreachable_hub_model_names_pipeline_prefetch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         UserError, match=r"'nobody/nothing': not a folder, and cannot be downloaded .*pipeline\.prefetch"

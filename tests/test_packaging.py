@@ -64,7 +64,7 @@ def package_files() -> dict[str, bytes]:
     }
 
 
-def test_the_wheel_holds_the_files_of_the_packages_and_no_others(wheel):
+def test_the_wheel_contains_exactly_the_files_of_the_packages(wheel):
     with zipfile.ZipFile(wheel) as archive:
         packed = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
     files = package_files()

@@ -22,7 +22,7 @@ def dry_run(recipe_file, budget):
     return fork_python("-m", "pipeline.dry_run", *words, "--micro-batches", "4")
 
 
-def test_a_larger_budget_keeps_more_layers_and_the_peak_stays_within_it(recipe_file):
+def test_a_larger_memory_budget_recomputes_fewer_layers_and_bounds_the_peak(recipe_file):
     refused = dry_run(recipe_file, 0.001)
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
@@ -40,7 +40,7 @@ def test_a_larger_budget_keeps_more_layers_and_the_peak_stays_within_it(recipe_f
     assert least < number(r"peak ([\d.]+) of", between) <= budget
 
 
-def test_measuring_the_peak_leaves_the_state_unchanged_under_zero_2(recipe_file, shards, tmp_path):
+def test_under_zero_2_measuring_peak_memory_does_not_change_the_trained_state(recipe_file, shards, tmp_path):
     """For ZeRO-3, test_pipeline_train compares with its uninterrupted run."""
     config = f"engine.ds_config={REPOSITORY}/ds_configs/zero2.json"
     words = [recipe_file, f"data.shards={shards}", f"steps={STEPS}", config, "optim.micro_batch=2"]

@@ -46,7 +46,7 @@ def steps_logged(run):
     return [line["step"] for line in lines if "event" not in line]
 
 
-def test_a_run_killed_or_failed_at_every_stage_of_saving_ends_with_the_same_bits(
+def test_a_run_interrupted_at_each_stage_of_a_save_ends_with_the_same_weights(
     recipe_file, shards, uninterrupted, tmp_path
 ):
     run = tmp_path / "run"
@@ -72,7 +72,7 @@ def test_a_run_killed_or_failed_at_every_stage_of_saving_ends_with_the_same_bits
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", *kept]
 
 
-def test_a_state_with_other_probe_losses_is_refused_and_an_earlier_one_loaded(
+def test_resuming_refuses_a_checkpoint_with_changed_probe_losses(
     recipe_file, shards, uninterrupted, tmp_path
 ):
     """The losses must agree exactly on this machine, and up to rounding errors on another."""
@@ -111,7 +111,7 @@ def rewrite_probe(folder, change):
     write_manifest(folder, manifest)
 
 
-def test_a_manifest_with_any_flipped_bit_is_rejected(uninterrupted, tmp_path):
+def test_a_checkpoint_manifest_with_a_flipped_bit_is_rejected(uninterrupted, tmp_path):
     content = (uninterrupted / "checkpoints" / folder_name(STEPS) / MANIFEST).read_bytes()
     rng = random.Random(1)
     for position in rng.sample(range(len(content)), 300):
@@ -153,7 +153,7 @@ def small_disk(folder, megabytes):
         subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_gives_one_line_and_leaves_earlier_checkpoints_unchanged(recipe_file, shards, tmp_path):
+def test_a_full_disk_during_a_save_is_one_error_and_keeps_earlier_checkpoints_intact(recipe_file, shards, tmp_path):
     with small_disk(tmp_path / "disk", megabytes=96) as disk:
         run = disk / "run"
         program = ["tests/programs/train_on_ranks.py", f"--fill-disk={disk / 'other'}", tmp_path / "kept.pt"]
@@ -182,7 +182,7 @@ def test_a_checkpoint_without_a_manifest_is_refused_and_deleted_by_the_next_save
     assert find_damage(newest) is None
 
 
-def test_damage_is_found_in_files_that_are_loaded_while_they_are_hashed(tmp_path, monkeypatch):
+def test_damage_is_found_in_files_that_are_hashed_while_they_are_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.checkpoint.verify.BLOCK_BYTES", 30_000)
     values = torch.arange(100_000, dtype=torch.float32)
     data = values.numpy().tobytes()

@@ -65,7 +65,7 @@ def assert_equal_states(ours, theirs):
     assert set(ours["updates"]) == set(theirs["updates"])
 
 
-def test_masters_moments_groups_and_update_counts_survive_resharding(three_starts):
+def test_resharding_preserves_masters_moments_groups_and_update_counts(three_starts):
     _, (first, second, third) = three_starts
     assert (second["first"], third["first"]) == (4, 8)
     assert_equal_states(second["states"][4], first["states"][4])
@@ -75,12 +75,12 @@ def test_masters_moments_groups_and_update_counts_survive_resharding(three_start
     assert second["notes"][-1] == "resharded from 2 to 1 ranks, from ZeRO-3 to ZeRO-2"
 
 
-def test_a_state_can_be_saved_before_its_first_update(three_starts):
+def test_a_snapshot_can_be_taken_before_the_first_update(three_starts):
     _, (first, second, _) = three_starts
     assert (first["untrained"], second["untrained"]) == (0.0, None)
 
 
-def test_losses_after_resharding_are_those_of_the_uninterrupted_run(three_starts, uninterrupted):
+def test_losses_after_resharding_equal_those_of_the_uninterrupted_run(three_starts, uninterrupted):
     _, (first, second, third) = three_starts
     reports = [*first["reports"][:4], *second["reports"], *third["reports"]]
     assert len(reports) == len(uninterrupted["reports"]) == STEPS
@@ -90,7 +90,7 @@ def test_losses_after_resharding_are_those_of_the_uninterrupted_run(three_starts
             assert ours[loss] == pytest.approx(theirs[loss], rel=LOSS_TOLERANCE)
 
 
-def test_a_background_save_holds_the_state_of_its_own_step(three_starts):
+def test_a_background_save_contains_the_state_of_its_step_while_training_continues(three_starts):
     run, (first, *_) = three_starts
     assert [report["writing_here"] for report in first["reports"]] == [False, False, False, False, True, True]
     folder = run / "checkpoints" / folder_name(4)
@@ -115,7 +115,7 @@ def random_split(rng, sizes, ranks):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_parameters_saved_with_any_split_are_read_with_any_other(tmp_path, seed):
+def test_parameters_saved_in_one_random_split_can_be_read_in_another(tmp_path, seed):
     rng = np.random.Generator(np.random.Philox(key=seed))
     sizes = {f"p{i}": int(rng.integers(1, 30)) for i in range(6)}
     truth = {name: torch.arange(size) + 100.0 * int(name[1:]) for name, size in sizes.items()}
@@ -139,7 +139,7 @@ def test_parameters_saved_with_any_split_are_read_with_any_other(tmp_path, seed)
     assert all(torch.equal(whole[name], truth[name]) for name in sizes)
 
 
-def test_adjacent_pieces_are_read_at_once_and_a_missing_value_is_named(tmp_path):
+def test_adjacent_pieces_are_merged_into_one_read_and_a_missing_value_is_an_error(tmp_path):
     pieces = [Piece("a", 0, 5, 0), Piece("b", 0, 7, 5)]
     layout = Layout({"a": [5], "b": [7]}, {}, {"rank-00000.00": pieces})
     assert [read.count for read in layout.reads(pieces)] == [12]

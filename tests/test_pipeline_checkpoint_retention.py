@@ -26,7 +26,7 @@ def test_an_unverified_checkpoint_never_replaces_a_good_one(good, keep_last, kee
     assert steps_to_keep(STEPS, good, keep_last=keep_last, keep_every=keep_every, has_space=has_space) == kept
 
 
-def test_starts_that_save_only_once_do_not_accumulate_checkpoints():
+def test_launches_that_each_save_only_once_do_not_accumulate_checkpoints():
     steps = {1}
     for step in range(2, 30):
         steps = steps_to_keep([*steps, step], good={step - 1, step}, keep_last=3, keep_every=0, has_space=True)
@@ -43,14 +43,14 @@ def test_starts_that_save_only_once_do_not_accumulate_checkpoints():
         (500, 3, 0, 100, 0),
     ],
 )
-def test_checkpoints_kept_forever_are_counted_by_the_same_rule(
+def test_count_kept_forever_predicts_the_checkpoints_beyond_the_newest(
     every_steps, keep_last, keep_every, total_steps, forever
 ):
     config = CheckpointConfig(every_steps=every_steps, keep_last=keep_last, keep_every=keep_every)
     assert count_kept_forever(config, total_steps) == forever
 
 
-def test_a_checkpoint_that_cannot_be_deleted_is_reported_and_training_goes_on(tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_deleted_gives_a_warning_and_no_error(tmp_path, monkeypatch):
     folders = [tmp_path / name for name in ("step-00000001", "step-00000002")]
     for folder in folders:
         folder.mkdir()

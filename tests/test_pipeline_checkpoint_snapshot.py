@@ -5,7 +5,7 @@ import mmap
 from pipeline.checkpoint.snapshot import allocate_pages, page_lock
 
 
-def test_host_memory_that_cannot_be_page_locked_gives_one_warning(capsys):
+def test_page_lock_returns_false_and_prints_one_warning_on_a_cuda_error(capsys):
     copy = allocate_pages(5)
     assert page_lock(copy, lambda address, size, flags: 0)
     assert capsys.readouterr().out == ""
@@ -14,7 +14,7 @@ def test_host_memory_that_cannot_be_page_locked_gives_one_warning(capsys):
     assert "CUDA error 2" in line
 
 
-def test_no_two_buffers_share_a_page_of_host_memory():
+def test_allocated_host_buffers_are_zeroed_and_page_aligned():
     copies = [allocate_pages(count) for count in (0, 1, 5, mmap.PAGESIZE)]
     assert [copy.numel() for copy in copies] == [0, 1, 5, mmap.PAGESIZE]
     assert not any(copy.any() for copy in copies)

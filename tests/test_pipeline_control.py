@@ -23,21 +23,21 @@ def control(tmp_path, monkeypatch):
     return Control(tmp_path)
 
 
-def test_an_unanswered_request_is_cleared_in_a_shell_inside_an_allocation(control, monkeypatch):
+def test_an_interactive_launch_in_an_allocation_clears_an_unanswered_stop_request(control, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4242")
     control.clear_unanswered()
     assert not control.stop_requested()
     assert not control.save_requested()
 
 
-def test_a_request_is_kept_in_a_batch_job_whose_script_cleared_old_ones(control, monkeypatch):
+def test_a_launch_by_the_batch_script_keeps_an_unanswered_stop_request(control, monkeypatch):
     monkeypatch.setenv("EMMA_JOB", "4242")
     control.clear_unanswered()
     assert control.stop_requested()
     assert not control.save_requested()
 
 
-def test_a_refusal_is_recorded_for_the_batch_script_only(control, monkeypatch):
+def test_a_refusal_is_recorded_only_when_the_batch_script_launched_the_run(control, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4242")
     control.record_refusal("in a shell in an allocation")
     monkeypatch.setenv("EMMA_JOB", "4240_3")
@@ -46,7 +46,7 @@ def test_a_refusal_is_recorded_for_the_batch_script_only(control, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_a_stop_request_and_the_first_one_is_its_reason(control, number):
+def test_a_signal_requests_a_stop_and_the_first_signal_is_the_recorded_reason(control, number):
     control.clear_unanswered()
     before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)}
     control.stop_on_signals()
@@ -61,7 +61,7 @@ def test_a_signal_is_a_stop_request_and_the_first_one_is_its_reason(control, num
     assert control.stop_reason() == f"by {number.name}"
 
 
-def test_a_signal_to_all_processes_as_from_scancel_saves_and_stops(recipe_file, shards, tmp_path):
+def test_a_signal_to_all_processes_makes_the_run_save_and_stop(recipe_file, shards, tmp_path):
     run, endless = tmp_path / "run", ["steps=100000", "checkpoint.every_steps=100000"]
     words = [recipe_file, f"data.shards={shards}", f"run.dir={run}", "data.workers=1", *endless]
     command = [sys.executable, "-m", "pipeline.train", *map(str, words)]

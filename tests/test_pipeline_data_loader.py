@@ -49,7 +49,7 @@ def rows_of(data, steps):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_over_two_ranks_equals_what_the_stock_reader_reads(recipe_file, shards, stock_samples, workers):
+def test_two_ranks_together_load_the_same_samples_as_the_webdataset_reader(recipe_file, shards, stock_samples, workers):
     ranks = [train_data(recipe_file, shards, 2, rank, f"data.workers={workers}") for rank in (0, 1)]
     steps = ranks[0].plan.steps_per_epoch
     seen = Counter(row for data in ranks for row in rows_of(data, steps))
@@ -75,7 +75,7 @@ def test_an_epoch_can_start_at_any_step(recipe_file, shards):
 
 
 @pytest.mark.parametrize("first", [3, 2])
-def test_workers_started_early_are_used_only_for_the_step_they_were_started_for(recipe_file, shards, first):
+def test_workers_started_early_are_used_only_if_the_first_step_matches(recipe_file, shards, first):
     whole = list(train_data(recipe_file, shards).from_step(0))
     data = train_data(recipe_file, shards, 1, 0, "data.workers=2")
     data.start_workers(3)
@@ -89,7 +89,7 @@ def test_workers_started_early_are_used_only_for_the_step_they_were_started_for(
     batches.close()
 
 
-def test_iterating_repeatedly_leaves_no_threads_behind(recipe_file, shards):
+def test_abandoned_iterators_leave_no_threads_behind(recipe_file, shards):
     data = train_data(recipe_file, shards)
     next(data.from_step(0))
     before = threading.active_count()
@@ -98,7 +98,7 @@ def test_iterating_repeatedly_leaves_no_threads_behind(recipe_file, shards):
     assert threading.active_count() == before
 
 
-def test_targets_are_the_supervised_tokens_and_padding_is_on_the_right(recipe_file, shards):
+def test_targets_contain_only_supervised_tokens_and_padding_is_on_the_right(recipe_file, shards):
     data = train_data(recipe_file, shards)
     for batch in data.from_step(0):
         supervised = 0
@@ -112,7 +112,7 @@ def test_targets_are_the_supervised_tokens_and_padding_is_on_the_right(recipe_fi
         assert supervised == batch.supervised_tokens
 
 
-def test_a_batch_counts_its_tokens_and_its_padding(recipe_file, shards):
+def test_a_batch_reports_its_real_tokens_and_its_padding_ratio(recipe_file, shards):
     data = train_data(recipe_file, shards, 1, 0, "optim.micro_batch=8")
     for batch in data.from_step(0):
         [micro] = batch.micro_batches
@@ -122,7 +122,7 @@ def test_a_batch_counts_its_tokens_and_its_padding(recipe_file, shards):
         assert batch.padding_ratio == pytest.approx(1 - batch.tokens / computed)
 
 
-def test_pixels_equal_the_stored_image(recipe_file, shards, stock_samples):
+def test_loaded_pixels_equal_the_decoded_stored_image(recipe_file, shards, stock_samples):
     data = train_data(recipe_file, shards)
     row = int(np.flatnonzero(data.plan.has_image)[0])
     stored, _ = data.reader.read(row)
@@ -131,14 +131,14 @@ def test_pixels_equal_the_stored_image(recipe_file, shards, stock_samples):
     assert any((image == decode_stored_image(stored.image)).all() for image in images)
 
 
-def test_shards_for_another_model_are_refused(recipe_file, shards):
+def test_shards_built_for_another_model_are_a_user_error(recipe_file, shards):
     with pytest.raises(UserError, match=r"prompt template is 'base'.*'zephyr'"):
         train_data(recipe_file, shards, 1, 0, "model=tiny_v1")
     with pytest.raises(UserError, match=r"image size is 100.*384"):
         train_data(recipe_file, shards, 1, 0, "model=emma_v2")
 
 
-def test_tokenizers_are_compared_by_content_not_by_folder_name(recipe_file, shards, tmp_path):
+def test_tokenizers_are_compared_by_content_and_not_by_folder_name(recipe_file, shards, tmp_path):
     same = tmp_path / "elsewhere/other_name"
     same.mkdir(parents=True)
     shutil.copy(shards / "tokenizer.json", same)
@@ -154,7 +154,7 @@ CUTS = [("tokens_offset", 0), ("tokens_offset", 20), ("meta_offset", 3), ("image
 
 
 @pytest.mark.parametrize(("column", "beyond"), CUTS)
-def test_a_truncated_shard_is_an_error_that_names_the_sample_and_the_remedy(
+def test_the_error_for_a_truncated_shard_names_the_sample_and_the_verify_command(
     recipe_file, shards, tmp_path, column, beyond
 ):
     damaged = tmp_path / "shards"
@@ -168,7 +168,7 @@ def test_a_truncated_shard_is_an_error_that_names_the_sample_and_the_remedy(
     assert f"preprocess.shardset verify {damaged}" in str(error.value)
 
 
-def test_a_worker_passes_its_error_on_to_the_rank(recipe_file, shards, tmp_path):
+def test_an_error_in_a_dataloader_worker_is_raised_in_the_rank(recipe_file, shards, tmp_path):
     damaged = tmp_path / "shards"
     shutil.copytree(shards, damaged)
     for tar in damaged.glob("*.tar"):
@@ -207,7 +207,7 @@ except RuntimeError as error:
 """
 
 
-def test_messages_name_a_worker_that_hangs_and_one_that_is_killed(recipe_file, shards):
+def test_messages_name_the_dataloader_worker_that_hangs_or_is_killed(recipe_file, shards):
     overrides = (f"data.shards={shards}", "run.dir=none", "data.workers=1")
     done = fork_python("-c", SUSPEND_AND_KILL, recipe_file, *overrides)
     assert done.returncode == 0, done.stderr
@@ -218,6 +218,6 @@ def test_messages_name_a_worker_that_hangs_and_one_that_is_killed(recipe_file, s
     assert re.match(rf"{where}: DataLoader worker {pid} (ended|exited|is killed by signal)", death)
 
 
-def test_other_errors_are_not_taken_for_the_death_of_a_worker():
+def test_worker_death_returns_none_for_unrelated_errors():
     alone = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
     assert worker_death(RuntimeError("any other"), alone) is None

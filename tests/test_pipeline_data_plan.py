@@ -31,7 +31,7 @@ def test_every_sample_occurs_exactly_once_per_epoch(count, text_only):
         assert sorted(ids[ids != FILLER]) == list(range(count))
 
 
-def test_every_global_batch_is_of_one_modality_with_filler_last():
+def test_every_global_batch_has_one_modality_and_filler_rows_only_at_its_end():
     plan = make_plan()
     for ids in plan.epoch(0):
         real = ids[ids != FILLER]
@@ -39,14 +39,14 @@ def test_every_global_batch_is_of_one_modality_with_filler_last():
         assert (ids[: len(real)] == real).all()
 
 
-def test_each_epoch_seed_and_data_set_has_its_own_order():
+def test_the_sample_order_differs_between_epochs_seeds_and_data_sets():
     plan = make_plan()
     others = [plan.epoch(1), make_plan(seed=8).epoch(0), replace(plan, manifest_sha256="cd" * 32).epoch(0)]
     for other in others:
         assert (other != plan.epoch(0)).mean() > 0.9
 
 
-def test_the_longest_batch_with_images_comes_first_to_reach_the_peak_memory_early():
+def test_the_longest_batch_with_images_is_the_first_of_the_epoch():
     plan = make_plan()
     epoch = plan.epoch(0)
     with_images = epoch[plan.has_image[epoch[:, 0]]]
@@ -55,14 +55,14 @@ def test_the_longest_batch_with_images_comes_first_to_reach_the_peak_memory_earl
     assert plan.text_tokens[epoch[0][epoch[0] != FILLER]].max() == longest
 
 
-def test_steps_are_numbered_across_epochs():
+def test_step_numbers_continue_across_epochs():
     plan = make_plan(100)
     steps = [plan.step(step) for step in range(2 * plan.steps_per_epoch)]
     assert (np.stack(steps) == np.concatenate([plan.epoch(0), plan.epoch(1)])).all()
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 16), (1, 4), (2, 8), (2, 2), (8, 2), (16, 1)])
-def test_the_slices_of_all_ranks_make_up_the_global_batch(world_size, micro_batch):
+def test_the_slices_of_all_ranks_together_equal_the_global_batch(world_size, micro_batch):
     ids = make_plan().step(3)
     slices = [rank_slices(ids, rank=rank, world_size=world_size, micro_batch=micro_batch) for rank in range(world_size)]
     assert {len(part) for rank in slices for part in rank} == {micro_batch}
@@ -76,13 +76,13 @@ def test_sorting_inside_windows_keeps_padding_below_one_percent():
     assert 1 - lengths.sum() / padded < 0.01
 
 
-def test_the_order_never_changes():
+def test_the_sample_order_equals_its_recorded_digest():
     """Compare with a golden digest, because a checkpoint resumes in the middle of this order."""
     ids = np.concatenate([make_plan().epoch(0), make_plan().epoch(3)])
     digest = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
     assert digest == "c9588c8e18be9e0c94e8552504eaff9914adcb185f025e4a0ab07ec1bcc6e0c3"
 
 
-def test_a_plan_needs_at_least_one_sample():
+def test_a_plan_without_samples_is_an_error():
     with pytest.raises(ValueError, match="no samples to plan"):
         make_plan(0)

@@ -37,7 +37,7 @@ def replace_by_another(shard: Path) -> None:
 
 @pytest.mark.parametrize("opened_before", [False, True])
 @pytest.mark.parametrize("change", [flip, replace_by_another])
-def test_a_shard_whose_content_changes_during_the_run_is_an_error(copy, change, opened_before):
+def test_reading_a_shard_that_changed_after_the_run_began_is_an_error(copy, change, opened_before):
     reader, shard = ShardReader(copy), copy / "shard-00000.tar"
     if opened_before:
         reader.read(ROW)
@@ -62,7 +62,7 @@ def test_a_shard_with_a_new_time_or_inode_but_the_same_bytes_is_accepted(copy, c
     assert reader.fingerprints[0] == ShardReader(copy).fingerprints[0]
 
 
-def test_a_missing_shard_is_an_error_that_names_the_remedy(copy):
+def test_the_error_for_a_deleted_shard_says_to_build_the_shards_again(copy):
     reader, shard = ShardReader(copy), copy / "shard-00000.tar"
     reader.read(ROW)
     shard.unlink()
@@ -70,7 +70,7 @@ def test_a_missing_shard_is_an_error_that_names_the_remedy(copy):
         reader.read(ROW)
 
 
-def test_a_failing_file_system_is_retryable_and_not_taken_for_damage(copy):
+def test_an_io_error_in_a_shard_is_retryable_and_not_reported_as_damage(copy):
     """Simulate a broken disk: reading a process's memory at address 0 is an I/O error."""
     shard = copy / "shard-00000.tar"
     shard.unlink()
@@ -79,7 +79,7 @@ def test_a_failing_file_system_is_retryable_and_not_taken_for_damage(copy):
         ShardReader(copy).read(ROW)
 
 
-def test_a_failing_disk_under_the_index_is_retryable_too(copy, monkeypatch):
+def test_an_io_error_in_the_index_is_retryable(copy, monkeypatch):
     def fails(*_, **__):
         raise OSError(errno.EIO, "Input/output error")
 
@@ -90,7 +90,7 @@ def test_a_failing_disk_under_the_index_is_retryable_too(copy, monkeypatch):
         _ = ShardReader(copy).index
 
 
-def test_a_slow_read_is_reported_while_it_lasts_and_when_it_ends(copy):
+def test_a_slow_read_prints_a_warning_while_it_lasts_and_a_note_when_it_ends(copy):
     """Simulate a disk that hangs: opening a FIFO waits until its other end is opened."""
     shard, warnings = copy / "shard-00000.tar", Queue[str]()
     shard.unlink()

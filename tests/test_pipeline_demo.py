@@ -53,7 +53,7 @@ def results(tmp_path: Path) -> Results:
     )
 
 
-def test_the_summary_has_the_promised_keys(results: Results) -> None:
+def test_the_demo_summary_has_the_documented_keys(results: Results) -> None:
     facts = json.loads(json.dumps(summary(results)))
     assert facts["seconds"].keys() >= {"shards", "train", "answers", "total"}
     assert facts["samples_per_s"] == {"shards": 60.0, "train": 16.0}
@@ -64,7 +64,7 @@ def test_the_summary_has_the_promised_keys(results: Results) -> None:
     assert (facts["rejects"], facts["rejects_by_reason"]) == (3, {"picture_missing": 2, "no_answer": 1})
 
 
-def test_the_margin_is_over_the_best_control(results: Results) -> None:
+def test_the_margin_is_the_models_score_minus_the_best_controls_score(results: Results) -> None:
     share = results.exact_match("trained")
     assert share == pytest.approx(0.9, abs=0.02)
     assert results.margin == share
@@ -74,7 +74,7 @@ def test_the_margin_is_over_the_best_control(results: Results) -> None:
     )
 
 
-def test_the_table_shows_every_figure(results: Results) -> None:
+def test_the_demo_table_shows_every_figure(results: Results) -> None:
     text = table(results)
     for word in (
         "shards",
@@ -92,7 +92,7 @@ def test_the_table_shows_every_figure(results: Results) -> None:
         assert description in text
 
 
-def test_the_demo_ends_with_its_report(results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_prints_its_report_at_the_end(results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finish(results, DemoFolder(tmp_path))
     assert "exact match" in capsys.readouterr().out
     assert json.loads((tmp_path / "summary.json").read_text())["samples"] == 600
@@ -109,7 +109,7 @@ def test_the_demo_fails_after_its_report_if_the_model_did_not_learn(results: Res
     assert (tmp_path / "summary.json").exists()
 
 
-def test_only_a_folder_of_an_earlier_demo_is_emptied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_deletes_an_output_folder_only_if_an_earlier_demo_wrote_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").touch()
@@ -167,13 +167,13 @@ def test_the_kill_reaches_children_in_other_process_groups_and_keeps_the_log(
     assert living_children() <= others
 
 
-def test_a_training_that_ends_too_early_is_an_error_with_its_last_lines(tmp_path: Path) -> None:
+def test_the_error_for_a_run_that_ends_before_the_kill_shows_its_last_lines(tmp_path: Path) -> None:
     program = "print('step 1/9'); print('the disk is full')"
     with pytest.raises(UserError, match=r"(?s)training ended before step 5.*the disk is full"):
         train_until(Commands(tmp_path), [sys.executable, "-c", program], last_step=5)
 
 
-def test_a_failing_command_is_an_error_with_its_last_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_for_a_failing_command_shows_its_last_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program = "import sys; print('shown'); print('hidden'); sys.exit('out of luck')"
     with pytest.raises(UserError, match="exited with 1"):
         Commands(tmp_path).run("x", [sys.executable, "-c", program], keep=lambda line: line == "shown")
@@ -183,7 +183,7 @@ def test_a_failing_command_is_an_error_with_its_last_lines(tmp_path: Path, capsy
     assert "out of luck" in (tmp_path / "x.log").read_text()
 
 
-def test_an_interrupt_leaves_no_process_behind(tmp_path: Path, others: set[psutil.Process]) -> None:
+def test_an_interrupted_demo_command_leaves_no_process_behind(tmp_path: Path, others: set[psutil.Process]) -> None:
     def interrupt(line: str) -> bool:
         if line == "child":
             raise KeyboardInterrupt
@@ -194,7 +194,7 @@ def test_an_interrupt_leaves_no_process_behind(tmp_path: Path, others: set[psuti
     assert living_children() <= others
 
 
-def test_killing_a_process_that_has_ended_is_no_error() -> None:
+def test_killing_a_process_that_has_already_ended_is_no_error() -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     assert kill_process_tree(process.pid) == 0

@@ -21,7 +21,7 @@ def recipe(recipe_file, *overrides):
 
 
 @pytest.mark.parametrize("ds_config", CONFIGS)
-def test_every_shipped_json_accepts_the_settings_of_the_recipe(recipe_file, ds_config):
+def test_every_shipped_deepspeed_config_accepts_the_recipes_settings(recipe_file, ds_config):
     config = compose_config(recipe(recipe_file, f"engine.ds_config={ds_config}", "engine.precision=bf16"), world_size=2)
     assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 2 == 8
     assert config["gradient_clipping"] == 1.0
@@ -30,14 +30,14 @@ def test_every_shipped_json_accepts_the_settings_of_the_recipe(recipe_file, ds_c
 
 
 @pytest.mark.parametrize("key", OWNED_BY_RECIPE)
-def test_a_json_with_a_key_that_the_recipe_owns_is_refused(recipe_file, tmp_path, key):
+def test_a_deepspeed_config_that_sets_a_key_owned_by_the_recipe_is_a_user_error(recipe_file, tmp_path, key):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({key: 1, "zero_optimization": {"stage": 3}}))
     with pytest.raises(UserError, match=rf"{key}.*the recipe owns"):
         compose_config(recipe(recipe_file, f"engine.ds_config={path}"), world_size=1)
 
 
-def test_an_offloaded_optimizer_is_refused_because_its_gradients_could_be_stale(recipe_file, tmp_path):
+def test_a_deepspeed_config_that_offloads_the_optimizer_is_a_user_error(recipe_file, tmp_path):
     path = tmp_path / "offload.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}))
     with pytest.raises(UserError, match="offload_optimizer is not supported"):
@@ -62,7 +62,7 @@ def test_an_offloaded_optimizer_is_refused_because_its_gradients_could_be_stale(
         ([], "found a list, expected an object"),
     ],
 )
-def test_a_json_that_deepspeed_rejects_is_refused_before_the_engine_is_built(recipe_file, tmp_path, content, message):
+def test_an_invalid_deepspeed_config_is_a_user_error_before_the_engine_is_built(recipe_file, tmp_path, content, message):
     path = tmp_path / "wrong.json"
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
@@ -84,19 +84,19 @@ def test_a_json_that_deepspeed_rejects_is_refused_before_the_engine_is_built(rec
         ("sequence_parallel_size", 1),
     ],
 )
-def test_a_json_may_have_any_key_that_deepspeed_reads(recipe_file, tmp_path, key, value):
+def test_a_deepspeed_config_may_set_any_other_key_that_deepspeed_reads(recipe_file, tmp_path, key, value):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({**ZERO, key: value}))
     assert compose_config(recipe(recipe_file, f"engine.ds_config={path}"), world_size=1)[key] == value
 
 
-def test_a_global_batch_that_the_ranks_cannot_split_evenly_is_refused(recipe_file):
+def test_a_global_batch_that_the_ranks_cannot_split_evenly_is_a_user_error(recipe_file):
     with pytest.raises(UserError, match=r"global_batch 8 is not a multiple of 3 ranks × optim\.micro_batch 4"):
         compose_config(recipe(recipe_file), world_size=3)
 
 
 @pytest.mark.parametrize("name", ["tiny_v1", "tiny_v2", "tiny_csm", "tiny_release"])
-def test_only_matrices_decay(name):
+def test_weight_decay_applies_only_to_weight_matrices(name):
     emma = Emma(preset(name))
     decayed, undecayed = ({id(p) for p in group["params"]} for group in parameter_groups(emma, 0.1))
     assert decayed.isdisjoint(undecayed)
@@ -118,7 +118,7 @@ def test_the_learning_rate_warms_up_from_above_zero_and_decays_to_nearly_zero(re
     assert 0 < rates[-1] < 0.001
 
 
-def test_every_preset_has_a_tiny_twin():
+def test_every_full_size_preset_has_a_tiny_preset():
     for name in PRESETS:
         twin = name if name.startswith("tiny_") else f"tiny_{name.removeprefix('emma_')}"
         assert twin in PRESETS

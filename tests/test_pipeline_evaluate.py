@@ -35,7 +35,7 @@ def asked(image: str, kind: str = "colour", answer: str = "red", question: str =
     return Question(image=image, question=question, answer=answer, kind=kind)
 
 
-def test_exact_match_counts_by_kind_and_over_all() -> None:
+def test_exact_match_is_counted_per_question_kind_and_over_all_questions() -> None:
     questions = [asked("a"), asked("b"), asked("c", "shape", "cross"), asked("d", "shape", "ring")]
     scores = score(questions, ["red", "blue", "cross", " ring\n"])
     assert scores == {
@@ -51,18 +51,18 @@ def test_a_nearly_correct_answer_counts_as_wrong(said: str) -> None:
     assert score([asked("a")], [said])["all"].right == 0
 
 
-def test_the_table_ends_with_the_total() -> None:
+def test_the_exact_match_table_ends_with_the_total() -> None:
     lines = table(score([asked("a"), asked("b", "shape")], ["red", "no"])).splitlines()
     assert [line.split()[0] for line in lines] == ["kind", "colour", "shape", "all"]
     assert lines[-1].split()[1:] == ["1", "2", "50.0%"]
 
 
-def test_the_most_common_answer_is_chosen_per_kind() -> None:
+def test_the_most_common_answer_is_determined_per_question_kind() -> None:
     questions = [asked("a"), asked("b"), asked("c", answer="blue"), asked("a", "shape", "ring")]
     assert most_common_answers(questions) == ["red", "red", "red", "ring"]
 
 
-def test_shuffling_gives_every_question_another_image_of_its_kind() -> None:
+def test_shuffling_gives_every_question_another_image_from_its_question_kind() -> None:
     kinds = {"colour": range(20), "shape": range(7), "word": range(20, 24)}
     questions = [asked(f"{i}", kind, answer=f"{kind} {i}") for kind, images in kinds.items() for i in images]
     questions += [asked("0", "colour", question="And the rim?"), asked("1", "colour", question="And the rim?")]
@@ -76,7 +76,7 @@ def test_shuffling_gives_every_question_another_image_of_its_kind() -> None:
     assert shuffled != shuffle_images(questions, seed=1)
 
 
-def test_a_kind_whose_questions_share_an_image_cannot_be_shuffled() -> None:
+def test_shuffling_is_a_user_error_if_most_questions_of_a_kind_share_one_image() -> None:
     with pytest.raises(UserError, match="2 of 3 'colour' questions share one image"):
         shuffle_images([asked("a"), asked("a"), asked("b")], seed=0)
 
@@ -90,7 +90,7 @@ def test_a_kind_whose_questions_share_an_image_cannot_be_shuffled() -> None:
         ('{"image": "a.jpg", "question": "Q", "kind": "k"}', "line 2: found .*, expected an object"),
     ],
 )
-def test_a_malformed_question_is_reported_with_its_line(tmp_path: Path, line: str, complaint: str) -> None:
+def test_the_error_for_a_malformed_question_names_its_line(tmp_path: Path, line: str, complaint: str) -> None:
     path = tmp_path / "questions.jsonl"
     path.write_text('{"image": "a.jpg", "question": "Q", "answer": "A", "kind": "k", "more": 1}\n' + line + "\n")
     with pytest.raises(UserError, match=complaint):
@@ -135,7 +135,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_answers_keep_the_order_of_questions_and_do_not_depend_on_the_batch(model_folder: Path, images: Path) -> None:
+def test_batched_answers_equal_single_answers_in_the_order_of_the_questions(model_folder: Path, images: Path) -> None:
     model, tokenizer = load_model(model_folder, torch.device("cpu"), torch.float32), load_tokenizer(model_folder)
     texts = ["Which?", "A rather long question, is it not?", "Which?", "Why?"]
     questions = [asked(f"{name}.png", question=text) for name, text in zip("abca", texts, strict=True)]
@@ -154,7 +154,7 @@ def run_command(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> None:
     main()
 
 
-def test_the_command_prints_a_table_and_writes_all_answers(
+def test_the_evaluate_command_prints_a_table_and_writes_all_answers(
     model_folder: Path,
     images: Path,
     tmp_path: Path,
@@ -173,7 +173,7 @@ def test_the_command_prints_a_table_and_writes_all_answers(
 
 
 @pytest.mark.parametrize("option", ["--shuffle-images", "--shuffle-pictures"])
-def test_shuffling_has_a_name_and_a_hidden_former_name(option, model_folder, images, tmp_path, monkeypatch, capsys):
+def test_the_shuffle_flag_and_its_hidden_old_name_have_the_same_effect(option, model_folder, images, tmp_path, monkeypatch, capsys):
     path = tmp_path / "questions.jsonl"
     path.write_text(json.dumps(vars(asked("a.png"))) + "\n")
     with pytest.raises(UserError, match="share one image"):
@@ -183,7 +183,7 @@ def test_shuffling_has_a_name_and_a_hidden_former_name(option, model_folder, ima
     assert (option in capsys.readouterr().out) == (option == "--shuffle-images")
 
 
-def test_an_unwritable_result_file_is_one_error_line_after_the_table(
+def test_an_unwritable_result_file_is_a_one_line_error_after_the_table(
     model_folder: Path, images: Path, tmp_path: Path
 ) -> None:
     path, out = tmp_path / "questions.jsonl", tmp_path / "absent/result.json"
@@ -196,7 +196,7 @@ def test_an_unwritable_result_file_is_one_error_line_after_the_table(
     assert "Traceback" not in done.stderr
 
 
-def test_a_missing_image_is_named(
+def test_the_error_for_a_missing_question_image_names_the_file(
     model_folder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "questions.jsonl"

@@ -36,7 +36,7 @@ def exported(run, tmp_path_factory):
     return out
 
 
-def test_the_checkpoint_holds_exactly_the_trained_tensors_of_the_model(run):
+def test_a_checkpoint_contains_exactly_the_models_tensors(run):
     state = full_state(run / "checkpoints" / folder_name(4))
     check_state(state, preset("tiny_v2"), run)
     assert state.keys() == Emma(preset("tiny_v2")).state_dict().keys()
@@ -45,7 +45,7 @@ def test_the_checkpoint_holds_exactly_the_trained_tensors_of_the_model(run):
         check_state(lost, preset("tiny_v2"), run)
 
 
-def test_the_exported_model_has_the_trained_weights_without_the_alignment_module(run, exported):
+def test_an_exported_model_has_the_trained_weights_except_for_the_alignment(run, exported):
     state = full_state(run / "checkpoints" / folder_name(4))
     model, _ = load(exported, "cpu")
     found = model.emma.state_dict()
@@ -54,7 +54,7 @@ def test_the_exported_model_has_the_trained_weights_without_the_alignment_module
         assert torch.equal(tensor, state[name].to(tensor.dtype)), name
 
 
-def test_transformers_loads_the_language_model_with_the_same_logits(exported):
+def test_transformers_computes_equal_logits_with_the_exported_language_model(exported):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = load(exported, "cpu")
@@ -76,13 +76,13 @@ def test_export_accepts_moved_shards_and_refuses_other_shards(run, shards, tmp_p
         export_run(run, tmp_path / "b", step=None, with_alignment=False, shards=str(moved))
 
 
-def test_with_alignment_keeps_the_alignment_module(run, tmp_path):
+def test_export_with_alignment_keeps_the_alignment_module(run, tmp_path):
     export_run(run, tmp_path / "whole", step=None, with_alignment=True)
     model, _ = load(tmp_path / "whole", "cpu")
     assert model.emma.alignment is not None
 
 
-def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
+def test_exporting_a_damaged_checkpoint_is_a_user_error(run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     victim = next((copy / "checkpoints").rglob("*.master"))
@@ -98,7 +98,7 @@ LIMITED = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (10
 EXPORT = "runpy.run_module('pipeline.export', run_name='__main__')"
 
 
-def test_a_full_disk_is_one_error_line_and_leaves_no_loadable_model(run, tmp_path):
+def test_a_full_disk_during_export_is_a_one_line_error_and_leaves_no_loadable_model(run, tmp_path):
     """A limit on the size of files simulates the full disk."""
     done = fork_python("-c", LIMITED + EXPORT, run, tmp_path / "out")
     assert_one_line(done, f"{tmp_path / 'out'}: the model could not be written")
@@ -106,7 +106,7 @@ def test_a_full_disk_is_one_error_line_and_leaves_no_loadable_model(run, tmp_pat
         load(tmp_path / "out", "cpu")
 
 
-def test_an_unreadable_checkpoint_is_one_error_line(run, tmp_path):
+def test_exporting_an_unreadable_checkpoint_is_a_one_line_error(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     manifest = next((tmp_path / "run/checkpoints").rglob("manifest.json"))
     manifest.unlink()
@@ -135,7 +135,7 @@ def test_a_prompt_is_a_prefix_of_the_training_tokens(shards, exported):
             assert len(prompt) in {start for start, _ in whole.spans}
 
 
-def test_step_by_step_decoding_equals_the_full_forward_pass(exported):
+def test_decoding_with_a_cache_equals_recomputing_the_whole_sequence(exported):
     model, tokenizer = load(exported, "cpu")
     noise = np.random.Generator(np.random.Philox(key=1)).integers(0, 256, (2, 100, 100, 3), np.uint8)
     questions = ["Which colour?", "Say 4", "Which colour?"]
@@ -162,15 +162,15 @@ def recompute_all(model, tokenizer, question, image, max_new_tokens):
     return tokenizer.decode(new).strip()
 
 
-def test_generate_prints_an_answer(exported, raw_mix):
-    picture = raw_mix.parent / "images" / "0.png"
-    words = [exported, "--image", picture, "--prompt", "Which colour?", "--max-new-tokens", "4", "--device", "cpu"]
+def test_the_generate_command_prints_an_answer(exported, raw_mix):
+    image = raw_mix.parent / "images" / "0.png"
+    words = [exported, "--image", image, "--prompt", "Which colour?", "--max-new-tokens", "4", "--device", "cpu"]
     done = fork_python("-m", "pipeline.generate", *words)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 1
 
 
-def test_generate_reports_a_mistake_in_one_line(exported, raw_mix, tmp_path):
+def test_the_generate_command_reports_a_user_error_in_one_line(exported, raw_mix, tmp_path):
     cases = [
         ([tmp_path / "nothing", "--prompt", "x"], "nothing"),
         ([exported, "--image", raw_mix.parent / "absent.png", "--prompt", "x"], "absent.png"),
@@ -180,7 +180,7 @@ def test_generate_reports_a_mistake_in_one_line(exported, raw_mix, tmp_path):
         assert_one_line(fork_python("-m", "pipeline.generate", *words), said)
 
 
-def test_untrained_exports_the_initial_model_of_a_recipe(recipe_file, shards, tmp_path):
+def test_export_with_untrained_writes_the_initial_model_of_a_recipe(recipe_file, shards, tmp_path):
     words = ["--untrained", recipe_file, tmp_path / "start", f"data.shards={shards}", "run.dir=unused"]
     done = fork_python("-m", "pipeline.export", *words)
     assert done.returncode == 0, done.stderr

@@ -36,7 +36,7 @@ def base(request, recipe_file, raw_mix, tmp_path_factory):
 
 
 @pytest.mark.skipif(GPUS < 2, reason="two GPUs are needed")
-def test_two_gpus_with_zero_3_train_like_plain_torch_on_one(base, tmp_path):
+def test_two_gpus_with_zero_3_have_the_losses_and_gradients_of_plain_torch(base, tmp_path):
     """Compare the losses of all steps, but gradients only in the first, because updates amplify rounding."""
     recipe = load_recipe(base[0], [*base[1:], f"steps={STEPS}", "optim.micro_batch=8", f"run.dir={tmp_path}"])
     expected = train_plainly(recipe, "cuda")
@@ -61,7 +61,7 @@ def test_two_gpus_with_zero_3_train_like_plain_torch_on_one(base, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "autocast"])
-def test_the_loss_is_finite_and_falls_on_repeated_batches(base, tmp_path, precision):
+def test_the_training_loss_on_repeated_batches_stays_finite_and_falls(base, tmp_path, precision):
     arguments = [*base, "steps=36", f"engine.precision={precision}", "engine.segment_layers=2", f"run.dir={tmp_path}"]
     done = run_python("-m", "pipeline.train", *arguments, "checkpoint.every_steps=36", timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -71,7 +71,7 @@ def test_the_loss_is_finite_and_falls_on_repeated_batches(base, tmp_path, precis
     assert sum(losses[-6:]) < 0.7 * sum(losses[:6])
 
 
-def test_a_resumed_run_continues_and_its_model_answers_alike_on_both_devices(base, tmp_path):
+def test_a_resumed_run_repeats_its_losses_and_answers_equally_on_cpu_and_gpu(base, tmp_path):
     """Losses agree only to rounding, because Mamba's backward pass adds in no fixed order on a GPU."""
     run = [*base, "steps=12", f"run.dir={tmp_path / 'run'}"]
     train = ["-m", "pipeline.train", *run]
@@ -105,14 +105,14 @@ def test_a_stop_request_saves_and_ends_the_run(base, tmp_path):
     assert list_steps(tmp_path / "checkpoints")[-1] == outcome["step"]
 
 
-def test_losses_that_are_not_finite_end_the_run(base, tmp_path):
+def test_a_run_whose_losses_are_not_finite_fails(base, tmp_path):
     run = [*base, f"run.dir={tmp_path}", "optim.lr=1e30", "optim.clip=0.0"]
     output = finish(torchrun(GPUS, ["-m", "pipeline.train", *run]), code=1)
     assert "error: no finite loss or gradient" in output
     assert json.loads((tmp_path / "outcome.json").read_text())["outcome"] == "failed"
 
 
-def test_too_little_memory_is_one_line_that_names_the_remedy(base, tmp_path):
+def test_too_little_gpu_memory_is_a_one_line_error_that_suggests_a_remedy(base, tmp_path):
     memory_limit = {"PYTORCH_ALLOC_CONF": "per_process_memory_fraction:0.0005"}  # 40 MB of 80 GB
     done = run_python("-m", "pipeline.train", *base, f"run.dir={tmp_path}", timeout=300, **memory_limit)
     assert done.returncode == 2, done.stderr

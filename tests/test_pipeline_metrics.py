@@ -44,7 +44,7 @@ def evaluated(recipe_file, shards, tmp_path_factory):
     return run, finish(fork_ranks(2, train_command(recipe_file, shards, run, f"steps={STEPS}", *heldout)))
 
 
-def test_a_validation_covers_all_samples(evaluated):
+def test_a_validation_with_more_samples_than_exist_uses_each_sample_once(evaluated):
     first, last = [line for line in lines(evaluated[0]) if line.get("event") == "heldout"]
     assert (first["step"], last["step"]) == (4, STEPS)
     assert (first["heldout/samples"], last["heldout/samples"]) == (35, 35)
@@ -60,7 +60,7 @@ def documented(heading):
     return {key for row in rows for key in re.findall(r"`([^`]+)`", row)}
 
 
-def test_every_key_is_documented_and_every_documented_key_is_written(evaluated):
+def test_the_keys_of_step_lines_are_exactly_the_documented_keys(evaluated):
     written = [line for line in lines(evaluated[0]) if "event" not in line]
     keys = [{key.replace("squares", "<source>") for key in line} for line in written]
     assert all(each == keys[0] for each in keys)
@@ -69,7 +69,7 @@ def test_every_key_is_documented_and_every_documented_key_is_written(evaluated):
     assert {"start", "save", "heldout", "done"} <= events <= documented("Events")
 
 
-def test_tower_times_are_compared_after_every_step_with_images(evaluated):
+def test_the_slowest_rank_is_reported_after_every_step_with_images(evaluated):
     by_step = {line["step"]: line for line in lines(evaluated[0]) if "event" not in line}
     had_images = [by_step[step]["loss/align"] is not None for step in range(1, STEPS)]
     assert any(had_images)
@@ -79,7 +79,7 @@ def test_tower_times_are_compared_after_every_step_with_images(evaluated):
 
 
 @pytest.mark.parametrize("why", ["stop", "save", "nonfinite"])
-def test_a_step_after_which_the_run_may_end_is_always_logged(recipe_file, shards, tmp_path, why):
+def test_a_stop_a_save_or_a_nonfinite_loss_causes_a_log_line_between_intervals(recipe_file, shards, tmp_path, why):
     recipe = load_recipe(recipe_file, [f"data.shards={shards}", f"run.dir={tmp_path}", "log.every_steps=4"])
     ranks = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
     data = TrainData(recipe, ranks)
@@ -104,7 +104,7 @@ def test_a_step_after_which_the_run_may_end_is_always_logged(recipe_file, shards
     assert line["data/samples/squares"] == sum(batch.samples for batch in batches)
 
 
-def test_an_appended_event_starts_on_a_line_of_its_own_after_a_cut_off_line(tmp_path):
+def test_an_event_appended_after_a_truncated_line_starts_a_new_line(tmp_path):
     append_event(tmp_path, "first", 1)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"cut off')
@@ -115,13 +115,13 @@ def test_an_appended_event_starts_on_a_line_of_its_own_after_a_cut_off_line(tmp_
     assert [json.loads(line)["event"] for line in (text[0], *text[2:])] == ["first", "second", "third"]
 
 
-def test_the_console_has_one_short_line_for_each_log_interval(evaluated):
+def test_the_console_shows_one_short_line_per_log_interval(evaluated):
     step_lines = [line for line in evaluated[1].splitlines() if line.startswith("step ")]
     assert len(step_lines) == STEPS
     assert all(len(line) < MAX_CONSOLE_LINE for line in step_lines)
 
 
-def test_wandb_has_every_step_after_its_helper_died_and_the_run_resumed(recipe_file, shards, tmp_path):
+def test_wandb_files_contain_every_step_after_a_kill_and_a_resume(recipe_file, shards, tmp_path):
     run, steps = tmp_path / "run", 16
     command = train_command(recipe_file, shards, run, "log.wandb=offline", f"steps={steps}")
     process = subprocess.Popen(
@@ -173,7 +173,7 @@ IMPATIENT = (
 )
 
 
-def test_wandb_finishes_after_the_outcome_and_delays_the_exit_for_a_limited_time(recipe_file, shards, tmp_path):
+def test_a_hanging_wandb_upload_delays_the_exit_only_for_a_limited_time(recipe_file, shards, tmp_path):
     run = tmp_path / "run"
     (tmp_path / "wandb.py").write_text(SILENT_WANDB.format(run=run))
     _, _, *recipe = train_command(recipe_file, shards, run, "log.wandb=online", "steps=2")

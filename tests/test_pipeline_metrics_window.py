@@ -59,7 +59,7 @@ def window(recipe, peak_flops=None):
 
 
 @pytest.mark.parametrize(("mean", "loss"), [("token", (6 + 2) / (3 + 1)), ("sample", (6 + 2) / (2 + 1))])
-def test_losses_by_source_are_weighted_as_the_recipe_says(recipe_file, mean, loss):
+def test_losses_by_source_are_means_per_token_or_per_sample_as_the_recipe_says(recipe_file, mean, loss):
     each = window(load_recipe(recipe_file, [f"loss.text={mean}"], planning=True))
     each.add(batch([2, 0], [3, 0]), report([6, 0]))
     each.add(batch([1, 0], [1, 0]), report([2, 0]))
@@ -69,14 +69,14 @@ def test_losses_by_source_are_weighted_as_the_recipe_says(recipe_file, mean, los
     assert (values["data/samples/a"], values["data/samples/b"]) == (3, 0)
 
 
-def test_a_step_that_is_not_finite_is_left_out_of_the_average(recipe):
+def test_a_step_with_a_nonfinite_loss_is_excluded_from_the_average(recipe):
     each = window(recipe)
     each.add(batch([1, 1], [2, 2]), report([4, 2]))
     each.add(batch([1, 1], [2, 2]), report([np.nan, np.nan], total=np.nan))
     assert each.close()["loss/text/a"] == 2
 
 
-def test_each_step_counts_the_wait_of_its_slowest_rank(recipe):
+def test_the_data_wait_of_a_step_is_that_of_its_slowest_rank(recipe):
     each = window(recipe)
     each.add(batch([1, 1], [1, 1]), report([1, 1], [timings(0.1, 1, 0), timings(0.3, 3, 0.5)]))
     each.add(batch([1, 1], [1, 1]), report([1, 1], [timings(0.5, 1, 0), timings(0.1, 1, 0)]))
@@ -86,7 +86,7 @@ def test_each_step_counts_the_wait_of_its_slowest_rank(recipe):
     assert (values["ranks/slowest"], values["ranks/slowest_ratio"]) == (1, 2)
 
 
-def test_the_slowest_rank_is_compared_with_the_median_rank():
+def test_the_slowest_ratio_divides_the_slowest_time_by_the_median_time():
     assert slowest_rank([1.0, 1.1, 5.5, 1.2]) == {"ranks/slowest": 2, "ranks/slowest_ratio": 5.5 / 1.1}
     assert slowest_rank([0.0, 0.0]) == {"ranks/slowest": None, "ranks/slowest_ratio": None}
 
@@ -104,7 +104,7 @@ def test_excluded_time_does_not_count_as_step_time(recipe, monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["tiny_v1", "tiny_v2"])
-def test_useful_flops_agree_with_the_cost_model(model):
+def test_useful_flops_of_a_batch_agree_with_the_flops_per_sample(model):
     config = preset(model)
     flops, patches = UsefulFlops(config), config.vision.num_patches
     both = batch([3, 1], [12, 4], images=4, tokens=4 * (30 + patches))
@@ -127,7 +127,7 @@ def test_useful_flops_agree_with_the_cost_model(model):
         ("Some GPU", None),
     ],
 )
-def test_the_peak_of_a_device_is_looked_up_by_name(name, peak):
+def test_peak_flops_are_looked_up_by_the_name_of_the_device(name, peak):
     assert peak_flops(name) == peak
 
 
@@ -146,7 +146,7 @@ def test_samples_and_tokens_of_a_batch_are_counted_by_source(shards):
     assert counts.rows.tolist() == [[0, 0], [0, 0]]
 
 
-def test_garbage_is_collected_at_fixed_steps_only():
+def test_garbage_is_collected_only_after_every_fixed_number_of_steps():
     import gc
 
     collected = []
@@ -166,7 +166,7 @@ def test_garbage_is_collected_at_fixed_steps_only():
         gc.callbacks.pop()
 
 
-def test_the_tower_timer_times_each_forward_pass_of_the_towers():
+def test_the_tower_timer_measures_each_forward_pass_of_the_vision_towers():
     towers = torch.nn.Linear(2, 2)
     clock = TowerTimer(towers, torch.device("cpu"))
     assert clock.pop_seconds() == 0

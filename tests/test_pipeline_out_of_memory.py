@@ -46,7 +46,7 @@ def run(recipe_file, tmp_path):
         pytest.param(lambda start: [start(), STEP, start(ranks=16)], LOST, id="as many ranks, two starts ago"),
     ],
 )
-def test_out_of_memory_is_one_line_and_a_retry_only_if_it_fitted_before(run, history, expected):
+def test_out_of_memory_is_retryable_only_if_a_step_with_these_settings_succeeded(run, history, expected):
     recipe, start, write_metrics = run
     kind, advice = expected
     if lines := history(start):
@@ -60,7 +60,7 @@ def test_out_of_memory_is_one_line_and_a_retry_only_if_it_fitted_before(run, his
     assert advice in line
 
 
-def test_full_shared_memory_is_a_retry_only_if_it_sufficed_before(run, monkeypatch):
+def test_full_shared_memory_is_retryable_only_if_an_earlier_launch_had_enough(run, monkeypatch):
     recipe, start, write_metrics = run
     monkeypatch.setattr(preflight, "prefetched_bytes", lambda _: 1 << 60)
     context = preflight.Context(recipe=recipe, ranks=RANKS)

@@ -13,7 +13,7 @@ from tests.support.launch import fork_python
 
 
 @pytest.mark.parametrize(("name", "llm", "trainable"), [("v1", 2_768_345_600, 3.19e9), ("v2", 2_702_599_680, 3.11e9)])
-def test_describe_reports_the_papers_parameters_and_steps(name, llm, trainable):
+def test_describe_reports_the_papers_parameter_counts_and_steps(name, llm, trainable):
     facts = describe(load_recipe(f"pipeline/recipes/emma_{name}.toml", planning=True), ranks=8, mfu=0.4)
     assert facts["parameters"]["llm"] == llm
     assert facts["parameters"]["trainable"] == pytest.approx(trainable, rel=0.005)

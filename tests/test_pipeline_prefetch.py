@@ -46,14 +46,14 @@ def words(recipe_file, published, towers="towers"):
     return [recipe_file, *sources, f"data.tokenizer={published / 'tokenizer'}"]
 
 
-def test_available_parts_are_listed_with_their_sizes(recipe_file, published):
+def test_prefetch_lists_all_parts_when_they_are_available(recipe_file, published):
     done = fork_python("-m", "pipeline.prefetch", *words(recipe_file, published))
     assert done.returncode == 0, done.stderr
     for text in ("language model", "towers", "258 entries", "all parts are available"):
         assert text in done.stdout
 
 
-def test_all_missing_or_mismatched_parts_are_reported_at_once(recipe_file, published, tmp_path):
+def test_prefetch_reports_all_missing_and_mismatched_parts_at_once(recipe_file, published, tmp_path):
     wrong = [*words(recipe_file, published), "model=tiny_v1", f"weights.towers={tmp_path}", "data.tokenizer=/no/where"]
     llm = tmp_path / "llm"
     llm.mkdir()
@@ -65,7 +65,7 @@ def test_all_missing_or_mismatched_parts_are_reported_at_once(recipe_file, publi
     assert "Traceback" not in done.stderr
 
 
-def test_pretrained_parts_are_loaded_and_recorded(recipe_file, published):
+def test_the_initial_model_loads_pretrained_parts_and_records_their_sources(recipe_file, published):
     recipe = load_recipe(recipe_file, [str(word) for word in words(recipe_file, published)[1:3]], planning=True)
     emma, towers, loaded = initial_model(recipe)
     saved = torch.load(published / "llm/pytorch_model.bin", weights_only=True)
@@ -74,7 +74,7 @@ def test_pretrained_parts_are_loaded_and_recorded(recipe_file, published):
     assert loaded["llm"]["source"] == str(published / "llm")
 
 
-def test_a_run_refuses_towers_other_than_those_it_began_with(recipe_file, published, tmp_path):
+def test_resuming_with_other_vision_towers_is_a_user_error(recipe_file, published, tmp_path):
     given = ["weights.llm=random"]
     first, other = (
         load_recipe(recipe_file, [*given, f"weights.towers={published / name}"], planning=True)

@@ -67,7 +67,7 @@ def test_every_rank_reports_all_problems_of_all_nodes_at_once(recipe_file, copy,
             assert len([line for line in lines if text in line]) == 1, lines
 
 
-def test_shards_of_wrong_size_are_one_line_with_the_first_and_a_count(recipe_file, copy, monkeypatch):
+def test_shards_of_wrong_size_are_one_error_with_the_first_names_and_a_count(recipe_file, copy, monkeypatch):
     monkeypatch.setattr(preflight, "MAX_NAMED", 1)
     for shard in copy.glob("*.tar"):
         shard.write_bytes(b"short")
@@ -75,7 +75,7 @@ def test_shards_of_wrong_size_are_one_line_with_the_first_and_a_count(recipe_fil
         preflight.check_shards(context(recipe_file, copy))
 
 
-def test_hashing_stops_at_its_time_limit_and_reports_the_share(recipe_file, copy, monkeypatch):
+def test_shard_hashing_stops_at_its_time_limit_and_reports_the_share_hashed(recipe_file, copy, monkeypatch):
     assert "100% of them hashed" in preflight.check_shards(context(recipe_file, copy))
     shard = copy / "shard-00002.tar"
     shard.write_bytes(bytes([1]) + shard.read_bytes()[1:])
@@ -86,7 +86,7 @@ def test_hashing_stops_at_its_time_limit_and_reports_the_share(recipe_file, copy
         preflight.check_shards(context(recipe_file, copy))
 
 
-def test_held_out_shards_are_checked_and_named_by_their_key(recipe_file, shards, copy):
+def test_errors_in_held_out_shards_name_the_recipe_key(recipe_file, shards, copy):
     both = context(recipe_file, shards, f"evaluate.shards={copy}")
     assert preflight.check_held_out_shards(both).startswith("held out: 3 shards of 35 samples")
     other = context(recipe_file, shards, f"evaluate.shards={copy}", "model=tiny_v1")
@@ -94,7 +94,7 @@ def test_held_out_shards_are_checked_and_named_by_their_key(recipe_file, shards,
         preflight.check_held_out_shards(other)
 
 
-def test_weights_from_the_hub_must_be_cached_and_are_never_downloaded(recipe_file, shards, tmp_path, monkeypatch):
+def test_preflight_never_downloads_weights_and_requires_cached_hub_models(recipe_file, shards, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     hub = context(recipe_file, shards, "weights.llm=someone/mamba", "weights.towers=timm")
@@ -111,25 +111,25 @@ def test_weights_from_the_hub_must_be_cached_and_are_never_downloaded(recipe_fil
     assert preflight.check_language_model(hub).startswith("language model someone/mamba: ")
 
 
-def test_a_run_with_a_checkpoint_needs_no_pretrained_language_model(recipe_file, shards, tmp_path):
+def test_preflight_skips_the_pretrained_language_model_if_a_checkpoint_exists(recipe_file, shards, tmp_path):
     (tmp_path / "checkpoints/step-00000004").mkdir(parents=True)
     (tmp_path / "checkpoints/step-00000004" / MANIFEST).touch()
     resuming = context(recipe_file, shards, "weights.llm=/no/llm", f"run.dir={tmp_path}")
     assert preflight.check_language_model(resuming) == ""
 
 
-def test_too_little_shared_memory_is_an_error_with_a_remedy(recipe_file, shards):
+def test_the_error_for_too_little_shared_memory_suggests_a_remedy(recipe_file, shards):
     with pytest.raises(UserError, match=r"/dev/shm has .* GiB free, loading needs .*--shm-size"):
         preflight.check_shared_memory(context(recipe_file, shards, "data.workers=9999999"))
 
 
-def test_a_disk_that_is_too_small_is_an_error_with_the_space_needed(recipe_file, shards, tmp_path):
+def test_the_error_for_a_disk_that_is_too_small_states_the_space_needed(recipe_file, shards, tmp_path):
     short = context(recipe_file, shards, f"run.dir={tmp_path}/run", "checkpoint.keep_last=999999999")
     with pytest.raises(UserError, match=r"needed for 1000000001 checkpoints .* lower checkpoint\.keep_last"):
         preflight.check_checkpoint_space(short)
 
 
-def test_interrupted_saves_and_refused_checkpoints_count_as_free_space(recipe_file, shards, tmp_path, monkeypatch):
+def test_space_of_interrupted_saves_and_refused_checkpoints_counts_as_free(recipe_file, shards, tmp_path, monkeypatch):
     run = context(recipe_file, shards, f"run.dir={tmp_path}", "checkpoint.keep_last=1")
     each = CHECKPOINT_BYTES * count_parameters(run.recipe.config).trainable
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * each))
@@ -147,7 +147,7 @@ def test_interrupted_saves_and_refused_checkpoints_count_as_free_space(recipe_fi
     assert "3 checkpoints" in preflight.check_checkpoint_space(run)
 
 
-def test_checkpoints_kept_for_ever_are_counted_as_of_the_end_of_the_run(recipe_file, shards, tmp_path):
+def test_the_space_check_includes_checkpoints_kept_forever_until_the_last_step(recipe_file, shards, tmp_path):
     """Of the saves at 2, 4, …, 12, the newest three and the one at 6 are kept."""
     every = ["checkpoint.every_steps=2", "checkpoint.keep_every=3", "checkpoint.keep_last=3", f"run.dir={tmp_path}"]
     two_epochs, longer = context(recipe_file, shards, *every), context(recipe_file, shards, "steps=60", *every)
@@ -164,7 +164,7 @@ with time_limit(0.1, "the preflight", Ranks(rank=3, local_rank=3, world_size=8, 
 """
 
 
-def test_a_hanging_preflight_ends_with_one_line_and_the_code_for_a_retry():
+def test_a_hanging_preflight_ends_with_one_error_line_and_the_retry_exit_code():
     done = fork_python("-c", HANGING)
     assert done.returncode == 4
     assert done.stderr.startswith("error: rank 3 of 8 on ")

@@ -26,7 +26,7 @@ def zephyr_shards(raw_mix, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_preset_trains_saves_resumes_exports_and_answers(recipe_file, zephyr_shards, tmp_path, name):
+def test_each_tiny_preset_trains_resumes_exports_and_generates_an_answer(recipe_file, zephyr_shards, tmp_path, name):
     run, out = tmp_path / "run", tmp_path / "model"
     words = [recipe_file, f"model={name}", f"data.shards={zephyr_shards}", f"run.dir={run}", "checkpoint.every_steps=1"]
     train = ["-m", "pipeline.train", *words, "steps=3"]

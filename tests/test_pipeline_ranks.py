@@ -46,7 +46,7 @@ def on_node(tasks, gpus, visible):
         pytest.param(4, TORCHRUN, id="torchrun"),
     ],
 )
-def test_eight_ranks_on_four_gpus_are_refused_on_every_rank(rank_on, local_rank, gpus, variables):
+def test_eight_ranks_on_four_gpus_are_a_user_error_on_every_rank(rank_on, local_rank, gpus, variables):
     with pytest.raises(UserError, match=r"8 ranks on 4 GPU.*--ntasks-per-node=4"):
         rank_on(local_rank, gpus, variables)
 
@@ -63,15 +63,15 @@ def test_eight_ranks_on_four_gpus_are_refused_on_every_rank(rank_on, local_rank,
         pytest.param(8, TORCHRUN, "cuda:3", id="torchrun"),
     ],
 )
-def test_a_rank_uses_its_own_gpu_however_it_is_bound_to_it(rank_on, gpus, variables, device):
+def test_a_rank_uses_its_own_gpu_however_gpus_are_assigned_to_tasks(rank_on, gpus, variables, device):
     assert str(rank_on(3, gpus, variables)) == device
 
 
-def test_a_shell_inside_an_allocation_of_eight_tasks_is_a_single_rank(monkeypatch):
+def test_an_interactive_shell_in_an_allocation_of_eight_tasks_is_a_single_rank(monkeypatch):
     monkeypatch.setattr("pipeline.distributed.ranks.os.environ", {**SHELL, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
     assert find_ranks("cpu").world_size == 1
 
 
-def test_two_ranks_on_a_single_gpu_are_refused(rank_on):
+def test_two_ranks_on_a_single_gpu_are_a_user_error(rank_on):
     with pytest.raises(UserError, match="2 ranks on 1 GPU"):
         rank_on(1, 1, on_node("2", "1", "0"))

@@ -30,7 +30,7 @@ def recipe_file(tmp_path):
     return path
 
 
-def test_overrides_replace_the_file_and_the_file_replaces_defaults(recipe_file):
+def test_overrides_take_precedence_over_the_recipe_file_and_that_over_defaults(recipe_file):
     recipe = load_recipe(recipe_file, ["optim.lr=5e-4", "data.shards=/else where", "steps=3"])
     assert recipe.optim.lr == 5e-4
     assert recipe.data.shards == "/else where"
@@ -66,7 +66,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("overrides", "parts"), MISTAKES, ids=[overrides[0] for overrides, _ in MISTAKES])
-def test_a_mistake_names_the_key_and_what_was_expected(recipe_file, overrides, parts):
+def test_the_error_for_an_invalid_override_names_the_key_and_the_expected_value(recipe_file, overrides, parts):
     with pytest.raises(UserError) as error:
         load_recipe(recipe_file, overrides)
     for part in parts:
@@ -75,7 +75,7 @@ def test_a_mistake_names_the_key_and_what_was_expected(recipe_file, overrides, p
 
 
 @pytest.mark.parametrize(("rest", "name"), [('[data]\nshards = "/s"\n', "run.dir"), ("", "data.shards")])
-def test_a_missing_required_key_is_named(tmp_path, rest, name):
+def test_the_error_for_a_missing_required_key_names_the_key(tmp_path, rest, name):
     path = tmp_path / "bare.toml"
     path.write_text('model = "tiny_v2"\n' + rest)
     with pytest.raises(UserError, match=rf"{name} is not set; put it into the recipe or add {name}=… to the command"):
@@ -91,7 +91,7 @@ def test_planning_leaves_absent_shards_and_run_folder_unset(recipe_file, tmp_pat
     assert asdict(recipe)["run"]["dir"] is UNSET
 
 
-def test_broken_toml_and_a_missing_file_are_user_errors(tmp_path):
+def test_invalid_toml_and_a_missing_recipe_file_are_user_errors(tmp_path):
     path = tmp_path / "broken.toml"
     path.write_text("model = \n")
     with pytest.raises(UserError, match="line 1"):
@@ -106,7 +106,7 @@ def test_every_shipped_recipe_loads(path):
     assert recipe.optim.global_batch % recipe.optim.micro_batch == 0
 
 
-def test_a_run_folder_returns_its_recipe(recipe_file, tmp_path):
+def test_recipe_of_run_restores_the_recipe_from_the_run_folder(recipe_file, tmp_path):
     recipe = load_recipe(recipe_file, ["loss.align_weight=2"])
     (tmp_path / "recipe.json").write_text(json.dumps(asdict(recipe)))
     assert recipe_of_run(tmp_path) == recipe
@@ -116,7 +116,7 @@ def test_a_run_folder_returns_its_recipe(recipe_file, tmp_path):
 # -- Identity ----------------------------------------------------------------------------------------------------------
 
 
-def test_only_settings_that_change_the_training_change_the_fingerprint(recipe_file):
+def test_only_settings_that_affect_training_results_change_the_fingerprint(recipe_file):
     base = load_recipe(recipe_file).fingerprint()
     same = ["log.every_steps=1", "checkpoint.keep_last=9", "run.dir=/else", "data.workers=0", "optim.micro_batch=4"]
     same += ["engine.segment_layers=0", "data.shards=/moved"]
@@ -141,7 +141,7 @@ FINGERPRINTS = {  # a change of any of them would keep existing runs from resumi
 
 
 @pytest.mark.parametrize("model", FINGERPRINTS)
-def test_default_recipes_keep_their_fingerprints(tmp_path, model):
+def test_default_recipes_still_have_their_recorded_fingerprints(tmp_path, model):
     (tmp_path / "bare.toml").write_text(f'model = "{model}"\n')
     assert load_recipe(tmp_path / "bare.toml", planning=True).fingerprint() == FINGERPRINTS[model]
 
@@ -157,7 +157,7 @@ def old_run(monkeypatch):
     return recipe_of_run(OLD_RUN), manifest
 
 
-def test_a_run_of_the_first_version_keeps_its_recipe_and_fingerprint(old_run):
+def test_a_run_of_the_first_version_loads_with_its_recorded_fingerprint(old_run):
     recipe, manifest = old_run
     assert recipe.identity() == manifest["recipe"]
     assert recipe.fingerprint() == manifest["fingerprint"]
@@ -199,7 +199,7 @@ def with_new_keys(monkeypatch, old: Recipe, *, z_weight=0.0, dropout=0.0, decay=
     return NewRecipe(**{**shallow(old), "loss": loss}, averaging=AveragingConfig(decay=decay))
 
 
-def test_new_keys_at_their_defaults_change_neither_identity_nor_fingerprint(old_run, monkeypatch):
+def test_new_recipe_keys_at_their_defaults_do_not_change_the_fingerprint(old_run, monkeypatch):
     old, manifest = old_run
     new = with_new_keys(monkeypatch, old)
     assert new.identity() == manifest["recipe"]
@@ -218,7 +218,7 @@ def test_new_keys_at_their_defaults_change_neither_identity_nor_fingerprint(old_
         ({"decay": 0.999}, {"averaging": {"decay": 0.999}}, "averaging was its default, now {'decay': 0.999}"),
     ],
 )
-def test_an_old_checkpoint_is_refused_when_a_new_key_is_set(old_run, monkeypatch, changes, settings, difference):
+def test_resuming_an_old_checkpoint_with_a_new_recipe_key_set_is_a_user_error(old_run, monkeypatch, changes, settings, difference):
     old, manifest = old_run
     new = with_new_keys(monkeypatch, old, **changes)
     assert new.identity() == merged(manifest["recipe"], settings)
@@ -227,7 +227,7 @@ def test_an_old_checkpoint_is_refused_when_a_new_key_is_set(old_run, monkeypatch
         check_identity(OLD_RUN, manifest, identity_of(new, manifest))
 
 
-def test_an_old_checkpoint_resumes_when_new_keys_have_their_defaults(old_run, monkeypatch):
+def test_an_old_checkpoint_resumes_if_new_recipe_keys_have_their_defaults(old_run, monkeypatch):
     old, manifest = old_run
     check_identity(OLD_RUN, manifest, identity_of(with_new_keys(monkeypatch, old), manifest))
 

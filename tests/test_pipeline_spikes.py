@@ -35,7 +35,7 @@ def spike_keys(totals, grad_norms=None, has_images=True):
     return {step: [spike.key for spike in each] for step, each in enumerate(steps) if each}
 
 
-def test_a_noisy_but_normal_run_has_no_spikes():
+def test_normal_noise_in_losses_and_gradient_norms_is_not_a_spike():
     noise = np.random.Generator(np.random.Philox(key=3))
     steps = np.arange(20_000)
     losses = (0.8 + 2.5 * np.exp(-steps / 300)) * (1 + 0.1 * noise.standard_normal(len(steps)))
@@ -43,7 +43,7 @@ def test_a_noisy_but_normal_run_has_no_spikes():
     assert spike_keys(losses, norms) == {}
 
 
-def test_a_spike_carries_its_value_the_usual_value_and_z():
+def test_a_spike_reports_its_value_the_usual_value_and_its_z_score():
     spikes = SpikeDetector()
     for step in range(NOISE_STEPS):
         assert spikes.check(report(1 + 0.01 * (-1) ** step), has_images=True) == []
@@ -54,20 +54,20 @@ def test_a_spike_carries_its_value_the_usual_value_and_z():
     assert spikes.check(report(1.0), has_images=True) == []
 
 
-def test_one_spike_does_not_hide_the_next():
+def test_a_spike_does_not_prevent_detection_of_the_next_spike():
     losses = [1.0] * 3 * NOISE_STEPS
     losses[FIRST::40] = [4.0] * len(losses[FIRST::40])
     assert list(spike_keys(losses)) == list(range(FIRST, 3 * NOISE_STEPS, 40))
 
 
-def test_a_rare_but_recurring_kind_of_batch_is_not_a_spike():
+def test_a_higher_loss_that_recurs_every_twelve_steps_is_not_a_spike():
     losses = [1.0] * 3 * NOISE_STEPS
     losses[5::12] = [2.0] * len(losses[5::12])
     assert spike_keys(losses) == {}
     assert spike_keys([*losses, 30.0]) == {len(losses): ["loss/total"]}
 
 
-def test_a_lasting_change_of_level_is_reported_only_at_first():
+def test_a_lasting_rise_of_the_loss_is_reported_only_in_its_first_steps():
     steps = list(spike_keys([1.0] * NOISE_STEPS + [2.0] * NOISE_STEPS))
     assert NOISE_STEPS in steps
     assert max(steps) <= NOISE_STEPS + MEDIAN_STEPS // 2
@@ -79,20 +79,20 @@ def test_the_first_steps_and_small_deviations_are_never_spikes():
     assert spike_keys([1.0] * FIRST + [9.0]) == {FIRST: ["loss/total"]}
 
 
-def test_an_exploding_gradient_is_reported_but_not_an_infinite_one():
+def test_a_large_finite_gradient_norm_is_a_spike_and_an_infinite_norm_is_not():
     norms = [1.0] * FIRST
     assert spike_keys([1.0] * (FIRST + 1), [*norms, 30.0]) == {FIRST: ["optim/grad_norm"]}
     assert spike_keys([1.0] * (FIRST + 1), [*norms, math.inf]) == {}
 
 
-def test_steps_with_images_are_not_compared_with_text_only_steps():
+def test_the_spike_detector_tracks_image_steps_and_text_only_steps_separately():
     spikes = SpikeDetector()
     for _ in range(NOISE_STEPS):
         assert spikes.check(report(1.0), has_images=True) == []
         assert spikes.check(report(7.0), has_images=False) == []
 
 
-def test_a_poisoned_batch_in_a_real_training_is_a_spike(recipe_file, shards, tmp_path):
+def test_random_targets_in_a_trained_batch_cause_a_loss_spike(recipe_file, shards, tmp_path):
     recipe = load_recipe(recipe_file, [f"data.shards={shards}", f"run.dir={tmp_path}", "optim.micro_batch=8"])
     data = TrainData(recipe, Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu")))
     batch = next(batch for batch in data.from_step(0) if not batch.images)

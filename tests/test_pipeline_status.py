@@ -57,7 +57,7 @@ LINES = [
 ]
 
 
-def test_the_ledger_counts_every_second_once():
+def test_the_time_ledger_assigns_every_second_to_exactly_one_category():
     ledger = replay(LINES).ledger
     assert ledger.total == 119
     assert ledger.starting == 10 + 5 + 4 + 2
@@ -79,19 +79,19 @@ def test_a_save_and_a_stop_between_two_log_lines_advance_the_step():
     assert replay([*LINES[:3], event("stopped", 3, 124)]).step == 3
 
 
-def test_the_time_left_uses_the_speed_and_the_saves_of_the_current_start():
+def test_the_time_left_is_estimated_from_the_current_launchs_speed_and_saves():
     start = event("resume", 2, 130, began=125, total_steps=8)
     save = event("save", 4, 143, seconds=3)
     assert replay([*LINES[:3], start, step_line(4, 140, 5), save]).left_s == 4 * (5 + 3 / 2)
 
 
-def test_has_event_finds_an_event_only_at_its_step(tmp_path):
+def test_has_event_matches_the_name_and_the_step_of_an_event(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, LINES)) + '\n{"cut off')
     assert has_event(tmp_path, "heldout", 6)
     assert not has_event(tmp_path, "heldout", 5)
 
 
-def test_each_restart_records_how_the_previous_start_ended():
+def test_the_history_of_each_launch_states_how_the_previous_launch_ended():
     starts = replay(LINES).starts
     assert [(start.step, start.before) for start in starts] == [
         (0, ""),
@@ -101,7 +101,7 @@ def test_each_restart_records_how_the_previous_start_ended():
     ]
 
 
-def test_the_table_shows_progress_speed_restarts_warnings_and_sources(tmp_path):
+def test_the_status_table_shows_progress_speed_restarts_warnings_and_sources(tmp_path):
     text = table(tmp_path, replay(LINES), now=219)
     for part in (
         "step 6 of 6, 0:00:00 left",
@@ -118,14 +118,14 @@ def test_the_table_shows_progress_speed_restarts_warnings_and_sources(tmp_path):
     assert b == ["b", "0", "-", "-"]
 
 
-def test_a_spike_in_a_redone_step_is_listed_once():
+def test_a_spike_in_a_repeated_step_is_listed_only_once():
     spike = event("spike", 3, 30, key="loss/total", value=3.0, usual=1.0, z=9.0, samples=[1])
     again = event("resume", 2, 40, began=40, total_steps=6)
     history = replay([event("start", 0, 0, began=0, total_steps=6), spike, again, spike | {"time": 50}])
     assert len(history.spikes) == 1
 
 
-def test_a_log_line_over_redone_and_new_steps_is_split_between_them():
+def test_the_time_of_a_log_line_is_split_between_repeated_and_new_steps():
     lines = [
         event("start", 0, 10, began=10, total_steps=9),
         step_line(4, 14, 1),
@@ -147,7 +147,7 @@ def test_a_log_line_over_redone_and_new_steps_is_split_between_them():
         ({"outcome": "lost", "step": 6, "reason": "rank 1 has ended"}, 5, "lost: rank 1 has ended"),
     ],
 )
-def test_the_state_follows_from_the_outcome_and_the_silence(tmp_path, outcome, silent_s, state):
+def test_the_state_of_a_run_depends_on_its_outcome_and_the_time_since_its_last_log(tmp_path, outcome, silent_s, state):
     if outcome:
         (tmp_path / "outcome.json").write_text(json.dumps(outcome))
     history = replay(LINES[:4])
@@ -156,7 +156,7 @@ def test_the_state_follows_from_the_outcome_and_the_silence(tmp_path, outcome, s
 
 
 @pytest.mark.parametrize("lines", [LINES[:1], LINES[:4]], ids=["in its first step", "in a save or an evaluation"])
-def test_a_run_is_not_dead_while_its_heartbeat_goes_on(tmp_path, lines):
+def test_a_run_with_a_recent_heartbeat_is_reported_as_running(tmp_path, lines):
     history, alive = replay(lines), tmp_path / "control/alive"
     alive.parent.mkdir()
     alive.touch()
@@ -165,7 +165,7 @@ def test_a_run_is_not_dead_while_its_heartbeat_goes_on(tmp_path, lines):
     assert state_of(tmp_path, history, now=history.last_time + 3725) == "dead: silent for 0:02:05"
 
 
-def test_the_old_heartbeat_of_a_previous_start_does_not_make_a_run_dead(tmp_path):
+def test_a_heartbeat_older_than_the_last_log_line_does_not_mark_a_run_as_dead(tmp_path):
     alive = tmp_path / "control/alive"
     alive.parent.mkdir()
     alive.touch()
@@ -174,12 +174,12 @@ def test_the_old_heartbeat_of_a_previous_start_does_not_make_a_run_dead(tmp_path
     assert state_of(tmp_path, history, now=history.last_time + 100) == "running"
 
 
-def test_the_time_left_is_shown_only_after_a_step_was_timed(tmp_path):
+def test_the_status_shows_no_time_left_before_a_step_was_timed(tmp_path):
     begun = event("start", 0, 110, began=100, total_steps=1000)
     assert table(tmp_path, replay([begun]), now=240).splitlines()[0] == f"{tmp_path}: running, step 0 of 1000"
 
 
-def test_the_state_shows_the_crash_not_the_lost_ranks_that_followed_it(tmp_path):
+def test_the_state_shows_a_crash_and_not_the_lost_ranks_that_it_caused(tmp_path):
     crash = event("failed", None, 134, reason="RuntimeError: out of memory")
     history = replay([*LINES[:4], crash])
     assert state_of(tmp_path, history, now=135) == state_of(tmp_path, history, now=9999)
@@ -204,14 +204,14 @@ def state_later(run, seconds):
     return state_of(run.folder, replay(LINES[:9]), now=time.time() + seconds)
 
 
-def test_a_run_that_starts_up_is_reported_as_starting_for_half_an_hour_at_most(starting):
+def test_a_run_that_starts_up_for_too_long_is_reported_as_dead(starting):
     assert state_later(starting, 300) == "starting"
     assert state_later(starting, 3 * 3600) == "dead: still starting after 3:00:00"
     starting.accept_start(5, {})
     assert state_later(starting, 0) == "stopped", "now metrics.jsonl counts, whose last event is a stop"
 
 
-def test_a_start_gives_no_heartbeat_before_it_is_accepted(starting):
+def test_a_launch_writes_no_heartbeat_before_it_is_accepted(starting):
     starting.heartbeat()
     assert not starting.heartbeat_file.exists()
     starting.accept_start(5, {})
@@ -219,20 +219,20 @@ def test_a_start_gives_no_heartbeat_before_it_is_accepted(starting):
     assert starting.heartbeat_file.exists()
 
 
-def test_a_refused_start_leaves_the_state_unchanged(starting):
+def test_a_refused_launch_does_not_change_the_state_of_the_run(starting):
     starting.write_outcome("failed", reason="optim.lr was 0.001, now 0.003")
     assert state_later(starting, 0) == "stopped by SIGUSR1"
     starting.write_outcome("lost", step=0, reason="rank 0 has ended")
     assert state_later(starting, 0) == "stopped by SIGUSR1"
 
 
-def test_the_first_recorded_reason_of_a_failed_start_is_kept(starting):
+def test_the_state_shows_the_first_recorded_reason_of_a_failed_launch(starting):
     starting.record_failed_start("failed: OSError: no such device")
     starting.write_outcome("lost", step=0, reason="rank 1 has ended")
     assert state_later(starting, 0) == "failed: OSError: no such device"
 
 
-def test_a_crash_is_reported_both_before_and_after_the_loop_begins(recipe_file, shards, tmp_path):
+def test_the_status_shows_a_crash_during_start_up_and_in_the_training_loop(recipe_file, shards, tmp_path):
     arguments = [recipe_file, f"data.shards={shards}", f"run.dir={tmp_path}"]
     for function in ("build_engine", "Loop.run"):
         crashing = f"from pipeline import train; train.{function} = lambda *_: 1 / 0; train.main()"
@@ -241,13 +241,13 @@ def test_a_crash_is_reported_both_before_and_after_the_loop_begins(recipe_file, 
         assert text.startswith(f"{tmp_path}: failed: ZeroDivisionError: division by zero"), function
 
 
-def test_the_table_shows_the_phases_of_the_last_start(tmp_path):
+def test_the_status_table_shows_the_start_up_phases_of_the_last_launch(tmp_path):
     text = table(tmp_path, replay(LINES[:10]), now=208)
     assert "last start 4.0 s: imports 1.0, checkpoint 3.0\n" in text + "\n"
     assert "last start" not in table(tmp_path, replay(LINES[:9]), now=208), "older versions logged no phases"
 
 
-def test_a_loss_that_is_not_finite_becomes_null_in_the_json(tmp_path):
+def test_a_nonfinite_loss_is_null_in_the_json_output_of_status(tmp_path):
     lines = [LINES[0], step_line(2, 120, 5) | {"loss/text": None, "loss/align": None}, step_line(4, 130, 5)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     text = run_python("-m", "pipeline.status", tmp_path, "--json").stdout
@@ -255,7 +255,7 @@ def test_a_loss_that_is_not_finite_becomes_null_in_the_json(tmp_path):
     assert facts["losses"] == {"2": [None, None], "4": [0.5, 1.0]}
 
 
-def test_a_figure_that_cannot_be_written_is_an_error_of_one_line(tmp_path):
+def test_an_unwritable_figure_file_is_a_one_line_error(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, LINES)))
     done = run_python("-m", "pipeline.status", tmp_path, "--png", tmp_path / "absent/loss.png")
     assert done.returncode == 2
@@ -264,7 +264,7 @@ def test_a_figure_that_cannot_be_written_is_an_error_of_one_line(tmp_path):
     assert "absent/loss.png" in line
 
 
-def test_a_closed_pipe_ends_the_command_quietly(tmp_path):
+def test_the_status_command_prints_no_error_when_its_output_pipe_is_closed(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, LINES)))
     reader, writer = os.pipe()
     os.close(reader)
@@ -274,7 +274,7 @@ def test_a_closed_pipe_ends_the_command_quietly(tmp_path):
     assert done.stderr == ""
 
 
-def test_a_line_that_a_kill_cut_off_is_ignored(tmp_path):
+def test_a_truncated_line_in_the_metrics_file_is_ignored(tmp_path):
     text = "\n".join(map(json.dumps, LINES[:4]))
     (tmp_path / "metrics.jsonl").write_text(text + '\n{"step": 5, "ti')
     assert read_history(tmp_path).step == 4
@@ -283,7 +283,7 @@ def test_a_line_that_a_kill_cut_off_is_ignored(tmp_path):
     assert read_history(tmp_path).ledger == replay(LINES).ledger
 
 
-def test_a_folder_without_a_run_is_an_error_of_the_user(tmp_path):
+def test_the_status_of_a_folder_without_a_run_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="no run found in this folder"):
         read_history(tmp_path)
 
@@ -294,6 +294,6 @@ def test_draw_run_writes_a_png(tmp_path):
 
 
 @pytest.mark.parametrize("module", ["pipeline.status", "pipeline.train"])
-def test_only_commands_that_plot_import_matplotlib(module):
+def test_status_and_train_do_not_import_matplotlib_at_start_up(module):
     program = f"import sys, {module}; sys.exit('matplotlib' in sys.modules)"
     assert run_python("-c", program).returncode == 0

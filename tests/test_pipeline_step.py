@@ -39,7 +39,7 @@ def run_ranks(tmp_path, ranks, base, *overrides, options=()):
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(2, 3), (1, 2)])
-def test_an_infinite_loss_on_one_rank_updates_nothing_on_any_rank(tmp_path, base, ranks, stage):
+def test_an_infinite_loss_on_one_rank_skips_the_update_on_all_ranks(tmp_path, base, ranks, stage):
     overrides = ["checkpoint.every_steps=1", f"engine.ds_config={CONFIGS[stage]}"]
     result = run_ranks(tmp_path, ranks, base, *overrides, options=["--infinite-loss=1", "--until=3"])
     assert [math.isfinite(report["text"]) for report in result["reports"]] == [True, False, True]
@@ -68,14 +68,14 @@ SPLITS = [(1, 8, 3), (1, 4, 3), (1, 2, 3), (2, 4, 3), (2, 1, 3), (2, 2, 2)]
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch", "stage"), SPLITS)
-def test_gradients_equal_those_of_one_torch_batch_for_any_split(tmp_path, base, reference, ranks, micro_batch, stage):
+def test_gradients_of_any_batch_split_equal_those_of_one_plain_torch_batch(tmp_path, base, reference, ranks, micro_batch, stage):
     gradients, modalities = reference
     split = [f"optim.micro_batch={micro_batch}", f"engine.ds_config={CONFIGS[stage]}", "engine.segment_layers=2"]
     result = run_ranks(tmp_path, ranks, base, *split)
     assert_same_gradients(result["gradients"], gradients, modalities)
 
 
-def test_a_text_only_step_after_a_resume_has_no_stale_gradient(tmp_path, base, reference):
+def test_a_text_only_step_right_after_a_resume_has_no_stale_gradients(tmp_path, base, reference):
     gradients, modalities = reference
     before_text = modalities.index("text", 1)
     save_there = f"checkpoint.every_steps={before_text}"
@@ -87,7 +87,7 @@ def test_a_text_only_step_after_a_resume_has_no_stale_gradient(tmp_path, base, r
     assert_same_gradients(resumed["gradients"], gradients, modalities, first=before_text)
 
 
-def test_one_all_reduce_combines_losses_requests_and_timings(monkeypatch):
+def test_a_single_all_reduce_combines_losses_requests_and_timings(monkeypatch):
     other_rank = torch.tensor([3, 4, 3, 0, 1, 0, 0, 0, 0, 0.4, 0.5, 0.6], dtype=torch.float64)
     calls = []
 

@@ -90,13 +90,13 @@ def test_a_run_logs_every_step_and_ends_with_a_checkpoint(undisturbed):
     assert (undisturbed / "checkpoints/latest").read_text().strip() == folder_name(STEPS)
 
 
-def test_a_memory_budget_changes_recomputation_but_no_trained_value(recipe_file, shards, undisturbed, tmp_path):
+def test_a_memory_budget_changes_recomputation_but_not_the_trained_weights(recipe_file, shards, undisturbed, tmp_path):
     budget = ["engine.segment_layers=2", "engine.memory_gib=1"]
     assert "6 keep" in finish(fork_ranks(2, command(recipe_file, shards, tmp_path / "run", *budget)))
     assert_same_end(tmp_path / "run", undisturbed)
 
 
-def test_after_a_kill_the_same_command_ends_with_the_same_bits(recipe_file, shards, undisturbed, tmp_path):
+def test_a_killed_run_that_resumes_ends_bit_identical_to_an_uninterrupted_run(recipe_file, shards, undisturbed, tmp_path):
     run = tmp_path / "run"
     process = fork_ranks(2, command(recipe_file, shards, run))
     wait_for(lambda: list_steps(run / "checkpoints"), process)
@@ -116,7 +116,7 @@ def test_after_a_kill_the_same_command_ends_with_the_same_bits(recipe_file, shar
     assert_same_end(run, undisturbed)
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_previous_one_is_loaded(recipe_file, shards, undisturbed, tmp_path):
+def test_resuming_skips_damaged_checkpoints_and_loads_the_newest_intact_one(recipe_file, shards, undisturbed, tmp_path):
     run = Path(shutil.copytree(undisturbed, tmp_path / "run"))
     checkpoints = run / "checkpoints"
     moments = checkpoints / folder_name(STEPS) / "rank-00001.00.exp_avg"
@@ -138,7 +138,7 @@ def flip_one_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_stop_request_saves_a_checkpoint_and_no_step_is_repeated(recipe_file, shards, undisturbed, tmp_path):
+def test_a_stop_request_saves_a_checkpoint_and_resuming_repeats_no_step(recipe_file, shards, undisturbed, tmp_path):
     run = tmp_path / "run"
     process = fork_ranks(2, command(recipe_file, shards, run))
     wait_for(lambda: losses(run), process)
@@ -158,7 +158,7 @@ def test_a_stop_request_saves_a_checkpoint_and_no_step_is_repeated(recipe_file, 
     assert_same_end(run, undisturbed)
 
 
-def test_another_training_in_the_same_folder_is_refused_and_changes_nothing(recipe_file, shards, undisturbed):
+def test_a_changed_recipe_in_the_same_run_folder_is_an_error_and_changes_no_file(recipe_file, shards, undisturbed):
     before = [(undisturbed / name).read_bytes() for name in ("recipe.json", "outcome.json", "metrics.jsonl")]
     output = finish(fork_ranks(2, command(recipe_file, shards, undisturbed, "optim.lr=3e-3", "seed=8")), code=None)
     assert "optim.lr was 0.001, now 0.003" in output
@@ -166,7 +166,7 @@ def test_another_training_in_the_same_folder_is_refused_and_changes_nothing(reci
     assert [(undisturbed / name).read_bytes() for name in ("recipe.json", "outcome.json", "metrics.jsonl")] == before
 
 
-def test_a_run_without_a_good_checkpoint_never_starts_afresh_by_itself(recipe_file, shards, tmp_path):
+def test_a_run_whose_only_checkpoint_is_damaged_does_not_start_over(recipe_file, shards, tmp_path):
     run = tmp_path / "run"
     words = command(recipe_file, shards, run, "steps=1")
     assert fork_python(*words).returncode == 0
@@ -178,7 +178,7 @@ def test_a_run_without_a_good_checkpoint_never_starts_afresh_by_itself(recipe_fi
         assert not (run / "control/starting").exists()
 
 
-def test_a_second_training_in_the_same_folder_is_refused(recipe_file, shards, tmp_path):
+def test_a_launch_in_a_run_folder_locked_by_another_process_is_refused(recipe_file, shards, tmp_path):
     run = tmp_path / "run"
     (run / "control").mkdir(parents=True)
     with (run / ".lock").open("w") as lock:
@@ -192,7 +192,7 @@ def test_a_second_training_in_the_same_folder_is_refused(recipe_file, shards, tm
     assert "another process trains here" in refusals[0][1]
 
 
-def test_of_two_simultaneous_starts_one_is_refused(recipe_file, tmp_path):
+def test_exactly_one_of_two_simultaneous_launches_is_refused(recipe_file, tmp_path):
     """The first attempt uses a new folder, and the others one that was used before."""
     recipe = load_recipe(recipe_file, [f"run.dir={tmp_path / 'run'}"], planning=True)
     barrier = threading.Barrier(2)
@@ -213,14 +213,14 @@ def test_of_two_simultaneous_starts_one_is_refused(recipe_file, tmp_path):
         assert "another process trains here" in str(error)
 
 
-def test_an_error_of_the_main_rank_alone_ends_all_ranks_without_a_traceback(recipe_file, shards, tmp_path):
+def test_an_error_on_the_main_rank_only_ends_all_ranks_without_a_traceback(recipe_file, shards, tmp_path):
     (tmp_path / "file").touch()
     output = finish(fork_ranks(2, command(recipe_file, shards, tmp_path / "file/run")), code=1)
     assert "error: run.dir" in output
     assert "Traceback" not in output
 
 
-def test_one_process_trains_without_a_launcher(recipe_file, shards, tmp_path):
+def test_training_runs_in_a_single_process_without_torchrun(recipe_file, shards, tmp_path):
     run = tmp_path / "run"
     done = run_python(*command(recipe_file, shards, run, "steps=2", "engine.segment_layers=2", "data.workers=1"))
     assert done.returncode == 0, done.stderr
@@ -236,7 +236,7 @@ def one_line(done, code):
     return line
 
 
-def test_each_mistake_of_the_user_is_one_line(recipe_file, shards, tmp_path):
+def test_each_user_error_is_reported_in_one_line(recipe_file, shards, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     closed = shutil.copytree(shards, tmp_path / "closed")
@@ -260,7 +260,7 @@ def test_each_mistake_of_the_user_is_one_line(recipe_file, shards, tmp_path):
             assert text in line
 
 
-def test_a_replaced_shard_is_found_before_training_begins(recipe_file, shards, tmp_path):
+def test_a_changed_shard_is_detected_before_training_begins(recipe_file, shards, tmp_path):
     replaced = tmp_path / "shards"
     shutil.copytree(shards, replaced)
     flip_one_bit(replaced / "shard-00001.tar")
@@ -269,7 +269,7 @@ def test_a_replaced_shard_is_found_before_training_begins(recipe_file, shards, t
     assert "preprocess.shardset verify" in line
 
 
-def test_all_problems_are_reported_at_once(recipe_file, tmp_path):
+def test_all_problems_with_a_recipe_are_reported_at_once(recipe_file, tmp_path):
     (tmp_path / "empty").mkdir()
     words = command(recipe_file, tmp_path / "empty", tmp_path / "run", "optim.micro_batch=3", "weights.llm=/no/where")
     errors = fork_python(*words).stderr
@@ -277,14 +277,14 @@ def test_all_problems_are_reported_at_once(recipe_file, tmp_path):
         assert text in errors
 
 
-def test_a_run_without_a_finite_loss_fails_permanently(recipe_file, shards, tmp_path):
+def test_a_run_with_only_nonfinite_losses_fails_with_the_nonretryable_exit_code(recipe_file, shards, tmp_path):
     run = tmp_path / "run"
     done = fork_python(*command(recipe_file, shards, run, "optim.lr=1e30", "optim.clip=0.0"))
     assert "no finite loss" in one_line(done, code=3)
     assert outcome(run)["outcome"] == "failed"
 
 
-def test_a_full_disk_while_logging_is_one_line_and_no_crash(recipe_file, shards, tmp_path):
+def test_a_full_disk_while_logging_is_a_one_line_error(recipe_file, shards, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").symlink_to("/dev/full")
@@ -295,7 +295,7 @@ def test_a_full_disk_while_logging_is_one_line_and_no_crash(recipe_file, shards,
     assert outcome(run)["outcome"] == "failed"
 
 
-def test_an_error_keeps_its_exit_code_if_the_outcome_cannot_be_written(monkeypatch, capsys):
+def test_an_error_keeps_its_exit_code_if_the_outcome_file_cannot_be_written(monkeypatch, capsys):
     class OnAFullDisk:
         first_step = 3
 

@@ -48,7 +48,7 @@ def outcome_and_last_event(run: Path) -> tuple[dict, dict]:
     )
 
 
-def test_a_hanging_rank_ends_the_run_with_the_stacks_of_the_others(recipe_file, shards, tmp_path):
+def test_a_hanging_rank_ends_the_run_and_the_other_ranks_write_their_stacks(recipe_file, shards, tmp_path):
     run = tmp_path / "run"
     process = torchrun(2, ["--shutdown-timeout=1", *words(recipe_file, shards, run), *IMPATIENT])
     wait_for_steps(run, FIRST_STEPS + 1)
@@ -67,7 +67,7 @@ def test_a_hanging_rank_ends_the_run_with_the_stacks_of_the_others(recipe_file, 
     assert state_of_run(run, read_history(run), now=time.time()) == f"lost: {outcome['reason']}"
 
 
-def test_a_dead_rank_ends_the_others_even_without_a_launcher(recipe_file, shards, tmp_path):
+def test_a_killed_rank_ends_the_other_ranks_even_without_torchrun(recipe_file, shards, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, *map(str, words(recipe_file, shards, run))]
     world = {
@@ -109,7 +109,7 @@ def watchdog(recipe_file, tmp_path):
     faulthandler.cancel_dump_traceback_later()
 
 
-def test_the_first_steps_have_a_longer_limit_than_later_ones(watchdog):
+def test_the_first_steps_have_a_longer_time_limit_than_later_steps(watchdog):
     for _ in range(FIRST_STEPS - 1):
         watchdog.step_times.append(1.0)
     assert watchdog.step_limit_s() == 500
@@ -119,14 +119,14 @@ def test_the_first_steps_have_a_longer_limit_than_later_ones(watchdog):
     assert watchdog.step_limit_s() == 70
 
 
-def test_a_save_has_a_longer_limit_than_the_next_step(watchdog):
+def test_a_save_has_a_longer_time_limit_than_the_next_step(watchdog):
     watchdog.step_times.extend([1.0] * FIRST_STEPS)
     with watchdog.allow_time_for("the save"):
         assert watchdog.deadline[:2] == ("the save", 500)
     assert watchdog.deadline[:2] == ("step 1", 20)
 
 
-def test_the_end_of_a_run_has_a_longer_limit_also_after_an_error(watchdog):
+def test_the_end_of_a_run_has_a_longer_time_limit_even_after_an_error(watchdog):
     watchdog.step_times.extend([1.0] * FIRST_STEPS)
     with pytest.raises(ZeroDivisionError), watchdog.allow_time_to_finish():
         raise ZeroDivisionError
@@ -147,14 +147,14 @@ class Waits:
         return True
 
 
-def test_the_time_of_a_suspension_does_not_count(watchdog, monkeypatch):
+def test_time_while_the_process_was_suspended_does_not_count_for_the_deadline(watchdog, monkeypatch):
     watchdog._set_deadline("step 1", 20)
     watchdog.closed = Waits(monkeypatch, 1, 1, 3600, 1)
     watchdog._keep_time()
     assert watchdog.active_s == 3 + SUSPENDED_S
 
 
-def test_heartbeats_continue_after_a_file_system_error(watchdog, monkeypatch):
+def test_the_watchdog_continues_its_heartbeats_after_a_file_system_error(watchdog, monkeypatch):
     def beat():
         beats.append("beat")
         raise OSError(errno.ESTALE, "Stale file handle")
@@ -168,7 +168,7 @@ def test_heartbeats_continue_after_a_file_system_error(watchdog, monkeypatch):
     assert len(beats) == 3
 
 
-def test_a_rank_ends_even_if_its_watchdog_hangs(watchdog, monkeypatch):
+def test_the_timekeeper_thread_ends_the_rank_if_the_watchdog_thread_hangs(watchdog, monkeypatch):
     watchdog._set_deadline("step 1", 20)
     watchdog.closed = Waits(monkeypatch, *[1] * 1000)
     monkeypatch.setattr("pipeline.run.watchdog.os._exit", sys.exit)
@@ -178,7 +178,7 @@ def test_a_rank_ends_even_if_its_watchdog_hangs(watchdog, monkeypatch):
     assert watchdog.active_s == 20 + 2 * STUCK_S + 1
 
 
-def test_an_outcome_that_a_rank_has_written_is_not_overwritten(watchdog, tmp_path):
+def test_the_watchdog_does_not_overwrite_an_outcome_that_another_rank_wrote(watchdog, tmp_path):
     watchdog.folder = tmp_path / "stacks"
     watchdog.folder.mkdir()
     (tmp_path / "outcome.json").write_text('{"outcome": "failed"}')
@@ -186,7 +186,7 @@ def test_an_outcome_that_a_rank_has_written_is_not_overwritten(watchdog, tmp_pat
     assert (tmp_path / "outcome.json").read_text() == '{"outcome": "failed"}'
 
 
-def test_a_rank_ends_in_time_if_its_stacks_cannot_be_written(watchdog, tmp_path, monkeypatch, capfd):
+def test_a_rank_still_ends_if_its_stacks_cannot_be_written_to_the_run_folder(watchdog, tmp_path, monkeypatch, capfd):
     """Stands for a full disk: a file has the name of the folder."""
     watchdog.folder = tmp_path / "file" / "stacks"
     (tmp_path / "file").write_text("")
@@ -200,7 +200,7 @@ def test_a_rank_ends_in_time_if_its_stacks_cannot_be_written(watchdog, tmp_path,
     assert "_end_process" in errors, "no stacks on stderr"
 
 
-def test_a_file_system_error_does_not_end_the_watchdog(watchdog, tmp_path, monkeypatch):
+def test_a_file_system_error_is_not_mistaken_for_the_end_of_another_rank(watchdog, tmp_path, monkeypatch):
     watchdog.folder = tmp_path
     monkeypatch.setattr(Path, "exists", stale)
     assert not watchdog._another_rank_ends()
@@ -210,7 +210,7 @@ def stale(path):
     raise OSError(errno.ESTALE, "Stale file handle")
 
 
-def test_the_state_of_a_process_is_found_and_empty_after_its_end():
+def test_process_state_returns_an_empty_string_for_a_process_that_has_ended():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     assert process_state(child.pid) in ("R", "S", "D")
     child.communicate()

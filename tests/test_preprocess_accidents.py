@@ -90,7 +90,7 @@ def finish(driver: subprocess.Popen[str]) -> str:
     return output
 
 
-def test_a_killed_worker_is_replaced_and_progress_is_exported_as_metrics(
+def test_a_build_survives_killed_workers_and_exports_its_progress_as_metrics(
     cluster: RayCluster, root: Path, expected: Path, tmp_path: Path
 ) -> None:
     with held_up(root):
@@ -110,7 +110,7 @@ def test_a_killed_worker_is_replaced_and_progress_is_exported_as_metrics(
     assert min(metrics["ray_emma_dialogues_per_s"], metrics["ray_emma_seconds_left"]) > 0
 
 
-def test_an_image_that_crashes_every_process_is_named(cluster: RayCluster, root: Path, tmp_path: Path) -> None:
+def test_the_error_after_repeated_worker_crashes_names_the_last_image(cluster: RayCluster, root: Path, tmp_path: Path) -> None:
     crumb = tmp_path / "out/.work/shard-00029.crumb.tmp"
     with held_up(root):
         driver = cluster.driver(SCRIPT, *command(root, tmp_path / "out"))
@@ -127,7 +127,7 @@ def test_an_image_that_crashes_every_process_is_named(cluster: RayCluster, root:
     assert output.splitlines()[-1].startswith(complaint)
 
 
-def test_a_task_that_runs_out_of_memory_is_not_retried_forever(tmp_path: Path) -> None:
+def test_a_task_that_keeps_running_out_of_memory_fails_after_four_attempts(tmp_path: Path) -> None:
     """Make Ray believe that memory is full. A pipe in place of an image blocks the task until Ray notices."""
     root = tmp_path / "root"
     write_mix(root, [{"name": "photographs", "format": "llava", "annotations": "rows.json"}])
@@ -151,7 +151,7 @@ def test_a_build_survives_the_loss_of_a_node(cluster: RayCluster, root: Path, ex
     assert contents(tmp_path / "out") == contents(expected)
 
 
-def test_a_killed_build_continues_where_it_stopped(
+def test_a_killed_build_resumes_without_rebuilding_finished_shards(
     cluster: RayCluster, root: Path, expected: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -170,7 +170,7 @@ def test_a_killed_build_continues_where_it_stopped(
     assert f"{len(finished) * SAMPLES_PER_SHARD}/{NUM_ROWS} dialogues" in output
 
 
-def test_a_stopped_job_continues_where_it_stopped(
+def test_a_stopped_ray_job_resumes_without_rebuilding_finished_shards(
     cluster: RayCluster, root: Path, expected: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -188,7 +188,7 @@ def test_a_stopped_job_continues_where_it_stopped(
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished shards were built again"
 
 
-def test_an_interrupted_build_says_that_it_can_continue(cluster: RayCluster, root: Path, tmp_path: Path) -> None:
+def test_an_interrupted_build_says_that_the_same_command_continues_it(cluster: RayCluster, root: Path, tmp_path: Path) -> None:
     with held_up(root):
         driver = cluster.driver(SCRIPT, *command(root, tmp_path / "out"))
         wait_for_shards(driver, tmp_path / "out", 1)
@@ -201,7 +201,7 @@ def test_an_interrupted_build_says_that_it_can_continue(cluster: RayCluster, roo
 
 
 @pytest.mark.parametrize("where", ["in this process", "on a Ray of its own", "on a cluster"])
-def test_a_terminated_build_ends_like_an_interrupted_one(
+def test_a_terminated_build_says_that_the_same_command_continues_it(
     cluster: RayCluster, root: Path, tmp_path: Path, where: str
 ) -> None:
     out = tmp_path / "out"
@@ -218,7 +218,7 @@ def test_a_terminated_build_ends_like_an_interrupted_one(
     assert not (out / "manifest.json").exists()
 
 
-def test_the_soak_counts_a_kill_only_if_the_process_was_alive() -> None:
+def test_the_soak_test_counts_a_kill_only_if_the_process_was_alive() -> None:
     sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
     victim, ended = (subprocess.Popen(sleeper, text=True) for _ in range(2))
     ended.kill()
@@ -233,7 +233,7 @@ def test_the_soak_counts_a_kill_only_if_the_process_was_alive() -> None:
         assert not soak_shards.kill(kind, nobody, ended), "the build was over"
 
 
-def test_a_build_terminated_while_ray_starts_ends_with_the_same_message(root: Path, tmp_path: Path) -> None:
+def test_a_build_terminated_while_ray_starts_says_that_it_can_continue(root: Path, tmp_path: Path) -> None:
     program = [sys.executable, SCRIPT, *command(root, tmp_path / "out", workers=1)]
     environment = {**os.environ, "RAY_ADDRESS": ""}
     driver = subprocess.Popen(program, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True, env=environment)

@@ -53,19 +53,19 @@ def files_of_every_format(folder: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
-def test_every_format_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_the_same_rows_are_read_from_every_json_format_and_compression(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(json_rows, "CHUNK_BYTES", chunk)
     for file_format, path in files_of_every_format(tmp_path).items():
         assert list(read_rows(path)) == ROWS, file_format
 
 
-def test_parquet_rows_are_read(tmp_path: Path) -> None:
+def test_rows_are_read_from_a_parquet_file(tmp_path: Path) -> None:
     table = [{"id": str(i), "conversations": [{"from": "human", "value": "Q"}]} for i in range(3000)]
     pq.write_table(pa.Table.from_pylist(table), tmp_path / "rows.parquet")
     assert list(read_rows(tmp_path / "rows.parquet")) == table
 
 
-def test_parquet_with_fewer_rows_than_its_footer_declares_is_damaged(
+def test_a_parquet_file_with_fewer_rows_than_its_footer_declares_is_a_user_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some flipped bits in the footer have this effect, and pyarrow raises no error."""
@@ -109,7 +109,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("chunk", [3, 1 << 20])
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_array_is_reported_with_line_and_column(
+def test_the_error_for_a_malformed_json_array_names_line_and_column(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, chunk: int
 ) -> None:
     text, message = BROKEN[kind]
@@ -122,7 +122,7 @@ def test_a_broken_array_is_reported_with_line_and_column(
     assert message in str(raised.value)
 
 
-def test_a_broken_line_of_jsonl_rejects_only_itself(tmp_path: Path) -> None:
+def test_a_malformed_jsonl_line_is_rejected_and_the_other_lines_are_read(tmp_path: Path) -> None:
     found = list(read_rows(write(tmp_path / "rows.jsonl", '{"id": 1}\n{"id": }\n\n{"id": 3')))
     assert found[0] == {"id": 1}
     assert [str(row) for row in found[1:]] == [
@@ -133,7 +133,7 @@ def test_a_broken_line_of_jsonl_rejects_only_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
-def test_an_array_in_the_first_line_of_jsonl_is_a_row(
+def test_an_array_on_the_first_line_of_a_jsonl_file_is_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     monkeypatch.setattr(json_rows, "CHUNK_BYTES", chunk)
@@ -142,7 +142,7 @@ def test_an_array_in_the_first_line_of_jsonl_is_a_row(
         assert list(read_rows(path)) == [json.loads(first), json.loads(then), {}]
 
 
-def test_an_array_on_one_line_is_recognised_without_reading_it_whole(
+def test_rows_of_a_long_one_line_array_are_read_before_its_end_is_reached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(json_rows, "CHUNK_BYTES", 100)
@@ -154,7 +154,7 @@ def test_an_array_on_one_line_is_recognised_without_reading_it_whole(
     assert len(list(stream)) == 9999
 
 
-def test_a_number_with_too_many_digits_rejects_only_its_line(tmp_path: Path) -> None:
+def test_a_number_with_too_many_digits_rejects_only_its_jsonl_line(tmp_path: Path) -> None:
     found = list(read_rows(write(tmp_path / "rows.jsonl", f'{{"id": {"1" * 5000}}}\n{{"id": 2}}')))
     assert str(found[0]) == "broken_json: line 1: a number has too many digits"
     assert found[1:] == [{"id": 2}]
@@ -172,7 +172,7 @@ NOT_ROWS = {
 
 
 @pytest.mark.parametrize("kind", NOT_ROWS)
-def test_an_overlong_row_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_an_overlong_row_is_a_user_error_before_it_is_read_completely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(json_rows, "CHUNK_BYTES", 100)
     monkeypatch.setattr(json_rows, "MAX_FIRST_LINE_CHARACTERS", 100)
     monkeypatch.setattr(json_rows, "MAX_ROW_CHARACTERS", 1000)
@@ -205,7 +205,7 @@ def strings(*values: bytes) -> pa.Array:
     return pa.Array.from_buffers(pa.string(), len(packed), packed.buffers())
 
 
-def test_bad_utf_8_in_parquet_is_repaired_in_every_column_type(tmp_path: Path) -> None:
+def test_invalid_utf_8_in_parquet_is_replaced_in_every_column_type(tmp_path: Path) -> None:
     conversation = pa.StructArray.from_arrays(
         [strings(b"human", b"gpt", b"human"), strings(b"Q\xff", b"\xc3\xbc", b"Q")], ["from", "value"]
     )
@@ -225,7 +225,7 @@ def test_bad_utf_8_in_parquet_is_repaired_in_every_column_type(tmp_path: Path) -
     ]
 
 
-def test_zstd_with_a_skippable_first_frame_is_read(tmp_path: Path) -> None:
+def test_a_zstd_file_with_a_skippable_first_frame_is_read(tmp_path: Path) -> None:
     """pzstd writes such files."""
     skippable = struct.pack("<II", 0x184D2A5C, 4) + b"size"
     path = tmp_path / "rows.json.zst"
@@ -249,7 +249,7 @@ def test_a_zip_file_is_a_user_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["rows.json.gz", "rows.json.zst", "rows.parquet"])
-def test_a_damaged_file_is_a_user_error(tmp_path: Path, name: str) -> None:
+def test_a_truncated_annotation_file_is_a_user_error(tmp_path: Path, name: str) -> None:
     path = files_of_every_format(tmp_path).get(
         {"rows.json.gz": "gzip", "rows.json.zst": "zstd"}.get(name, ""), tmp_path / name
     )
@@ -260,7 +260,7 @@ def test_a_damaged_file_is_a_user_error(tmp_path: Path, name: str) -> None:
         list(read_rows(path))
 
 
-def test_reading_keeps_only_a_window_of_the_file_in_memory(tmp_path: Path) -> None:
+def test_reading_a_large_array_keeps_only_a_small_window_in_memory(tmp_path: Path) -> None:
     """The file is 50 times as large as the window."""
     row = json.dumps({"id": "x" * 1000})
     path = write(tmp_path / "rows.json", "[" + ",".join([row] * 50_000) + "]")
@@ -291,7 +291,7 @@ class FailingFile(io.FileIO):
     "error", [OSError(5, "Input/output error"), OSError("reset by peer"), RuntimeError("HTTP 503")]
 )
 @pytest.mark.parametrize("file_format", ["array", "lines", "gzip", "zstd", "parquet"])
-def test_a_failing_disk_is_not_reported_as_a_damaged_file(
+def test_a_read_error_is_reported_as_a_disk_failure_and_not_as_a_damaged_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format: str, error: Exception
 ) -> None:
     pq.write_table(pa.table({"id": ["a"]}), tmp_path / "rows.parquet")

@@ -68,7 +68,7 @@ def command(root: Path, out: Path, **options: Any) -> list[str]:
 # -- The same bytes --------------------------------------------------------------------------------------------------
 
 
-def test_both_ways_of_submitting_build_the_same_set(
+def test_ray_jobs_with_and_without_an_uploaded_checkout_build_the_same_set(
     cluster: RayCluster, root: Path, expected: Path, tmp_path: Path
 ) -> None:
     uploaded = cluster.submit("submit", "--working-dir", ".", "--", "python", SCRIPT, *command(root, tmp_path / "a"))
@@ -80,13 +80,13 @@ def test_both_ways_of_submitting_build_the_same_set(
     assert cluster.statuses() == ["SUCCEEDED", "SUCCEEDED"]
 
 
-def test_eight_workers_build_the_same_set(root: Path, expected: Path, tmp_path: Path) -> None:
+def test_eight_ray_workers_build_the_same_set_as_one_process(root: Path, expected: Path, tmp_path: Path) -> None:
     done = run_python(SCRIPT, *command(root, tmp_path / "out", workers=8), RAY_ADDRESS="")
     assert done.returncode == 0, done.stdout + done.stderr
     assert contents(tmp_path / "out") == contents(expected)
 
 
-def test_a_failed_build_fails_its_job(cluster: RayCluster, root: Path, tmp_path: Path) -> None:
+def test_a_build_with_too_many_rejects_fails_its_ray_job(cluster: RayCluster, root: Path, tmp_path: Path) -> None:
     done = cluster.submit("submit", "--", SCRIPT, *command(root, tmp_path / "out", max_reject_ratio=0.001))
     assert done.returncode == 1
     assert "more rows were rejected than --max-reject-ratio 0.001 allows: photographs 0.42% (1 of 240" in done.stdout
@@ -98,7 +98,7 @@ def test_a_failed_build_fails_its_job(cluster: RayCluster, root: Path, tmp_path:
 # -- Accidents -------------------------------------------------------------------------------------------------------
 
 
-def test_a_rerun_builds_only_missing_or_changed_shards(root: Path, expected: Path, tmp_path: Path) -> None:
+def test_a_rerun_builds_only_missing_and_damaged_shards(root: Path, expected: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(expected, out)
     (out / "shard-00003.tar").unlink()
@@ -113,7 +113,7 @@ def test_a_rerun_builds_only_missing_or_changed_shards(root: Path, expected: Pat
 
 
 @pytest.mark.parametrize("name", ["index.parquet", "rejects.jsonl", "tokenizer.json", "manifest.json"])
-def test_a_file_deleted_from_a_set_is_written_again(root: Path, expected: Path, tmp_path: Path, name: str) -> None:
+def test_a_rerun_restores_a_deleted_index_reject_list_tokenizer_or_manifest(root: Path, expected: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(expected, tmp_path / "out")
     (tmp_path / "out" / name).unlink()
     assert build_shards.main(command(root, tmp_path / "out", workers=0)) == 0
@@ -138,20 +138,20 @@ def test_a_full_disk_is_reported_in_one_line_and_finished_shards_are_kept(
     assert contents(tmp_path / "out") == contents(expected)
 
 
-def test_the_address_of_a_job_server_is_refused(root: Path, tmp_path: Path) -> None:
+def test_an_http_address_in_ray_address_is_a_user_error(root: Path, tmp_path: Path) -> None:
     done = run_python(SCRIPT, *command(root, tmp_path / "out"), RAY_ADDRESS="http://127.0.0.1:1")
     assert done.returncode == ExitCode.USER_ERROR
     assert "RAY_ADDRESS http://127.0.0.1:1 is a job server: use `ray job submit`" in done.stderr.splitlines()[-1]
 
 
-def test_a_finished_set_is_not_written_again(root: Path, expected: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rerun_on_a_finished_set_writes_no_file(root: Path, expected: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in expected.iterdir() if path.is_file()}
     assert build_shards.main(command(root, expected, workers=0)) == 0
     assert "is up to date" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in expected.iterdir() if path.is_file()} == before
 
 
-def test_an_image_that_was_missing_is_included_once_it_exists(root: Path, expected: Path, tmp_path: Path) -> None:
+def test_a_rerun_includes_an_image_that_was_missing_before(root: Path, expected: Path, tmp_path: Path) -> None:
     lost = root / "photographs" / "lost.jpg"
     shutil.copytree(expected, tmp_path / "out")
     shutil.copy(root / "photographs" / "coffee.jpg", lost)
@@ -167,7 +167,7 @@ def test_an_image_that_was_missing_is_included_once_it_exists(root: Path, expect
     assert Manifest.load(tmp_path / "out").counts["rejects"] == 0
 
 
-def test_a_repaired_image_of_the_same_size_is_included(root: Path, tmp_path: Path) -> None:
+def test_a_rerun_includes_a_repaired_image_of_the_same_file_size(root: Path, tmp_path: Path) -> None:
     other, out = tmp_path / "root", tmp_path / "out"
     shutil.copytree(root, other)
     image = other / "photographs/text.jpg"
@@ -179,7 +179,7 @@ def test_a_repaired_image_of_the_same_size_is_included(root: Path, tmp_path: Pat
     assert Manifest.load(out).rejects_by_reason == {"picture_missing": 1}
 
 
-def test_compare_images_notices_a_replaced_image(root: Path, expected: Path, tmp_path: Path) -> None:
+def test_compare_images_rebuilds_shards_with_a_replaced_image(root: Path, expected: Path, tmp_path: Path) -> None:
     other = tmp_path / "root"
     shutil.copytree(root, other)
     shutil.copytree(expected, tmp_path / "out")
@@ -192,7 +192,7 @@ def test_compare_images_notices_a_replaced_image(root: Path, expected: Path, tmp
     assert Manifest.load(tmp_path / "out").counts["pictures"] == len(PHOTOGRAPHS) - 1
 
 
-def test_a_shard_whose_tar_is_newer_than_its_sidecar_is_built_again(
+def test_a_rerun_rebuilds_a_shard_whose_tar_is_newer_than_its_sidecar(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Raw images all have the same size, so the size does not distinguish the new tar from the old one."""
@@ -227,7 +227,7 @@ def test_appended_rows_rebuild_only_the_last_shards(root: Path, expected: Path, 
     assert load_index(tmp_path / "out").num_rows == NUM_ROWS + 5 - 1
 
 
-def test_an_appended_row_that_is_rejected_is_counted(root: Path, expected: Path, tmp_path: Path) -> None:
+def test_a_rerun_counts_an_appended_row_that_is_rejected(root: Path, expected: Path, tmp_path: Path) -> None:
     longer = tmp_path / "root"
     shutil.copytree(root, longer)
     rows = json.loads((root / "rows.json").read_text())
@@ -238,7 +238,7 @@ def test_an_appended_row_that_is_rejected_is_counted(root: Path, expected: Path,
     assert (counts["rows"], counts["samples"], counts["rejects"]) == (NUM_ROWS + 1, NUM_ROWS - 1, 2)
 
 
-def test_shards_built_with_other_package_versions_are_reported(
+def test_a_note_reports_shards_built_with_other_package_versions(
     root: Path, expected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(expected, tmp_path / "out")
@@ -258,7 +258,7 @@ def test_shards_built_with_other_package_versions_are_reported(
 # -- What is output ----------------------------------------------------------------------------------------------------
 
 
-def test_other_settings_build_another_set(root: Path, expected: Path, tmp_path: Path) -> None:
+def test_a_build_for_another_model_has_another_spec_hash_and_template(root: Path, expected: Path, tmp_path: Path) -> None:
     build_in_process(root, tmp_path / "out", gpt_neox(), model="emma_v1", samples_per_shard=SAMPLES_PER_SHARD)
     assert Manifest.load(tmp_path / "out").spec_sha256 != Manifest.load(expected).spec_sha256
     assert Manifest.load(tmp_path / "out").template == "zephyr"
@@ -269,7 +269,7 @@ def test_the_manifest_counts_distinct_images(expected: Path) -> None:
     assert (counts["with_image"], counts["pictures"]) == (215, len(PHOTOGRAPHS))
 
 
-def test_a_check_writes_nothing(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_prints_the_plan_and_writes_no_file(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert build_shards.main([*command(root, tmp_path / "out"), "--check"]) == 0
     assert not (tmp_path / "out").exists()
     assert capsys.readouterr().out.splitlines() == [

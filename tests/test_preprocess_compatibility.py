@@ -50,7 +50,7 @@ def reword_every_reject(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Rejected, "__init__", reworded)
 
 
-def test_the_same_command_leaves_an_old_set_byte_identical(built_before: Path) -> None:
+def test_rerunning_the_build_command_leaves_an_old_set_byte_identical(built_before: Path) -> None:
     before = write_times(built_before)
     program = [sys.executable, str(REPOSITORY / "preprocess/build_shards.py"), *COMMAND]
     done = subprocess.run(program, capture_output=True, text=True, check=False)
@@ -61,7 +61,7 @@ def test_the_same_command_leaves_an_old_set_byte_identical(built_before: Path) -
     assert list(verify(built_before)) == []
 
 
-def test_another_wording_of_rejects_does_not_rebuild_a_set(
+def test_a_set_is_up_to_date_although_the_wording_of_rejects_has_changed(
     built_before: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reword_every_reject(monkeypatch)
@@ -70,7 +70,7 @@ def test_another_wording_of_rejects_does_not_rebuild_a_set(
     assert hashes(built_before) == hashes(V0_1 / "shards")
 
 
-def test_a_rebuilt_list_of_early_rejects_has_the_new_wording(
+def test_a_rebuilt_reject_list_has_the_new_wording_for_early_rejects_only(
     built_before: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reword_every_reject(monkeypatch)
@@ -94,7 +94,7 @@ CHANGES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_rejects_that_differ_in_more_than_wording_rebuild_a_set(
+def test_a_set_is_rebuilt_if_a_reject_differs_in_more_than_its_wording(
     built_before: Path, change: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = built_before.parent / "raw/dialogues.json"
@@ -107,7 +107,7 @@ def test_rejects_that_differ_in_more_than_wording_rebuild_a_set(
     assert list(verify(built_before)) == []
 
 
-def test_an_additional_rejected_row_rebuilds_a_set(
+def test_a_set_is_rebuilt_if_another_row_is_rejected(
     built_before: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The shards can all be reused, so only the hash in the manifest shows the difference."""

@@ -89,14 +89,14 @@ def share_painted(scene: Scene, row: int, column: int) -> float:
 # -- Scenes ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_scene_is_painted_in_the_colour_of_its_answer() -> None:
+def test_each_demo_scene_is_painted_in_the_colour_that_its_answer_names() -> None:
     for scene in SCENES:
         named = min(COLOURS, key=lambda name: np.abs(np.subtract(COLOURS[name], scene.paint)).sum())
         assert answers(scene)["colour"] == named
         assert painted(scene).sum() > 300
 
 
-def test_shapes_do_not_leave_their_cells() -> None:
+def test_painted_shapes_stay_inside_their_grid_cells() -> None:
     for scene in (scene for scene in SCENES if scene.cells):
         filled = {(row, column) for row in range(3) for column in range(3) if share_painted(scene, row, column) > 0.1}
         assert filled == set(scene.cells)
@@ -104,7 +104,7 @@ def test_shapes_do_not_leave_their_cells() -> None:
         assert whole == pytest.approx(sum(share_painted(scene, *cell) for cell in scene.cells) * CELL_PX**2, rel=0.02)
 
 
-def test_counts_and_positions_agree_with_the_cells() -> None:
+def test_count_and_position_answers_agree_with_the_scenes_grid_cells() -> None:
     for scene in (scene for scene in SCENES if scene.cells):
         answer = answers(scene)
         assert ("count" in answer, "position" in answer) == (len(scene.cells) > 1, len(scene.cells) == 1)
@@ -117,7 +117,7 @@ def test_counts_and_positions_agree_with_the_cells() -> None:
             assert ("left" in place, "right" in place) == (column == 0, column == 2)
 
 
-def test_every_shape_looks_different() -> None:
+def test_every_shape_is_rendered_differently() -> None:
     images = [render(red_scene(shape=shape, radius=24, cells=((1, 1),))).tobytes() for shape in SHAPES]
     assert len(set(images)) == len(SHAPES)
 
@@ -130,14 +130,14 @@ def test_a_printed_word_fits_into_the_image() -> None:
         assert not ink[:, [0, -1]].any()
 
 
-def test_no_constant_answer_is_often_right() -> None:
+def test_no_constant_answer_is_right_for_a_third_of_a_question_kind() -> None:
     asked = [question for scene in itertools.islice(draw_scenes("balance"), 2000) for question in questions(scene)]
     for kind in {question.kind for question in asked}:
         counts = Counter(question.answer for question in asked if question.kind == kind)
         assert counts.most_common(1)[0][1] / counts.total() < 0.32
 
 
-def test_a_scene_depends_only_on_its_series_and_index() -> None:
+def test_scenes_of_a_series_are_reproducible_and_differ_from_other_series() -> None:
     assert list(itertools.islice(draw_scenes("test"), 5)) == SCENES[:5]
     assert list(itertools.islice(draw_scenes("other"), 5)) != SCENES[:5]
 
@@ -145,7 +145,7 @@ def test_a_scene_depends_only_on_its_series_and_index() -> None:
 # -- The mix -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_version_writes_the_same_bytes(root: Path, tmp_path: Path) -> None:
+def test_writing_the_demo_mix_twice_gives_identical_files(root: Path, tmp_path: Path) -> None:
     write_mix(tmp_path / "raw", SIZES)
     files = {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
     assert files == {
@@ -155,18 +155,18 @@ def test_the_same_version_writes_the_same_bytes(root: Path, tmp_path: Path) -> N
     }
 
 
-def test_a_folder_that_is_not_empty_is_refused(root: Path) -> None:
+def test_writing_the_demo_mix_into_a_nonempty_folder_is_a_user_error(root: Path) -> None:
     with pytest.raises(UserError, match="is not empty"):
         write_mix(root, SIZES)
 
 
-def test_the_command_reports_a_folder_that_is_not_empty_in_one_line(root: Path) -> None:
+def test_the_demo_command_reports_a_nonempty_folder_in_one_line(root: Path) -> None:
     command = run_python("-m", "preprocess.demo", root)
     assert command.returncode == ExitCode.USER_ERROR
     assert command.stderr == f"error: {root} is not empty. Give another folder, or remove its contents\n"
 
 
-def test_no_training_image_has_the_pixels_of_a_held_out_image(root: Path) -> None:
+def test_no_training_image_equals_a_held_out_image(root: Path) -> None:
     images = [path for path in root.rglob("*.jpg") if "damaged" not in path.parts]
     pixels = {path: decode_rgb(path.read_bytes()).tobytes() for path in images}
     unseen = {data for path, data in pixels.items() if HELD_OUT in path.parts}
@@ -183,7 +183,7 @@ def test_held_out_questions_cover_every_kind_and_every_held_out_image(root: Path
     assert {question["image"] for question in questions} == {path.name for path in (root / HELD_OUT).glob("*.jpg")}
 
 
-def test_rows_have_the_formats_of_the_real_datasets(root: Path) -> None:
+def test_demo_rows_have_the_formats_of_the_real_datasets(root: Path) -> None:
     llava, lvis, lrv = (rows_of(root, source) for source in ("llava", "lvis", "lrv"))
     text_only = [row for row in llava if row.get("model") == ""]
     assert len(text_only) == SIZES.text_only
@@ -204,21 +204,21 @@ def test_every_photograph_with_a_dialogue_can_be_decoded(root: Path) -> None:
 # -- Through the builder -----------------------------------------------------------------------------------------------
 
 
-def test_every_damaged_row_is_rejected_with_its_reason(shards: Path) -> None:
+def test_every_damaged_demo_row_is_rejected_with_its_reason(shards: Path) -> None:
     found = [json.loads(line) for line in (shards / "rejects.jsonl").read_text().splitlines()]
     expected = Counter((source, reason) for source, rows in DAMAGED.items() for reason, _ in rows)
     assert expected.total() == 12
     assert Counter((reject["source"], reject["reason"]) for reject in found) == expected
 
 
-def test_all_other_rows_become_samples(root: Path, shards: Path) -> None:
+def test_all_undamaged_and_repairable_demo_rows_become_samples(root: Path, shards: Path) -> None:
     manifest = json.loads((shards / "manifest.json").read_text())
     rows = sum(len(rows_of(root, source)) for source in DAMAGED)
     assert manifest["counts"]["samples"] == rows - 12
     assert sum(map(len, REPAIRABLE.values())) >= 4
 
 
-def test_the_full_mix_stays_below_the_reject_ratio() -> None:
+def test_less_than_one_percent_of_each_full_size_demo_source_is_damaged() -> None:
     sizes = Sizes()
     rows = {"llava": sizes.llava + sizes.text_only, "lvis": sizes.lvis, "lrv": 2 * sizes.lrv}
     for source, damaged in DAMAGED.items():
@@ -228,24 +228,24 @@ def test_the_full_mix_stays_below_the_reject_ratio() -> None:
 # -- Tokenizer ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_tokenizer_fits_the_model_and_has_gpt_neoxs_special_ids(tokenizer: Tokenizer) -> None:
+def test_the_demo_tokenizer_fits_the_model_and_has_gpt_neoxs_special_token_ids(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size <= preset(MODEL).llm.vocab_size
     assert tokenizer.eos_id == 0
     assert tokenizer.decode([0, 1], skip_special_tokens=False) == "<|endoftext|><|padding|>"
 
 
-def test_the_tokenizer_decodes_any_text_to_itself(tokenizer: Tokenizer) -> None:
+def test_decoding_encoded_text_restores_the_text(tokenizer: Tokenizer) -> None:
     for text in ("In: Which shape is it?\nOut: ", "Größe 5 µm – 汉字 🙂", "a\r\n\tb", "<|endoftext|>"):
         assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
 
 
-def test_short_answers_are_one_or_two_tokens(tokenizer: Tokenizer) -> None:
+def test_short_demo_answers_have_one_or_two_tokens(tokenizer: Tokenizer) -> None:
     places = [place for row in POSITIONS for place in row]
     for answer in (*COLOURS, *COUNTS.values(), *places):
         assert len(tokenizer.encode(answer)) <= 2, answer
 
 
-def test_transformers_loads_the_tokenizer_folder(root: Path, tokenizer: Tokenizer) -> None:
+def test_transformers_loads_the_demo_tokenizer_and_encodes_equally(root: Path, tokenizer: Tokenizer) -> None:
     theirs = PreTrainedTokenizerFast.from_pretrained(root / TOKENIZER)
     assert (theirs.eos_token_id, theirs.pad_token_id) == (0, 1)
     assert theirs("Where is it?")["input_ids"] == tokenizer.encode("Where is it?")

@@ -67,7 +67,7 @@ def _object(dirty: DirtyRow) -> dict[str, Any]:
     return dirty.row if isinstance(dirty.row, dict) else {}
 
 
-def test_the_counts_add_up(built: Built) -> None:
+def test_the_manifests_row_sample_and_reject_counts_add_up(built: Built) -> None:
     counts = built.manifest.counts
     assert counts["rows"] == len(DIRTY_ROWS) + 1 == counts["samples"] + counts["rejects"]
     assert counts["samples"] == len(built.samples) == sum(shard.samples for shard in built.manifest.shards)
@@ -82,25 +82,25 @@ def test_every_reject_names_its_source_row_id_and_reason(built: Built) -> None:
         assert entry["id"]
 
 
-def test_reject_details_do_not_differ_between_runs(built: Built) -> None:
+def test_reject_details_contain_no_memory_addresses_and_no_output_paths(built: Built) -> None:
     """Messages of decoders can contain memory addresses."""
     for entry in built.rejects.values():
         assert " 0x" not in entry["detail"]
         assert str(built.out.parent) not in entry["detail"] or entry["reason"] == "picture_path_escapes"
 
 
-def test_a_broken_json_line_is_reported_with_line_and_column(built: Built) -> None:
+def test_the_reject_of_a_malformed_json_line_names_line_and_column(built: Built) -> None:
     row = next(i for i, dirty in enumerate(DIRTY_ROWS) if dirty.kind == "broken JSON")
     assert built.rejects[row]["detail"].startswith(f"line {row + 1} column 41")
 
 
-def test_a_special_token_in_a_message_never_ends_an_answer(built: Built) -> None:
+def test_an_end_of_text_token_occurs_only_at_the_end_of_an_answer(built: Built) -> None:
     for sample in built.samples.values():
         ends = np.flatnonzero(sample.tokens == gpt_neox().eos_id) + 1
         assert set(ends.tolist()) <= {end for _, end in sample.spans}
 
 
-def test_a_set_built_from_damaged_rows_verifies(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_set_built_from_damaged_rows_passes_verification(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
     assert shardset(["verify", str(built.out)]) == 0, capsys.readouterr().out
 
 
@@ -113,7 +113,7 @@ def test_an_unchanged_set_of_damaged_rows_is_not_rebuilt(
     assert "is up to date" in capsys.readouterr().out
 
 
-def test_every_reject_reason_is_covered() -> None:
+def test_every_reject_reason_except_unreadable_occurs_in_the_damaged_rows() -> None:
     assert set(REASONS) - {dirty.reason for dirty in DIRTY_ROWS} == {"picture_unreadable"}, (
         "root can read every file, so this cannot be tested here"
     )
@@ -128,6 +128,6 @@ def test_the_docs_list_every_kind_of_damaged_row_with_its_outcome() -> None:
         assert documented[dirty.kind].startswith(f"`{dirty.reason}`" if dirty.reason else "repaired"), dirty.kind
 
 
-def test_the_set_contains_the_tokenizer_it_was_built_with(built: Built) -> None:
+def test_a_shard_set_contains_the_tokenizer_that_built_it(built: Built) -> None:
     copy = Tokenizer((built.out / "tokenizer.json").read_bytes(), "copy")
     assert copy.sha256 == built.manifest.tokenizer["sha256"] == gpt_neox().sha256

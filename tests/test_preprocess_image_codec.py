@@ -49,20 +49,20 @@ JPEGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", JPEGS)
-def test_simplejpeg_decodes_plain_jpegs_to_the_pixels_of_pillow(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_simplejpeg_decodes_plain_jpegs_to_the_same_pixels_as_pillow(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = jpeg(photograph(203, 155), **JPEGS[kind])
     monkeypatch.setattr(codec, "_decode_with_pillow", None)
     assert np.array_equal(decode_rgb(data), as_pillow_decodes(data))
 
 
-def test_the_pixels_are_the_same_without_simplejpeg(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_without_simplejpeg_gives_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     data = jpeg(photograph(203, 155))
     fast = decode_rgb(data)
     monkeypatch.setattr(codec, "simplejpeg", None)
     assert np.array_equal(decode_rgb(data), fast)
 
 
-def test_a_jpeg_with_harmless_damage_is_decoded_by_pillow(
+def test_a_jpeg_that_makes_simplejpeg_warn_is_decoded_by_pillow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Decoders give different pixels for damaged data, so only one of them may decode it."""
@@ -75,7 +75,7 @@ def test_a_jpeg_with_harmless_damage_is_decoded_by_pillow(
     assert decode_rgb(bytes(data)) is None
 
 
-def test_pillow_decodes_a_jpeg_that_makes_simplejpeg_raise_any_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_jpeg_that_makes_simplejpeg_fail_is_decoded_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyError):
         codec.simplejpeg.decode_jpeg_header(sampled_441())
     assert np.array_equal(decode_rgb(sampled_441()), as_pillow_decodes(sampled_441()))
@@ -123,7 +123,7 @@ def _largest(name: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["largest.png", "progressive.jpg", "largest.webp"])
-def test_decoding_the_largest_images_keeps_a_worker_below_1_gib(tmp_path: Path, name: str) -> None:
+def test_decoding_the_largest_allowed_images_needs_less_than_1_gib_of_memory(tmp_path: Path, name: str) -> None:
     """The limit is below 1 GiB because Ray, the tokenizer and cached images need memory, too."""
     program = (
         "import sys, pathlib, torch, preprocess.builder.task; from preprocess.images.codec import encode_stored_image; "
@@ -151,7 +151,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("width", "height"), SHAPES)
-def test_resizing_differs_from_pillow_by_rounding_only(width: int, height: int) -> None:
+def test_resized_images_differ_from_pillows_only_by_rounding(width: int, height: int) -> None:
     """Noise has edges that would reveal a filter, or an order of passes, other than those of Pillow."""
     noise = np.random.Generator(np.random.Philox(key=1)).integers(0, 2, (height, width, 3)).astype(np.uint8) * 255
     for pixels in (photograph(width, height), noise):
@@ -167,7 +167,7 @@ def test_an_image_of_the_right_size_is_not_resized() -> None:
     assert np.array_equal(resize_to_square(pixels, PX), pixels)
 
 
-def test_raw_encoding_stores_the_resized_pixels() -> None:
+def test_raw_encoding_stores_the_exact_resized_pixels() -> None:
     data = jpeg(photograph(640, 480))
     raw, form = encode_stored_image(data, PX, "raw")
     assert (form, detect_format(encode_stored_image(data, PX, "jpeg")[0])) == ("pixels.npy", "jpg")

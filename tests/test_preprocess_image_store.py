@@ -57,7 +57,7 @@ def test_an_image_is_read_from_an_archive_in_place_of_its_folder(tmp_path: Path,
     assert fingerprints == [sha256_hex(b"image"), "picture_missing"]
 
 
-def test_a_folder_is_preferred_to_every_archive(tmp_path: Path) -> None:
+def test_an_image_folder_takes_precedence_over_archives_of_the_same_name(tmp_path: Path) -> None:
     write_zip(tmp_path / "p.zip", {"p/1.jpg": b"packed"})
     write_zip(tmp_path / "named.zip", {"p/1.jpg": b"packed"})
     (tmp_path / "p").mkdir()
@@ -65,7 +65,7 @@ def test_a_folder_is_preferred_to_every_archive(tmp_path: Path) -> None:
     assert ImageStore(tmp_path, {"p": "named.zip"}).read("p/1.jpg") == b"unpacked"
 
 
-def test_a_folder_may_be_a_link_to_anywhere(tmp_path: Path) -> None:
+def test_an_image_folder_may_be_a_symbolic_link_to_a_folder_outside_the_root(tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared/1.jpg").write_bytes(b"image")
     (tmp_path / "root").mkdir()
@@ -73,21 +73,21 @@ def test_a_folder_may_be_a_link_to_anywhere(tmp_path: Path) -> None:
     assert ImageStore(tmp_path / "root", {}).read("coco/1.jpg") == b"image"
 
 
-def test_a_damaged_archive_is_a_user_error(tmp_path: Path) -> None:
+def test_a_damaged_image_archive_is_a_user_error(tmp_path: Path) -> None:
     write_zip(tmp_path / "p.zip", {"1.jpg": b"x" * 100})
     (tmp_path / "p.zip").write_bytes((tmp_path / "p.zip").read_bytes()[:-30])
     with pytest.raises(UserError, match=r"image archive .*p\.zip is damaged .*download it again"):
         ImageStore(tmp_path, {}).read("p/1.jpg")
 
 
-def test_a_missing_archive_is_treated_as_a_missing_folder(tmp_path: Path) -> None:
+def test_a_missing_image_archive_is_treated_as_a_missing_folder(tmp_path: Path) -> None:
     store = ImageStore(tmp_path, {"p": "gone.zip"})
     assert not store.has_folder("p")
     with pytest.raises(Rejected, match="picture_missing"):
         store.read("p/1.jpg")
 
 
-def test_a_damaged_member_rejects_only_its_own_rows(tmp_path: Path) -> None:
+def test_a_damaged_archive_member_does_not_affect_other_members(tmp_path: Path) -> None:
     write_zip(tmp_path / "p.zip", {"1.jpg": b"image one", "2.jpg": b"image two"})
     data = (tmp_path / "p.zip").read_bytes()
     (tmp_path / "p.zip").write_bytes(data.replace(b"image one", b"imaga one"))
@@ -106,7 +106,7 @@ def test_a_damaged_member_rejects_only_its_own_rows(tmp_path: Path) -> None:
         (errno.ESTALE, None),
     ],
 )
-def test_disk_failures_raise_while_unreadable_files_are_rejected(
+def test_unreadable_images_are_rejected_but_disk_failures_raise_oserror(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, reason: str | None
 ) -> None:
     """`Path.open` is patched, because root can read every file and a disk cannot be made to fail."""
@@ -119,7 +119,7 @@ def test_disk_failures_raise_while_unreadable_files_are_rejected(
         ImageStore(tmp_path, {}).read("1.jpg")
 
 
-def test_a_fingerprint_changes_when_the_image_is_added_or_replaced(tmp_path: Path) -> None:
+def test_an_image_fingerprint_changes_when_the_file_is_added_or_replaced(tmp_path: Path) -> None:
     store = ImageStore(tmp_path / "root", {})
     (tmp_path / "root").mkdir()
     fingerprints = [store.fingerprint("1.jpg")]
@@ -135,7 +135,7 @@ def test_a_fingerprint_changes_when_the_image_is_added_or_replaced(tmp_path: Pat
 
 @pytest.mark.parametrize("packed", ["zip", "tar", "folder"])
 @pytest.mark.parametrize("our_form", ["NFC", "NFD"])
-def test_accented_names_are_found_in_any_unicode_form(
+def test_accented_image_names_are_found_in_either_unicode_normal_form(
     tmp_path: Path, our_form: Literal["NFC", "NFD"], packed: str
 ) -> None:
     stored_name = unicodedata.normalize("NFD" if our_form == "NFC" else "NFC", "Städte/é.jpg")
@@ -153,7 +153,7 @@ def test_accented_names_are_found_in_any_unicode_form(
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "cp437"])
-def test_zip_names_are_found_without_the_flag_for_utf_8(tmp_path: Path, encoding: str) -> None:
+def test_accented_names_in_zip_files_without_the_utf_8_flag_are_found(tmp_path: Path, encoding: str) -> None:
     """zipfile always sets the flag, so the encoded name is patched in afterwards."""
     image = unicodedata.normalize("NFD" if encoding == "utf-8" else "NFC", "é.jpg")
     name = image.encode(encoding)
@@ -187,7 +187,7 @@ LINKS = {
 
 
 @pytest.mark.parametrize("kind", LINKS)
-def test_a_link_in_a_tar_is_followed_within_the_tar(tmp_path: Path, kind: str) -> None:
+def test_links_in_a_tar_are_followed_only_within_the_tar(tmp_path: Path, kind: str) -> None:
     name, link, found = LINKS[kind]
     write_linked_tar(tmp_path / "p.tar", {"a/again.jpg": (tarfile.SYMTYPE, "1.jpg"), name: link})
     store, image = ImageStore(tmp_path, {}), "p/" + name.removeprefix("./")
@@ -198,7 +198,7 @@ def test_a_link_in_a_tar_is_followed_within_the_tar(tmp_path: Path, kind: str) -
             store.read(image)
 
 
-def test_the_last_tar_member_of_a_name_is_read(tmp_path: Path) -> None:
+def test_the_last_of_several_tar_members_with_the_same_name_is_read(tmp_path: Path) -> None:
     write_linked_tar(tmp_path / "p.tar", {"a/2.jpg": (tarfile.SYMTYPE, "1.jpg")})
     with tarfile.open(tmp_path / "p.tar", "a") as archive:
         file = tarfile.TarInfo("a/2.jpg")
@@ -225,7 +225,7 @@ def test_a_huge_file_is_rejected_before_it_is_read(
     assert store.fingerprint(f"{packed}/1.jpg") == "picture_too_large"
 
 
-def test_a_link_to_itself_is_a_missing_image(tmp_path: Path) -> None:
+def test_a_symbolic_link_loop_counts_as_a_missing_image(tmp_path: Path) -> None:
     (tmp_path / "1.jpg").symlink_to("1.jpg")
     (tmp_path / "2.jpg").symlink_to("3.jpg")
     (tmp_path / "3.jpg").symlink_to("2.jpg")

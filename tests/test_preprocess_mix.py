@@ -59,7 +59,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_a_mix_is_one_clear_line(tmp_path: Path, mistake: str) -> None:
+def test_the_error_for_an_invalid_mix_is_one_line_that_names_the_key(tmp_path: Path, mistake: str) -> None:
     text, complaint = MISTAKES[mistake]
     (tmp_path / "mix.toml").write_text(text)
     with pytest.raises(UserError) as raised:
@@ -79,7 +79,7 @@ def test_a_folder_given_as_a_mix_is_a_user_error(tmp_path: Path) -> None:
         load_mix(tmp_path)
 
 
-def test_every_key_of_a_mix_is_read(tmp_path: Path) -> None:
+def test_load_mix_reads_every_key(tmp_path: Path) -> None:
     head = 'tokenizer = "org/name"\n[images]\nencoding = "raw"\n[archives]\n"vg/VG_100K" = "vg/images.zip"\n'
     (tmp_path / "mix.toml").write_text(head + SOURCE + 'images = "p"\nlimit = 3\n')
     assert load_mix(tmp_path / "mix.toml") == Mix(
@@ -91,7 +91,7 @@ def test_every_key_of_a_mix_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("weight", "taken"), [(1, "abcde"), (3, "aaabbbcccdddeee"), (0.5, "bd"), (1.5, "abbcdde")])
-def test_a_weight_repeats_rows_or_drops_rows_evenly(weight: float, taken: str) -> None:
+def test_a_source_weight_repeats_rows_or_drops_rows_evenly(weight: float, taken: str) -> None:
     source = Source(name="a", format="llava", annotations="a.json", weight=weight)
     assert "".join(row * source.times(number) for number, row in enumerate("abcde")) == taken
 
@@ -114,7 +114,7 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_a_row_of_lrv_is_one_question_with_its_answer(kind: str) -> None:
+def test_an_lrv_row_becomes_a_dialogue_of_one_question_and_answer(kind: str) -> None:
     row, image = ROWS[kind]
     dialogue = to_dialogue(
         json.loads(json.dumps(row)), source="lrv", row=5, row_format="lrv", image_folder="lrv/lrv-vg"
@@ -124,7 +124,7 @@ def test_a_row_of_lrv_is_one_question_with_its_answer(kind: str) -> None:
     assert (dialogue.source, dialogue.row, dialogue.id) == ("lrv", 5, str(row["image_id"]))
 
 
-def test_a_row_without_id_is_named_by_its_place() -> None:
+def test_a_row_without_an_id_gets_an_id_from_its_source_and_row_number() -> None:
     turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
     dialogue = to_dialogue({"conversations": turns}, source="talk", row=41, row_format="llava", image_folder="")
     assert dialogue.id == "talk-41"

@@ -46,7 +46,7 @@ class Cluster:
         ([8], 3, [3, 3, 3, 3, 3]),
     ],
 )
-def test_two_tasks_per_current_cpu_are_in_flight(
+def test_the_number_of_tasks_in_flight_follows_the_number_of_cpus(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cpus: list[int], workers: int | None, in_flight: list[int]
 ) -> None:
     cluster = Cluster(cpus)

@@ -31,7 +31,7 @@ def command(root: Path, out: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", ["shard-000123.tar", "shard-notes.json", "tokenizer.json"])
 @pytest.mark.parametrize("words", [["--check"], []])
-def test_a_folder_with_foreign_files_is_refused(
+def test_building_into_a_folder_with_foreign_files_is_a_user_error(
     root: Path, tmp_path: Path, name: str, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -42,7 +42,7 @@ def test_a_folder_with_foreign_files_is_refused(
     assert [path.name for path in out.iterdir()] == [name]
 
 
-def test_a_build_removes_its_own_leftovers_and_nothing_else(root: Path, expected: Path, tmp_path: Path) -> None:
+def test_a_build_removes_leftovers_of_earlier_builds_and_no_other_file(root: Path, expected: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(expected, out)
     theirs = ["shard-000123.tar", "shard-notes.json", "mine.tmp", "mine.feed.tmp"]
@@ -60,7 +60,7 @@ def test_a_build_removes_its_own_leftovers_and_nothing_else(root: Path, expected
     assert [path.name for path in (out / ".work").iterdir()] == ["lock"]
 
 
-def test_a_removed_manifest_stays_removed_after_a_power_failure(
+def test_remove_manifest_syncs_the_folder_after_the_deletion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "manifest.json").write_text("{}")
@@ -70,7 +70,7 @@ def test_a_removed_manifest_stays_removed_after_a_power_failure(
     assert synced == [(tmp_path, [])]
 
 
-def test_a_second_build_into_the_same_folder_is_refused(
+def test_a_second_simultaneous_build_into_the_same_folder_is_a_user_error(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with build_lock(ShardFolder(tmp_path / "out")):

@@ -23,7 +23,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return time
 
 
-def test_a_log_gets_a_line_every_ten_seconds(tmp_path: Path, now: list[float]) -> None:
+def test_progress_in_a_log_is_printed_once_every_ten_seconds(tmp_path: Path, now: list[float]) -> None:
     log = io.StringIO()
     shown = Progress(ShardFolder(tmp_path), total=1000, reused=400, stream=log)
     for _ in range(21):
@@ -37,7 +37,7 @@ def test_a_log_gets_a_line_every_ten_seconds(tmp_path: Path, now: list[float]) -
     ]
 
 
-def test_a_terminal_gets_one_bar_that_is_redrawn(tmp_path: Path, now: list[float]) -> None:
+def test_progress_on_a_terminal_is_one_redrawn_bar(tmp_path: Path, now: list[float]) -> None:
     terminal = Terminal()
     shown = Progress(ShardFolder(tmp_path), total=10, stream=terminal)
     shown.tick()
@@ -49,7 +49,7 @@ def test_a_terminal_gets_one_bar_that_is_redrawn(tmp_path: Path, now: list[float
     assert "█" * progress.BAR_CHARACTERS in terminal.getvalue()
 
 
-def test_the_file_holds_the_current_progress(tmp_path: Path, now: list[float]) -> None:
+def test_progress_json_contains_the_current_progress(tmp_path: Path, now: list[float]) -> None:
     shown = Progress(ShardFolder(tmp_path), total=100, stream=io.StringIO())
     now[0] += 4
     shown.add(20, {"a": 2})
@@ -64,11 +64,11 @@ def test_the_file_holds_the_current_progress(tmp_path: Path, now: list[float]) -
     }
 
 
-def test_a_total_of_zero_does_not_divide_by_zero(tmp_path: Path, now: list[float]) -> None:
+def test_progress_of_a_build_without_dialogues_has_no_time_left(tmp_path: Path, now: list[float]) -> None:
     shown = Progress(ShardFolder(tmp_path), total=0, stream=io.StringIO())
     shown.tick(last=True)
     assert shown.report("done")["left_s"] is None
 
 
-def test_the_time_left_is_formatted_as_hours_minutes_seconds() -> None:
+def test_durations_are_formatted_as_hours_minutes_and_seconds() -> None:
     assert [format_duration(seconds) for seconds in (0, 59.6, 3725)] == ["0:00:00", "0:01:00", "1:02:05"]

@@ -51,14 +51,14 @@ def expected_ids(parts: list[str | int]) -> list[int]:
 
 
 @pytest.mark.parametrize("case", FORMATS, ids=" ".join)
-def test_a_dialogue_is_encoded_as_its_template_says(case: tuple[str, str]) -> None:
+def test_each_template_encodes_a_dialogue_to_the_documented_text_and_spans(case: tuple[str, str]) -> None:
     conversations, prompt, answers = FORMATS[case]
     encoded = encode_dialogue(conversations, case[0], gpt_neox(), 2048)
     assert encoded.tokens == expected_ids(prompt) + expected_ids(answers[-1])
     assert [encoded.tokens[start:end] for start, end in encoded.spans] == [expected_ids(answer) for answer in answers]
 
 
-def test_the_ids_of_both_templates_do_not_change() -> None:
+def test_both_templates_give_the_recorded_token_ids() -> None:
     dialogue = turns("<image>\nWhat is it?", "A cat.")
     zephyr = encode_dialogue(dialogue, "zephyr", gpt_neox(), 2048)
     base = encode_dialogue(dialogue, "base", gpt_neox(), 2048)
@@ -66,7 +66,7 @@ def test_the_ids_of_both_templates_do_not_change() -> None:
     assert base.tokens == GOLDEN_BASE
 
 
-def test_a_zephyr_prompt_equals_the_whole_text_encoded_at_once() -> None:
+def test_zephyr_prompt_ids_equal_those_of_the_whole_text_tokenized_at_once() -> None:
     raw = tokenizers.Tokenizer.from_str(gpt_neox().data.decode())
     text = "<|user|>\nTwo  spaces,\ttabs\n\nand é?<|endoftext|>\n<|assistant|>\n"
     prompt = encode_prompt(turns("Two  spaces,\ttabs\n\nand é?"), "zephyr", gpt_neox())
@@ -75,7 +75,7 @@ def test_a_zephyr_prompt_equals_the_whole_text_encoded_at_once() -> None:
 
 @pytest.mark.parametrize("template", ["zephyr", "base"])
 @pytest.mark.parametrize("answers", [1, 2, 5])
-def test_a_prompt_is_a_prefix_of_the_training_ids(template: str, answers: int) -> None:
+def test_a_generation_prompt_is_a_prefix_of_the_training_token_ids(template: str, answers: int) -> None:
     dialogue = turns(*(f"  <image> turn {i}  " for i in range(2 * answers)))
     encoded = encode_dialogue(dialogue, template, gpt_neox(), 2048)
     for turn in range(answers):
@@ -83,13 +83,13 @@ def test_a_prompt_is_a_prefix_of_the_training_ids(template: str, answers: int) -
         assert prompt == encoded.tokens[: encoded.spans[turn][0]]
 
 
-def test_the_image_token_is_removed_anywhere_in_the_text() -> None:
+def test_the_image_placeholder_is_removed_anywhere_in_the_text() -> None:
     plain = encode_dialogue(turns("What?", "That"), "base", gpt_neox(), 2048)
     for question in ("<image>\nWhat?", "What?\n<image>", "<image>What?<image>", " What? "):
         assert encode_dialogue(turns(question, "That"), "base", gpt_neox(), 2048) == plain
 
 
-def test_special_tokens_in_a_message_are_encoded_as_text() -> None:
+def test_special_tokens_in_a_message_are_encoded_as_plain_text() -> None:
     encoded = encode_dialogue(turns("Say <|endoftext|>", "<|endoftext|><|padding|>"), "base", gpt_neox(), 2048)
     assert [i for i, token in enumerate(encoded.tokens) if token in (0, 1)] == [len(encoded.tokens) - 1]
     assert "<|endoftext|><|padding|>" in gpt_neox().decode(encoded.tokens)
@@ -108,7 +108,7 @@ def test_special_tokens_in_a_message_are_encoded_as_text() -> None:
         (7, 0, 0),  # not even the first answer begins
     ],
 )
-def test_the_limit_leaves_no_unanswered_question(limit: int, left: int, spans: int) -> None:
+def test_truncating_a_dialogue_leaves_no_question_without_an_answer(limit: int, left: int, spans: int) -> None:
     dialogue = turns("Q", "one two three", "And", "four five six seven eight")
     whole = encode_dialogue(dialogue, "base", gpt_neox())
     assert (len(whole.tokens), whole.spans) == (25, [(7, 11), (19, 25)])
@@ -147,7 +147,7 @@ LONG_TEXTS = {
 
 @pytest.mark.parametrize("limit", [1, 20, 333])
 @pytest.mark.parametrize("kind", LONG_TEXTS)
-def test_cutting_a_long_text_before_tokenizing_gives_the_same_ids(
+def test_truncating_long_text_before_tokenizing_gives_the_same_token_ids(
     monkeypatch: pytest.MonkeyPatch, kind: str, limit: int
 ) -> None:
     long = LONG_TEXTS[kind] * (60_000 // len(LONG_TEXTS[kind])) + "."
@@ -163,7 +163,7 @@ def test_cutting_a_long_text_before_tokenizing_gives_the_same_ids(
         assert left.tokens == all_ids.tokens[: len(left.tokens)]
 
 
-def test_a_text_that_the_tokenizer_mostly_drops_is_still_cut_correctly(tmp_path: Path) -> None:
+def test_text_that_the_tokenizer_mostly_removes_is_truncated_correctly(tmp_path: Path) -> None:
     """The number of ids cannot be estimated from the length of the text."""
     settings = json.loads(gpt_neox().data)
     settings["normalizer"] = {"type": "Replace", "pattern": {"Regex": "~+"}, "content": ""}
@@ -172,13 +172,13 @@ def test_a_text_that_the_tokenizer_mostly_drops_is_still_cut_correctly(tmp_path:
     assert tokenizer.encode(text, max_exact=3)[:3] == gpt_neox().encode("one two three")
 
 
-def test_turns_after_the_limit_are_not_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turns_after_the_token_limit_are_not_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = record_tokenized_texts(monkeypatch)
     encode_dialogue(turns("Q", "one two three", *["and"] * 10), "base", gpt_neox(), 8)
     assert texts == ["In: Q\nOut: ", "one two three"]
 
 
-def test_a_tokenizer_has_its_size_eos_id_and_sha256() -> None:
+def test_the_gpt_neox_tokenizer_has_its_known_size_eos_id_and_sha256() -> None:
     assert (gpt_neox().vocab_size, gpt_neox().eos_id) == (50277, 0)
     assert gpt_neox().sha256 == "56ac4821e129d2c520fdaba60abd920fa852ada51b45c0dd52bbb6bd8c985ade"
 
@@ -191,7 +191,7 @@ def test_a_tokenizer_has_its_size_eos_id_and_sha256() -> None:
         (tokenizers.Tokenizer(tokenizers.models.BPE()).to_str(), "has no end-of-text token"),
     ],
 )
-def test_a_bad_tokenizer_is_a_user_error_in_one_line(tmp_path: Path, content: str | None, message: str) -> None:
+def test_an_unusable_tokenizer_file_is_a_one_line_user_error(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "tokenizer.json"
     if content is not None:
         path.write_text(content)
@@ -200,7 +200,7 @@ def test_a_bad_tokenizer_is_a_user_error_in_one_line(tmp_path: Path, content: st
     assert "\n" not in str(raised.value)
 
 
-def test_a_hub_id_is_loaded_from_the_local_cache(tmp_path: Path) -> None:
+def test_a_hub_tokenizer_is_loaded_from_the_local_cache_when_offline(tmp_path: Path) -> None:
     """This is the case on compute nodes without network access."""
     stored = tmp_path / "models--org--name"
     (stored / "refs").mkdir(parents=True)
@@ -211,12 +211,12 @@ def test_a_hub_id_is_loaded_from_the_local_cache(tmp_path: Path) -> None:
     assert done.stdout.split() == ["org/name", gpt_neox().sha256], done.stderr
 
 
-def test_a_missing_relative_folder_is_a_user_error() -> None:
+def test_a_missing_relative_tokenizer_folder_is_a_user_error() -> None:
     with pytest.raises(UserError, match=r"nowhere/at/all' is neither a folder with a tokenizer\.json nor on the hub"):
         load_tokenizer("../nowhere/at/all")
 
 
-def test_truncation_and_padding_of_a_tokenizer_are_disabled() -> None:
+def test_the_truncation_setting_of_a_tokenizer_file_is_ignored() -> None:
     settings = json.loads(gpt_neox().data)
     settings["truncation"] = {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     assert len(Tokenizer(json.dumps(settings).encode(), "cut").encode("a b c d e f g")) == 7

@@ -34,7 +34,7 @@ def command(root: Path, out: Path, **options: Any) -> list[str]:
     return arguments(root, out, gpt_neox(), **options)
 
 
-def test_a_source_without_rows_is_reported_and_adds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_note_reports_each_source_that_contributes_no_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_talk(tmp_path / "root", 240)
     (tmp_path / "root/none.json").write_text("[]")
     source = {"name": "p", "format": "llava", "annotations": "rows.json"}
@@ -66,7 +66,7 @@ HALF_BAD = ["  rejected       4  bad: missing_key", "  rejected       1  bad: no
 TOO_MANY = "error: more rows were rejected than --max-reject-ratio 0.01 allows: bad 50.00% (5 of 10 rows); "
 
 
-def test_too_many_early_rejects_fail_the_build_before_any_work(
+def test_too_many_rejects_before_any_image_is_read_fail_the_build_at_once(
     half_bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -78,7 +78,7 @@ def test_too_many_early_rejects_fail_the_build_before_any_work(
     assert not list(out.glob("shard-*"))
 
 
-def test_a_check_fails_like_the_build(half_bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_fails_on_too_many_rejects_as_a_build_does(half_bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*command(half_bad, tmp_path / "out"), "--check"]
     assert exit_code_of(build_shards.main, words) == ExitCode.FAILED
     output = capsys.readouterr()
@@ -88,7 +88,7 @@ def test_a_check_fails_like_the_build(half_bad: Path, tmp_path: Path, capsys: py
     assert build_shards.main([*words, "--max-reject-ratio", "0.5"]) == 0
 
 
-def test_progress_counts_early_rejects_and_those_of_reused_shards(half_bad: Path, tmp_path: Path) -> None:
+def test_progress_counts_rejects_of_unread_rows_and_of_reused_shards(half_bad: Path, tmp_path: Path) -> None:
     rows = json.loads((half_bad / "good.json").read_text())
     (half_bad / "good.json").write_text(json.dumps([rows[0] | {"image": "lost.jpg"}, *rows[1:]]))
     words = arguments(half_bad, tmp_path / "out", gpt_neox(), samples_per_shard=5, workers=0, max_reject_ratio=1)
@@ -97,7 +97,7 @@ def test_progress_counts_early_rejects_and_those_of_reused_shards(half_bad: Path
     assert "10/15 dialogues (67%)  0.0/s  6 rejected" in run_python(SCRIPT, *words).stdout
 
 
-def test_a_lower_limit_invalidates_a_set_until_it_is_raised_again(
+def test_a_lower_reject_limit_unpublishes_a_set_until_the_limit_is_raised(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, out = write_talk(tmp_path / "root", 10), tmp_path / "out"
@@ -115,7 +115,7 @@ def test_a_lower_limit_invalidates_a_set_until_it_is_raised_again(
     assert {path: path.stat().st_mtime_ns for path in shards} == shards, "built again"
 
 
-def test_rejects_are_not_kept_in_memory(tmp_path: Path) -> None:
+def test_reject_entries_are_written_to_disk_and_not_kept_in_memory(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("{}\n" * 20_000)
     mix = load_mix(write_mix(tmp_path, [{"name": "bad", "format": "llava", "annotations": "rows.jsonl"}]))
     tracemalloc.start()

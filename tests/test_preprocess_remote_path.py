@@ -46,7 +46,7 @@ def tars(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.glob("shard-*")}
 
 
-def test_a_build_from_a_url_equals_the_build_from_the_folder(bucket: str, tmp_path: Path) -> None:
+def test_building_from_a_url_gives_the_same_tars_as_from_the_local_folder(bucket: str, tmp_path: Path) -> None:
     root = raw_data(tmp_path / "root")
     local = build_in_process(root, tmp_path / "local", gpt_neox(), max_reject_ratio=0.5)
     upload(root, bucket)
@@ -57,7 +57,7 @@ def test_a_build_from_a_url_equals_the_build_from_the_folder(bucket: str, tmp_pa
     assert (tmp_path / "remote/rejects.jsonl").read_bytes() == (local / "rejects.jsonl").read_bytes()
 
 
-def test_ray_workers_read_from_a_url(tmp_path: Path) -> None:
+def test_ray_workers_build_from_a_url(tmp_path: Path) -> None:
     root = raw_data(tmp_path / "root")
     local = build_in_process(root, tmp_path / "local", gpt_neox(), max_reject_ratio=0.5)
     words = arguments(root, tmp_path / "remote", gpt_neox(), workers=1, max_reject_ratio=0.5)
@@ -66,7 +66,7 @@ def test_ray_workers_read_from_a_url(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_archive_behind_a_url_is_read_in_place(bucket: str, tmp_path: Path, layout: str) -> None:
+def test_images_are_read_from_an_archive_at_a_url_without_unpacking_it(bucket: str, tmp_path: Path, layout: str) -> None:
     write, archive, member, archives = LAYOUTS[layout]
     write(tmp_path / "root" / archive, {"other.txt": b"no", member: b"image"})
     upload(tmp_path / "root", bucket)
@@ -76,7 +76,7 @@ def test_an_archive_behind_a_url_is_read_in_place(bucket: str, tmp_path: Path, l
         store.read("coco/train2017/2.jpg")
 
 
-def test_an_image_that_does_not_exist_at_its_url_is_missing(bucket: str, tmp_path: Path) -> None:
+def test_an_image_that_does_not_exist_at_its_url_is_rejected_as_missing(bucket: str, tmp_path: Path) -> None:
     upload(raw_data(tmp_path / "root"), bucket)
     store = ImageStore(parse_path(bucket), {})
     assert store.has_folder("images")
@@ -89,7 +89,7 @@ def test_an_image_that_does_not_exist_at_its_url_is_missing(bucket: str, tmp_pat
         store.read("images/7.png")
 
 
-def test_only_the_beginning_of_a_huge_file_is_read_from_a_url(
+def test_an_oversized_image_at_a_url_is_rejected_without_a_full_download(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(image_store, "MAX_FILE_BYTES", 10)
@@ -103,7 +103,7 @@ def test_only_the_beginning_of_a_huge_file_is_read_from_a_url(
     assert RemotePath(f"{bucket}/30.jpg").read_bytes(11) == bytes(11)
 
 
-def test_an_empty_object_is_read_although_range_requests_fail(
+def test_an_empty_object_is_read_although_its_range_requests_fail(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Object stores refuse range requests for empty objects."""

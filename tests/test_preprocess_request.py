@@ -24,7 +24,7 @@ def command(root: Path, out: Path) -> list[str]:
     return arguments(root, out, gpt_neox(), workers=0)
 
 
-def test_a_relative_path_is_refused_in_a_job_that_runs_in_a_temporary_copy(
+def test_relative_paths_in_a_ray_job_with_an_uploaded_checkout_are_a_user_error(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_1"  # where Ray unpacks --working-dir
@@ -55,7 +55,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_user_error_is_one_clear_line(
+def test_invalid_arguments_are_reported_in_one_line_and_create_no_folder(
     mistake: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words, complaint = MISTAKES[mistake]
@@ -67,7 +67,7 @@ def test_a_user_error_is_one_clear_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_image_folder_is_noticed_before_any_work(
+def test_a_missing_image_folder_is_reported_before_any_shard_is_built(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [dialogue_row(i) | {"image": f"coco/train2017/{i}.jpg"} for i in range(9)]
@@ -79,14 +79,14 @@ def test_a_missing_image_folder_is_noticed_before_any_work(
     assert not list((tmp_path / "out").glob("shard*"))
 
 
-def test_a_mix_without_rows_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mix_whose_sources_have_no_rows_is_a_user_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rows.json").write_text("[]")
     write_mix(tmp_path, [{"name": "none", "format": "llava", "annotations": "rows.json"}])
     assert exit_code_of(build_shards.main, command(tmp_path, tmp_path / "out")) == ExitCode.USER_ERROR
     assert "have no rows: there is nothing to build" in capsys.readouterr().err
 
 
-def test_a_check_explains_missing_read_permission(
+def test_a_check_reports_missing_read_permission_in_one_line(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def closed(path: Path) -> Iterator[Any]:
@@ -101,7 +101,7 @@ def test_a_check_explains_missing_read_permission(
 
 
 @pytest.mark.parametrize("words", [["--check"], []])
-def test_everything_missing_under_the_root_is_named(
+def test_one_error_names_every_missing_annotation_file_and_image_folder(
     tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     sources = [{"name": name, "format": "llava", "annotations": f"{name}.json"} for name in ("a", "b", "c")]

@@ -47,12 +47,12 @@ def same(one: Sample, other: Sample) -> bool:
     return one.__dict__ | {"tokens": one.tokens.tolist()} == other.__dict__ | {"tokens": other.tokens.tolist()}
 
 
-def test_a_sample_survives_encoding_and_decoding() -> None:
+def test_encoding_and_decoding_a_sample_restores_it() -> None:
     for sample in samples():
         assert same(from_fields(to_fields(sample), sample.key), sample)
 
 
-def test_the_stock_package_reads_every_field_of_every_sample(tmp_path: Path) -> None:
+def test_the_webdataset_package_reads_every_field_of_every_sample(tmp_path: Path) -> None:
     write_shard(tmp_path / "shard-00000.tar", samples())
     read = list(webdataset.WebDataset(str(tmp_path / "shard-00000.tar"), shardshuffle=False))
     assert [sample["__key__"] for sample in read] == [sample.key for sample in samples()]
@@ -61,7 +61,7 @@ def test_the_stock_package_reads_every_field_of_every_sample(tmp_path: Path) -> 
         assert same(from_fields(fields, fields["__key__"]), sample)
 
 
-def test_the_stock_decoders_understand_the_fields(tmp_path: Path) -> None:
+def test_webdatasets_decoders_decode_tokens_spans_and_images(tmp_path: Path) -> None:
     write_shard(tmp_path / "shard-00000.tar", samples())
     decoded = webdataset.WebDataset(str(tmp_path / "shard-00000.tar"), shardshuffle=False).decode("rgb8")
     for sample, fields in zip(samples(), decoded, strict=True):
@@ -88,7 +88,7 @@ def test_the_index_points_to_the_payloads_in_the_tar(tmp_path: Path) -> None:
         assert (at["num_text_tokens"], at["num_supervised_tokens"], at["has_image"]) == (i + 1, i + 1, i > 0)
 
 
-def test_the_bytes_of_a_tar_depend_on_its_samples_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tar_bytes_do_not_depend_on_the_user_or_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = write_shard(tmp_path / "one.tar", samples())
     monkeypatch.setenv("USER", "somebody")
     old = os.umask(0o077)
@@ -102,14 +102,14 @@ def test_the_bytes_of_a_tar_depend_on_its_samples_alone(tmp_path: Path, monkeypa
     assert (one.sha256, one.bytes) == (hashlib.sha256(data).hexdigest(), len(data))
 
 
-def test_tokens_are_written_as_numpy_writes_them() -> None:
+def test_the_tokens_field_has_the_bytes_that_numpy_save_writes() -> None:
     for sample in samples():
         buffer = io.BytesIO()
         np.save(buffer, sample.tokens)
         assert to_fields(sample)["tokens.npy"] == buffer.getvalue()
 
 
-def test_a_tar_has_the_bytes_that_tarfile_writes(tmp_path: Path) -> None:
+def test_a_shard_has_the_same_bytes_as_a_tar_written_by_tarfile(tmp_path: Path) -> None:
     write_shard(tmp_path / "ours.tar", samples())
     with tarfile.open(tmp_path / "theirs.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples():
@@ -120,7 +120,7 @@ def test_a_tar_has_the_bytes_that_tarfile_writes(tmp_path: Path) -> None:
     assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
 
 
-def test_each_encoding_preserves_the_pixels_as_documented() -> None:
+def test_raw_images_are_exact_jpegs_are_close_and_originals_keep_their_size() -> None:
     exact = resize_to_square(COFFEE, 96)
     _, jpeg, raw, original = samples()
     assert np.array_equal(sample_pixels(raw), exact)
@@ -134,7 +134,7 @@ def test_a_shard_without_samples_has_no_tar(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_write_leaves_no_file(tmp_path: Path) -> None:
+def test_an_interrupted_atomic_write_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="in the middle"), published(tmp_path / "file") as file:
         file.write(b"half of")
         assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
@@ -142,20 +142,20 @@ def test_an_interrupted_write_leaves_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_publishing_replaces_the_old_file(tmp_path: Path) -> None:
+def test_publish_replaces_an_existing_file_and_returns_the_sha256(tmp_path: Path) -> None:
     publish(tmp_path / "file", b"old")
     assert publish(tmp_path / "file", b"new") == hashlib.sha256(b"new").hexdigest()
     assert (tmp_path / "file").read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"format": 2}', b'{"format": 1, "seal": ""}'])
-def test_an_invalid_manifest_is_reported_in_one_line(tmp_path: Path, data: bytes) -> None:
+def test_an_invalid_shard_manifest_is_a_user_error(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(data)
     with pytest.raises(UserError, match=r"manifest\.json (is damaged|has format)"):
         Manifest.load(tmp_path)
 
 
-def test_a_missing_or_damaged_index_is_reported_in_one_line(tmp_path: Path) -> None:
+def test_a_missing_or_damaged_index_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is missing"):
         load_index(tmp_path)
     (tmp_path / "index.parquet").write_bytes(b"PAR1")

@@ -57,14 +57,14 @@ def problems(folder: Path) -> list[str]:
         return [str(error)]
 
 
-def test_an_intact_set_has_no_problems(intact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_reports_an_intact_set_as_intact(intact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(intact)]) == 0
     assert "is intact: 12 samples" in capsys.readouterr().out
     assert (intact / "shard-00003.json").exists()
     assert not (intact / "shard-00003.tar").exists(), "a shard without samples has no tar"
 
 
-def test_a_flipped_bit_is_found_and_its_file_named(intact: Path, copy: Path) -> None:
+def test_verify_names_any_file_that_has_a_flipped_bit(intact: Path, copy: Path) -> None:
     for path in sorted(path for path in copy.iterdir() if path.is_file()):
         data = path.read_bytes()
         for position in range(0, len(data), max(1, len(data) // 12)):
@@ -77,7 +77,7 @@ def test_a_flipped_bit_is_found_and_its_file_named(intact: Path, copy: Path) -> 
     assert problems(copy) == []
 
 
-def test_every_flipped_bit_of_the_manifest_is_found(copy: Path) -> None:
+def test_loading_detects_a_flipped_bit_in_any_byte_of_the_manifest(copy: Path) -> None:
     path = copy / MANIFEST
     data = path.read_bytes()
     for position in range(len(data)):
@@ -93,18 +93,18 @@ def test_every_flipped_bit_of_the_manifest_is_found(copy: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["shard-00001.tar", "shard-00001.json", "index.parquet", "rejects.jsonl", "tokenizer.json"]
 )
-def test_a_missing_file_is_found(copy: Path, name: str) -> None:
+def test_verify_reports_a_missing_file(copy: Path, name: str) -> None:
     (copy / name).unlink()
     assert f"{name} is missing" in problems(copy)
 
 
-def test_a_foreign_file_is_found(copy: Path) -> None:
+def test_verify_reports_files_that_do_not_belong_to_the_set(copy: Path) -> None:
     (copy / "shard-00007.tar").write_bytes(b"of another set")
     (copy / "notes.txt").write_text("mine")
     assert problems(copy) == ["notes.txt does not belong to the set", "shard-00007.tar does not belong to the set"]
 
 
-def test_swapped_shards_are_found(copy: Path) -> None:
+def test_verify_reports_two_swapped_shards(copy: Path) -> None:
     (copy / "shard-00000.tar").rename(copy / "x")
     (copy / "shard-00001.tar").rename(copy / "shard-00000.tar")
     (copy / "x").rename(copy / "shard-00001.tar")
@@ -130,13 +130,13 @@ def forge(folder: Path, name: str, value: object) -> None:
 
 
 @pytest.mark.parametrize("name", FORGERIES)
-def test_contents_that_contradict_the_manifest_are_found(copy: Path, name: str) -> None:
+def test_verify_reports_contents_that_contradict_the_manifest(copy: Path, name: str) -> None:
     value, complaint = FORGERIES[name]
     forge(copy, name, value)
     assert any(complaint in problem for problem in problems(copy)), problems(copy)
 
 
-def test_an_index_that_points_elsewhere_is_found(copy: Path) -> None:
+def test_verify_reports_an_index_with_a_wrong_offset(copy: Path) -> None:
     index = load_index(copy).to_pydict()
     index["image_offset"][0] += 1
     table = load_index(copy).schema.empty_table().from_pydict(index, schema=load_index(copy).schema)
@@ -148,7 +148,7 @@ def test_an_index_that_points_elsewhere_is_found(copy: Path) -> None:
     )
 
 
-def test_a_changed_index_is_reported_and_the_tars_are_read_without_it(copy: Path) -> None:
+def test_verify_reports_a_changed_index_and_still_checks_the_tars(copy: Path) -> None:
     (copy / "index.parquet").write_bytes(b"")
     forge(copy, "counts", {"text_tokens": 1})
     found = problems(copy)
@@ -156,7 +156,7 @@ def test_a_changed_index_is_reported_and_the_tars_are_read_without_it(copy: Path
     assert any("text_tokens is 1, found" in problem for problem in found)
 
 
-def test_an_index_with_a_flipped_bit_is_read_or_refused_with_a_user_error(copy: Path) -> None:
+def test_loading_an_index_with_a_flipped_bit_succeeds_or_raises_a_user_error(copy: Path) -> None:
     path = copy / "index.parquet"
     data, refused = path.read_bytes(), 0
     for position in range(0, len(data), 5):
@@ -171,7 +171,7 @@ def test_an_index_with_a_flipped_bit_is_read_or_refused_with_a_user_error(copy: 
     assert refused > 100
 
 
-def test_damage_is_reported_with_an_exit_code_and_a_remedy(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_exits_with_the_damaged_code_and_suggests_a_remedy(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copy / "shard-00002.tar").write_bytes(b"")
     assert exit_code_of(main, ["verify", str(copy)]) == ExitCode.DAMAGED
     output = capsys.readouterr().out
@@ -181,7 +181,7 @@ def test_damage_is_reported_with_an_exit_code_and_a_remedy(copy: Path, capsys: p
 
 @pytest.mark.parametrize("verb", ["verify", "info", "preview"])
 @pytest.mark.parametrize("folder", ["nowhere", "unfinished", "other"])
-def test_a_folder_that_is_not_a_set_is_refused_in_one_line(
+def test_shardset_commands_on_a_folder_without_a_set_are_a_one_line_user_error(
     tmp_path: Path, verb: str, folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "unfinished" / ".work").mkdir(parents=True)
@@ -213,7 +213,7 @@ PREVIEWS = {
 
 
 @pytest.mark.parametrize("mistake", PREVIEWS)
-def test_a_preview_that_cannot_be_written_is_explained_in_one_line(
+def test_a_preview_that_cannot_be_created_is_a_one_line_user_error(
     copy: Path, mistake: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words, missing, complaint = PREVIEWS[mistake]
@@ -226,21 +226,21 @@ def test_a_preview_that_cannot_be_written_is_explained_in_one_line(
     assert not missing or f"`python -m preprocess.shardset verify {copy}` lists all damage" in output
 
 
-def test_a_preview_of_a_damaged_tar_is_explained_in_one_line(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_preview_error_for_a_damaged_tar_names_the_tar(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tar = copy / "shard-00001.tar"
     tar.write_bytes(bytes(tar.stat().st_size))
     assert exit_code_of(main, ["preview", str(copy)]) == ExitCode.USER_ERROR
     assert "shard-00001.tar is missing or damaged (" in capsys.readouterr().err
 
 
-def test_the_working_directory_can_be_previewed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_preview_of_the_working_directory_is_written_next_to_it(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(copy)
     assert main(["preview", "."]) == 0
     assert copy.with_name("copy-preview.html").is_file()
     assert problems(copy) == [], "the page is written beside the set, not into it"
 
 
-def test_the_preview_shows_rejects_of_every_reason_and_source(tmp_path: Path) -> None:
+def test_the_preview_includes_rejects_of_every_reason_and_source(tmp_path: Path) -> None:
     kinds = [("a", "missing_key")] * 1000 + [("a", "no_answer")] + [("b", "broken_json")] * 2
     lines = [
         Reject(source=source, row=row, id="", reason=reason, detail="").to_line()
@@ -274,7 +274,7 @@ class Page(HTMLParser):
             self.marked.append(data)
 
 
-def test_the_preview_is_one_self_contained_page(intact: Path, tmp_path: Path) -> None:
+def test_the_preview_is_a_single_html_page_without_external_files(intact: Path, tmp_path: Path) -> None:
     assert main(["preview", str(intact), "--out", str(tmp_path / "page.html"), "--samples", "9"]) == 0
     text = (tmp_path / "page.html").read_text()
     page = Page()
@@ -289,7 +289,7 @@ def test_the_preview_is_one_self_contained_page(intact: Path, tmp_path: Path) ->
     assert text.count("picture_missing") == 4
 
 
-def test_a_preview_shows_samples_spread_over_every_source() -> None:
+def test_the_preview_selects_samples_spread_over_every_source() -> None:
     sources = np.array(["a"] * 1000 + ["b"] * 3 + ["c"] * 50, dtype=object)
     rows = choose_rows(sources, 23)
     assert len(rows) == 23
@@ -305,7 +305,7 @@ def test_a_preview_shows_samples_spread_over_every_source() -> None:
         (errno.EACCES, ExitCode.USER_ERROR, "index.parquet cannot be read"),
     ],
 )
-def test_an_unreadable_index_is_reported_in_one_line(
+def test_shardset_info_reports_an_unreadable_index_in_one_line(
     intact: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -38,7 +38,7 @@ def one_task(root: Path, rows: list[dict[str, Any]]) -> ShardTask:
     return plan_tasks(request, write_worklist(request))[0]
 
 
-def test_a_finished_shard_leaves_no_objects_in_memory(tmp_path: Path) -> None:
+def test_building_a_shard_leaves_no_reference_cycles_in_memory(tmp_path: Path) -> None:
     """Objects in cycles would stay until a full garbage collection, which may be hours away."""
     Image.new("RGB", (64, 48)).save(tmp_path / "good.bmp")
     (tmp_path / "bad.bmp").write_bytes(b"BM")
@@ -55,7 +55,7 @@ def test_a_finished_shard_leaves_no_objects_in_memory(tmp_path: Path) -> None:
     assert left == []
 
 
-def test_the_memory_for_large_originals_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_for_building_a_shard_of_large_images_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "CACHE_BYTES", BOUND)
     noise = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), np.uint8)
     for number in range(40):
@@ -71,7 +71,7 @@ def test_the_memory_for_large_originals_is_bounded(tmp_path: Path, monkeypatch: 
     assert 3_000_000 < peak < 6 * BOUND  # of 120 MB: the cache, the images kept for digests, and copies of one image
 
 
-def test_an_image_shared_by_rows_is_decoded_once_even_if_it_is_bad(
+def test_an_image_shared_by_several_rows_is_decoded_once_even_if_invalid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Image.new("RGB", (64, 48)).save(tmp_path / "good.bmp")
@@ -92,7 +92,7 @@ def test_an_image_shared_by_rows_is_decoded_once_even_if_it_is_bad(
     assert len(details) == 1
 
 
-def test_the_least_recently_used_images_are_evicted_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_image_cache_evicts_the_least_recently_used_entries_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "CACHE_BYTES", 3 * (ENTRY_BYTES + 10))
     images = ImageCache()
     for name in ("a", "b", "c"):
@@ -107,7 +107,7 @@ def test_the_least_recently_used_images_are_evicted_first(monkeypatch: pytest.Mo
     assert [images.get(name) for name in "acd"] == [None] * 3
 
 
-def test_a_stale_copy_of_the_dialogues_is_not_built_from(tmp_path: Path) -> None:
+def test_a_task_that_reads_an_outdated_dialogue_file_raises_oserror(tmp_path: Path) -> None:
     """It raises OSError, so that the task is retried, when the file system may have caught up."""
     shard = one_task(tmp_path, [{"id": 1, "conversations": dialogue_row(9)["conversations"]}])
     data = shard.folder.dialogues.read_bytes()

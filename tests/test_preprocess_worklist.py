@@ -17,7 +17,7 @@ def root(tmp_path: Path) -> Path:
     return write_talk(tmp_path / "root", NUM_ROWS)
 
 
-def test_a_row_count_other_than_expected_is_reported(
+def test_a_note_reports_each_source_whose_row_count_differs_from_the_mix(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     notes = {
@@ -47,7 +47,7 @@ def test_a_row_count_other_than_expected_is_reported(
     assert printed == [f"note: {note}" for _, lines in notes.values() for note in lines]
 
 
-def test_expected_rows_of_several_sources_together(
+def test_a_note_reports_a_wrong_total_row_count_of_several_sources(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for rows, expect_note in ((480, False), (481, True)):

@@ -35,7 +35,7 @@ def checkout(tmp_path: Path) -> Path:
     ],
     ids=["default", "a file", "a shell command", "a container"],
 )
-def test_one_variable_selects_the_environment_and_one_the_container(checkout, variables, entered):
+def test_emma_env_selects_the_environment_and_emma_container_the_container(checkout, variables, entered):
     command = ["bash", "slurm/train_emma.sh", "recipe.toml"]
     environment = {"PATH": os.environ["PATH"], **variables}
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
@@ -43,12 +43,12 @@ def test_one_variable_selects_the_environment_and_one_the_container(checkout, va
     assert done.stderr.strip().endswith(f"{entered}/python -m pipeline.recipe recipe.toml --get run.dir")
 
 
-def test_a_missing_recipe_is_reported(checkout):
+def test_the_training_script_without_a_recipe_reports_an_error(checkout):
     done = subprocess.run(["bash", "slurm/train_emma.sh"], cwd=checkout, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: no recipe given; --help has examples\n")
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-def test_shellcheck_finds_nothing_in_the_scripts():
+def test_shellcheck_reports_no_problem_in_the_scripts():
     done = subprocess.run(["shellcheck", *SCRIPTS], cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")

@@ -13,7 +13,7 @@ def install_kernels(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("words", [["--sm", "80"], ["--arch"]])
-def test_a_wrong_option_is_reported_in_one_line(words):
+def test_install_kernels_reports_an_invalid_option_in_one_line(words):
     done = install_kernels(*words)
     assert done.returncode == 2
     assert done.stdout == ""

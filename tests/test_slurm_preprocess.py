@@ -22,7 +22,7 @@ def submit(slurm, raw_mix, tmp_path):
     return submit
 
 
-def test_a_job_builds_a_finished_shard_set(slurm, submit, tmp_path):
+def test_a_preprocessing_job_builds_a_complete_shard_set(slurm, submit, tmp_path):
     job = submit("--samples-per-shard", "16", EMMA_SRUN="--label")
     assert slurm.wait_for(job) == "COMPLETED", slurm.log(job)
     assert Manifest.load(tmp_path / "shards").counts["samples"] == 35
@@ -30,14 +30,14 @@ def test_a_job_builds_a_finished_shard_set(slurm, submit, tmp_path):
     assert "\n0: " in slurm.log(job), "EMMA_SRUN did not reach srun"
 
 
-def test_a_failed_build_fails_the_job(slurm, submit, tmp_path):
+def test_a_preprocessing_job_fails_if_the_build_fails(slurm, submit, tmp_path):
     job = submit("--model", "no_such_model")
     assert slurm.wait_for(job) == "FAILED"
     assert "no_such_model" in slurm.log(job)
     assert not (tmp_path / "shards").exists()
 
 
-def test_relative_paths_are_refused_because_the_job_runs_in_a_copy(slurm, submit):
+def test_a_preprocessing_job_with_a_relative_output_path_fails(slurm, submit):
     job = submit("--out", "shards")
     assert slurm.wait_for(job) == "FAILED"
     assert "--out shards: give an absolute path" in slurm.log(job)

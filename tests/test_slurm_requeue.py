@@ -58,7 +58,7 @@ def test_a_job_near_its_time_limit_saves_requeues_itself_and_resumes(training):
 
 
 @concurrent
-def test_a_step_longer_than_the_time_limit_ends_the_job_without_a_requeue(training):
+def test_a_training_step_that_outlasts_the_time_limit_is_not_requeued(training):
     job = training.submit_and_wait_until_running("end=deaf")
     training.slurm.signal(job, "USR1")
     wait_until(lambda: (training.run / "control/stop").exists(), "the request")
@@ -69,7 +69,7 @@ def test_a_step_longer_than_the_time_limit_ends_the_job_without_a_requeue(traini
 
 
 @concurrent
-def test_a_warning_before_training_begins_fails_the_job_with_one_line(training):
+def test_a_usr1_signal_before_training_begins_fails_the_job_with_one_line(training):
     job = training.submit(EMMA_ENV="touch awake; sleep 1")
     wait_until(lambda: (training.checkout / "awake").exists(), "the script to run")
     training.slurm.signal(job, "USR1")
@@ -78,7 +78,7 @@ def test_a_warning_before_training_begins_fails_the_job_with_one_line(training):
 
 
 @concurrent
-def test_a_warning_before_the_first_step_fails_the_job_with_one_line(training):
+def test_a_usr1_signal_before_the_first_step_fails_the_job_with_one_line(training):
     job = training.submit_and_wait_until_running("stuck=yes")
     training.slurm.signal(job, "USR1")
     log = training.assert_end(job, "FAILED", restarts=0)
@@ -86,7 +86,7 @@ def test_a_warning_before_the_first_step_fails_the_job_with_one_line(training):
 
 
 @concurrent
-def test_scancel_signal_requeues_a_job_at_most_as_often_as_allowed(training):
+def test_usr1_signals_requeue_a_job_at_most_max_requeues_times(training):
     job = training.submit(MAX_REQUEUES="1")
     for _ in range(2):
         training.wait_until_running()
@@ -97,7 +97,7 @@ def test_scancel_signal_requeues_a_job_at_most_as_often_as_allowed(training):
 
 
 @concurrent
-def test_scancel_signal_to_the_ranks_only_requeues_a_job_too(training):
+def test_a_usr1_signal_sent_only_to_the_ranks_requeues_the_job(training):
     job = training.submit_and_wait_until_running("restarts=1")
     training.slurm.run("scancel", "--signal=USR1", job)
     log = training.assert_end(job, "COMPLETED", restarts=1)
@@ -107,7 +107,7 @@ def test_scancel_signal_to_the_ranks_only_requeues_a_job_too(training):
 
 
 @concurrent
-def test_scancel_ends_a_job_for_good_with_and_without_a_warning(training):
+def test_scancel_ends_a_job_without_a_requeue_even_after_a_usr1_signal(training):
     for warned in (False, True):
         job = training.submit_and_wait_until_running()
         if warned:
@@ -117,7 +117,7 @@ def test_scancel_ends_a_job_for_good_with_and_without_a_warning(training):
 
 
 @concurrent
-def test_a_stop_by_hand_has_priority_over_a_later_warning_in_the_same_job_only(training):
+def test_a_manual_stop_prevents_a_requeue_in_the_same_job_but_not_in_the_next(training):
     job = training.submit_and_wait_until_running("exit_delay_s=5")  # so that the job is still there for the signal
     (training.run / "control/stop").touch()
     training.slurm.signal(job, "USR1")
@@ -129,7 +129,7 @@ def test_a_stop_by_hand_has_priority_over_a_later_warning_in_the_same_job_only(t
 
 
 @concurrent
-def test_a_stop_by_hand_has_priority_over_a_warning_while_the_ranks_exit(training):
+def test_a_usr1_signal_while_manually_stopped_ranks_exit_does_not_requeue(training):
     job = training.submit_and_wait_until_running("exit_delay_s=5")
     (training.run / "control/stop").touch()
     wait_until(lambda: (training.run / "outcome.json").exists(), "the outcome")
@@ -142,7 +142,7 @@ def test_a_stop_by_hand_has_priority_over_a_warning_while_the_ranks_exit(trainin
 
 
 @concurrent
-def test_a_rank_killed_after_a_stop_by_hand_does_not_requeue_the_job(training):
+def test_a_rank_killed_after_a_manual_stop_does_not_requeue_the_job(training):
     job = training.submit_and_wait_until_running("end=deaf")
     (training.run / "control/stop").touch()
     training.slurm.signal(job, "USR1")
@@ -170,7 +170,7 @@ def test_a_job_preempted_without_grace_time_is_requeued_by_slurm(training):
 
 
 @concurrent
-def test_a_job_preempted_with_grace_time_requeues_itself_until_stopped_by_hand(training):
+def test_a_job_preempted_with_grace_time_requeues_itself_until_stopped_manually(training):
     job = training.submit_and_wait_until_running("--partition=graceful", node=OTHER_NODES[1])
     training.slurm.preempt(OTHER_NODES[1])
     wait_until(lambda: not list(training.run.glob("running-*")), "the end of the first start")
@@ -182,7 +182,7 @@ def test_a_job_preempted_with_grace_time_requeues_itself_until_stopped_by_hand(t
 
 
 @concurrent
-def test_restarts_by_slurm_without_progress_are_limited(training):
+def test_restarts_by_slurm_without_training_progress_are_limited(training):
     job = training.submit_and_wait_until_running("stuck=yes", MAX_FRUITLESS="1", node=OTHER_NODES[2])
     training.slurm.preempt(OTHER_NODES[2])
     log = training.assert_end(job, "FAILED", restarts=1)
@@ -190,7 +190,7 @@ def test_restarts_by_slurm_without_progress_are_limited(training):
 
 
 @concurrent
-def test_a_job_leaves_a_drained_node_and_survives_a_lost_node(training):
+def test_a_requeued_job_avoids_a_drained_node_and_survives_a_lost_node(training):
     first, second = OTHER_NODES[3:5]
     elsewhere = ",".join(set(NODES) - {first, second})
     job = training.submit_and_wait_until_running(f"--exclude={elsewhere}", "restarts=2")
@@ -215,7 +215,7 @@ def test_a_killed_rank_requeues_the_job(training):
 
 
 @concurrent
-def test_a_run_ended_by_its_watchdog_is_requeued(training):
+def test_a_job_whose_run_the_watchdog_ended_is_requeued(training):
     training.assert_end(training.submit("end=lost", "restarts=1"), "COMPLETED", restarts=1)
     assert training.outcome == "done"
     assert training.reasons == ["submitted", "step 2 took 900 s"]
@@ -230,7 +230,7 @@ def test_crashes_without_progress_are_limited_and_reported_in_one_line(training)
 
 
 @concurrent
-def test_failed_and_refused_trainings_are_not_requeued(training):
+def test_jobs_whose_training_failed_or_was_refused_are_not_requeued(training):
     """Training is refused by a rank whose exit code the job does not have, because the launcher killed another rank."""
     job = training.submit("end=failed")
     training.assert_end(job, "FAILED", restarts=0)
@@ -240,7 +240,7 @@ def test_failed_and_refused_trainings_are_not_requeued(training):
 
 
 @concurrent
-def test_a_refused_second_start_does_not_stop_the_requeues_of_the_first_job(training):
+def test_a_refused_second_launch_does_not_prevent_the_requeue_of_the_first_job(training):
     job = training.submit_and_wait_until_running("restarts=1")
     second = ("--nodes=1", "--ntasks=2", f"--nodelist={SHARED_NODE}", sys.executable, "-m", "pipeline.train")
     words = ("recipe.toml", f"run.dir={training.run}", "end=refused")
@@ -252,7 +252,7 @@ def test_a_refused_second_start_does_not_stop_the_requeues_of_the_first_job(trai
 
 
 @concurrent
-def test_ranks_on_one_and_two_nodes_get_their_environment(training):
+def test_ranks_on_one_and_two_nodes_get_the_recorded_environment_variables(training):
     """sbatch exports only EMMA_ENV here, and passes that setting on to srun in a variable."""
     slurm_names = ("PROCID", "LOCALID", "NODEID", "STEP_NUM_TASKS")
     names = [*(f"SLURM_{name}" for name in slurm_names), "MASTER_ADDR", "SRUN_CPUS_PER_TASK", "OMP_NUM_THREADS"]
@@ -267,7 +267,7 @@ def test_ranks_on_one_and_two_nodes_get_their_environment(training):
 
 
 @concurrent
-def test_only_the_warned_task_of_an_array_is_requeued(training):
+def test_a_usr1_signal_to_one_array_task_requeues_only_that_task(training):
     runs = [training.run.with_name(f"run-{task}") for task in (1, 2)]
     training.run = training.run.with_name("run-%a")
     job = training.submit("--array=1-2", "restarts=1")
@@ -280,7 +280,7 @@ def test_only_the_warned_task_of_an_array_is_requeued(training):
 
 
 @concurrent
-def test_a_controller_that_fails_once_does_not_end_the_run(training):
+def test_a_job_is_requeued_although_scontrol_fails_once(training):
     job = training.submit("restarts=1", EMMA_ENV=scontrol_fails(training, "--oneliner", "requeue", times=1))
     training.wait_until_running()
     training.slurm.signal(job, "USR1")
@@ -289,7 +289,7 @@ def test_a_controller_that_fails_once_does_not_end_the_run(training):
 
 
 @concurrent
-def test_a_controller_that_never_answers_fails_the_job_with_one_line(training):
+def test_a_job_fails_with_one_line_if_scontrol_requeue_always_fails(training):
     job = training.submit(EMMA_ENV=scontrol_fails(training, "requeue", times=99))
     training.wait_until_running()
     training.slurm.signal(job, "USR1")

@@ -29,7 +29,7 @@ requeues     0 so far, at most 20
 
 
 @pytest.mark.parametrize("script", ["train_emma", "preprocess", "install_kernels"])
-def test_help_shows_examples_and_no_code(script):
+def test_the_help_of_each_slurm_script_shows_examples_and_no_code(script):
     done = subprocess.run(["bash", f"slurm/{script}.sh", "--help"], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stdout.count(f"slurm/{script}.sh ") >= 3
@@ -48,14 +48,14 @@ def dry_run(slurm, *words, **environment):
     [(ONE_NODE, "8 = 1 nodes x 8", "gpu7"), (TWO_NODES, "16 = 2 nodes x 8", "gpu07")],
     ids=["1 node", "2 nodes"],
 )
-def test_a_dry_run_prints_the_whole_plan(slurm, environment, tasks, first):
+def test_a_dry_run_prints_tasks_environment_command_and_requeue_plan(slurm, environment, tasks, first):
     recipe = ("pipeline/recipes/emma_v2.toml", "data.shards=/data/shards", "run.dir=/runs/v2")
     plan = dry_run(slurm, *recipe, **environment)
     assert plan.stderr == ""
     assert plan.stdout == PLAN.format(checkout=REPOSITORY, tasks=tasks, first=first)
 
 
-def test_an_array_task_is_requeued_alone_and_has_its_number_in_the_recipe(slurm):
+def test_an_array_task_puts_its_number_into_the_recipe_and_requeues_only_itself(slurm):
     recipe = ("pipeline/recipes/emma_v2.toml", "data.shards=/data/shards", "run.dir=/runs/seed-%a", "seed=%a")
     plan = dry_run(slurm, *recipe, **TASK_OF_AN_ARRAY).stdout
     assert "run folder   /runs/seed-3," in plan
@@ -63,13 +63,13 @@ def test_an_array_task_is_requeued_alone_and_has_its_number_in_the_recipe(slurm)
     assert "scontrol requeue 4240_3\n" in plan
 
 
-def test_the_container_command_precedes_python(slurm):
+def test_the_emma_container_command_precedes_python(slurm):
     recipe = ("pipeline/recipes/emma_v2.toml", "data.shards=/data/shards", "run.dir=/runs/v2")
     plan = dry_run(slurm, *recipe, **ONE_NODE, EMMA_CONTAINER="env INSIDE=1").stdout
     assert "'--kill-on-bad-exit=1' 'env' 'INSIDE=1' 'python' '-m' 'pipeline.train'" in plan
 
 
-def test_options_of_pyxis_are_passed_to_srun(slurm):
+def test_options_in_emma_srun_are_passed_to_srun(slurm):
     recipe = ("pipeline/recipes/emma_v2.toml", "data.shards=/data/shards", "run.dir=/runs/v2")
     image = "--container-image=/images/emma.sqsh --container-mounts=/data:/data"
     plan = dry_run(slurm, *recipe, **ONE_NODE, EMMA_SRUN=image).stdout
@@ -77,7 +77,7 @@ def test_options_of_pyxis_are_passed_to_srun(slurm):
     assert f"'srun' '--export=ALL' {words} 'python' '-m' 'pipeline.train'" in plan
 
 
-def test_a_dry_run_without_a_job_uses_the_sbatch_directives(slurm):
+def test_a_dry_run_outside_a_job_uses_the_sbatch_directives_of_the_script(slurm):
     recipe = ("pipeline/recipes/emma_v2.toml", "data.shards=/data/shards", "run.dir=/runs/v2")
     plan = dry_run(slurm, *recipe)
     assert plan.returncode == 0, plan.stderr
@@ -113,7 +113,7 @@ def assert_done(slurm, job, run, restarts):
     assert (outcome["outcome"], outcome["step"]) == ("done", STEPS)
 
 
-def test_a_preempted_training_is_requeued_and_trains_every_step_once(slurm, submit, tmp_path):
+def test_a_preempted_job_is_requeued_and_trains_every_step_exactly_once(slurm, submit, tmp_path):
     run = tmp_path / "run"
     job = submit("data.workers=1", "--partition=graceful")  # the signal reaches the loading processes too
     slurm.wait_during(job, lambda: steps_of(run), "the first step")
@@ -124,7 +124,7 @@ def test_a_preempted_training_is_requeued_and_trains_every_step_once(slurm, subm
     assert events == ["start", "stopped", "resume", "done"]
 
 
-def test_a_training_on_two_nodes_survives_a_killed_loading_process(slurm, submit, tmp_path):
+def test_a_job_on_two_nodes_is_requeued_after_a_dataloader_worker_is_killed(slurm, submit, tmp_path):
     run = tmp_path / "run"
     job = submit("data.workers=1", "checkpoint.every_steps=2", "--nodes=2", "--ntasks-per-node=1")
     slurm.wait_during(job, (run / "checkpoints/latest").exists, "a checkpoint")
@@ -137,7 +137,7 @@ def test_a_training_on_two_nodes_survives_a_killed_loading_process(slurm, submit
     assert sorted(set(steps_of(run))) == list(range(1, STEPS + 1))
 
 
-def test_after_a_killed_rank_training_resumes_from_the_newest_checkpoint(slurm, submit, tmp_path):
+def test_a_job_with_a_killed_rank_resumes_from_the_newest_checkpoint(slurm, submit, tmp_path):
     run = tmp_path / "run"
     job = submit("checkpoint.every_steps=2")
     slurm.wait_during(job, (run / "metrics.jsonl").exists, "the loop")
@@ -166,7 +166,7 @@ def command_line(process: psutil.Process) -> list[str]:
         return []
 
 
-def test_all_preflight_problems_are_reported_and_the_job_is_not_requeued(slurm, submit):
+def test_a_job_with_preflight_problems_reports_all_of_them_and_is_not_requeued(slurm, submit):
     job = submit("optim.micro_batch=3", "weights.llm=/no/where")
     assert slurm.wait_for(job) == "FAILED"
     assert slurm.job(job)["Restarts"] == "0"
@@ -174,7 +174,7 @@ def test_all_preflight_problems_are_reported_and_the_job_is_not_requeued(slurm, 
     assert "Traceback" not in slurm.log(job)
 
 
-def test_a_mistake_in_the_recipe_fails_the_job_with_one_line(slurm, submit, tmp_path):
+def test_an_invalid_recipe_key_fails_the_job_with_one_line(slurm, submit, tmp_path):
     job = submit("optim.lrr=1")
     assert slurm.wait_for(job) == "FAILED"
     assert slurm.job(job)["Restarts"] == "0"
@@ -183,7 +183,7 @@ def test_a_mistake_in_the_recipe_fails_the_job_with_one_line(slurm, submit, tmp_
     assert slurm.log(job).count("\n") == 1
 
 
-def test_a_job_outside_a_checkout_is_refused(slurm, tmp_path):
+def test_a_job_submitted_outside_a_checkout_fails(slurm, tmp_path):
     job = slurm.submit(REPOSITORY / SCRIPT, "recipe.toml", checkout=tmp_path)
     assert slurm.wait_for(job) == "FAILED"
     assert "is not a checkout; call sbatch in a checkout" in slurm.log(job)
