@@ -122,7 +122,9 @@ def test_the_error_for_an_unknown_preset_suggests_the_nearest_name() -> None:
         ((1, 1), "cascade", "must be increasing"),
     ],
 )
-def test_an_alignment_config_with_taps_that_its_fusion_cannot_use_is_rejected(taps: tuple[int, ...], fusion: str, message: str) -> None:
+def test_an_alignment_config_with_taps_that_its_fusion_cannot_use_is_rejected(
+    taps: tuple[int, ...], fusion: str, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         AlignmentConfig(taps=taps, num_values=588, weight=1.0, fusion=fusion)  # type: ignore[arg-type]
 

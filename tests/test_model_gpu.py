@@ -83,7 +83,9 @@ def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_loss_and_gradients_equal_those_of_mamba_ssms_own_model(kind: str, dtype: torch.dtype, length: int) -> None:
+def test_logits_loss_and_gradients_equal_those_of_mamba_ssms_own_model(
+    kind: str, dtype: torch.dtype, length: int
+) -> None:
     """Both run the same kernels, but the backward pass of Mamba-1 adds in no fixed order, so bits may differ."""
     llm, tokens = language_model(kind, dtype), tokens_of(length)
     twin = mamba_ssm_twin(llm, dtype)

@@ -84,7 +84,9 @@ def test_the_project_kernel_with_norm_and_convolution_equals_its_reference(
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2560, 5120), (96, 192)])
-def test_the_project_residual_kernel_equals_its_reference(shape: tuple[int, int], dtype: torch.dtype, batch: int, pdl: bool) -> None:
+def test_the_project_residual_kernel_equals_its_reference(
+    shape: tuple[int, int], dtype: torch.dtype, batch: int, pdl: bool
+) -> None:
     from model.kernels import decode
 
     torch.manual_seed(0)
@@ -102,7 +104,9 @@ def test_the_project_residual_kernel_equals_its_reference(shape: tuple[int, int]
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_vocabulary_and_argmax_kernels_equal_the_reference_and_torch_argmax(dtype: torch.dtype, batch: int, pdl: bool) -> None:
+def test_the_vocabulary_and_argmax_kernels_equal_the_reference_and_torch_argmax(
+    dtype: torch.dtype, batch: int, pdl: bool
+) -> None:
     from model.kernels import decode
 
     torch.manual_seed(0)
@@ -122,7 +126,9 @@ def test_the_vocabulary_and_argmax_kernels_equal_the_reference_and_torch_argmax(
 @pytest.mark.parametrize("batch", [3, 16, 64, 130])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2600, 2560), (419, 96)])
-def test_the_matmul_kernel_with_and_without_convolution_equals_its_reference(shape: tuple[int, int], dtype: torch.dtype, batch: int, pdl: bool) -> None:
+def test_the_matmul_kernel_with_and_without_convolution_equals_its_reference(
+    shape: tuple[int, int], dtype: torch.dtype, batch: int, pdl: bool
+) -> None:
     from model.kernels import decode
 
     torch.manual_seed(0)
@@ -169,7 +175,9 @@ def test_the_mamba2_update_kernel_equals_its_reference(dtype: torch.dtype, state
 @pytest.mark.parametrize("low_rank", [True, False])
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_mamba1_update_kernel_equals_its_reference(dtype: torch.dtype, batch: int, low_rank: bool, pdl: bool) -> None:
+def test_the_mamba1_update_kernel_equals_its_reference(
+    dtype: torch.dtype, batch: int, low_rank: bool, pdl: bool
+) -> None:
     from model.kernels import decode
 
     torch.manual_seed(0)
@@ -223,7 +231,9 @@ def language_model(kind: str, dtype: torch.dtype) -> MambaLM:
 @pytest.mark.parametrize("batch", [1, 2, 3, 20])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
-def test_logits_of_a_captured_decode_step_equal_those_of_the_model(kind: str, dtype: torch.dtype, batch: int, pdl: bool) -> None:
+def test_logits_of_a_captured_decode_step_equal_those_of_the_model(
+    kind: str, dtype: torch.dtype, batch: int, pdl: bool
+) -> None:
     from model.kernels.decode_graph import DecodeGraph
 
     llm, tokens = language_model(kind, dtype), torch.randint(96, (batch, 40), device="cuda")

@@ -144,7 +144,9 @@ PLANS = [
 
 
 @pytest.mark.parametrize(("arguments", "expected", "why"), PLANS, ids=[why for *_, why in PLANS])
-def test_checkpointing_segments_end_at_taps_and_have_at_most_segment_layers_layers(arguments: tuple, expected: list, why: str) -> None:
+def test_checkpointing_segments_end_at_taps_and_have_at_most_segment_layers_layers(
+    arguments: tuple, expected: list, why: str
+) -> None:
     num_layers, taps, segment_layers, keep_layers = arguments
     segments = plan_segments(num_layers, taps, segment_layers=segment_layers, keep_layers=keep_layers)
     assert [tuple(segment) for segment in segments] == expected, why

@@ -207,7 +207,9 @@ class RunsCode:
         return (print, ("code ran",))
 
 
-def test_a_pickle_that_could_run_code_is_refused_and_not_executed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pickle_that_could_run_code_is_refused_and_not_executed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.save({"lm_head.weight": RunsCode()}, tmp_path / "pytorch_model.bin", pickle_module=pickle)
     with pytest.raises(
         UserError, match=r"pytorch_model\.bin: refused, because this pickle holds other objects than tensors"

@@ -72,9 +72,7 @@ def test_a_run_interrupted_at_each_stage_of_a_save_ends_with_the_same_weights(
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", *kept]
 
 
-def test_resuming_refuses_a_checkpoint_with_changed_probe_losses(
-    recipe_file, shards, uninterrupted, tmp_path
-):
+def test_resuming_refuses_a_checkpoint_with_changed_probe_losses(recipe_file, shards, uninterrupted, tmp_path):
     """The losses must agree exactly on this machine, and up to rounding errors on another."""
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)

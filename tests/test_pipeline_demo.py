@@ -92,7 +92,9 @@ def test_the_demo_table_shows_every_figure(results: Results) -> None:
         assert description in text
 
 
-def test_the_demo_prints_its_report_at_the_end(results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_prints_its_report_at_the_end(
+    results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     finish(results, DemoFolder(tmp_path))
     assert "exact match" in capsys.readouterr().out
     assert json.loads((tmp_path / "summary.json").read_text())["samples"] == 600
@@ -109,7 +111,9 @@ def test_the_demo_fails_after_its_report_if_the_model_did_not_learn(results: Res
     assert (tmp_path / "summary.json").exists()
 
 
-def test_the_demo_deletes_an_output_folder_only_if_an_earlier_demo_wrote_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_deletes_an_output_folder_only_if_an_earlier_demo_wrote_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").touch()
@@ -173,7 +177,9 @@ def test_the_error_for_a_run_that_ends_before_the_kill_shows_its_last_lines(tmp_
         train_until(Commands(tmp_path), [sys.executable, "-c", program], last_step=5)
 
 
-def test_the_error_for_a_failing_command_shows_its_last_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_for_a_failing_command_shows_its_last_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     program = "import sys; print('shown'); print('hidden'); sys.exit('out of luck')"
     with pytest.raises(UserError, match="exited with 1"):
         Commands(tmp_path).run("x", [sys.executable, "-c", program], keep=lambda line: line == "shown")

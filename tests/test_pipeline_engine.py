@@ -62,7 +62,9 @@ def test_a_deepspeed_config_that_offloads_the_optimizer_is_a_user_error(recipe_f
         ([], "found a list, expected an object"),
     ],
 )
-def test_an_invalid_deepspeed_config_is_a_user_error_before_the_engine_is_built(recipe_file, tmp_path, content, message):
+def test_an_invalid_deepspeed_config_is_a_user_error_before_the_engine_is_built(
+    recipe_file, tmp_path, content, message
+):
     path = tmp_path / "wrong.json"
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):

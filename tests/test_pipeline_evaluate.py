@@ -173,7 +173,9 @@ def test_the_evaluate_command_prints_a_table_and_writes_all_answers(
 
 
 @pytest.mark.parametrize("option", ["--shuffle-images", "--shuffle-pictures"])
-def test_the_shuffle_flag_and_its_hidden_old_name_have_the_same_effect(option, model_folder, images, tmp_path, monkeypatch, capsys):
+def test_the_shuffle_flag_and_its_hidden_old_name_have_the_same_effect(
+    option, model_folder, images, tmp_path, monkeypatch, capsys
+):
     path = tmp_path / "questions.jsonl"
     path.write_text(json.dumps(vars(asked("a.png"))) + "\n")
     with pytest.raises(UserError, match="share one image"):

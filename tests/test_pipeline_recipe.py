@@ -218,7 +218,9 @@ def test_new_recipe_keys_at_their_defaults_do_not_change_the_fingerprint(old_run
         ({"decay": 0.999}, {"averaging": {"decay": 0.999}}, "averaging was its default, now {'decay': 0.999}"),
     ],
 )
-def test_resuming_an_old_checkpoint_with_a_new_recipe_key_set_is_a_user_error(old_run, monkeypatch, changes, settings, difference):
+def test_resuming_an_old_checkpoint_with_a_new_recipe_key_set_is_a_user_error(
+    old_run, monkeypatch, changes, settings, difference
+):
     old, manifest = old_run
     new = with_new_keys(monkeypatch, old, **changes)
     assert new.identity() == merged(manifest["recipe"], settings)

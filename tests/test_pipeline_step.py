@@ -68,7 +68,9 @@ SPLITS = [(1, 8, 3), (1, 4, 3), (1, 2, 3), (2, 4, 3), (2, 1, 3), (2, 2, 2)]
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch", "stage"), SPLITS)
-def test_gradients_of_any_batch_split_equal_those_of_one_plain_torch_batch(tmp_path, base, reference, ranks, micro_batch, stage):
+def test_gradients_of_any_batch_split_equal_those_of_one_plain_torch_batch(
+    tmp_path, base, reference, ranks, micro_batch, stage
+):
     gradients, modalities = reference
     split = [f"optim.micro_batch={micro_batch}", f"engine.ds_config={CONFIGS[stage]}", "engine.segment_layers=2"]
     result = run_ranks(tmp_path, ranks, base, *split)

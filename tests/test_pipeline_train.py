@@ -96,7 +96,9 @@ def test_a_memory_budget_changes_recomputation_but_not_the_trained_weights(recip
     assert_same_end(tmp_path / "run", undisturbed)
 
 
-def test_a_killed_run_that_resumes_ends_bit_identical_to_an_uninterrupted_run(recipe_file, shards, undisturbed, tmp_path):
+def test_a_killed_run_that_resumes_ends_bit_identical_to_an_uninterrupted_run(
+    recipe_file, shards, undisturbed, tmp_path
+):
     run = tmp_path / "run"
     process = fork_ranks(2, command(recipe_file, shards, run))
     wait_for(lambda: list_steps(run / "checkpoints"), process)

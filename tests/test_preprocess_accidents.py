@@ -110,7 +110,9 @@ def test_a_build_survives_killed_workers_and_exports_its_progress_as_metrics(
     assert min(metrics["ray_emma_dialogues_per_s"], metrics["ray_emma_seconds_left"]) > 0
 
 
-def test_the_error_after_repeated_worker_crashes_names_the_last_image(cluster: RayCluster, root: Path, tmp_path: Path) -> None:
+def test_the_error_after_repeated_worker_crashes_names_the_last_image(
+    cluster: RayCluster, root: Path, tmp_path: Path
+) -> None:
     crumb = tmp_path / "out/.work/shard-00029.crumb.tmp"
     with held_up(root):
         driver = cluster.driver(SCRIPT, *command(root, tmp_path / "out"))
@@ -188,7 +190,9 @@ def test_a_stopped_ray_job_resumes_without_rebuilding_finished_shards(
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished shards were built again"
 
 
-def test_an_interrupted_build_says_that_the_same_command_continues_it(cluster: RayCluster, root: Path, tmp_path: Path) -> None:
+def test_an_interrupted_build_says_that_the_same_command_continues_it(
+    cluster: RayCluster, root: Path, tmp_path: Path
+) -> None:
     with held_up(root):
         driver = cluster.driver(SCRIPT, *command(root, tmp_path / "out"))
         wait_for_shards(driver, tmp_path / "out", 1)

@@ -53,7 +53,9 @@ def files_of_every_format(folder: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
-def test_the_same_rows_are_read_from_every_json_format_and_compression(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_the_same_rows_are_read_from_every_json_format_and_compression(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
     monkeypatch.setattr(json_rows, "CHUNK_BYTES", chunk)
     for file_format, path in files_of_every_format(tmp_path).items():
         assert list(read_rows(path)) == ROWS, file_format
@@ -172,7 +174,9 @@ NOT_ROWS = {
 
 
 @pytest.mark.parametrize("kind", NOT_ROWS)
-def test_an_overlong_row_is_a_user_error_before_it_is_read_completely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_an_overlong_row_is_a_user_error_before_it_is_read_completely(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     monkeypatch.setattr(json_rows, "CHUNK_BYTES", 100)
     monkeypatch.setattr(json_rows, "MAX_FIRST_LINE_CHARACTERS", 100)
     monkeypatch.setattr(json_rows, "MAX_ROW_CHARACTERS", 1000)

@@ -113,7 +113,9 @@ def test_a_rerun_builds_only_missing_and_damaged_shards(root: Path, expected: Pa
 
 
 @pytest.mark.parametrize("name", ["index.parquet", "rejects.jsonl", "tokenizer.json", "manifest.json"])
-def test_a_rerun_restores_a_deleted_index_reject_list_tokenizer_or_manifest(root: Path, expected: Path, tmp_path: Path, name: str) -> None:
+def test_a_rerun_restores_a_deleted_index_reject_list_tokenizer_or_manifest(
+    root: Path, expected: Path, tmp_path: Path, name: str
+) -> None:
     shutil.copytree(expected, tmp_path / "out")
     (tmp_path / "out" / name).unlink()
     assert build_shards.main(command(root, tmp_path / "out", workers=0)) == 0
@@ -144,7 +146,9 @@ def test_an_http_address_in_ray_address_is_a_user_error(root: Path, tmp_path: Pa
     assert "RAY_ADDRESS http://127.0.0.1:1 is a job server: use `ray job submit`" in done.stderr.splitlines()[-1]
 
 
-def test_a_rerun_on_a_finished_set_writes_no_file(root: Path, expected: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rerun_on_a_finished_set_writes_no_file(
+    root: Path, expected: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in expected.iterdir() if path.is_file()}
     assert build_shards.main(command(root, expected, workers=0)) == 0
     assert "is up to date" in capsys.readouterr().out
@@ -258,7 +262,9 @@ def test_a_note_reports_shards_built_with_other_package_versions(
 # -- What is output ----------------------------------------------------------------------------------------------------
 
 
-def test_a_build_for_another_model_has_another_spec_hash_and_template(root: Path, expected: Path, tmp_path: Path) -> None:
+def test_a_build_for_another_model_has_another_spec_hash_and_template(
+    root: Path, expected: Path, tmp_path: Path
+) -> None:
     build_in_process(root, tmp_path / "out", gpt_neox(), model="emma_v1", samples_per_shard=SAMPLES_PER_SHARD)
     assert Manifest.load(tmp_path / "out").spec_sha256 != Manifest.load(expected).spec_sha256
     assert Manifest.load(tmp_path / "out").template == "zephyr"
@@ -269,7 +275,9 @@ def test_the_manifest_counts_distinct_images(expected: Path) -> None:
     assert (counts["with_image"], counts["pictures"]) == (215, len(PHOTOGRAPHS))
 
 
-def test_a_check_prints_the_plan_and_writes_no_file(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_prints_the_plan_and_writes_no_file(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert build_shards.main([*command(root, tmp_path / "out"), "--check"]) == 0
     assert not (tmp_path / "out").exists()
     assert capsys.readouterr().out.splitlines() == [

@@ -49,7 +49,9 @@ JPEGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", JPEGS)
-def test_simplejpeg_decodes_plain_jpegs_to_the_same_pixels_as_pillow(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_simplejpeg_decodes_plain_jpegs_to_the_same_pixels_as_pillow(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = jpeg(photograph(203, 155), **JPEGS[kind])
     monkeypatch.setattr(codec, "_decode_with_pillow", None)
     assert np.array_equal(decode_rgb(data), as_pillow_decodes(data))

@@ -42,7 +42,9 @@ def test_building_into_a_folder_with_foreign_files_is_a_user_error(
     assert [path.name for path in out.iterdir()] == [name]
 
 
-def test_a_build_removes_leftovers_of_earlier_builds_and_no_other_file(root: Path, expected: Path, tmp_path: Path) -> None:
+def test_a_build_removes_leftovers_of_earlier_builds_and_no_other_file(
+    root: Path, expected: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(expected, out)
     theirs = ["shard-000123.tar", "shard-notes.json", "mine.tmp", "mine.feed.tmp"]
@@ -60,9 +62,7 @@ def test_a_build_removes_leftovers_of_earlier_builds_and_no_other_file(root: Pat
     assert [path.name for path in (out / ".work").iterdir()] == ["lock"]
 
 
-def test_remove_manifest_syncs_the_folder_after_the_deletion(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_remove_manifest_syncs_the_folder_after_the_deletion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     synced = []
     monkeypatch.setattr(output_folder, "sync_folder", lambda path: synced.append((path, list(path.iterdir()))))

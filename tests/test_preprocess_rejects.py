@@ -34,7 +34,9 @@ def command(root: Path, out: Path, **options: Any) -> list[str]:
     return arguments(root, out, gpt_neox(), **options)
 
 
-def test_a_note_reports_each_source_that_contributes_no_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_note_reports_each_source_that_contributes_no_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_talk(tmp_path / "root", 240)
     (tmp_path / "root/none.json").write_text("[]")
     source = {"name": "p", "format": "llava", "annotations": "rows.json"}
@@ -78,7 +80,9 @@ def test_too_many_rejects_before_any_image_is_read_fail_the_build_at_once(
     assert not list(out.glob("shard-*"))
 
 
-def test_a_check_fails_on_too_many_rejects_as_a_build_does(half_bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_fails_on_too_many_rejects_as_a_build_does(
+    half_bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [*command(half_bad, tmp_path / "out"), "--check"]
     assert exit_code_of(build_shards.main, words) == ExitCode.FAILED
     output = capsys.readouterr()

@@ -66,7 +66,9 @@ def test_ray_workers_build_from_a_url(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_images_are_read_from_an_archive_at_a_url_without_unpacking_it(bucket: str, tmp_path: Path, layout: str) -> None:
+def test_images_are_read_from_an_archive_at_a_url_without_unpacking_it(
+    bucket: str, tmp_path: Path, layout: str
+) -> None:
     write, archive, member, archives = LAYOUTS[layout]
     write(tmp_path / "root" / archive, {"other.txt": b"no", member: b"image"})
     upload(tmp_path / "root", bucket)

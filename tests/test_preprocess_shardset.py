@@ -171,7 +171,9 @@ def test_loading_an_index_with_a_flipped_bit_succeeds_or_raises_a_user_error(cop
     assert refused > 100
 
 
-def test_verify_exits_with_the_damaged_code_and_suggests_a_remedy(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_exits_with_the_damaged_code_and_suggests_a_remedy(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (copy / "shard-00002.tar").write_bytes(b"")
     assert exit_code_of(main, ["verify", str(copy)]) == ExitCode.DAMAGED
     output = capsys.readouterr().out
@@ -233,7 +235,9 @@ def test_the_preview_error_for_a_damaged_tar_names_the_tar(copy: Path, capsys: p
     assert "shard-00001.tar is missing or damaged (" in capsys.readouterr().err
 
 
-def test_the_preview_of_the_working_directory_is_written_next_to_it(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_preview_of_the_working_directory_is_written_next_to_it(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(copy)
     assert main(["preview", "."]) == 0
     assert copy.with_name("copy-preview.html").is_file()

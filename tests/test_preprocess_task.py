@@ -55,7 +55,9 @@ def test_building_a_shard_leaves_no_reference_cycles_in_memory(tmp_path: Path) -
     assert left == []
 
 
-def test_memory_for_building_a_shard_of_large_images_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_for_building_a_shard_of_large_images_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cache, "CACHE_BYTES", BOUND)
     noise = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), np.uint8)
     for number in range(40):
