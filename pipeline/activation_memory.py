@@ -16,7 +16,7 @@ from pipeline.recipe import Recipe
 from pipeline.step import row_losses
 from pipeline.zero import discard_gradients, missing_moment_bytes
 
-SAMPLE_LAYERS = 4  # kept in the second measurement, from which the size of one layer is computed
+SAMPLE_LAYERS = 4  # layers kept in the second measurement; its difference from the first gives the size of one layer
 WARM_UP_PASSES = 2  # ZeRO-3 needs them to re-trace its prefetch order
 
 
@@ -24,7 +24,7 @@ def fit_kept_layers(engine: Engine, towers: Towers, recipe: Recipe, heaviest: Mi
     """Keep the activations of as many final layers as fit into the budget. Return a line for the log.
 
     The peak is measured by forward and backward passes that leave the state unchanged. On a GPU the budget covers all
-    allocated memory, elsewhere only the tensors saved for the backward pass. Every rank must call it.
+    allocated memory; on the CPU it covers only the tensors saved for the backward pass. Must be called on every rank.
 
     Args:
         heaviest: the largest micro-batch that this rank will process.
@@ -43,7 +43,7 @@ def fit_kept_layers(engine: Engine, towers: Towers, recipe: Recipe, heaviest: Mi
     least, sample = peak_gib(0), min(SAMPLE_LAYERS, num_layers)
     if least > budget_gib:
         raise UserError(
-            f"engine.memory_gib: {budget_gib:g} GiB, but the longest batch takes {least:.3g} with every layer "
+            f"engine.memory_gib: {budget_gib:g} GiB, but the longest batch takes {least:.3g} GiB with every layer "
             f"recomputed; lower optim.micro_batch (now {recipe.optim.micro_batch}), which does not change the result"
         )
     per_layer = max((peak_gib(sample) - least) / sample, 1e-9)
@@ -58,7 +58,7 @@ def fit_kept_layers(engine: Engine, towers: Towers, recipe: Recipe, heaviest: Mi
 
 
 def measure(device: torch.device, run: Callable[[], None]) -> int:
-    """Return the bytes that `run` needs: the allocated peak on a GPU, elsewhere the tensors saved for backward."""
+    """Return the bytes that `run` needs: on a GPU the allocated peak, on the CPU the tensors saved for backward."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         for _ in range(WARM_UP_PASSES + 1):
@@ -77,7 +77,7 @@ def measure(device: torch.device, run: Callable[[], None]) -> int:
 
 
 def _run_pass(engine: Engine, towers: Towers, recipe: Recipe, batch: MicroBatch) -> None:
-    """Run forward and backward as in training, with a loss of weight zero, so that every gradient is zero."""
+    """Run forward and backward as in training, with a zero-weighted loss, so that every gradient is zero."""
     text, align = row_losses(engine, towers, recipe, batch.to(engine.device))
     engine.backward(0.0 * (text.sum() + align.sum()))
     discard_gradients(engine)

@@ -61,7 +61,7 @@ class OptimConfig:
     """Samples per optimizer step, over all ranks."""
 
     micro_batch: Positive = 16
-    """Samples per forward pass of one rank. Changes memory and speed, not the training."""
+    """Samples per forward pass of one rank. It affects memory and speed, but not the result of the training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class LossConfig:
     """Weights of the losses."""
 
     text: Literal["token", "sample"] = "token"
-    """Text loss: mean over the step's supervised tokens, or mean over its samples of each sample's mean."""
+    """Text loss. token: mean over the step's supervised tokens; sample: mean over its samples of each sample's mean."""
 
     align_weight: Annotated[float | None, Range(least=0)] = None
     """Weight of the alignment loss; null: the preset's."""
@@ -86,7 +86,7 @@ class CheckpointConfig:
     """Number of newest good checkpoints to keep."""
 
     keep_every: Count = 0
-    """Keep checkpoints whose step is a multiple of this for ever; 0: none."""
+    """Keep every checkpoint forever whose step is a multiple of this number; 0: none."""
 
     background: bool = True
     """Whether training continues while a checkpoint is written; this takes host memory for a copy of the state."""
@@ -112,7 +112,7 @@ class EngineConfig:
     """Number of final layers that keep their activations instead of recomputing them."""
 
     memory_gib: Annotated[float | None, Range(least=1e-3)] = None
-    """Memory per GPU, in GiB. If set, training measures at its start how large `keep_layers` may be."""
+    """Memory to use per GPU, in GiB. If set, each launch measures how many `keep_layers` fit into it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ class EvaluateConfig:
     """Held-out losses during training."""
 
     shards: str | None = None
-    """Folder of the held-out shard set; null: none is evaluated."""
+    """Folder of the held-out shard set; null: no evaluation."""
 
     every_steps: Positive = 1000
     """Steps between evaluations."""
@@ -145,16 +145,16 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WatchdogConfig:
-    """Time after which a run that makes no progress is stopped, to be started again."""
+    """Time limits after which a run that makes no progress is stopped, so that the job can be requeued."""
 
     slow_factor: NonNegative = 20.0
     """Stop if a step takes this many times the median step; 0: never stop."""
 
     least_s: NonNegative = 300.0
-    """Never stop a step that has taken fewer seconds."""
+    """Never stop a step that has taken fewer seconds than this."""
 
     first_s: Annotated[float, Range(least=1)] = 1800.0
-    """Seconds that the start, each of the first steps, a checkpoint, an evaluation and the end may take."""
+    """Time limit in seconds for start-up, each of the first steps, a checkpoint, an evaluation, and shutdown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,4 +173,4 @@ class RunConfig:
     """The run folder."""
 
     dir: str
-    """Folder for checkpoints, metrics and the resolved recipe. The same folder again resumes the run."""
+    """Folder for checkpoints, metrics and the resolved recipe. A launch with the same folder resumes the run."""

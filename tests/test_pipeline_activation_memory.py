@@ -26,7 +26,7 @@ def test_a_larger_memory_budget_recomputes_fewer_layers_and_bounds_the_peak(reci
     refused = dry_run(recipe_file, 0.001)
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
-    least = number(r"longest batch takes ([\d.]+) with every layer recomputed", refused.stderr)
+    least = number(r"longest batch takes ([\d.]+) GiB with every layer recomputed", refused.stderr)
     assert 0.001 < least < 1
 
     everything = dry_run(recipe_file, 1).stdout

@@ -87,7 +87,7 @@ def test_resuming_refuses_a_checkpoint_with_changed_probe_losses(recipe_file, sh
 
     refused = fork_python("-m", "pipeline.train", *arguments(recipe_file, shards, run))
     assert refused.returncode == 4, refused.stderr
-    assert "their files are sound" in refused.stderr
+    assert "their files are undamaged" in refused.stderr
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
 
     rewrite_probe(oldest, lambda text: {"text": text / (1 + 5e-5) * (1 + 5e-6)})

@@ -17,7 +17,7 @@ from pipeline.recipe import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointContext:
-    """An engine whose state is saved and restored, and the run that it belongs to."""
+    """The engine whose state is saved and restored, and the recipe, ranks and identity of its run."""
 
     recipe: Recipe
     ranks: Ranks
@@ -35,10 +35,10 @@ class CheckpointContext:
 
     @property
     def total_bytes(self) -> int:
-        """Size of one checkpoint over all ranks."""
+        """Size of one checkpoint in bytes, summed over all ranks."""
         return self.snapshot.bytes * self.ranks.world_size
 
     @property
     def sharding(self) -> dict[str, int]:
-        """Manifest entries that say how the state is split into files. Loading with other values reshards it."""
+        """Manifest entries that describe how the state is split into files. A run with other values reshards it."""
         return {"world_size": self.ranks.world_size, "zero_stage": self.engine.zero_optimization_stage()}

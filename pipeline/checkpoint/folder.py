@@ -20,7 +20,7 @@ MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
 PRUNED = ".pruned-"
 REFUSED = ".refused-"  # damaged
-DOUBTED = ".doubted-"  # undamaged, but the probe gave other losses after loading
+DOUBTED = ".doubted-"  # undamaged, but its probe losses were not reproduced after loading
 
 
 class DamagedCheckpointError(UserError):

@@ -1,8 +1,8 @@
 """The layout of a checkpoint: which file holds which piece of each parameter. It allows loading on any number of ranks.
 
-ZeRO splits parameters into pieces and concatenates those of a rank; its stage and the world size decide how. A
-checkpoint holds the flat buffers of the ranks that saved it, and a layout that tells any other number of ranks where to
-find their pieces.
+ZeRO splits each parameter into pieces, and concatenates the pieces of one rank into flat buffers. The ZeRO stage and
+the world size determine the split. A checkpoint holds the flat buffers of the ranks that saved it, and a layout file.
+A run with another number of ranks looks up in the layout file where the pieces that it needs are stored.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ VALUE_BYTES = 4  # masters and moments are fp32 in every precision that a recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Read:
-    """Copy `count` values from offset `source` of a file to offset `target` of a buffer. Offsets count values."""
+    """A copy of `count` values from offset `source` of a file to offset `target` of a buffer.
+
+    Offsets are in values, not in bytes.
+    """
 
     file: str
     source: int
@@ -37,12 +40,12 @@ class Read:
 
 
 class Layout:
-    """The pieces of every file of a checkpoint.
+    """The parameter pieces that each file of a checkpoint holds.
 
     Args:
         shapes: shape of each parameter before sharding.
-        tied: maps each further name of a tied parameter to its name in `shapes`.
-        files: pieces by file name, without the suffix `.master`, `.exp_avg` or `.exp_avg_sq`.
+        tied: maps each additional name of a tied parameter to its name in `shapes`.
+        files: pieces by file name. The name has no suffix `.master`, `.exp_avg` or `.exp_avg_sq`.
     """
 
     def __init__(self, shapes: dict[str, list[int]], tied: dict[str, str], files: Mapping[str, Sequence[Piece]]):
@@ -67,13 +70,13 @@ class Layout:
         return cls(table["shapes"], table["tied"], files)
 
     def file_of(self, pieces: tuple[Piece, ...]) -> str | None:
-        """Return the file that holds exactly these pieces, or None if it was saved with another split."""
+        """Return the file that holds exactly these pieces, or None if the checkpoint was saved with another split."""
         return next((file for file, held in self.files.items() if tuple(held) == pieces), None)
 
     def reads(self, wanted: Sequence[Piece]) -> list[Read]:
         """Return the reads that fill a buffer of these pieces. Adjacent reads are merged.
 
-        Raises: DamagedCheckpointError if no file holds some of the values.
+        Raises: DamagedCheckpointError if a value is missing from all files.
         """
         reads: list[Read] = []
         for piece in wanted:
@@ -89,7 +92,10 @@ class Layout:
         return reads
 
     def assemble(self, folder: Path, kind: str) -> dict[str, torch.Tensor]:
-        """Read the `master`, `exp_avg` or `exp_avg_sq` of every parameter, unsharded, under each of its names."""
+        """Read one kind of tensor (`master`, `exp_avg` or `exp_avg_sq`) of every parameter, and unshard it.
+
+        A tied parameter is returned under each of its names.
+        """
         tensors = {}
         for name, shape in self.shapes.items():
             flat = torch.empty(math.prod(shape))
@@ -104,7 +110,7 @@ def full_state(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _append_or_merge(reads: list[Read], new: Read) -> None:
-    """Append a read, or merge it into the last one if it continues that one both in the file and in the buffer."""
+    """Append `new`, or merge it into the last read if it directly follows that read in both file and buffer."""
     last = reads[-1] if reads else None
     if last and (last.file, last.source + last.count, last.target + last.count) == (new.file, new.source, new.target):
         reads[-1] = Read(file=last.file, source=last.source, target=last.target, count=last.count + new.count)
@@ -135,7 +141,7 @@ def read_into(flat: torch.Tensor, folder: Path, kind: str, reads: Sequence[Read]
 
 def _read_exactly(handle: int, memory: memoryview, offset: int) -> None:
     done = 0
-    while done < len(memory):  # Linux reads 2 GB per call at most
+    while done < len(memory):  # Linux reads at most 2 GB per call
         count = os.preadv(handle, [memory[done:]], offset + done)
         if not count:
             raise DamagedCheckpointError(f"the file ends {len(memory) - done} bytes too early")

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: its training's identity, and the size and sha256 of every file."""
+"""The manifest of a checkpoint: the identity of the run that saved it, and the size and sha256 of every file."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read a manifest without its checksum.
+    """Read a manifest and verify its checksum. Return the manifest without the checksum.
 
-    Raises: DamagedCheckpointError if it is missing, or its checksum does not match; RetryableError if the file system
-    fails.
+    Raises: DamagedCheckpointError if the manifest is missing or does not match its checksum; RetryableError if the
+    file system fails.
     """
     try:
         with retryable_oserrors(folder):
@@ -51,28 +51,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:
-    """Hash a manifest, which must not contain its checksum. Any flipped bit changes the hash."""
+    """Return the sha256 of a manifest, which must not contain its checksum."""
     return hashlib.sha256(canonical_json(manifest)).hexdigest()
 
 
 def check_identity(folder: Path, manifest: dict[str, Any], identity: Identity) -> None:
-    """Raise UserError if the checkpoint belongs to another training."""
+    """Raise UserError if the checkpoint was saved by a run with another identity."""
     if manifest["fingerprint"] != identity.fingerprint:
         changes = _differences(manifest["recipe"], identity.recipe)
         raise UserError(
-            f"{folder} belongs to another training; changed since: {'; '.join(changes)}; "
-            f"give the old values, or another run.dir to start afresh"
+            f"{folder} was saved with other settings: {'; '.join(changes)}; "
+            f"use the old settings, or another run.dir to start a new run"
         )
     for key, value in identity.must_match().items():
         if manifest[key] != value:
             raise UserError(
-                f"{folder}: {key} is {manifest[key]}, this run has {value}; resume with the same, "
-                f"or give another run.dir to start afresh"
+                f"{folder}: {key} is {manifest[key]}, but this run has {value}; use the same {key}, "
+                f"or another run.dir to start a new run"
             )
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:
-    """Describe each setting that differs. One that is absent is newer than the other recipe and has its default."""
+    """Describe each setting that differs between two recipes.
+
+    A setting that one recipe lacks did not exist yet when that recipe was saved, so its default applied.
+    """
     lines = []
     for key in sorted(old.keys() | new.keys()):
         before, after, path = old.get(key, "its default"), new.get(key, "its default"), f"{where}{key}"

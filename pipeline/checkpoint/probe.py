@@ -1,6 +1,7 @@
-"""The probe: losses of one fixed global batch, by which a resumed state is compared with the one that was saved.
+"""The probe: losses of one fixed global batch, which verify that a loaded state computes what the saved state did.
 
-The batch is the first of the plan. Its losses are stored in the checkpoint, and must be the same after loading.
+The batch is the first one of the training plan. Its losses are stored in the checkpoint. After loading, they are
+computed again and must be the same.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from pipeline.engine import Engine
 from pipeline.recipe import Recipe
 from pipeline.step import forward
 
-# Relative. Another split of the batch or another machine sums in another order, and bf16 rounds more coarsely.
+# Relative tolerance. Another split of the batch, or another machine, adds in another order, which changes the rounding.
+# In bf16 rounding is coarser than in fp32.
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "autocast": 1e-2}
 
 
@@ -49,20 +51,23 @@ class Probe:
         return {"text": text, "align": align, "where": self._environment()}
 
     def compare(self, saved: dict[str, Any]) -> str | None:
-        """Measure again and compare with `saved`. Return the difference, or None if the losses agree."""
+        """Measure again and compare with `saved`. Describe the difference, or return None if the losses agree."""
         now = self.measure()
         exact = self.ranks.device.type == "cpu" and saved["where"] == now["where"]
         tolerance = 0.0 if exact else TOLERANCE[self.recipe.engine.precision]
         for loss in ("text", "align"):
             if not losses_agree(now[loss], saved[loss], tolerance):
                 return (
-                    f"the {loss} loss of the probe is {now[loss]!r}, but was {saved[loss]!r} when it was saved "
-                    f"(relative tolerance {tolerance:.0e})"
+                    f"the {loss} loss of the probe is {now[loss]!r}, but was {saved[loss]!r} when the checkpoint was "
+                    f"saved (relative tolerance {tolerance:.0e})"
                 )
         return None
 
     def _environment(self) -> dict[str, Any]:
-        """Return the facts on which the last bits of the losses depend. On a CPU, equal facts give equal bits."""
+        """Return the settings and versions that determine the last bits of the losses.
+
+        On a CPU, the losses are equal to the last bit if these entries are equal.
+        """
         return {
             "world_size": self.ranks.world_size,
             "micro_batch": self.recipe.optim.micro_batch,
@@ -75,7 +80,7 @@ class Probe:
 
 
 def losses_agree(now: float, saved: float, tolerance: float) -> bool:
-    """Compare two losses. Two NaNs agree, because a state that had diverged when it was saved is still that state."""
+    """Compare two losses. Two NaNs agree, because then the training had already diverged when the state was saved."""
     return math.isclose(now, saved, rel_tol=tolerance) or (math.isnan(now) and math.isnan(saved))
 
 

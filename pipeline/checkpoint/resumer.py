@@ -38,13 +38,14 @@ class Resumer:
         self.context, self.ranks, self.folder = context, context.ranks, context.folder
 
     def resume(self, steps: Sequence[int]) -> tuple[int, list[str]]:
-        """Load the newest checkpoint that verifies. Return the step (0: nothing to resume) and lines to report.
+        """Load the newest good checkpoint. Return its step, or 0 if there are no checkpoints, and lines for the log.
 
         Args:
-            steps: steps of the published checkpoints, ascending (`list_steps`), the same on all ranks.
+            steps: steps of the published checkpoints, as `list_steps` returns them. Must be the same on all ranks.
 
-        Raises on all ranks: UserError if there are checkpoints but none is good, or the newest good one belongs to
-        another training; RetryableError if the file system fails, or no undamaged checkpoint reproduces its probe.
+        Raises on all ranks: UserError if there are checkpoints but none is good, or if the newest good one was saved
+        with other settings; RetryableError if the file system fails, or if no undamaged checkpoint reproduces its
+        probe losses.
         """
         report = broadcast_from_main(self.ranks, self._remove_leftovers)
         doubted = list[Path]()
@@ -63,18 +64,19 @@ class Resumer:
             report += broadcast_from_main(self.ranks, lambda: [self._set_aside(folder) for folder in doubted])
             return step, [*report, f"resuming from {folder}", *self._resharding(manifest)]
         if doubted:
-            suspicion = f"their files are sound, so {socket.gethostname()} may compute wrongly; they were left in place"
+            host = socket.gethostname()
+            suspicion = f"their files are undamaged, so {host} may compute wrongly; they were left in place"
             raise RetryableError("; ".join([*report, suspicion]))
         broadcast_from_main(self.ranks, lambda: self._check_empty(report))
         return 0, report
 
     def verify_and_load(self, folder: Path) -> dict[str, Any]:
-        """Load a checkpoint into the engine and return its manifest. Every file is hashed by one rank at least.
+        """Load a checkpoint into the engine and return its manifest. At least one rank hashes each file.
 
-        A file with the same shard layout as one of this rank's buffers is read only once, for hashing and loading.
+        A file with the same shard layout as a buffer of this rank is read only once, both to hash and to load it.
 
-        Raises on all ranks: DamagedCheckpointError; UserError if it belongs to another training; RetryableError if the
-        file system fails.
+        Raises on all ranks: DamagedCheckpointError; UserError if the checkpoint was saved with other settings;
+        RetryableError if the file system fails.
         """
         manifest, layout = broadcast_from_main(self.ranks, lambda: self._inspect(folder))
         files, snapshot = manifest["files"], self.context.snapshot
@@ -87,7 +89,7 @@ class Resumer:
         return manifest
 
     def check_probe(self, manifest: dict[str, Any]) -> str | None:
-        """Compare the probe losses of the loaded state with those of the save. Return the difference, or None."""
+        """Compare the probe losses of the loaded state with the saved ones. Describe the difference, or return None."""
         return self.context.probe.compare(manifest["probe"]) if self.context.probe else None
 
     def _remove_leftovers(self) -> list[str]:
@@ -104,7 +106,7 @@ class Resumer:
         return [*removed, *failures, *(f"refused {path}: it has no {MANIFEST}" for path in unpublished)]
 
     def _inspect(self, folder: Path) -> tuple[dict[str, Any], Layout]:
-        """Read the manifest and the layout once, on the main rank, so that all ranks use the same."""
+        """Read the manifest and the layout once, on the main rank, so that all ranks use the same content."""
         manifest = read_manifest(folder)
         check_identity(folder, manifest, self.context.identity)
         if damage := first_damage(folder, {LAYOUT: manifest["files"][LAYOUT]}):
@@ -112,9 +114,9 @@ class Resumer:
         return manifest, Layout.load(folder)
 
     def _on_every_rank(self, check: Callable[[], str | None]) -> None:
-        """Run `check` on every rank, and raise on all ranks the damage that any of them returned or raised.
+        """Run `check` on every rank. If any rank returns or raises damage, raise it on all ranks.
 
-        Raises: DamagedCheckpointError; RetryableError if one rank could not check.
+        Raises: DamagedCheckpointError; RetryableError if a rank could not read its files.
         """
         finding: str | RetryableError | None
         try:
@@ -133,7 +135,8 @@ class Resumer:
     def _set_aside(self, folder: Path) -> str:
         renamed = quarantine(folder, DOUBTED)
         return (
-            f"{renamed} is undamaged and stays; to try it on another machine, rename it back and move later ones away"
+            f"{renamed} is undamaged and was kept; "
+            "to try it on another machine, rename it back and move the later checkpoints away"
         )
 
     def _resharding(self, manifest: dict[str, Any]) -> list[str]:
@@ -144,10 +147,10 @@ class Resumer:
         return [f"resharded {', '.join(changes)}"] if changes else []
 
     def _check_empty(self, report: list[str]) -> None:
-        """Raise UserError if the folder is not empty, because a run must not start afresh by accident."""
+        """Raise UserError if the checkpoint folder is not empty, so that no run starts from step 0 by accident."""
         if self.folder.exists() and any(self.folder.iterdir()):
-            lines = [*report, f"{self.folder} holds no good checkpoint, and is not empty"]
-            raise UserError(f"{'; '.join(lines)}; to start afresh, move it away")
+            lines = [*report, f"{self.folder} holds no good checkpoint, but is not empty"]
+            raise UserError(f"{'; '.join(lines)}; to start from step 0, move this folder away")
 
 
 def _writing_rank(name: str) -> int:

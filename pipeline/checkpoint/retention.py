@@ -13,14 +13,15 @@ from pipeline.recipe import CheckpointConfig
 def steps_to_keep(
     steps: Collection[int], good: Collection[int], *, keep_last: int, keep_every: int, has_space: bool
 ) -> set[int]:
-    """Choose the checkpoints that stay: the newest `keep_last` good ones, and every `keep_every`th step forever.
+    """Choose the checkpoints to keep: the newest `keep_last` good ones, and the multiples of `keep_every` forever.
 
-    Checkpoints that are not `good` may have been damaged since they were written. While there are fewer than
-    `keep_last` good ones, the newest `keep_last` others stay too, or only as many as are missing if there is no space.
+    Checkpoints that are not in `good` may have been damaged since they were written. As long as there are fewer than
+    `keep_last` good ones, the newest `keep_last` others are kept too. If the disk lacks space, only as many others are
+    kept as good ones are missing.
 
     Args:
         steps: steps of all checkpoints.
-        good: steps of the checkpoints that this start of the run wrote or verified.
+        good: steps of the checkpoints that this launch of the run wrote or verified.
         has_space: whether the disk has space for another checkpoint.
     """
     newest, others = sorted(good)[-keep_last:], sorted(set(steps) - set(good))
@@ -30,16 +31,16 @@ def steps_to_keep(
 
 
 def count_kept_forever(config: CheckpointConfig, total_steps: int) -> int:
-    """Count the checkpoints that `keep_every` keeps besides the newest `keep_last`, at the end of a run."""
+    """Count the checkpoints that `keep_every` keeps at the end of a run, in addition to the newest `keep_last`."""
     saved = {*range(config.every_steps, total_steps, config.every_steps), total_steps}
     keep = steps_to_keep(saved, good=saved, keep_last=config.keep_last, keep_every=config.keep_every, has_space=True)
     return len(keep) - min(config.keep_last, len(saved))
 
 
 def prune(folders: Iterable[Path]) -> Iterator[str]:
-    """Delete checkpoints. Yield a line for each that cannot be deleted.
+    """Delete checkpoints. Yield a line for each checkpoint that cannot be deleted.
 
-    Each is renamed first, so that the next start finishes an interrupted deletion.
+    Each folder is renamed first, so that the next launch recognises an interrupted deletion and finishes it.
     """
     for folder in folders:
         pruned = folder.with_name(f"{PRUNED}{folder.name}")
@@ -52,7 +53,7 @@ def prune(folders: Iterable[Path]) -> Iterator[str]:
 
 
 def delete(folders: Iterable[Path]) -> Iterator[str]:
-    """Delete folders. Yield a line for each that cannot be deleted, for example because a process reads it."""
+    """Delete folders. Yield a line for each folder that cannot be deleted, for example because a process reads it."""
     for folder in folders:
         try:
             shutil.rmtree(folder)
@@ -61,4 +62,4 @@ def delete(folders: Iterable[Path]) -> Iterator[str]:
 
 
 def _cannot_delete(folder: Path, error: OSError) -> str:
-    return f"{folder} could not be deleted ({error}) and takes space; the next start tries again, or delete it by hand"
+    return f"{folder} could not be deleted ({error}) and takes space; the next launch tries again, or delete it by hand"

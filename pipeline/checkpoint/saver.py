@@ -1,7 +1,7 @@
 """Saving of checkpoints in the background: writing, publishing, and deleting old ones.
 
 `checkpoints/step-00000500/` appears by one rename, after every rank has written, synced and hashed its files. `latest`
-is replaced after that. A published checkpoint was therefore complete when it appeared.
+is replaced after that. Therefore every published checkpoint is complete.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Saver:
         self.folder = context.folder
         self.writer = ThreadPoolExecutor(1)
         self.pending: PendingSave | None = None
-        self.good = {resumed_from} if resumed_from else set[int]()  # steps that this start has verified or written
+        self.good = {resumed_from} if resumed_from else set[int]()  # steps that this launch has verified or written
 
     def due(self, step: int) -> bool:
         return step % self.config.every_steps == 0
@@ -73,7 +73,8 @@ class Saver:
     def save(self, step: int) -> Saved | None:
         """Start saving the state after `step` optimizer steps. Return the checkpoint that this call published, if any.
 
-        Raises on all ranks: what `commit` raises for the previous save; UserError if the disk lacks space for this one.
+        Raises on all ranks: the errors of `commit` for the previous save; UserError if the disk lacks space for this
+        checkpoint.
         """
         published = self.finish()
         started = time.monotonic()
@@ -102,7 +103,7 @@ class Saver:
     def commit(self) -> Saved:
         """Wait until all ranks have written their files, then publish the checkpoint.
 
-        Raises on all ranks, if one of them could not write: UserError if the user must act, otherwise RetryableError.
+        Raises on all ranks, if any rank could not write: UserError if the user must act, otherwise RetryableError.
         Earlier checkpoints are unchanged.
         """
         assert self.pending is not None
@@ -182,9 +183,9 @@ class Saver:
         write_manifest(partial, manifest)
 
     def _clean_up(self) -> Iterator[str]:
-        """Delete the checkpoints that retention does not keep, and the refused ones. Yield what could not be deleted.
+        """Delete the checkpoints that retention does not keep, and the refused ones. Yield a line for each failure.
 
-        Refused checkpoints are evidence, and are kept until there is a good one again.
+        Refused checkpoints can help to find the cause of the damage, so they are kept until the next save.
         """
         with retryable_oserrors(self.folder):
             steps = list_steps(self.folder)

@@ -1,4 +1,4 @@
-"""This rank's share of the training state: copied to host memory, then written to files while training goes on.
+"""Snapshots: this rank's share of the training state, copied to host memory and written while training continues.
 
 The host memory is allocated once and used for every save and for loading: 12 bytes per trainable parameter, divided by
 the number of ranks.
@@ -22,13 +22,13 @@ from pipeline.errors import retryable_oserrors
 from pipeline.zero import KINDS, Buffer, Piece, adam_state, restore, zero_buffers
 from preprocess.atomic import HashingFile, sync
 
-THREADS = 4  # per rank: while one hashes, others keep the disk busy
+THREADS = 4  # per rank; while one thread hashes, the others keep the disk busy
 BLOCK_BYTES = 16 << 20
 SYNC_BYTES = 256 << 20  # fsync interval, so that little unwritten data waits in the page cache
 
 
 class Snapshot:
-    """Host copies of the ZeRO buffers of one engine. Its methods are local to this rank, except `restore`."""
+    """Host copies of this rank's ZeRO buffers. Only `restore` is a collective; the other methods are local."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -36,7 +36,7 @@ class Snapshot:
 
     @functools.cached_property
     def memory(self) -> dict[tuple[int, str], torch.Tensor]:
-        """Host copies by buffer index and kind. With a GPU they are page-locked, which fast copies need."""
+        """Host copies by buffer index and kind. With a GPU they are page-locked, so that copying is fast."""
         sizes = [buffer.master.numel() for buffer in self.buffers]
         copies = {(index, kind): allocate_pages(size) for index, size in enumerate(sizes) for kind in KINDS}
         if self.engine.device.type == "cuda":
@@ -78,16 +78,19 @@ class Snapshot:
         return {name: task.result() for name, task in tasks.items()}
 
     def pieces(self, rank: int) -> dict[str, tuple[Piece, ...]]:
-        """Return the pieces in each file that `write` writes."""
+        """Map each file that `write` writes, without its suffix, to the parameter pieces in it."""
         return {file: self.buffers[index].pieces for index, file in self._files(rank)}
 
     def whole_files(self, layout: Layout, files: Mapping[str, dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Map each checkpoint file that has the same pieces as a buffer of this rank to the host copy that it fills."""
+        """Find the checkpoint files that hold exactly one buffer of this rank. Map each to the copy that it fills."""
         named = {self._matching_file(layout, index, kind): copy for (index, kind), copy in self.memory.items()}
         return {name: copy for name, copy in named.items() if name in files and files[name]["bytes"] == copy.nbytes}
 
     def read(self, folder: Path, layout: Layout, *, but_for: Collection[str]) -> None:
-        """Fill the host copies from a checkpoint of any world size, except those that the files `but_for` have filled.
+        """Fill the host copies from a checkpoint of any world size, except the copies that `but_for` already filled.
+
+        Args:
+            but_for: files that have been read into their host copies before.
 
         Raises: DamagedCheckpointError if values are missing; RetryableError if the file system fails.
         """
@@ -116,7 +119,7 @@ class Snapshot:
 
 
 def allocate_pages(count: int) -> torch.Tensor:
-    """Allocate `count` fp32 zeros in memory pages of their own, since no page can be locked twice."""
+    """Allocate `count` fp32 zeros in memory pages of their own, because a page cannot be locked twice."""
     memory = mmap.mmap(-1, max(1, count) * VALUE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # the kernel may lack huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -126,7 +129,7 @@ def allocate_pages(count: int) -> torch.Tensor:
 def page_lock(copy: torch.Tensor, register: Callable[[int, int, int], Any]) -> bool:
     """Page-lock a tensor with `cudaHostRegister`. Return whether the system allowed it.
 
-    torch's own page-locked memory would be rounded up to a power of two.
+    torch's own page-locked memory is not used, because its size is rounded up to a power of two.
     """
     if code := int(register(copy.data_ptr(), copy.nbytes, 0)):
         reason = f"CUDA error {code}; `ulimit -l` may be low"

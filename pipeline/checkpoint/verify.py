@@ -19,7 +19,7 @@ from pipeline.errors import RetryableError, retryable_oserrors
 
 
 def find_damage(folder: Path) -> str | None:
-    """Verify every file of a checkpoint. Return the damage, or why it could not be read, or None if it is intact."""
+    """Verify every file of a checkpoint. Describe the damage or the read error, or return None if it is intact."""
     try:
         return first_damage(folder, read_manifest(folder)["files"])
     except (DamagedCheckpointError, RetryableError) as error:
@@ -29,11 +29,11 @@ def find_damage(folder: Path) -> str | None:
 def first_damage(
     folder: Path, files: Mapping[str, dict[str, Any]], into: Mapping[str, torch.Tensor] | None = None
 ) -> str | None:
-    """Verify some files of a checkpoint. Return the damage of the first damaged one, or None.
+    """Verify the given files of a checkpoint. Describe the damage of the first damaged file, or return None.
 
     Args:
         files: the manifest's `bytes` and `sha256` by file name.
-        into: tensors by file name, which are filled with the file's content, because it is read for hashing anyway.
+        into: tensors by file name, to be filled with the file's content, which is read for hashing anyway.
 
     Raises: RetryableError if the file system fails.
     """

@@ -1,4 +1,4 @@
-"""Batches of training: `MicroBatch` for one forward pass, `GlobalBatch` for one optimizer step, and `collate`."""
+"""Training batches: `MicroBatch` for one forward pass, `GlobalBatch` for one optimizer step, and `collate`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class MicroBatch:
     Attributes:
         tokens: [b, t] int64, padded on the right.
         targets: [b, t] int64, IGNORE_INDEX where not supervised.
-        pixels: [b, 3, h, w] uint8, None for text-only batches. The memory layout is channels-last until `to`.
+        pixels: [b, 3, h, w] uint8, None for text-only batches. Channels-last in memory until `to` is called.
         real: [b] bool, False for filler rows, which have no effect on the loss.
         slow_reads: reads that were slow while the rows were loaded.
     """
@@ -48,13 +48,15 @@ class MicroBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalBatch:
-    """One rank's micro-batches of an optimizer step, with totals over all ranks that are known from the index.
+    """One rank's micro-batches for an optimizer step, and totals over all ranks, which are computed from the index.
 
     Attributes:
-        ids: rows of the index, of all ranks, without filler.
-        tokens: visual and text tokens, without padding.
-        padding_ratio: share of padding in the computed positions, with every rank padded to the longest row of any.
-        wait_s: how long the training loop waited for this batch.
+        ids: index rows of the samples of all ranks, without filler.
+        samples, images, supervised_tokens: totals over all ranks.
+        tokens: visual and text tokens of all ranks, without padding.
+        padding_ratio: share of padding in the positions that all ranks compute. In each forward pass, every row counts
+            as long as the longest row of all ranks, because the ranks run in lockstep.
+        wait_s: seconds that the training loop of this rank waited for this batch.
         slow_reads: slow reads of this rank.
     """
 
@@ -75,7 +77,7 @@ def collate(rows: list[tuple[Sample, Pixels | None]], real: npt.NDArray[np.bool_
     """Collate rows of one modality into a micro-batch, padded on the right to the longest row.
 
     Args:
-        real: [b], False for filler rows. Their targets are not supervised.
+        real: [b], False for filler rows, whose targets are not supervised.
     """
     shape = (len(rows), max(len(sample.tokens) for sample, _ in rows))
     tokens, targets = torch.full(shape, PAD_ID), torch.full(shape, IGNORE_INDEX)

@@ -17,12 +17,12 @@ from pipeline.data.plan import FILLER, Ids
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSources:
-    """The sources of a global batch, numbered as in `Sources.names`.
+    """The sources of a global batch. Each source is numbered by its position in `Sources.names`.
 
     Attributes:
         rows: [micro-batches, b] int64, the source of each row of this rank. Filler rows have an arbitrary source.
-        samples: [sources], samples of all ranks.
-        supervised_tokens: [sources], supervised tokens of all ranks.
+        samples: [sources], number of samples of all ranks.
+        supervised_tokens: [sources], number of supervised tokens of all ranks.
     """
 
     rows: torch.Tensor
@@ -43,8 +43,8 @@ class Sources:
         """Return the sources of a global batch.
 
         Args:
-            ids: rows of the index that make up the global batch, with FILLER.
-            rank_ids: rows of the index in each micro-batch of this rank.
+            ids: index rows of the global batch, including FILLER.
+            rank_ids: index rows of each micro-batch of this rank.
         """
         real = ids[ids != FILLER]
         source, count = self.of_row[real], len(self.names)

@@ -1,4 +1,4 @@
-"""Data loader of training: reads the samples of each global batch from the shards, in the order of the plan."""
+"""The training data loader: reads the samples of each global batch from the shards, in the order of the plan."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from pipeline.recipe import Recipe
 
 
 class MicroBatchDataset(Dataset):
-    """The micro-batches of one rank over the whole training, by index. Any process can load any of them."""
+    """All micro-batches of one rank in a run, by index. Any process can load any micro-batch."""
 
     def __init__(self, reader: ShardReader, plan: Plan, ranks: Ranks, micro_batch: int):
         self.reader, self.plan, self.ranks, self.micro_batch = reader, plan, ranks, micro_batch
         self.per_step = plan.global_batch // (ranks.world_size * micro_batch)
 
     def __getitem__(self, k: int) -> MicroBatch | DamagedShardError | RetryableError:
-        """Load micro-batch `k`, or return its error: a DataLoader worker would wrap a raised one in a traceback."""
+        """Load micro-batch `k`. Return errors, because a DataLoader worker would wrap a raised error in a traceback."""
         try:
             return self.load(k)
         except (DamagedShardError, RetryableError) as error:
             return error
 
     def rank_slices(self, ids: Ids) -> list[Ids]:
-        """Return the rows of a global batch that each micro-batch of this rank holds."""
+        """Return, for each micro-batch of this rank, its index rows among the `ids` of a global batch."""
         rank, world_size = self.ranks.rank, self.ranks.world_size
         return rank_slices(ids, rank=rank, world_size=world_size, micro_batch=self.micro_batch)
 
@@ -51,7 +51,7 @@ class MicroBatchDataset(Dataset):
 
 
 class TrainData:
-    """One rank's view of the training data: an iterator over global batches, from any step.
+    """One rank's view of the training data: an iterator over global batches, which can begin at any step.
 
     Raises: UserError if the shards do not match the recipe's model.
     """

@@ -1,7 +1,7 @@
 """Training plan: the samples of each optimizer step, as a pure function of (manifest, seed, epoch, step).
 
 Every global batch is of one modality, so that all ranks run the same modules. World size, micro-batch and number of
-DataLoader workers only determine how a global batch is sliced. To resume, a run needs only the number of the step.
+DataLoader workers only determine how a global batch is sliced. To resume, a run needs only the step number.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Plan:
     """Deterministic order of the training samples.
 
     Attributes:
-        text_tokens: [N], number of text tokens of each sample, by its row in the index.
-        has_image: [N], whether the sample has an image.
+        text_tokens: [samples], number of text tokens of each sample, in the order of the index.
+        has_image: [samples], whether the sample has an image.
         window: number of global batches inside which samples are sorted by length.
 
     Raises: ValueError if there are no samples.
@@ -52,10 +52,10 @@ class Plan:
         return count_steps(with_image=with_image, text_only=text_only, global_batch=self.global_batch)
 
     def step(self, step: int) -> Ids:
-        """Return the rows of the index that make up a step: [global_batch], FILLER last.
+        """Return the index rows of a step's global batch, [global_batch]. FILLER is at the end.
 
         Args:
-            step: number of the optimizer step, from 0 over all epochs.
+            step: number of the optimizer step, counted from 0 over all epochs.
         """
         epoch, position = divmod(step, self.steps_per_epoch)
         return self.epoch(epoch)[position]
@@ -69,7 +69,7 @@ class Plan:
         batches = np.concatenate([self._windows(rows, f"{epoch}:{kind}") for kind, rows in enumerate(modalities)])
         batches = batches[_permutation(len(batches), f"{self._stream}:{epoch}:batches")]
         if epoch == 0:
-            # The longest batch comes first, so that memory runs out in the first step or never.
+            # Put the longest batch first, so that memory runs out in the first step or never.
             cost = np.where(batches >= 0, self.text_tokens[batches], 0).max(axis=1)
             longest = int(np.argmax(cost + (1 << 20) * self.has_image[batches[:, 0]]))
             batches[[0, longest]] = batches[[longest, 0]]
@@ -90,7 +90,7 @@ class Plan:
 
 
 def rank_slices(ids: Ids, *, rank: int, world_size: int, micro_batch: int) -> list[Ids]:
-    """Return the micro-batches of one rank, in order.
+    """Return the index rows of each micro-batch of one rank, in order.
 
     Consecutive rows, which have similar lengths, go to the same forward pass on all ranks, to save padding.
     """

@@ -1,7 +1,8 @@
 """Shard reader: random access to samples by their offsets in the index.
 
 A sample that cannot be read raises an error; nothing is skipped. The reader also notices shards that change while a run
-uses them: it compares size, time and inode at every read and, where they differ, the manifest's sha256.
+uses them: at every read, it compares the shard's size, modification time and inode with those at the beginning. If they
+differ, it compares the shard's sha256 with the manifest.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from preprocess.shards.manifest import Manifest, load_index
 from preprocess.shards.sample import Sample, from_payloads, sample_pixels
 
 Pixels = npt.NDArray[np.uint8]
-Fingerprint = tuple[int, int, int, bool]  # size, modification time, inode, whether the file still has a name
+Fingerprint = tuple[int, int, int, bool]  # size, modification time, inode, whether the file has not been deleted
 PARTS = ("tokens", "meta", "image")  # members of a sample; the index has `<part>_offset` and `<part>_bytes` of each
 
 
@@ -45,7 +46,7 @@ class SlowRead(NamedTuple):
 class ShardReader:
     """Read samples by their row in the index.
 
-    Each process opens each shard once. A pickled reader, as a DataLoader worker receives it, opens its own files.
+    Each process opens each shard once. A DataLoader worker receives a pickled reader, which opens its own files.
     """
 
     def __init__(self, folder: str | Path):
@@ -102,7 +103,7 @@ class ShardReader:
                 raise RetryableError(f"{message}: the file system of {socket.gethostname()} fails ({error})") from error
             raise DamagedShardError(
                 f"{message} ({error}); find the damage with `python -m preprocess.shardset verify {self.folder}`, "
-                "delete what it names and build the shards again"
+                "delete the files that it names, and build the shards again"
             ) from error
 
     def _read_parts(self, row: int) -> list[bytes]:
@@ -156,7 +157,7 @@ def _is_transient(error: Exception) -> bool:
 def _pread(file: int, offset: int, size: int) -> bytes:
     data = os.pread(file, size, offset)
     if len(data) != size:
-        raise EOFError(f"it has {len(data)} of {size} bytes at {offset}")
+        raise EOFError(f"found {len(data)} bytes at offset {offset}, expected {size}")
     return data
 
 

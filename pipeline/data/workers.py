@@ -25,7 +25,7 @@ PIN_THREAD_DIED = "Pin memory thread exited unexpectedly"
 class Workers:
     """Load `dataset[items]` in order, in `data.workers` processes that prefetch.
 
-    The processes start at once. With `data.workers=0` this process loads each item when it is needed.
+    The constructor starts the processes. With `data.workers=0`, this process loads each item when it is needed.
     """
 
     def __init__(self, dataset: Dataset, items: range, recipe: Recipe, ranks: Ranks):
@@ -42,7 +42,8 @@ class Workers:
             prefetch_factor=PREFETCH if num_workers else None,
             worker_init_fn=_ignore_sigterm,
         )
-        # Workers and Python's resource tracker inherit the mask, because only the rank handles a SIGUSR1 to the job.
+        # Workers and Python's resource tracker inherit the mask, so that a SIGUSR1 to the job does not end them. Only
+        # the rank handles this signal.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         try:
             self.batches: Any = iter(loader)
@@ -54,7 +55,7 @@ class Workers:
         return list(getattr(self.batches, "_workers", ()))
 
     def describe_wait(self) -> str:
-        """Describe what the rank waits for: the process ids of its workers, and which of them make no progress."""
+        """Describe what the rank waits for: the process ids of its workers, and the state of those that are stuck."""
         described = []
         for process in self.processes:
             state = PROBLEM_STATES.get(process_state(process.pid))
@@ -65,7 +66,7 @@ class Workers:
     def close(self) -> None:
         """End the processes, even if the traceback of an error keeps this object alive.
 
-        Otherwise Python would wait for them forever at exit, because they ignore its SIGTERM.
+        Otherwise Python would wait for the workers forever at exit, because they ignore its SIGTERM.
         """
         self.batches = None
 
@@ -74,7 +75,7 @@ class Workers:
 
         Raises:
             DamagedShardError: A sample cannot be read.
-            RetryableError: The file system failed, or a worker died while it handed its tensors over.
+            RetryableError: The file system failed, or a worker died while it was sending its tensors.
         """
         try:
             item = next(self.batches)

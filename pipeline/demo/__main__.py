@@ -3,8 +3,8 @@
     make demo                                # or, in an environment where the project is installed:
     python -m pipeline.demo --dir runs/demo
 
-All output goes to that folder, which is emptied first. Nothing is downloaded. The demo fails unless the trained model
-answers far more held-out questions correctly than it would by guessing or without the right image.
+All output goes to the folder `--dir`, which is emptied first. Nothing is downloaded. The demo fails unless the trained
+model answers far more held-out questions correctly than it would by guessing or without the right image.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RECIPE = "pipeline/recipes/demo.toml"
 MIX = "preprocess/mixes/demo.toml"
 RANKS = 2
 SAMPLES_PER_SHARD = 512
-MIN_MARGIN = 0.25  # of exact match over every control; a smaller margin means that something is broken
+MIN_MARGIN = 0.25  # by which exact match must exceed every control; with less, something is broken
 MARKER = ".emma-demo"  # marks a folder as the demo's own, which it may empty
 JOB = "emma-demo"
 STEP_LINE = re.compile(r"step +(\d+)/")
@@ -136,7 +136,7 @@ def build_shards(commands: Commands, paths: DemoFolder) -> float:
         submit = ["ray", "job", "submit", "--submission-id", JOB, "--working-dir", ".", "--", *program]
         commands.run("ray_job", submit, keep=lambda line: not RAY_NOISE.search(line), **head.environment)
         job_s = time.monotonic() - began
-        # `submit` also exits with 0 if the job was stopped, so the status decides.
+        # `submit` also exits with 0 if the job was stopped, so check the job's status.
         status = commands.run("ray_status", ["ray", "job", "status", JOB], keep=lambda _: False, **head.environment)
     if not any("succeeded" in line for line in status):
         raise UserError(f"the Ray job failed; see {paths.logs}")

@@ -65,7 +65,7 @@ class Commands:
             process.wait()
 
     def lines(self, log: str, process: subprocess.Popen[str]) -> Iterator[str]:
-        """Yield the lines that the process prints, until every holder of its output has closed it."""
+        """Yield the lines that the process and its children print, until all of them have closed their output."""
         assert process.stdout is not None
         with (self.logs / f"{log}.log").open("a", encoding="utf-8") as file, process.stdout:
             for line in process.stdout:
@@ -81,7 +81,10 @@ class Commands:
 
 
 def with_our_programs(environment: Mapping[str, str]) -> dict[str, str]:
-    """Add variables to this process's environment, and put this interpreter's `python`, `ray`, `torchrun` first."""
+    """Return this process's environment with added variables, and a PATH that finds this interpreter's programs first.
+
+    A command then runs the `python`, `ray` and `torchrun` that are installed beside this interpreter.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     return {**os.environ, "PATH": path, **environment}
 
@@ -107,7 +110,10 @@ def kill_process_tree(pid: int) -> int:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return different free ports below the ephemeral range, which any connection may take before a server does."""
+    """Return distinct free ports, none of them ephemeral.
+
+    An outgoing connection may be given an ephemeral port before the server opens it.
+    """
     candidates = random.sample(range(10_000, 20_000), 10_000)
     return list(itertools.islice(filter(_is_free, candidates), count))
 

@@ -1,4 +1,4 @@
-"""A Ray head with its job server on this machine: started on free ports, stopped by its own process id."""
+"""A Ray head node with its job server on this machine, started on free ports and stopped by its process id."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from pipeline.config import REPOSITORY
 from pipeline.demo.processes import free_ports, kill_process_tree, with_our_programs
 
 START_S, STOP_S = 90, 15
-ATTEMPTS = 3  # on a busy machine, Ray's own time limits can end a head while it starts
+ATTEMPTS = 3  # to start a head; on a busy machine, Ray's own time limits can end a head before it is ready
 OBJECT_STORE_BYTES = 200_000_000
 
 Options = Mapping[str, str | int | Path]
 
 
 class RayHead:
-    """A running head, with the variables in `environment` that `ray job` needs to find it."""
+    """A running Ray head. `environment` holds the variables with which `ray job` connects to it."""
 
     def __init__(self, *, scratch: Path, log: Path, options: Options, settings: Mapping[str, str]) -> None:
         self.port, dashboard, client, agent, self.metrics_port = free_ports(5)
@@ -41,8 +41,9 @@ class RayHead:
         self.process = self.start_node("--head", {**ports, "temp-dir": scratch, **options})
 
     def start_node(self, flag: str, options: Options) -> subprocess.Popen[bytes]:
-        """Start the head, or another node of its cluster, in a session of its own."""
-        workers = {"min-worker-port": 0, "max-worker-port": 0}  # any: Ray's default range contains our free ports
+        """Start the head, or another node of its cluster, in its own session, so that Ctrl-C does not reach it."""
+        # 0 means any port. Ray's default range for workers contains the free ports chosen above.
+        workers = {"min-worker-port": 0, "max-worker-port": 0}
         options = {"object-store-memory": OBJECT_STORE_BYTES, "log-color": "false", **workers, **options}
         environment = with_our_programs({**self.environment, **self.settings})
         del environment["RAY_ADDRESS"]  # otherwise `ray start` looks for a cluster there
@@ -91,8 +92,8 @@ def ray_head(
     """Start a Ray head for the duration of the block.
 
     Args:
-        log: receives what Ray prints
-        options: more options of `ray start`, by name
+        log: file to which Ray's output is appended
+        options: additional options of `ray start`, by name
         settings: environment variables for Ray's own processes
 
     Raises: UserError if no head starts.

@@ -31,7 +31,7 @@ class Results:
     samples         number of samples in the shards
     shards_job_s    seconds that the Ray job took, including its start
     rejects         number of rejected rows by reason
-    answers         of "trained" and of each key of CONTROLS, in the order of `questions`
+    answers         by "trained" and each key of CONTROLS, in the order of `questions`
     """
 
     seconds: dict[str, float]
@@ -57,14 +57,14 @@ class Results:
         return self.history.starts[-1].step
 
     def loss_ends(self, term: Literal["text", "align"]) -> tuple[float, float]:
-        """Return the mean loss of the first and of the last steps. Text-only steps have no alignment loss."""
+        """Return a term's mean loss over the first steps and over the last. Text-only steps have no alignment loss."""
         pairs = (loss for _, loss in sorted(self.history.losses.items()))
         values = [value for text, align in pairs if (value := text if term == "text" else align) is not None]
         return fmean(values[:FIRST_STEPS]), fmean(values[-LAST_STEPS:])
 
     @property
     def train_samples_per_s(self) -> float:
-        """Samples per second of training steps, without starts, saves and the steps repeated after the kill."""
+        """Samples per second of training steps, without start-up, saves and the steps repeated after the kill."""
         ledger = self.history.ledger
         return len(self.history.losses) * self.global_batch / (ledger.training + ledger.waiting_for_data)
 
