@@ -18,9 +18,9 @@ TARGET_EPS = 1e-6
 
 
 class AlignTarget(NamedTuple):
-    """Target of the decoder: values normalised per patch, and the mean and standard deviation to undo that."""
+    """Target of the decoder: values normalised per patch, and the mean and standard deviation that undo this."""
 
-    values: Tensor  # [b, n, p] fp32
+    values: Tensor  # [b, n, values] fp32
     mean: Tensor  # [b, n, 1]
     std: Tensor  # [b, n, 1]
 
@@ -43,17 +43,21 @@ class Alignment(nn.Module):
         """Return the squared error of each image, averaged over its patches and values."""
         return (self.predict(levels).float() - target).square().mean((1, 2))
 
-    def predict(self, levels: tuple[Tensor, ...]) -> Tensor:  # shallow to final, [b, n, d] each -> [b, n, p]
-        """Predict the values of each patch from its own and earlier states; with `shift`, from earlier ones only."""
+    def predict(self, levels: tuple[Tensor, ...]) -> Tensor:  # shallow to final, [b, n, d] each -> [b, n, values]
+        """Predict the values of each patch from the states of this patch and earlier patches.
+
+        With `shift` 1, the state of the patch itself is left out.
+        """
         levels = tuple(F.pad(level, (0, 0, self.shift, 0))[:, : level.shape[1]] for level in levels)
         return self.out(self.decoder(self.narrow(self.fusion(levels)))[0])
 
 
 @torch.no_grad()
 def align_target(config: EmmaConfig, towers: Towers, pixels: Tensor, features: Tensor) -> AlignTarget:
-    """Compute the target of the decoder from pixels (uint8 [b, 3, h, w]) and features ([b, n, v]).
+    """Compute the target of the decoder from pixels (uint8 [b, 3, height, width]) and features ([b, n, v]).
 
-    Differs: the values are normalised per patch, as in the public code. The paper's target is raw pixels.
+    Differs from the paper, where the target is raw pixels: the values are normalised per patch, as in the paper's
+    published code.
     """
     assert config.alignment is not None
     match config.alignment.target:
@@ -70,8 +74,11 @@ def align_target(config: EmmaConfig, towers: Towers, pixels: Tensor, features: T
     return AlignTarget(centred / std, mean, std)
 
 
-def patchify(vision: VisionConfig, pixels: Tensor) -> Tensor:  # [b, 3, h, w] -> [b, n, patch_px * patch_px * 3]
-    """Cut images into the patches that the towers see, in raster order. Within a patch: rows, columns, channels."""
+def patchify(vision: VisionConfig, pixels: Tensor) -> Tensor:  # [b, 3, height, width] -> [b, n, values]
+    """Cut images into the patches that the towers see, in raster order.
+
+    Each patch becomes `patch_px * patch_px * 3` values, in the order of rows, columns, channels.
+    """
     seen = pixels[:, :, : vision.seen_px, : vision.seen_px]
     grid, side = vision.grid, vision.patch_px
     return seen.unflatten(3, (grid, side)).unflatten(2, (grid, side)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)

@@ -1,6 +1,6 @@
-"""Configuration of a model: vision towers, Mamba language model, alignment. `model.presets` has the values.
+"""Configuration classes of a model: vision towers, Mamba language model, alignment. `model.presets` has the values.
 
-No torch import, because preprocessing reads these on CPU nodes.
+This module does not import torch, because preprocessing reads the configuration on CPU nodes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 EOS_ID, PAD_ID = 0, 1  # token ids of the GPT-NeoX-20B tokenizer
-IGNORE_INDEX = -100  # target of positions that carry no loss; same value as in transformers
+IGNORE_INDEX = -100  # target of positions that do not contribute to the loss; same value as in transformers
 
 MambaKind = Literal["mamba1", "mamba2"]
 PUBLISHED_D_STATE: dict[str, int] = {"mamba1": 16, "mamba2": 128}
@@ -39,10 +39,10 @@ class TowerConfig:
     """Mean of each colour channel, subtracted from pixels in [0, 1]."""
 
     std: tuple[float, float, float]
-    """Standard deviation of each colour channel, by which the difference is divided."""
+    """Standard deviation of each colour channel, by which the pixels are divided after the mean is subtracted."""
 
     overrides: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments for timm that change the architecture, for tiny towers."""
+    """Keyword arguments of `timm.create_model` that change the architecture, for tiny towers."""
 
     @property
     def num_blocks(self) -> int:
@@ -70,7 +70,7 @@ class VisionConfig:
 
     @property
     def seen_px(self) -> int:
-        """Pixels along one side that belong to a patch. The rest, at the right and at the bottom, is never seen."""
+        """Pixels along one side that belong to a patch. The towers ignore the rest, at the right and at the bottom."""
         return self.grid * self.patch_px
 
     @property
@@ -161,10 +161,10 @@ class AlignmentConfig:
     """What the decoder predicts: the image's pixels, the towers' features, or the last tower's patch embedding."""
 
     tap: Tap = "mixer"
-    """State taken at a tapped layer: its mixer's output, as in the public code, or the residual stream after it."""
+    """State to use of a tapped layer: the mixer's output, as in the paper's published code, or the residual stream."""
 
     fusion: Fusion = "cascade"
-    """Cross-attention cascade of EMMA Eq. 7-8, concatenation as in the public code, or the final state alone."""
+    """How states are fused: by the cascade of EMMA Eq. 7-8, concatenated as in the paper's published code, or not."""
 
     head_dim: int = 64
     """Channels per head of the cross-attention."""
@@ -205,7 +205,7 @@ class EmmaConfig:
     """Prompt template."""
 
     alignment: AlignmentConfig | None
-    """Alignment loss; None: trained on text alone, as the baseline Cobra is."""
+    """Alignment loss; None: the model is trained with the text loss alone, like the baseline Cobra."""
 
     cross_scan: bool = False
     """Whether the features are scanned in four directions before the projector."""
@@ -224,7 +224,7 @@ class EmmaConfig:
         """Return the configuration of Mamba blocks outside the language model.
 
         Args:
-            kind: Version of the blocks, with its published state size; None: the language model's.
+            kind: Version of the blocks. They have the published state size of this version. None: the language model's.
             d_model: Width of the blocks; None: the language model's.
         """
         d_model = d_model or self.llm.d_model
@@ -234,7 +234,7 @@ class EmmaConfig:
 
 
 def config_from_dict(data: dict[str, Any]) -> EmmaConfig:
-    """Invert `dataclasses.asdict`, also after JSON made lists of tuples. Raises: TypeError for unknown keys."""
+    """Invert `dataclasses.asdict`. Tuples may have become lists, as in JSON. Raises: TypeError for unknown keys."""
     vision, alignment = data["vision"], data["alignment"]
     towers = tuple(
         TowerConfig(**tower | {"mean": tuple(tower["mean"]), "std": tuple(tower["std"])}) for tower in vision["towers"]

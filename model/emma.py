@@ -16,7 +16,7 @@ from model.text_loss import token_nll
 
 
 class Losses(NamedTuple):
-    """Losses of each row, as sums and counts. The caller divides by the totals of the whole optimizer step."""
+    """Losses of each row, as sums and counts. The caller divides the sums by totals over the whole optimizer step."""
 
     text_nll: Tensor  # [b] fp32, negative log-likelihood summed over the row's supervised tokens
     text_tokens: Tensor  # [b] number of the row's supervised tokens
@@ -36,25 +36,25 @@ class Emma(nn.Module):
     def forward(
         self, tokens: Tensor, targets: Tensor, features: Tensor | None = None, align_target: Tensor | None = None
     ) -> Losses:
-        """Compute the training losses of one micro-batch. Either all of its rows have an image, or none has.
+        """Compute the training losses of one micro-batch. Either all of its rows have an image, or none of them has.
 
         Args:
             tokens: Token ids [b, t], padded on the right.
-            targets: Token at each position of the text [b, t], or IGNORE_INDEX. Each is predicted from the position
-                before it, so the last patch predicts the first token.
+            targets: Token at each position of the text [b, t], or IGNORE_INDEX where there is no loss. Each token is
+                predicted at the position before it, so the first token is predicted at the last patch.
             features: Features of the vision towers [b, n, v].
-            align_target: Normalised values of each patch [b, n, p].
+            align_target: Normalised values of each patch [b, n, values].
         """
         visual, text = self.embed(tokens, features)
         num_visual, x, alignment = visual.shape[1], torch.cat([visual, text], 1), self.config.alignment
         hidden, tapped = self.llm(x, alignment.taps, alignment.tap) if alignment else self.llm(x)
 
         predicting = hidden[:, max(num_visual - 1, 0) : -1]
-        targets = targets[:, targets.shape[1] - predicting.shape[1] :]  # without image nothing predicts the first token
+        targets = targets[
+            :, targets.shape[1] - predicting.shape[1] :
+        ]  # without image, the first token is not predicted
         supervised = targets != IGNORE_INDEX
-        logits = self.llm.head(
-            predicting[supervised]
-        )  # supervised positions only, since logits are the largest tensors
+        logits = self.llm.head(predicting[supervised])  # only supervised positions, since logits need most memory
         nll = torch.zeros(targets.shape, device=targets.device)
         nll[supervised] = token_nll(logits, targets[supervised])
         text_nll, text_tokens = nll.sum(1), supervised.sum(1)
@@ -65,7 +65,7 @@ class Emma(nn.Module):
         return Losses(text_nll, text_tokens, self.alignment(levels, align_target))
 
     def embed(self, tokens: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor]:  # [b, n, d], [b, t, d]
-        """Return the language model's inputs: projected features (n = 0 without image) and embedded tokens."""
+        """Return the language model's inputs: projected features (with n = 0 if there is no image), embedded tokens."""
         text = self.llm.embed(tokens)
         visual = text[:, :0] if features is None else self.projector(features.to(text.dtype))
         return visual, text

@@ -18,8 +18,8 @@ class ExitCode(IntEnum):
 
     OK = 0
     DAMAGED = 1  # the data that was checked is damaged
-    USER_ERROR = 2  # a mistake that the user can fix
-    FAILED = 3  # too many rejects, or a failed training; running the same command again would fail again
+    USER_ERROR = 2  # an error that the user can fix
+    FAILED = 3  # too many rejects, or a failed training run; running the same command again would fail again
     RETRY = 4  # transient failure; running the same command again may succeed
     INTERRUPTED = 130  # by Ctrl-C
     BROKEN_PIPE = 141  # the reader of stdout, such as `head`, has closed it
@@ -33,7 +33,7 @@ class CommandError(Exception):
 
 
 class UserError(CommandError, ValueError):
-    """A mistake that the user can fix. The message says where, what was found, what was expected and what to do."""
+    """An error that the user can fix. The message says where, what was found, what was expected and what to do."""
 
     exit_code = ExitCode.USER_ERROR
 
@@ -53,7 +53,7 @@ OSERROR_REMEDIES = {  # errors that retrying does not fix
 
 
 def oserror_remedy(error: BaseException) -> str | None:
-    """Return what the user can do about an operating-system error, or None if only a retry can help."""
+    """Return advice on an operating-system error that the user can fix, or None if only a retry can help."""
     return OSERROR_REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
 
 
@@ -68,7 +68,7 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `, did you mean 'x'` for the known name that is nearest to `name`, or nothing if none is near."""
+    """Return `, did you mean 'x'` for the known name that is most similar to `name`, or "" if no name is similar."""
     matches = difflib.get_close_matches(name, list(known), n=1)
     return f", did you mean {matches[0]!r}" if matches else ""
 
@@ -96,12 +96,12 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _stdout_is_closed() -> bool:
-    """Whether nobody reads stdout any more. If so, redirect it, so that flushing it at exit raises no second error."""
+    """Return whether the reader of stdout has closed it. If so, redirect stdout, so that flushing at exit succeeds."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)  # an error is always reported
         closed = any(events & select.POLLERR for _, events in poll.poll(0))
-    except OSError:  # stdout is no file
+    except OSError:  # stdout is not a file
         return False
     if closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,8 @@
-"""Multi-scale feature fusion (EMMA Eq. 7-8): combine tapped states and the final state into one state per patch."""
+"""Multi-scale feature fusion (EMMA Eq. 7-8), which combines several states of each patch into one.
+
+The states are those of the language model after its tapped layers, and its final state. They are passed as `levels`, a
+tuple from the shallowest to the final one.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from model.mamba import MIXERS, RMSNorm
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention in which each patch of `x` attends to the same and earlier patches of `y`."""
+    """Multi-head attention in which each patch of `x` attends to the same patch and all earlier patches of `y`."""
 
     def __init__(self, width: int, head_dim: int) -> None:
         super().__init__()
@@ -32,8 +36,8 @@ class CrossAttention(nn.Module):
 class FusionBlock(nn.Module):
     """Fuse two states: x̂ = x + attention(x, y), then x̂ + mamba(x̂) (EMMA Eq. 8).
 
-    Differs: RMSNorm before the attention and before Mamba, as in every Mamba block, because the fused states have
-    different scales. The paper shows no norm.
+    Differs from the paper, which shows no norm here: RMSNorm is applied before the attention and before Mamba, as in
+    every Mamba block, because the fused states have different scales.
     """
 
     def __init__(self, config: EmmaConfig) -> None:
@@ -50,7 +54,7 @@ class FusionBlock(nn.Module):
 
 
 class Cascade(nn.Module):
-    """Start from the shallowest state and fuse each deeper one into it, the final state last (EMMA Eq. 7)."""
+    """Start with the shallowest state, and fuse each deeper state into the result in turn (EMMA Eq. 7)."""
 
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__()
@@ -65,10 +69,14 @@ class Cascade(nn.Module):
 
 
 class Concatenation(nn.Module):
-    """Fuse as the public code does: mix all levels by one matrix, then let learned queries attend to each slice of it.
+    """Fuse as the paper's published code does.
 
-    Differs: each query starts at the sine-cosine position code of its patch, where the public code's are all equal.
-    Queries and keys are in raster order, and a query sees patches up to its own, not up to the end of the row.
+    One matrix mixes the concatenated levels of each patch. The result is cut into as many slices as there are levels,
+    and learned queries, one per patch, attend to each slice in turn.
+
+    Differs from the published code in two ways. Each query is initialised with the sine-cosine position code of its
+    patch, whereas the published code initialises all queries equally. Queries and keys are both in raster order, so a
+    query attends to the patches up to its own, whereas in the published code it attends to whole rows of patches.
     """
 
     def __init__(self, config: EmmaConfig) -> None:
@@ -106,7 +114,10 @@ FUSIONS: dict[str, type[nn.Module]] = {"cascade": Cascade, "concat": Concatenati
 
 
 def sine_cosine(grid: int, width: int) -> Tensor:  # [n, width]
-    """Return position codes in raster order. Half of the channels encode the row, the other half the column."""
+    """Return the position code of each patch, in raster order.
+
+    The first half of the channels encodes the row of the patch, the second half its column.
+    """
     frequencies = 10000 ** -(torch.arange(width // 4) / (width // 4))
     angles = torch.arange(grid)[:, None] * frequencies  # [grid, width / 4]
     code = torch.cat([angles.sin(), angles.cos()], -1)  # [grid, width / 2]

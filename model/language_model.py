@@ -16,7 +16,7 @@ from model.mamba import Cache, MambaBlock, RMSNorm
 
 
 class Segment(NamedTuple):
-    """Layers `start` to `stop - 1`, whose activations are kept or recomputed together in the backward pass."""
+    """Layers `start` to `stop - 1`, whose activations are either kept or, in the backward pass, recomputed together."""
 
     start: int
     stop: int
@@ -24,11 +24,11 @@ class Segment(NamedTuple):
 
 
 def plan_segments(num_layers: int, taps: Sequence[int], *, segment_layers: int, keep_layers: int) -> list[Segment]:
-    """Split the layers into segments for activation checkpointing, so that a segment ends after each tapped layer.
+    """Split the layers into segments for activation checkpointing. A segment ends after each tapped layer.
 
     Args:
         num_layers: Number of layers to split.
-        taps: 0-based layers whose state is returned.
+        taps: 0-based indices of the tapped layers.
         segment_layers: Largest number of layers that are recomputed together; 0: recompute none.
         keep_layers: Number of final layers that keep their activations.
     """
@@ -57,7 +57,7 @@ class MambaStack(nn.Module):
         self.layers = nn.ModuleList(MambaBlock(config) for _ in range(config.num_layers))  # type: ignore[assignment]
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
         self.segment_layers = self.keep_layers = 0
-        with torch.no_grad():  # so that the variance of the residual stream does not grow with the depth
+        with torch.no_grad():  # keeps the variance of the residual stream independent of the depth
             for layer in self.layers:
                 layer.mixer.out_proj.weight /= math.sqrt(config.num_layers)
 
@@ -71,8 +71,9 @@ class MambaStack(nn.Module):
             taps: 0-based layers whose state is returned.
             tap: State to return: the output of the layer's mixer, or the residual stream after the layer.
         """
-        # A recomputed segment returns its tapped state. A hook inside it would fire twice, and if the segment continued
-        # after the tapped layer, ZeRO-3 would release that layer's weights during the recomputation.
+        # A segment ends after a tapped layer and returns its state. A hook on the layer would not do, because it would
+        # also run during recomputation. If a segment continued after the tapped layer, ZeRO-3 would release the weights
+        # of this layer during the recomputation.
         hidden, residual, tapped = x, None, []
         plan = plan_segments(len(self.layers), taps, segment_layers=self.segment_layers, keep_layers=self.keep_layers)
         for segment in plan:
@@ -120,7 +121,10 @@ class Backbone(MambaStack):
 
 
 class MambaLM(nn.Module):
-    """Mamba language model. Its inputs are embeddings, because an image precedes the text. The head is tied."""
+    """Mamba language model. Its inputs are embeddings instead of token ids, because an image precedes the text.
+
+    The head shares its weight with the token embedding.
+    """
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()

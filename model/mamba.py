@@ -1,10 +1,11 @@
 """Mamba-1 and Mamba-2: mixers and blocks, with mamba_ssm's parameter names and initial values.
 
-In training, a mixer is one fused kernel on CUDA, as in mamba_ssm, and a composition of the operations in
-`model.kernels.dispatch` on other devices. `prefill` is that composition on every device, because it returns the states.
+In training, a mixer is computed by one fused kernel on CUDA, as in mamba_ssm. On other devices, it is composed of the
+operations in `model.kernels.dispatch`. `prefill` is composed of these operations on every device, because the fused
+kernel does not return the states.
 
-Mixers read their children's weights directly, so ZeRO-3 must gather a mixer as one unit (a leaf module). A forward pass
-calls each at most once, with positional tensors.
+Mixers read the weights of their child modules directly, so ZeRO-3 must gather a mixer as one unit (a leaf module). A
+forward pass calls each mixer at most once, with positional arguments.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ Cache = list[State]
 
 
 class Mixer(nn.Module):
-    """Base class of both mixers: projections, convolution, and parameters without weight decay."""
+    """Base class of both mixers, with their projections and convolution."""
 
     A_log: nn.Parameter
 
@@ -72,7 +73,7 @@ class Mixer(nn.Module):
         return -torch.exp(self.A_log.float())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Mixer:
-        """Mark the parameters again, because `to_empty` on a module on the meta device replaces them."""
+        """Mark the parameters without weight decay again, because `to_empty` on a meta module replaces them."""
         super()._apply(fn, recurse)
         mark_no_weight_decay(self)
         return self
@@ -112,7 +113,8 @@ class Mamba1Mixer(Mixer):
         )
 
     def prefill(self, x: Tensor) -> tuple[Tensor, State]:
-        if x.is_cuda and x.shape[0] * x.shape[1] % 8 == 0:  # else its matrices are not aligned, and slower than copies
+        # For other sizes, the products of unaligned matrices would cost more than the avoided copies.
+        if x.is_cuda and x.shape[0] * x.shape[1] % 8 == 0:
             out, *states = mamba1_prefill(x, *self._weights())
             return out, State(*states)
         x, z = self.in_proj(x).chunk(2, -1)  # [b, l, c]
@@ -128,7 +130,7 @@ class Mamba1Mixer(Mixer):
         return self.out_proj(y)
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The arguments of `mamba1_prefill`."""
+        """Return the parameters in the order of `mamba1_prefill`'s arguments."""
         dt, constants = self.dt_proj, (self.dt_proj.bias.float(), self.decay_rates, self.D.float())
         return (
             self.in_proj.weight,
@@ -203,7 +205,7 @@ MIXERS: dict[str, Callable[[MambaConfig], Mixer]] = {"mamba1": Mamba1Mixer, "mam
 
 
 def mark_no_weight_decay(module: nn.Module) -> None:
-    """Mark A_log, D and dt_bias as mamba_ssm does, so that the optimizer leaves them out of weight decay."""
+    """Mark A_log, D and dt_bias as mamba_ssm does, so that the optimizer applies no weight decay to them."""
     for name, parameter in module.named_parameters(recurse=False):
         if name in NO_WEIGHT_DECAY:
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
@@ -216,19 +218,19 @@ def initial_dt_bias(num: int) -> Tensor:
 
 
 class GatedRMSNorm(nn.Module):
-    """RMSNorm of x · silu(z), for each group of channels."""
+    """RMSNorm of x · silu(z), with a separate rms for each group of channels."""
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.d_inner))
-        self.eps, self.groups = 1e-5, config.num_groups  # fixed in mamba_ssm; `norm_eps` is for blocks
+        self.eps, self.groups = 1e-5, config.num_groups  # fixed in mamba_ssm; `norm_eps` is for the other norms
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         return dispatch.gated_norm(x, z, self.weight, self.eps, self.groups)
 
 
 class RMSNorm(nn.Module):
-    """Add to the fp32 residual stream and normalise the sum. Returns (normed, residual)."""
+    """Add `hidden` to the fp32 residual stream, and normalise the sum. Returns (normalised sum, sum)."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -239,7 +241,10 @@ class RMSNorm(nn.Module):
 
 
 class MambaBlock(nn.Module):
-    """Add to the residual stream, normalise, and apply the mixer. Returns (mixer output, residual stream before it)."""
+    """Add `hidden` to the residual stream, normalise the sum, and apply the mixer. Returns (mixer output, sum).
+
+    The next block adds the mixer output to the residual stream.
+    """
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()

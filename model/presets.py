@@ -1,7 +1,7 @@
-"""Presets: the models of the EMMA paper, its ablations as one-line deltas, and tiny twins of all of them.
+"""Model presets: the models of the EMMA paper, the paper's ablations, and a tiny version of each.
 
-To add a preset, write a function that changes a full model and list it in `ABLATIONS`. It gets a Mamba-2 twin `NAME_v2`
-and the tiny twins `tiny_NAME` and `tiny_NAME_v2`.
+To add the preset NAME, write a function NAME that changes a full model, and list it in `ABLATIONS`. This also adds the
+Mamba-2 version `NAME_v2` and the tiny versions `tiny_NAME` and `tiny_NAME_v2`.
 """
 
 from __future__ import annotations
@@ -41,12 +41,18 @@ MAMBA2_2P7B = MambaConfig(
 
 
 def alignment_weight(num_values: int, num_patches: int = DINOSIGLIP.num_patches) -> float:
-    """Convert the public code's factor of an image's summed squared error, 1e-5, to the weight of the mean error."""
+    """Return the weight of the mean squared error that is equivalent to the paper's published code.
+
+    The published code multiplies the squared error, summed over the patches and values of an image, by 1e-5.
+    """
     return 1e-5 * num_patches * num_values
 
 
 def scale_taps(taps: tuple[int, ...], num_layers: int, *, to_layers: int) -> tuple[int, ...]:
-    """Move taps to the same fractions of another depth. Even in a shallow model, no two taps share a layer."""
+    """Scale the tapped layers of a model with `num_layers` layers to a model with `to_layers` layers.
+
+    The results stay distinct, even if `to_layers` is small.
+    """
     scaled: list[int] = []
     for position, tap in enumerate(taps):
         first = scaled[-1] + 1 if scaled else 0
@@ -56,7 +62,7 @@ def scale_taps(taps: tuple[int, ...], num_layers: int, *, to_layers: int) -> tup
 
 
 def paper_taps(num_layers: int) -> tuple[int, ...]:
-    """Return the paper's taps, layers 24, 36 and 48 of 64, for a language model of another depth."""
+    """Return the paper's tapped layers, which are 24, 36 and 48 of 64, scaled to `num_layers` layers."""
     return scale_taps((24, 36, 48), 64, to_layers=num_layers)
 
 
@@ -64,7 +70,7 @@ def paper_taps(num_layers: int) -> tuple[int, ...]:
 
 
 def emma_v1() -> EmmaConfig:
-    """EMMA on Mamba-1. Tables 1-3, row "EMMA-V1"; Table 5, row "EMMA"."""
+    """Return EMMA on Mamba-1 (Tables 1-3, row "EMMA-V1"; Table 5, row "EMMA")."""
     alignment = AlignmentConfig(
         taps=paper_taps(MAMBA1_2P8B.num_layers),
         num_values=PIXELS_PER_PATCH,
@@ -74,41 +80,41 @@ def emma_v1() -> EmmaConfig:
 
 
 def emma_v2() -> EmmaConfig:
-    """EMMA on Mamba-2. Tables 1-4, row "EMMA-V2"."""
+    """Return EMMA on Mamba-2 (Tables 1-4, row "EMMA-V2")."""
     return replace(emma_v1(), name="emma_v2", llm=MAMBA2_2P7B, template="base")
 
 
-# -- Its ablations, on EMMA-V1 in the paper ----------------------------------------------------------------------------
+# -- The ablations of the paper, which change EMMA-V1 ------------------------------------------------------------------
 
 
 def cobra(full: EmmaConfig) -> EmmaConfig:
-    """Train without the alignment loss, as Cobra does. Tables 1-4, row "Cobra"; Table 5, row "−PAL"."""
+    """Train without the alignment loss, like Cobra (Tables 1-4, row "Cobra"; Table 5, row "−PAL")."""
     return replace(full, alignment=None)
 
 
 def no_mff(full: EmmaConfig) -> EmmaConfig:
-    """Decode the image from the final state alone, without multi-scale feature fusion. Table 5, row "−MFF"."""
+    """Decode the image from the final state alone, without multi-scale feature fusion (Table 5, row "−MFF")."""
     return _with_alignment(full, taps=(), fusion="none")
 
 
 def csm(full: EmmaConfig) -> EmmaConfig:
-    """Scan the features in four directions before the projector (cross-scan mechanism). Table 5, row "+CSM"."""
+    """Scan the features in four directions before the projector: the cross-scan mechanism (Table 5, row "+CSM")."""
     return replace(full, cross_scan=True)
 
 
 def avf(full: EmmaConfig) -> EmmaConfig:
-    """Align visual features instead of pixels, at the same weight per value. Table 5, row "+AVF"."""
+    """Predict visual features instead of pixels, with the same weight per value (Table 5, row "+AVF")."""
     width = full.vision.width
     return _with_alignment(full, target="features", num_values=width, weight=alignment_weight(width))
 
 
 def release(full: EmmaConfig) -> EmmaConfig:
-    """Train what the paper's public code trains. Not in the paper.
+    """Train the model of the paper's published code, which differs from the paper.
 
-    The tapped states are concatenated, learned queries read them through Mamba-2 blocks, and the target is SigLIP's
-    patch embedding.
+    The tapped states and the final state are concatenated, learned queries attend to them, each time followed by a
+    Mamba-2 block, and the target is SigLIP's patch embedding.
 
-    Differs: the target is frozen; the public code trains a copy of it.
+    Differs from the published code, which trains a copy of the patch embedding: here it is frozen.
     """
     width = full.vision.towers[-1].width
     return _with_alignment(
@@ -130,7 +136,7 @@ def _with_alignment(full: EmmaConfig, **changes: Any) -> EmmaConfig:
     return replace(full, alignment=replace(full.alignment, **changes))
 
 
-# -- Tiny twins --------------------------------------------------------------------------------------------------------
+# -- Tiny versions -----------------------------------------------------------------------------------------------------
 
 
 def tiny(full: EmmaConfig) -> EmmaConfig:
@@ -166,7 +172,7 @@ def tiny(full: EmmaConfig) -> EmmaConfig:
 
 
 def make_presets(ablations: tuple[Callable[[EmmaConfig], EmmaConfig], ...]) -> dict[str, EmmaConfig]:
-    """Return every preset by name: the two models, the ablations of both, and the tiny twins of all."""
+    """Return every preset by name: the two models, the ablations of both, and the tiny version of each."""
     full = {"emma_v1": emma_v1(), "emma_v2": emma_v2()}
     for ablation in ablations:
         full[ablation.__name__] = ablation(emma_v1())

@@ -17,7 +17,7 @@ CROSS_SCAN_STATE = 16
 
 
 class Projector(nn.Module):
-    """MLP of three layers with GELU, as Cobra's `fused-gelu-mlp`. The first layer is four times the vision width."""
+    """MLP of three layers with GELU, like Cobra's `fused-gelu-mlp`. The first layer has four times the vision width."""
 
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__()
@@ -34,9 +34,10 @@ class Projector(nn.Module):
 
 
 class CrossScan(nn.Module):
-    """Scan the patches in four directions and add the results up, as VMamba's SS2D does.
+    """Scan the patches in four directions and add up the results, like VMamba's SS2D.
 
-    Differs: no input and output projections, gate or convolution, because the projector's MLP follows.
+    Differs from SS2D, which has input and output projections, a gate and a convolution. They are left out, because the
+    projector's MLP follows.
     """
 
     def __init__(self, width: int, grid: int) -> None:
@@ -51,14 +52,14 @@ class CrossScan(nn.Module):
         return self.out_norm(sum(scan(normed[:, order])[:, order.argsort()] for scan, order in directions))
 
     def orders(self, device: torch.device) -> tuple[Tensor, ...]:  # each [n]
-        """Return the patches' order in each direction: along rows, along columns, and both backwards."""
+        """Return the order of the patches in each direction: along rows, along columns, and the reverse of both."""
         rows = torch.arange(self.grid**2, device=device)
         columns = rows.view(self.grid, self.grid).t().flatten()
         return rows, columns, rows.flip(0), columns.flip(0)
 
 
 class DirectedScan(nn.Module):
-    """Selective scan of Mamba-1, without gate and convolution."""
+    """Selective scan of Mamba-1 over patches in a given order, without gate and convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Files of named tensors: lazy reading, and strict loading into a module."""
+"""Tensor files (safetensors and pickles): lazy reading, and strict loading into a module."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PUBLISHED_NAMES = (  # file names of transformers and mamba_ssm, whole or sharde
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """Tensors of one or more files by name. Each is read from disk when it is accessed; pickles are memory-mapped."""
+    """Tensors of one or more files by name. Each tensor is read when it is accessed; pickles are memory-mapped."""
 
     def __init__(self, paths: list[Path], sources: dict[str, tuple[Mapping[str, Tensor], str]]) -> None:
         self.paths, self._sources = paths, sources
@@ -40,7 +40,7 @@ class TensorFiles(Mapping[str, Tensor]):
         return len(self._sources)
 
     def renamed(self, names: Mapping[str, str]) -> TensorFiles:
-        """Return the tensors under new names. `names` maps new to old names; other tensors are left out."""
+        """Return the tensors under new names. `names` maps new names to old names; tensors without one are left out."""
         return TensorFiles(self.paths, {new: self._sources[old] for new, old in names.items()})
 
     def file_hashes(self) -> dict[str, str]:
@@ -49,9 +49,9 @@ class TensorFiles(Mapping[str, Tensor]):
 
 
 def open_tensors(*paths: Path) -> TensorFiles:
-    """Open files of tensors, safetensors or pickles.
+    """Open tensor files, which may be safetensors or pickles.
 
-    Raises: UserError if a file is missing or unreadable, or is a pickle that holds other objects than tensors.
+    Raises: UserError if a file is missing or unreadable, or is a pickle that holds objects other than tensors.
     """
     sources: dict[str, tuple[Mapping[str, Tensor], str]] = {}
     for path in paths:
@@ -61,7 +61,7 @@ def open_tensors(*paths: Path) -> TensorFiles:
 
 
 def open_published(folder: Path) -> TensorFiles:
-    """Open the model in a folder, in any of the published layouts. Raises: UserError if there is none."""
+    """Open the weight files in the folder of a published model. Raises: UserError if the folder has none."""
     for path in (folder / name for name in PUBLISHED_NAMES):
         if path.exists():
             return open_tensors(*(_shards(path) if path.name.endswith(".index.json") else [path]))
@@ -100,7 +100,7 @@ def _open(path: Path) -> Mapping[str, Tensor]:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: refused, because this pickle holds other objects than tensors and could run code; "
+            f"{path}: refused, because this pickle holds objects other than tensors and could run code; "
             "convert it to safetensors"
         ) from error
     except Exception as error:  # for a damaged file, safetensors and torch raise exceptions of many types
@@ -108,13 +108,13 @@ def _open(path: Path) -> Mapping[str, Tensor]:
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str, tied: Collection[str] = ()) -> None:
-    """Copy tensors into a module that has exactly the same names and shapes.
+    """Copy tensors into a module, whose state dict must have exactly the same names and shapes.
 
     Args:
         module: Module to load into.
         tensors: Tensors by their names in the module's state dict.
-        source: Name of the tensors' origin in messages.
-        tied: Names of tensors that are tied to others, and are ignored.
+        source: Origin of the tensors, such as a path, for messages.
+        tied: Names of tensors that share their values with another tensor. They are ignored.
 
     Raises: UserError that names every missing, unexpected and mis-shaped tensor.
     """
@@ -134,7 +134,7 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str, 
 
 @contextmanager
 def report_write_errors(folder: Path) -> Iterator[None]:
-    """Create the folder of a model. Raises: UserError if that or a write inside the block fails."""
+    """Create the folder of a model. Raises: UserError if creating it or a write inside the block fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield

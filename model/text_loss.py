@@ -1,4 +1,7 @@
-"""Negative log-likelihood of text in fp32, without a copy of the logits in fp32, which would need most memory."""
+"""Negative log-likelihood of text, computed in fp32 without an fp32 copy of all logits.
+
+Such a copy would be the largest tensor of a training step.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,16 @@ from torch import Tensor
 CHUNK_ROWS = 1024  # rows of logits that are converted to fp32 at a time
 
 
-def token_nll(logits: Tensor, targets: Tensor) -> Tensor:  # [m, vocab], [m] -> [m] fp32
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:  # [tokens, vocab], [tokens] -> [tokens] fp32
     """Return -log softmax(logits)[target] of each row, computed in fp32."""
     return _TokenNll.apply(logits, targets)
 
 
 class _TokenNll(torch.autograd.Function):
-    """Save the logits in their own type and the normalisers. The backward pass recomputes the softmax in chunks."""
+    """Save only the logits in their own type and log Σ exp(logits) of each row for the backward pass.
+
+    The backward pass recomputes the softmax from them, a chunk of rows at a time.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:

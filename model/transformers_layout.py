@@ -1,7 +1,7 @@
 """Export of the language model in the layout of transformers, for tools that use `AutoModelForCausalLM`.
 
-The only module that imports transformers. Every value of its configuration is given, because the defaults are those of
-another model (Codestral).
+Only this module imports transformers. It sets every value of the transformers configuration, because the default values
+describe another model (Codestral).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OURS, THEIRS = "backbone.embedding.", "backbone.embeddings."
 
 
 def transformers_config(config: MambaConfig) -> Any:
-    """Return transformers' `MambaConfig` or `Mamba2Config` of the same network."""
+    """Return the `MambaConfig` or `Mamba2Config` of transformers that describes the same network as `config`."""
     import transformers
 
     shared: dict[str, Any] = {
@@ -51,7 +51,7 @@ def save_language_model(folder: Path, config: MambaConfig, state: Mapping[str, T
     Args:
         folder: Folder to write.
         config: Configuration of the language model.
-        state: State dict of the language model alone.
+        state: State dict of the `MambaLM` module.
 
     Raises: UserError if the folder cannot be written.
     """

@@ -15,14 +15,14 @@ from model.errors import UserError, first_line
 from model.tensors import load_into, open_tensors
 
 RANDOM_SEED = 20250  # fixed, because towers with random weights are not trained and must be equal in every run
-# timm initialises for training: features are weak and nearly the same at every position. These towers are not trained,
-# so patch embedding and position embedding are drawn larger, as they are in trained towers.
+# With timm's initialisation, features are small and nearly equal at all positions until a tower is trained. Random
+# towers are never trained here, so their patch and position embeddings are drawn larger, as large as in trained towers.
 RANDOM_PATCH_GAIN, RANDOM_POSITION_STD = 3.0, 1.5
 HUB = "timm"
 
 
 class Tower(nn.Module):
-    """A vision transformer of timm. Its features are the output of the second-to-last block, without the final norm.
+    """A timm vision transformer. Its features are the output of the second-to-last block, without the final norm.
 
     The last block, the final norm and the attention pool are not built, because the features do not depend on them.
     """
@@ -31,13 +31,13 @@ class Tower(nn.Module):
         super().__init__()
         arguments = {**tower.overrides, "img_size": image_px, "depth": tower.num_blocks}
         self.vit = timm.create_model(tower.timm_name, num_classes=0, global_pool="", final_norm=False, **arguments)
-        self.mean, self.std = tower.mean, tower.std  # not buffers, which would be rounded to bf16
+        self.mean, self.std = tower.mean, tower.std  # buffers would be rounded to bf16 with the weights
 
-    def forward(self, pixels: Tensor) -> Tensor:  # uint8 [b, 3, h, w] -> [b, n, width]
+    def forward(self, pixels: Tensor) -> Tensor:  # uint8 [b, 3, height, width] -> [b, n, channels]
         """Return the features of every patch."""
         return self.vit.forward_features(self.normalise(pixels))[:, self.vit.num_prefix_tokens :]
 
-    def patch_embedding(self, pixels: Tensor) -> Tensor:  # uint8 [b, 3, h, w] -> [b, n, width]
+    def patch_embedding(self, pixels: Tensor) -> Tensor:  # uint8 [b, 3, height, width] -> [b, n, channels]
         """Return the input of the first block for every patch, before the position embedding."""
         return self.vit.patch_embed(self.normalise(pixels))
 
@@ -52,11 +52,12 @@ class Towers(nn.Module):
 
     Args:
         config: Towers to build.
-        pretrained: Origin of the weights: "timm" for timm's on the hub, or a folder with a safetensors file or a hub
-            snapshot per tower, named like the tower or its timm name. None: random weights, the same in every run.
+        pretrained: Origin of the weights: "timm" for timm's weights on the hub, or a folder that has a safetensors file
+            or a hub snapshot for each tower, named after the tower or its timm name. None: random weights, the same in
+            every run.
 
     Attributes:
-        loaded: sha256 of each weight file by its path.
+        loaded: sha256 of each weight file that was loaded, by path.
     """
 
     towers: Mapping[str, Tower]
@@ -76,16 +77,16 @@ class Towers(nn.Module):
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def forward(self, pixels: Tensor) -> Tensor:  # uint8 [b, 3, h, w] -> [b, n, v]
+    def forward(self, pixels: Tensor) -> Tensor:  # uint8 [b, 3, height, width] -> [b, n, v]
         return torch.cat([tower(pixels) for tower in self.towers.values()], -1)
 
     @torch.no_grad()
-    def patch_embedding(self, pixels: Tensor) -> Tensor:  # uint8 [b, 3, h, w] -> [b, n, width of the last tower]
+    def patch_embedding(self, pixels: Tensor) -> Tensor:  # uint8 [b, 3, height, width] -> [b, n, channels]
         """Return the patch embedding of the last tower."""
         return self.towers[self.config.towers[-1].name].patch_embedding(pixels)
 
     def train(self, mode: bool = True) -> Towers:
-        """Stay in evaluation mode, because the towers are frozen."""
+        """Keep the towers in evaluation mode, because they are frozen."""
         return super().train(False)
 
 
@@ -117,9 +118,14 @@ def published_tower(tower: TowerConfig, tensors: Mapping[str, Tensor], grid: int
 
 
 def tower_file(tower: TowerConfig, pretrained: str | Path, *, cached: bool = False) -> Path:
-    """Return the file of a tower's weights, in a folder or on the hub ("timm"); with `cached`, never download.
+    """Return the path of a tower's weight file, in a folder or from the hub.
 
-    Raises: UserError if there is none.
+    Args:
+        tower: Tower whose weights are wanted.
+        pretrained: Folder of weight files, or "timm" for the hub.
+        cached: Never download; use only files in the local hub cache.
+
+    Raises: UserError if there is no such file.
     """
     if pretrained == HUB:
         return hub_file(tower, cached=cached)
@@ -131,7 +137,10 @@ def tower_file(tower: TowerConfig, pretrained: str | Path, *, cached: bool = Fal
 
 
 def hub_file(tower: TowerConfig, *, cached: bool = False) -> Path:
-    """Return the file of a tower's published weights, downloaded if necessary; with `cached`, never download."""
+    """Return the path of a tower's published weight file. Download it if necessary, unless `cached` is set.
+
+    Raises: UserError if the file is not in the local hub cache and is not or cannot be downloaded.
+    """
     from huggingface_hub import hf_hub_download
 
     repository = timm.get_pretrained_cfg(tower.timm_name).hf_hub_id
@@ -140,5 +149,5 @@ def hub_file(tower: TowerConfig, *, cached: bool = False) -> Path:
     except Exception as error:  # the hub client raises exceptions of a dozen types
         raise UserError(
             f"tower {tower.name}: cannot download {repository} from the hub ({first_line(error)}); "
-            "download it on a machine with network first: python -m pipeline.prefetch RECIPE"
+            "download it on a machine with network access first: python -m pipeline.prefetch RECIPE"
         ) from error

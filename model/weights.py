@@ -1,4 +1,4 @@
-"""Saving and loading of whole models, and loading of pretrained language models."""
+"""Saving and loading whole models, and loading pretrained language models."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def save_model(
     Args:
         folder: Folder to write.
         config: Configuration of the model.
-        state: State dict of the `Emma` module. Without `alignment.*` the saved model has no alignment.
+        state: State dict of the `Emma` module. If it has no `alignment.*` tensors, the saved model has no alignment.
         towers: Vision towers.
-        tokenizer_json: Content of the tokenizer's file, if it is saved too.
-        extra: Facts about the model's origin, in JSON types.
+        tokenizer_json: Content of the tokenizer.json to save; None: no tokenizer is saved.
+        extra: Information about the origin of the model, which must be valid JSON.
 
     Raises: UserError if the folder cannot be written.
     """
@@ -71,7 +71,7 @@ def save_model(
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Load a model from a folder that `save_model` wrote. Raises: UserError if there is none, or it is damaged."""
+    """Load a model from a folder that `save_model` wrote. Raises: UserError if its files are missing or damaged."""
     described = _read_config(folder)
     config: EmmaConfig = described["model"]
     with torch.device("meta"):
@@ -93,11 +93,11 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
 
 
 def load_language_model(emma: Emma, source: str | Path) -> dict[str, Any]:
-    """Load pretrained weights into the language model, from a folder or hub id. Call it on rank 0 only.
+    """Load pretrained weights into the language model, from a folder or from the hub. Call this on rank 0 only.
 
-    The layout may be mamba_ssm's or transformers'.
+    The weight files may have the layout of mamba_ssm or of transformers.
 
-    Returns: The source and the sha256 of each file, for the run folder.
+    Returns: `source` and the sha256 of each weight file, to be recorded in the run folder.
     Raises: UserError if the weights cannot be found or do not fit.
     """
     folder = Path(source) if Path(source).is_dir() else hub_folder(str(source))
@@ -108,7 +108,10 @@ def load_language_model(emma: Emma, source: str | Path) -> dict[str, Any]:
 
 
 def hub_folder(name: str, *, cached: bool = False) -> Path:
-    """Return the folder of a published language model, downloaded if necessary; with `cached`, never download."""
+    """Return the folder of a published language model. Download the model if necessary, unless `cached` is set.
+
+    Raises: UserError if the model is not in the local hub cache and is not or cannot be downloaded.
+    """
     from huggingface_hub import snapshot_download
 
     try:
@@ -117,7 +120,7 @@ def hub_folder(name: str, *, cached: bool = False) -> Path:
     except Exception as error:  # the hub client raises exceptions of a dozen types
         raise UserError(
             f"language model {name!r}: not a folder, and cannot be downloaded from the hub ({first_line(error)}); "
-            "give a folder, or download it on a machine with network first: python -m pipeline.prefetch RECIPE"
+            "give a folder, or download it on a machine with network access first: python -m pipeline.prefetch RECIPE"
         ) from error
 
 

@@ -212,7 +212,7 @@ def test_a_pickle_that_could_run_code_is_refused_and_not_executed(
 ) -> None:
     torch.save({"lm_head.weight": RunsCode()}, tmp_path / "pytorch_model.bin", pickle_module=pickle)
     with pytest.raises(
-        UserError, match=r"pytorch_model\.bin: refused, because this pickle holds other objects than tensors"
+        UserError, match=r"pytorch_model\.bin: refused, because this pickle holds objects other than tensors"
     ):
         load_language_model(make("tiny_v2")[0], tmp_path)
     assert "code ran" not in capsys.readouterr().out

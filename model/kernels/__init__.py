@@ -1,1 +1,1 @@
-"""Mamba's operations: fused CUDA kernels and their plain-torch references."""
+"""Mamba operations: fused CUDA kernels, and reference implementations of them in plain PyTorch."""

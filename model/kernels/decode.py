@@ -1,7 +1,10 @@
-"""Launch the Triton kernels of a decode step on preallocated tensors.
+"""Launchers of the Triton kernels that make up a decode step, on preallocated tensors.
 
-Every function writes into the buffers that it is given, so that a CUDA graph can replay the launches. The references
-are in `model.kernels.decode_reference`, under the same names. Import this module only where Triton is installed.
+Each launcher writes its results into buffers that the caller passes, so that a CUDA graph can replay the launches.
+`model.kernels.decode_reference` has functions of the same names in plain PyTorch, for comparison in tests.
+`model.kernels.decode_projections` explains the partial sums of squares (`sums`) and PDL (`pdl`).
+
+Import this module only where Triton is installed.
 """
 
 from __future__ import annotations
@@ -14,32 +17,32 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from model.kernels import decode_projections, decode_states
 
-MAX_VECTORS = 2  # sequences up to which matrix-vector products beat matrix products
+MAX_VECTORS = 2  # largest batch for which matrix-vector products are faster than matrix products
 
 
 class Tile(NamedTuple):
-    """Shape of one program of a matrix-vector product: rows, columns per load, warps."""
+    """Shape of a program (thread block) of a matrix-vector product."""
 
-    rows: int
-    columns: int
+    rows: int  # rows of the weight matrix per program
+    columns: int  # columns per load
     warps: int
 
 
 class MatmulTile(NamedTuple):
-    """Shape of one program of a matrix product: rows, columns per stage, stages in flight, warps; splits of K."""
+    """Shape of a program (thread block) of a matrix product."""
 
-    rows: int
-    columns: int
-    stages: int
+    rows: int  # rows of the weight matrix per program
+    columns: int  # columns per pipeline stage
+    stages: int  # pipeline stages in flight
     warps: int
-    splits: int
+    splits: int  # number of equal ranges of columns; each range has its own programs and partial sums
 
 
 class Conv(NamedTuple):
-    """The convolution that follows rows `start` to `stop - 1` of a projection."""
+    """Causal convolution that is applied to the outputs `start` to `stop - 1` of a projection."""
 
-    state: Tensor  # [taps - 1, b, c], oldest input first
-    weight: Tensor  # [taps, c]
+    state: Tensor  # [d_conv - 1, b, c], the previous inputs, oldest first
+    weight: Tensor  # [d_conv, c]
     bias: Tensor  # [c]
     start: int
 
@@ -53,14 +56,23 @@ def supports_dependent_launch(device: torch.device) -> bool:
 
 
 def tile_for(weight: Tensor) -> Tile:
-    """The fastest tile on an H200 for a matrix of this size. Every warp holds whole rows, or one row is shared."""
+    """Return the tile that is fastest on an H200 for a matrix of this size.
+
+    If the matrix has few rows, all warps of a program share one row.
+    """
     rows = weight.shape[0]
     warps = 4 if weight.element_size() == 2 else 8
     return Tile(1, 512, warps) if rows < 1024 else Tile(8 if rows > 16384 else 4, 256, warps)
 
 
 def matmul_tile_for(weight: Tensor, *, split: bool) -> MatmulTile:
-    """The fastest tile on an H200. Few rows do not occupy the GPU: the columns are split, where the caller can add."""
+    """Return the tile that is fastest on an H200.
+
+    Args:
+        weight: Matrix to multiply by.
+        split: Whether the caller adds up partial sums. If so, the columns are split where possible, because a matrix
+            with few rows has too few programs to occupy the whole GPU.
+    """
     columns, stages = (128, 3) if weight.element_size() == 2 else (32, 2)
     splits = 5 if split and weight.shape[1] % (5 * columns) == 0 else 1
     return MatmulTile(64, columns, stages, 4, splits)
@@ -92,7 +104,10 @@ def _vector_constants(x: Tensor, sums: Tensor | None, tile: Tile, pdl: bool) -> 
 def project(
     weight: Tensor, x: Tensor, sums: Tensor | None, eps: float, out: Tensor, conv: Conv | None, tile: Tile, pdl: bool
 ) -> None:
-    """Write weight · x / rms(x) into `out` [b, n], with the convolution and silu applied to its rows."""
+    """Write weight · x / rms(x) into `out` [b, num_rows], after `conv` and silu for the outputs that `conv` names.
+
+    Without `sums`, x is not divided by its rms.
+    """
     decode_projections.project_kernel[(num_programs(weight, tile),)](
         weight,
         x,
@@ -123,7 +138,11 @@ def project_residual(
     tile: Tile,
     pdl: bool,
 ) -> None:
-    """Add weight · x / rms(x) to the residual; write its product with `norm_weight` and its partial squares."""
+    """Add weight · x / rms(x) to `residual` in place.
+
+    Also write residual · norm_weight into `normed`, and the partial sums of squares of the residual into `out_sums`.
+    Without `sums`, x is not divided by its rms.
+    """
     decode_projections.project_residual_kernel[(num_programs(weight, tile),)](
         weight,
         x,
@@ -149,7 +168,11 @@ def project_vocabulary(
     tile: Tile,
     pdl: bool,
 ) -> None:
-    """Write the logits, and the value and index of the largest logit of every program's rows."""
+    """Write the logits weight · x / rms(x).
+
+    Each program computes the logits of some rows of `weight`. For each sequence, it also writes the largest of these
+    logits into `best_value` [b, programs] and its index into `best_index`, from which `argmax` chooses the next token.
+    """
     decode_projections.project_vocabulary_kernel[(num_programs(weight, tile),)](
         weight,
         x,
@@ -164,20 +187,23 @@ def project_vocabulary(
 
 
 def matmul(weight: Tensor, x: Tensor, out: Tensor, conv: Conv | None, tile: MatmulTile, pdl: bool) -> None:
-    """Write weight · x as partial sums into `out` [splits, b, n]; with one split, apply the convolution and silu."""
-    n, k = weight.shape
+    """Write weight · x into `out` [splits, b, num_rows], as one partial sum per split of the columns.
+
+    With one split, `conv` and silu can be applied to the outputs that `conv` names.
+    """
+    num_rows, width = weight.shape
     splits, batch, _ = out.shape
     block = min(max(next_power_of_2(batch), 16), 128)
-    decode_projections.matmul_kernel[(-(-n // tile.rows), splits, -(-batch // block))](
+    decode_projections.matmul_kernel[(-(-num_rows // tile.rows), splits, -(-batch // block))](
         TensorDescriptor.from_tensor(weight, [tile.rows, tile.columns]),
         TensorDescriptor.from_tensor(x, [block, tile.columns]),
         out,
         conv and conv.state,
         conv and conv.weight,
         conv and conv.bias,
-        n,
+        num_rows,
         batch,
-        K=k,
+        K=width,
         SPLITS=splits,
         CONV_START=conv.start if conv else 0,
         CONV_STOP=conv.stop if conv else 0,
@@ -193,7 +219,7 @@ def matmul(weight: Tensor, x: Tensor, out: Tensor, conv: Conv | None, tile: Matm
 
 
 def mamba2_block(head_dim: int) -> int:
-    """Values of a head per program of `mamba2_update`."""
+    """Return the number of channels that one program of `mamba2_update` processes. They belong to the same head."""
     return min(head_dim, 16)
 
 
@@ -208,7 +234,10 @@ def mamba2_update(
     sums: Tensor,
     pdl: bool,
 ) -> None:
-    """Advance the states [b, h, p, k]; write y · silu(z) · norm_weight and the partial squares of y · silu(z)."""
+    """Advance the states [b, h, p, k] by one position.
+
+    Write y · silu(z) · norm_weight into `y`, and the partial sums of squares of y · silu(z) into `sums`.
+    """
     batch, heads, head_dim, d_state = state.shape
     block = heads * head_dim // sums.shape[1]
     decode_states.mamba2_update_kernel[(sums.shape[1], batch)](
@@ -242,7 +271,10 @@ def mamba1_update(
     y: Tensor,
     pdl: bool,
 ) -> None:
-    """Advance the states [b, c, k] and write y · silu(z). `dt` None: computed here from dbc and `dt_weight`."""
+    """Advance the states [b, c, k] by one position, and write y · silu(z) into `y`.
+
+    If `dt` is None, the kernel computes it from `dbc` and `dt_weight`.
+    """
     batch, channels, d_state = state.shape
     rank = dt_weight.shape[1]
     block = 16 if batch <= MAX_VECTORS else 128
@@ -276,7 +308,11 @@ def embed(
     sums: Tensor | None,
     eps: float,
 ) -> None:
-    """Start a step: embed the tokens. Without `sums` the result is divided by its rms."""
+    """Embed the tokens into `residual`, and write residual · norm_weight into `normed`.
+
+    With `sums`, also write the residual's partial sums of squares, by which the next kernel normalises. Without `sums`,
+    `normed` is divided by the rms here.
+    """
     width = embedding.shape[1]
     num_sums = 1 if sums is None else sums.shape[1]
     decode_states.embed_kernel[(tokens.shape[0],)](
@@ -307,7 +343,16 @@ def add_norm(
     eps: float,
     pdl: bool,
 ) -> None:
-    """Sum the branch [splits, b, d], divide it by the rms that `sums` gives, add it to the residual, and normalise."""
+    """Add the output of a mixer to `residual` in place, and write the RMSNorm of the residual into `normed`.
+
+    Args:
+        branch: Output of the mixer as partial sums [splits, b, d].
+        sums: Partial sums of squares of the vector that was multiplied to give `branch`, by whose rms the output is
+            divided; None: it is not divided.
+        sums_width: Number of values of that vector.
+        branch_eps: Epsilon of that rms.
+        eps: Epsilon of the RMSNorm that is written.
+    """
     splits, batch, width = branch.shape
     num_sums = 0 if sums is None else sums.shape[1]
     decode_states.add_norm_kernel[(batch,)](
@@ -331,7 +376,10 @@ def add_norm(
 
 
 def argmax(values: Tensor, indices: Tensor | None, tokens: Tensor, pdl: bool) -> None:
-    """Write the index of the first maximum of each row, looked up in `indices` if given."""
+    """Write the index of the first maximum of each row of `values` [b, ...] into `tokens` [b].
+
+    With `indices`, which has the shape of `values`, write the entry of `indices` at that place instead.
+    """
     decode_states.argmax_kernel[(values.shape[0],)](
         values, indices, tokens, values.shape[1], BLOCK=4096, PDL=pdl, num_warps=8, launch_pdl=pdl
     )

@@ -1,9 +1,12 @@
-"""Greedy decoding of a Mamba language model: static buffers, fused kernels, one CUDA graph per step.
+"""Greedy decoding of a Mamba language model with static buffers and fused kernels, captured as one CUDA graph.
 
-Up to `decode.MAX_VECTORS` sequences use matrix-vector products. A Mamba-2 layer is then three kernels: in_proj with the
-norm and the convolution, the state update with the gate, and out_proj with the gated norm and the residual. A Mamba-1
-layer has one more, x_proj. Larger batches use tensor cores, and one more kernel that adds the parts of out_proj and
-norms; x_proj, dt_proj and the head are then PyTorch's products.
+A batch of up to `decode.MAX_VECTORS` sequences is decoded by matrix-vector products. A Mamba-2 layer then consists of
+three kernels: in_proj with the norm and the convolution, the state update with the gate, and out_proj with the gated
+norm and the residual. A Mamba-1 layer has a fourth kernel for x_proj.
+
+A larger batch is decoded by matrix products on tensor cores. Each layer then has one more kernel, which adds up the
+partial sums of out_proj, adds the result to the residual and normalises it. PyTorch computes the products with x_proj,
+dt_proj and the head.
 """
 
 from __future__ import annotations
@@ -21,10 +24,10 @@ from model.mamba import Cache, Mamba1Mixer, Mamba2Mixer, MambaBlock
 
 
 class Layer(NamedTuple):
-    """A layer's weights, constants and states. Constants of the step are fp32 and computed once."""
+    """Weights and states of a layer. A, D and dt_bias are converted to fp32 once, because every step needs them."""
 
     norm: Tensor  # [d]
-    in_proj: Tensor  # [n, d]
+    in_proj: Tensor  # [outputs, d]
     conv: Conv
     A: Tensor
     D: Tensor
@@ -37,19 +40,23 @@ class Layer(NamedTuple):
 
 
 class DecodeGraph:
-    """Decode `batch` sequences together. Weights are shared with the model and must not be replaced.
+    """Decoder of a fixed number of sequences together.
+
+    It shares the weights of the model. Do not replace the weight tensors while it is in use, because the CUDA graph has
+    recorded their addresses.
 
     Args:
         llm: A `MambaLM` on a CUDA device, bf16 or fp32, with one group (`num_groups` 1).
         batch: Number of sequences; every step advances all of them.
         state_dtype: Type in which the SSM states are kept; arithmetic is fp32.
-        dependent_launch: Start kernels before their predecessors end; None: where the GPU can (compute capability 9.0).
-        graph: Replay a CUDA graph; False launches the kernels one by one.
+        dependent_launch: Whether kernels start before the previous kernel ends (programmatic dependent launch); None:
+            if the GPU supports it (compute capability 9.0).
+        graph: Whether a step replays a CUDA graph. Without it, the kernels are launched one by one.
 
-    Raises: ValueError for more than one group.
+    Raises: ValueError if the model has more than one group.
     """
 
-    gate_eps = 1e-5  # `GatedRMSNorm` fixes it
+    gate_eps = 1e-5  # same value as in `GatedRMSNorm`
 
     def __init__(
         self,
@@ -75,16 +82,18 @@ class DecodeGraph:
     # -- Public --------------------------------------------------------------------------------------------------------
 
     def load(self, cache: Cache, rows: slice = slice(None)) -> None:
-        """Copy the states after a prefill, `model.mamba.Cache`, into the given rows of the batch."""
+        """Copy the states that a prefill returned into the given rows of the batch."""
         for layer, (conv, ssm) in zip(self.layers, cache, strict=True):
             layer.conv.state[:, rows].copy_(conv.permute(2, 0, 1))
             layer.ssm_state[rows].copy_(ssm)
 
     def step(self, tokens: Tensor | None = None) -> Tensor:
-        """Advance by one token each: `tokens` [b], or the tokens chosen by the last step.
+        """Advance each sequence by one token, and return the logits [b, vocab].
 
-        Returns the logits [b, vocab]. They and `self.tokens`, the index of the largest logit of each row, are
-        overwritten by the next step.
+        `self.tokens` [b] holds the index of the largest logit of each row afterwards. The next step overwrites both.
+
+        Args:
+            tokens: Token of each sequence [b]; None: the tokens that the previous step chose.
         """
         if tokens is not None:
             self.tokens.copy_(tokens)
@@ -151,7 +160,7 @@ class DecodeGraph:
             self.logits = self._zeros(config.vocab_size)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """Compile the kernels by running them once, then record them. States are zeros afterwards."""
+        """Compile the kernels by running them once, record them as a CUDA graph, and reset the states to zero."""
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):

@@ -1,15 +1,19 @@
-"""Triton kernels of a decode step: matrix products with the norm, convolution, residual or argmax around them.
+"""Triton kernels of a decode step: matrix products, each fused with a norm and a convolution, residual or argmax.
 
-`model.kernels.decode` launches them and `model.kernels.decode_reference` holds the same operations in plain torch.
-Import this module only where Triton is installed.
+`model.kernels.decode` launches these kernels, and `model.kernels.decode_reference` has the same operations in plain
+PyTorch. Import this module only where Triton is installed.
 
-Letters beside the package's: `n` rows of a weight matrix, `SUMS` partial sums of squares per sequence. RMS norms are
-split: the producer of a vector multiplies by the norm's weight and writes partial sums of squares, and the consumer
-scales its result by 1 / rms, because a matrix product commutes with a scalar.
+Shapes use the axis letters that the package `model` explains, and parameters of the kernels: a weight matrix has
+`num_rows` rows and `K` columns, and `programs` is the number of programs (thread blocks) of the launch.
 
-PDL is programmatic dependent launch (compute capability 9.0): a kernel starts while the one before it ends, loads what
-no other kernel of this step writes (weights, and the states of its own layer), and then waits. The first kernel of a
-step is launched without it, so that all kernels of the previous step have finished.
+RMS norms are split between two kernels, because a division by the rms can follow a matrix product. The kernel that
+computes a vector multiplies it by the norm's weight, and writes `SUMS` partial sums of its squares per sequence. The
+kernel that multiplies a matrix by this vector computes the rms from the partial sums, and divides its result by it.
+
+PDL is programmatic dependent launch, which needs compute capability 9.0. A kernel starts while the previous kernel is
+still running. It loads data that no other kernel of this step writes: the weights, and the states of its own layer. It
+then waits until the previous kernel has finished. The first kernel of a step is launched without PDL, so that it starts
+after all kernels of the previous step have finished.
 """
 
 # ruff: noqa: RUF005 (Triton has no unpacking)
@@ -26,12 +30,12 @@ from model.kernels.decode_common import inverse_rms, load_sums, silu, wait_for_i
 
 
 @triton.jit
-def _load_rows(weight, rows, n, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Load rows of a matrix [n, K] as a tuple of tiles [rows, BLOCK_K]."""
+def _load_rows(weight, rows, num_rows, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load some rows of a matrix [num_rows, K], as a tuple of tiles that have BLOCK_K columns each."""
     columns = tl.arange(0, BLOCK_K)
     tiles = ()
     for start in tl.static_range(0, K, BLOCK_K):
-        inside = rows[:, None] < n
+        inside = rows[:, None] < num_rows
         if K % BLOCK_K != 0:
             inside = inside & (start + columns[None, :] < K)
         at = weight + rows[:, None] * K + start + columns[None, :]
@@ -41,10 +45,10 @@ def _load_rows(weight, rows, n, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _times_vector(tiles, x, rows, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Multiply loaded rows by one vector x [K]. Returns fp32 [rows].
+    """Multiply the rows that `_load_rows` loaded by a vector x [K]. Return one fp32 product per row.
 
-    Every thread loads the values of x that its own weights meet. One load per block, spread through shared memory,
-    would put a barrier between the loads, so that their latencies add up.
+    Each thread loads the values of x by which its own weights are multiplied. If a program loaded x only once and
+    shared it through shared memory, it would need barriers between the loads, and their latencies would add up.
     """
     shape: tl.constexpr = [rows.shape[0], BLOCK_K]
     columns = tl.broadcast_to(tl.arange(0, BLOCK_K)[None, :], shape)
@@ -67,9 +71,9 @@ def _conv_tap(weight, tap, channels, convolved, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _conv_history(state, step, inside, weight, bias, channels, convolved, CHANNELS: tl.constexpr, TAPS: tl.constexpr):
-    """Shift a convolution's state by one position. Returns the bias plus what the old inputs give.
+    """Shift a convolution's state by one position. Return the bias plus the contribution of the previous inputs.
 
-    `state` points to the oldest input of the channels; newer inputs follow `step` values apart.
+    `state` points to the oldest input of the channels. Each newer input is stored `step` values further on.
     """
     total = tl.load(bias + channels, mask=convolved, other=0.0).to(tl.float32)
     for tap in tl.static_range(TAPS - 1):
@@ -82,29 +86,29 @@ def _conv_history(state, step, inside, weight, bias, channels, convolved, CHANNE
 
 @triton.jit
 def project_kernel(
-    weight,  # [n, K]
-    x,  # [b, K], sequences X_STRIDE apart
-    sums,  # fp32 [b, SUMS], of x
-    out,  # [b, n]
-    conv_state,  # [TAPS - 1, b, c], where channel i is row CONV_START + i of the weight
-    conv_weight,  # [TAPS, c]
+    weight,  # [num_rows, K]
+    x,  # [b, K], whose rows start X_STRIDE values apart
+    sums,  # fp32 [b, SUMS], partial sums of squares of x
+    out,  # [b, num_rows]
+    conv_state,  # [TAPS - 1, b, c]; channel i of the convolution is output CONV_START + i
+    conv_weight,  # [TAPS, c], where TAPS is the kernel size of the convolution
     conv_bias,  # [c]
-    n,
+    num_rows,
     eps,
     BATCH: tl.constexpr,
     K: tl.constexpr,
     X_STRIDE: tl.constexpr,
-    SUMS: tl.constexpr,  # 0: x is not scaled
+    SUMS: tl.constexpr,  # 0: x is not divided by its rms
     SUMS_PADDED: tl.constexpr,
     CONV_START: tl.constexpr,
-    CONV_STOP: tl.constexpr,  # equal to CONV_START: no convolution
+    CONV_STOP: tl.constexpr,  # one past the last convolved output; equal to CONV_START: no convolution
     TAPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tiles = _load_rows(weight, rows, n, K, BLOCK_K)
+    tiles = _load_rows(weight, rows, num_rows, K, BLOCK_K)
     convolved = (rows >= CONV_START) & (rows < CONV_STOP)
     channels = rows - CONV_START
     c: tl.constexpr = CONV_STOP - CONV_START
@@ -126,19 +130,19 @@ def project_kernel(
         if CONV_STOP > CONV_START:
             tl.store(conv_state + ((TAPS - 2) * BATCH + b) * c + channels, result, mask=convolved)
             result = tl.where(convolved, silu(histories[b] + newest * result.to(tl.float32)), result.to(tl.float32))
-        tl.store(out + b * n + rows, result.to(out.dtype.element_ty), mask=rows < n)
+        tl.store(out + b * num_rows + rows, result.to(out.dtype.element_ty), mask=rows < num_rows)
 
 
 @triton.jit
 def project_residual_kernel(
-    weight,  # [n, K]
+    weight,  # [num_rows, K]
     x,  # [b, K]
-    sums,  # fp32 [b, SUMS], of x
-    residual,  # fp32 [b, n], updated in place
-    norm_weight,  # [n], of the norm that follows
-    normed,  # [b, n]: the new residual times norm_weight
-    out_sums,  # fp32 [b, programs]: squares of the new residual
-    n,
+    sums,  # fp32 [b, SUMS], partial sums of squares of x
+    residual,  # fp32 [b, num_rows], updated in place
+    norm_weight,  # [num_rows], weight of the norm after this residual
+    normed,  # [b, num_rows]: the new residual times norm_weight
+    out_sums,  # fp32 [b, programs]: partial sums of squares of the new residual
+    num_rows,
     eps,
     BATCH: tl.constexpr,
     K: tl.constexpr,
@@ -149,32 +153,32 @@ def project_residual_kernel(
     PDL: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = rows < n
-    tiles = _load_rows(weight, rows, n, K, BLOCK_K)
+    inside = rows < num_rows
+    tiles = _load_rows(weight, rows, num_rows, K, BLOCK_K)
     gain = tl.load(norm_weight + rows, mask=inside, other=0.0).to(tl.float32)
     wait_for_inputs(PDL)
     for b in tl.static_range(BATCH):
-        old = tl.load(residual + b * n + rows, mask=inside, other=0.0)
+        old = tl.load(residual + b * num_rows + rows, mask=inside, other=0.0)
         if SUMS > 0:
             squares = load_sums(sums, b, SUMS, SUMS_PADDED)
         branch = _times_vector(tiles, x + b * K, rows, K, BLOCK_K)
         if SUMS > 0:
             branch *= inverse_rms(squares, eps, K)
         new = old + branch
-        tl.store(residual + b * n + rows, new, mask=inside)
-        tl.store(normed + b * n + rows, (new * gain).to(normed.dtype.element_ty), mask=inside)
+        tl.store(residual + b * num_rows + rows, new, mask=inside)
+        tl.store(normed + b * num_rows + rows, (new * gain).to(normed.dtype.element_ty), mask=inside)
         tl.store(out_sums + b * tl.num_programs(0) + tl.program_id(0), tl.sum(new * new, 0))
 
 
 @triton.jit
 def project_vocabulary_kernel(
-    weight,  # [n, K]
+    weight,  # [num_rows, K]
     x,  # [b, K]
-    sums,  # fp32 [b, SUMS], of x
-    logits,  # fp32 [b, n]
-    best_value,  # fp32 [b, programs]
-    best_index,  # int32 [b, programs]
-    n,
+    sums,  # fp32 [b, SUMS], partial sums of squares of x
+    logits,  # fp32 [b, num_rows]
+    best_value,  # fp32 [b, programs]: the largest logit of the program's rows
+    best_index,  # int32 [b, programs]: its index
+    num_rows,
     eps,
     BATCH: tl.constexpr,
     K: tl.constexpr,
@@ -185,14 +189,14 @@ def project_vocabulary_kernel(
     PDL: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tiles = _load_rows(weight, rows, n, K, BLOCK_K)
+    tiles = _load_rows(weight, rows, num_rows, K, BLOCK_K)
     wait_for_inputs(PDL)
     for b in tl.static_range(BATCH):
         squares = load_sums(sums, b, SUMS, SUMS_PADDED)
         result = _times_vector(tiles, x + b * K, rows, K, BLOCK_K) * inverse_rms(squares, eps, K)
-        tl.store(logits + b * n + rows, result, mask=rows < n)
-        value = tl.max(tl.where(rows < n, result, float("-inf")), 0)
-        index = tl.min(tl.where((result == value) & (rows < n), rows, n), 0)
+        tl.store(logits + b * num_rows + rows, result, mask=rows < num_rows)
+        value = tl.max(tl.where(rows < num_rows, result, float("-inf")), 0)
+        index = tl.min(tl.where((result == value) & (rows < num_rows), rows, num_rows), 0)
         tl.store(best_value + b * tl.num_programs(0) + tl.program_id(0), value)
         tl.store(best_index + b * tl.num_programs(0) + tl.program_id(0), index)
 
@@ -202,20 +206,20 @@ def project_vocabulary_kernel(
 
 @triton.jit
 def matmul_kernel(
-    weight,  # tensor descriptor of [n, K], blocks [BLOCK_N, BLOCK_K]
+    weight,  # tensor descriptor of [num_rows, K], blocks [BLOCK_N, BLOCK_K]
     x,  # tensor descriptor of [batch, K], blocks [BATCH, BLOCK_K]
-    out,  # [SPLITS, batch, n], partial sums over equal ranges of K
-    conv_state,  # [TAPS - 1, batch, c], as in project_kernel; SPLITS is 1 then
+    out,  # [SPLITS, batch, num_rows], partial sums over equal ranges of columns
+    conv_state,  # [TAPS - 1, batch, c], as in project_kernel; only with SPLITS = 1
     conv_weight,
     conv_bias,
-    n,
+    num_rows,
     batch,
     K: tl.constexpr,
     SPLITS: tl.constexpr,  # 1, or a divisor of K / BLOCK_K
     CONV_START: tl.constexpr,
     CONV_STOP: tl.constexpr,
     TAPS: tl.constexpr,
-    BATCH: tl.constexpr,  # sequences of one program, 16 or more
+    BATCH: tl.constexpr,  # sequences per program, at least 16
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -241,5 +245,5 @@ def matmul_kernel(
         rounded = result.to(conv_state.dtype.element_ty)
         tl.store(state + (TAPS - 2) * batch * c, rounded, mask=inside)
         result = tl.where(convolved, silu(history + newest * rounded.to(tl.float32)), result)
-    at = out + (split * batch + b[None, :]) * n + rows[:, None]
-    tl.store(at, result.to(out.dtype.element_ty), mask=(rows < n)[:, None] & (b < batch)[None, :])
+    at = out + (split * batch + b[None, :]) * num_rows + rows[:, None]
+    tl.store(at, result.to(out.dtype.element_ty), mask=(rows < num_rows)[:, None] & (b < batch)[None, :])

@@ -1,7 +1,8 @@
-"""The operations of `model.kernels.decode` in plain torch: what its Triton kernels are held to.
+"""The operations of `model.kernels.decode` in plain PyTorch, with which tests compare its Triton kernels.
 
-The functions take the same arguments, less tile sizes, and return what the kernels write; states and residuals are
-updated in place. Arithmetic is fp32 and nothing is rounded in between except the input of the convolution.
+The functions have the same arguments without output buffers and tile sizes, and they return what the kernels write.
+States and residuals are updated in place. Arithmetic is fp32. No intermediate result is rounded to a smaller type,
+except the input of the convolution.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ from model.kernels import reference
 
 
 def inverse_rms(sums: Tensor | None, width: int, eps: float) -> Tensor | float:
-    """1 / rms [b, 1] of vectors of `width` values whose squares add up to the rows of `sums`."""
+    """Return 1 / rms [b, 1] of vectors [b, width] from partial sums of their squares, or 1 if `sums` is None.
+
+    Args:
+        sums: Partial sums of squares, any number per vector. Each row adds up to the sum of squares of its vector.
+    """
     return 1.0 if sums is None else torch.rsqrt(sums.sum(1, keepdim=True) / width + eps)
 
 
@@ -40,7 +45,7 @@ def project_conv(
 def project_residual(
     weight: Tensor, x: Tensor, sums: Tensor | None, eps: float, residual: Tensor, norm_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The residual times `norm_weight`, and the sum of its squares [b]."""
+    """Add weight · x / rms(x) to the residual. Return residual · norm_weight, and the residual's sum of squares [b]."""
     residual += project(weight, x, sums, eps)
     return residual * norm_weight.float(), residual.square().sum(1)
 
@@ -48,7 +53,7 @@ def project_residual(
 def mamba2_update(
     zxbcdt: Tensor, state: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor, norm_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """y · silu(z) · norm_weight [b, c], and the sum of squares of y · silu(z) [b]."""
+    """Advance the states. Return y · silu(z) · norm_weight [b, c], and the sum of squares of y · silu(z) [b]."""
     _, heads, head_dim, d_state = state.shape
     channels = heads * head_dim
     z, x, B, C, dt = zxbcdt.float().split([channels, channels, d_state, d_state, heads], 1)
@@ -60,7 +65,7 @@ def mamba2_update(
 def mamba1_update(
     xz: Tensor, dbc: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, state: Tensor
 ) -> Tensor:
-    """y · silu(z) [b, c]."""
+    """Advance the states. Return y · silu(z) [b, c]."""
     x, z = xz.float().chunk(2, 1)
     d_state = A.shape[1]
     low, B, C = dbc.float().split([dt_weight.shape[1], d_state, d_state], 1)
@@ -68,7 +73,7 @@ def mamba1_update(
 
 
 def embed(tokens: Tensor, embedding: Tensor, norm_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The residual, its product with `norm_weight`, and the sum of its squares [b]."""
+    """Embed the tokens. Return the residual, residual · norm_weight, and the residual's sum of squares [b]."""
     residual = embedding[tokens].float()
     return residual, residual * norm_weight.float(), residual.square().sum(1)
 

@@ -1,6 +1,6 @@
-"""Triton kernels of a decode step: state updates, embedding, norm of large batches, argmax.
+"""Triton kernels of a decode step: state updates, embedding, norms of larger batches, and argmax.
 
-`model.kernels.decode_projections` explains the letters and PDL.
+`model.kernels.decode_projections` explains the names in shapes, the split RMS norms and PDL.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from model.kernels.decode_common import inverse_rms, load_sums, silu, softplus, 
 
 @triton.jit
 def mamba2_update_kernel(
-    zxbcdt,  # [b, 2 * HEADS * P + 2 * STATE + HEADS], x, B and C after the convolution
+    zxbcdt,  # [b, 2 * HEADS * P + 2 * STATE + HEADS]: z, x, B, C, dt; x, B, C after the convolution
     state,  # [b, HEADS, P, STATE], updated in place
     A,  # fp32 [HEADS]
     D,  # fp32 [HEADS]
     dt_bias,  # fp32 [HEADS]
-    norm_weight,  # [HEADS * P], of the gated norm
+    norm_weight,  # [HEADS * P], weight of the gated norm
     y,  # [b, HEADS * P]: the gated output times norm_weight
-    sums,  # fp32 [b, HEADS * P // BLOCK_P]: squares of the gated output
+    sums,  # fp32 [b, HEADS * P // BLOCK_P]: partial sums of squares of the gated output
     HEADS: tl.constexpr,
     P: tl.constexpr,
     STATE: tl.constexpr,
@@ -42,7 +42,8 @@ def mamba2_update_kernel(
     row = zxbcdt + b * (2 * width + 2 * STATE + HEADS)
     z = tl.load(row + channels).to(tl.float32)
     x = tl.load(row + width + channels).to(tl.float32)
-    wide = tl.broadcast_to(k[None, :], [BLOCK_P, STATE])  # loaded in the state's layout, see _times_vector
+    # B and C are loaded once per channel, so that each thread loads the values that it needs (see _times_vector).
+    wide = tl.broadcast_to(k[None, :], [BLOCK_P, STATE])
     B = tl.load(row + 2 * width + wide).to(tl.float32)
     C = tl.load(row + 2 * width + STATE + wide).to(tl.float32)
     dt = softplus(tl.load(row + 2 * width + 2 * STATE + head).to(tl.float32) + bias)
@@ -55,9 +56,9 @@ def mamba2_update_kernel(
 
 @triton.jit
 def mamba1_update_kernel(
-    xz,  # [b, 2 * c], x after the convolution
-    dbc,  # [b, RANK + 2 * STATE]
-    dt,  # [b, c] before its bias, or None: computed from dbc
+    xz,  # [b, 2 * c]: x after the convolution, and z
+    dbc,  # [b, RANK + 2 * STATE]: the low-rank form of dt, and B and C
+    dt,  # [b, c] before its bias; None: it is computed from dbc and dt_weight
     dt_weight,  # [c, RANK]
     dt_bias,  # fp32 [c]
     A,  # fp32 [c, STATE]
@@ -102,17 +103,17 @@ def mamba1_update_kernel(
     tl.store(y + b * c + channels, gated.to(y.dtype.element_ty), mask=inside)
 
 
-# -- The ends of a step, and norms of large batches --------------------------------------------------------------------
+# -- Start and end of a step, and norms of larger batches --------------------------------------------------------------
 
 
 @triton.jit
 def embed_kernel(
     tokens,  # int64 [b]
     embedding,  # [vocab, d]
-    norm_weight,  # [d], of the first layer
+    norm_weight,  # [d], weight of the first layer's norm
     residual,  # fp32 [b, d]
-    normed,  # [b, d]: the residual times norm_weight, over its rms if NORMALISE
-    sums,  # fp32 [b, SUMS]: the sum of squares and zeros
+    normed,  # [b, d]: the residual times norm_weight, divided by the rms of the residual if NORMALISE
+    sums,  # fp32 [b, SUMS]: the sum of squares of the residual, then zeros
     d,
     eps,
     SUMS: tl.constexpr,
@@ -137,7 +138,7 @@ def embed_kernel(
 @triton.jit
 def add_norm_kernel(
     branch,  # fp32 [SPLITS, b, d], partial sums of a matrix product whose input was not divided by its rms
-    sums,  # fp32 [b, SUMS], of that input
+    sums,  # fp32 [b, SUMS], partial sums of squares of that input
     residual,  # fp32 [b, d], updated in place
     norm_weight,  # [d]
     normed,  # [b, d]
@@ -145,8 +146,8 @@ def add_norm_kernel(
     branch_eps,
     eps,
     SPLITS: tl.constexpr,
-    WIDTH: tl.constexpr,  # of that input
-    SUMS: tl.constexpr,  # 0: nothing is left to divide by
+    WIDTH: tl.constexpr,  # number of values of that input
+    SUMS: tl.constexpr,  # 0: the product is not divided by an rms
     SUMS_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -170,18 +171,21 @@ def add_norm_kernel(
 
 
 @triton.jit
-def argmax_kernel(values, indices, tokens, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """tokens[b] = the index (or the entry of `indices`, unless None) of the first maximum of values [b, n]."""
+def argmax_kernel(values, indices, tokens, num_values, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Write the index of the first maximum of each row of values [b, num_values] into tokens [b].
+
+    Unless `indices` is None, write the entry of `indices` at that place instead.
+    """
     wait_for_inputs(PDL)
     b = tl.program_id(0).to(tl.int64)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     found = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, n, BLOCK):
+    for start in range(0, num_values, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        value = tl.load(values + b * n + at, mask=at < n, other=float("-inf")).to(tl.float32)
+        value = tl.load(values + b * num_values + at, mask=at < num_values, other=float("-inf")).to(tl.float32)
         found = tl.where(value > best, at, found)
         best = tl.maximum(value, best)
-    first = tl.min(tl.where(best == tl.max(best, 0), found, n - 1), 0)
+    first = tl.min(tl.where(best == tl.max(best, 0), found, num_values - 1), 0)
     if indices is not None:
-        first = tl.load(indices + b * n + first)
+        first = tl.load(indices + b * num_values + first)
     tl.store(tokens + b, first.to(tl.int64))

@@ -1,7 +1,8 @@
-"""Mamba's operations: fused kernels for CUDA tensors, `model.kernels.reference` for tensors on other devices.
+"""Mamba operations by device: fused kernels for CUDA tensors, `model.kernels.reference` for all other tensors.
 
-The only module that imports mamba_ssm and causal_conv1d, when the first CUDA tensor arrives. Arguments and layouts are
-those of `model.kernels.reference`; where a kernel expects another layout, the function converts.
+Only this module imports mamba_ssm and causal_conv1d, and only when the first CUDA tensor is processed. The functions
+have the arguments and tensor layouts of `model.kernels.reference`. Where a kernel expects another layout, the function
+converts its inputs and outputs.
 """
 
 from __future__ import annotations
@@ -34,8 +35,13 @@ KERNELS = {
 
 @lru_cache(maxsize=1)
 def fused() -> SimpleNamespace:
-    """Import the kernels. Raises: UserError if they are not installed; there is no fallback, which would be slow."""
-    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # so that later runs skip autotuning
+    """Import the fused kernels.
+
+    Raises: UserError if they cannot be imported. There is no fallback, because plain PyTorch would be slow on a GPU.
+    """
+    os.environ.setdefault(
+        "TRITON_CACHE_AUTOTUNING", "1"
+    )  # stores the results on disk, so that later runs skip autotuning
     try:
         return SimpleNamespace(**{name: getattr(importlib.import_module(KERNELS[name]), name) for name in KERNELS})
     except (ImportError, OSError, RuntimeError) as error:
@@ -46,7 +52,7 @@ def fused() -> SimpleNamespace:
 
 
 def kernel_report(device: torch.device | str) -> str:
-    """Describe in one line which implementation tensors on this device use, for the log of a run."""
+    """Describe, in one line for the log of a run, which implementation is used for tensors on this device."""
     if torch.device(device).type != "cuda":
         return f"Mamba in plain torch {torch.__version__} on {torch.device(device).type}"
     fused()
@@ -55,7 +61,7 @@ def kernel_report(device: torch.device | str) -> str:
 
 
 def add_norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return (norm(hidden + residual), hidden + residual). The sum is fp32, the norm has the type of `hidden`."""
+    """Return RMSNorm(hidden + residual) in the type of `hidden`, and the sum hidden + residual in fp32."""
     if hidden.is_cuda:
         return fused().layer_norm_fn(
             hidden, weight, None, residual=residual, prenorm=True, residual_in_fp32=True, eps=eps, is_rms_norm=True
@@ -75,7 +81,8 @@ def gated_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) ->
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Compute `reference.causal_conv`."""
     if x.is_cuda:
-        # The channels-last kernel needs strides that are multiples of 8, which a slice may not have.
+        # For this kernel, x is in the channels-last layout, which needs strides that are multiples of 8. A slice may have
+        # other strides, so it is copied.
         return fused().causal_conv1d_fn(x.contiguous().mT, weight, bias, activation="silu").mT
     return reference.causal_conv(x, weight, bias)
 
@@ -88,19 +95,21 @@ def causal_conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> 
 
 
 def conv_state(x: Tensor, width: int) -> Tensor:
-    """Return the state for `causal_conv_step` after x [b, l, c]: the last `width - 1` positions, padded with zeros."""
-    return F.pad(x.mT, (width - 1 - x.shape[1], 0)).contiguous()  # [b, c, width - 1]
+    """Return the state [b, c, width - 1] with which `causal_conv_step` continues after the inputs x [b, l, c].
+
+    The state is the last `width - 1` positions of `x`, padded with zeros in front if `x` is shorter.
+    """
+    return F.pad(x.mT, (width - 1 - x.shape[1], 0)).contiguous()
 
 
 def selective_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute `reference.selective_scan`. On CUDA no gradient flows through the returned state."""
+    """Compute `reference.selective_scan`. On CUDA, the returned state carries no gradient."""
     if not x.is_cuda:
         return reference.selective_scan(x, dt, A, B, C, D, z, dt_bias)
-    x, dt, B, C = (
-        part.to(x.dtype).mT.contiguous() for part in (x, dt, B, C)
-    )  # the kernel needs time last and one type
+    # The kernel needs time as the last axis, and the same type for all inputs.
+    x, dt, B, C = (part.to(x.dtype).mT.contiguous() for part in (x, dt, B, C))
     z = None if z is None else z.mT.contiguous()
     y, state = fused().selective_scan_fn(
         x, dt, A, B, C, D, z=z, delta_bias=dt_bias, delta_softplus=True, return_last_state=True
@@ -136,7 +145,8 @@ def ssd_step(
     """Compute `reference.ssd_step`."""
     if not x.is_cuda:
         return reference.ssd_step(state, x, dt, A, B, C, D, dt_bias)
-    _, heads, head_dim, d_state = state.shape  # the kernel detects one value per head by strides of 0
+    # The kernel recognises by strides of 0 that all channels of a head share their dt, A, D and dt_bias.
+    _, heads, head_dim, d_state = state.shape
     dt, D, dt_bias = (part[..., None].expand(*part.shape, head_dim) for part in (dt, D, dt_bias))
     A = A[:, None, None].expand(heads, head_dim, d_state)
     return fused().selective_state_update(state, x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=True)

@@ -1,8 +1,11 @@
-"""Mamba-1's mixer over a prompt on a GPU, with time as the last axis where the scan's kernel wants it.
+"""Prefill of a Mamba-1 mixer on a GPU, without copies that transpose tensors.
 
-The reference is the composition in `model.mamba.Mamba1Mixer.prefill`, which would copy x, dt, z and y to transpose
-them. Here in_proj and dt_proj are multiplied from the left, so that their results come out with time last. That is
-faster where b * l is a multiple of 8: rows of other lengths are not aligned to 16 bytes, and their products are slow.
+The kernel of the scan needs time as the last axis. The general implementation in `model.mamba.Mamba1Mixer.prefill` has
+channels last, so it must transpose x, dt, z and y by copying them. Here the weights of in_proj and dt_proj are
+multiplied from the left, so that their results already have time last.
+
+This is faster only if b * l is a multiple of 8. Otherwise the rows of the matrices are not aligned to 16 bytes, which
+makes the matrix products slow.
 """
 
 from __future__ import annotations
@@ -24,9 +27,11 @@ def mamba1_prefill(
     D: Tensor,
     out_proj: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the mixer with its weights. dt_bias, A [c, k] and D are fp32.
+    """Return the output of the mixer for x [b, l, d], and its states after the last position.
 
-    Returns the output [b, l, d], the convolution's state [b, c, taps - 1] and the scan's fp32 state [b, c, k].
+    The other arguments are the parameters of the mixer; dt_bias, A [c, k] and D must be fp32.
+
+    Returns: The output [b, l, d], the convolution's state [b, c, d_conv - 1], and the scan's fp32 state [b, c, k].
     """
     batch, length, _ = x.shape
     kernels, rank, d_state = dispatch.fused(), dt_weight.shape[1], A.shape[1]

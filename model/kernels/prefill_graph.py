@@ -1,4 +1,7 @@
-"""Prefill of one batch size and length as a CUDA graph, because at small batches the host cannot keep up."""
+"""Prefill of a fixed batch size and length as a CUDA graph.
+
+A graph is faster for small batches, because their kernels run in less time than the host needs to launch them.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,15 @@ from torch import Tensor
 from model.language_model import MambaLM
 from model.mamba import Cache
 
-WARM_UPS = 2  # Triton compiles and tunes its kernels outside the capture
+WARM_UPS = 2  # runs before the capture, in which Triton compiles and autotunes its kernels
 
 
 class PrefillGraph:
-    """Capture `llm.prefill` for embeddings [batch, length, d]. Weights are shared and must not be replaced."""
+    """CUDA graph of `llm.prefill` for embeddings [batch, length, d].
+
+    It shares the weights of the model. Do not replace the weight tensors while it is in use, because the graph has
+    recorded their addresses.
+    """
 
     def __init__(self, llm: MambaLM, batch: int, length: int) -> None:
         weight = llm.backbone.embedding.weight
@@ -28,7 +35,7 @@ class PrefillGraph:
             self.logits, self.cache = llm.prefill(self.x)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Cache]:
-        """Logits [b, vocab] of the last position and the states; the next call overwrites both."""
+        """Return the logits [b, vocab] of the last position and the states after it. The next call overwrites both."""
         self.x.copy_(x)
         self.graph.replay()
         return self.logits, self.cache

@@ -1,10 +1,7 @@
-"""Mamba's operations in plain torch: the implementation on CPU, and the reference that tests compare kernels with.
+"""Mamba operations in plain PyTorch. They run on CPUs, and tests compare the CUDA kernels with them.
 
 Inputs may have any float type. Arithmetic and states are fp32, and the output has the type of `x`. Functions named
-`..._step` process one position and update the state in place.
-
-Axis letters besides those of `model`: `c` channels, `k` state size, `p` values per head, `g` groups, `r = h / g` heads
-per group, `q` positions per chunk, `m` chunks.
+`..._step` process one position and update the state in place. The package `model` explains the axis letters.
 """
 
 from __future__ import annotations
@@ -16,15 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-SCAN_BLOCK = (
-    512  # positions whose [b, c, k] states are in memory at once; longer scans are recomputed in the backward pass
-)
+# Number of positions whose [b, c, k] states are in memory at once. Longer scans are cut into blocks of this length, and
+# each block is recomputed in the backward pass.
+SCAN_BLOCK = 512
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return silu of a depthwise convolution in which position i reads i and the `w - 1` positions before it.
+    """Apply a causal depthwise convolution, then silu.
 
-    Shapes: x [b, l, c], weight [c, w], bias [c].
+    The output at a position depends on the inputs at this position and at the `d_conv - 1` positions before it.
+
+    Shapes: x [b, l, c], weight [c, d_conv], bias [c].
     """
     width, length = weight.shape[1], x.shape[1]
     padded, taps = F.pad(x.float(), (0, 0, width - 1, 0)), weight.float().unbind(1)
@@ -35,13 +34,16 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def causal_conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Compute `causal_conv` at the next position. Shapes: x [b, c], state [b, c, w - 1] (the inputs before it)."""
+    """Compute `causal_conv` at the next position, and update `state`, which holds the previous inputs.
+
+    Shapes: x [b, c], state [b, c, d_conv - 1].
+    """
     window = torch.cat([state, x[..., None].to(state.dtype)], -1)
     state.copy_(window[..., 1:])
     return F.silu((window.float() * weight.float()).sum(-1) + bias.float()).to(x.dtype)
 
 
-# -- Mamba-1: a diagonal recurrence per channel and state --------------------------------------------------------------
+# -- Mamba-1: a scalar recurrence per channel and state value ----------------------------------------------------------
 
 
 def selective_scan(
@@ -49,7 +51,8 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Compute h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t and y_t = (C_t h_t + D x_t) silu(z_t).
 
-    Returns y and the last state. softplus(dt + dt_bias) is the step size in the equations.
+    Returns y and the last state h. The step size dt_t in these equations is softplus(dt + dt_bias). Without `z`, the
+    factor silu(z_t) is left out.
 
     Shapes: x, dt, z [b, l, c]; A [c, k]; B, C [b, l, k]; D, dt_bias [c]; state [b, c, k].
     """
@@ -67,7 +70,9 @@ def selective_scan(
 
 
 def _scan_block(A: Tensor, state: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    x, dt, B, C = (part.transpose(0, 1) for part in (x, dt, B, C))  # time first, so that a position is contiguous
+    x, dt, B, C = (
+        part.transpose(0, 1) for part in (x, dt, B, C)
+    )  # time is the first axis, so that the values of a position are contiguous
     decay = torch.exp(dt[..., None] * A)  # [l, b, c, k]
     driven = (dt * x)[..., None] * B[:, :, None]  # [l, b, c, k]
     states = _Recurrence.apply(decay, driven, state)
@@ -77,8 +82,9 @@ def _scan_block(A: Tensor, state: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: T
 class _Recurrence(torch.autograd.Function):
     """Compute h[t] = decay[t] h[t-1] + driven[t] along the first axis.
 
-    It takes one fused in-place operation per position. At sizes that run on a CPU this is several times faster than a
-    parallel scan, which has fewer steps but more arithmetic. Nor does it take exponentials that could overflow.
+    The loop runs one fused in-place operation per position. At sizes that run on a CPU, it is several times faster than
+    a parallel scan, which has fewer steps but more arithmetic. Unlike some parallel scans, it computes no exponentials
+    that could overflow.
     """
 
     @staticmethod
@@ -113,19 +119,21 @@ def selective_scan_step(
     return (y * F.silu(z.float())).to(x.dtype)
 
 
-# -- Mamba-2: one decay per head, so that a chunk is a masked matrix product -------------------------------------------
+# -- Mamba-2: one decay per head, so a chunk is a masked matrix product ------------------------------------------------
 
 
 def ssd(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Compute `selective_scan` with a scalar A per head, by chunks (state-space duality). Returns y and the last state.
+    """Compute the recurrence of `selective_scan` with one A per head, in chunks (state-space duality, SSD).
 
-    Shapes: x [b, l, h, p]; dt [b, l, h]; A, D, dt_bias [h]; B, C [b, l, g, k]; state [b, h, p, k]. `l` may be any
-    length: the last chunk is padded with dt = 0, which leaves the state unchanged.
+    Returns y and the last state. The length `l` need not be a multiple of the chunk size, because the last chunk is
+    padded with dt = 0, which leaves the state unchanged.
+
+    Shapes: x [b, l, h, p]; dt [b, l, h]; A, D, dt_bias [h]; B, C [b, l, g, k]; state [b, h, p, k].
     """
     batch, length, heads, _ = x.shape
-    chunk = -(-length // -(-length // chunk_size))  # equal chunks of at most chunk_size, to pad little
+    chunk = -(-length // -(-length // chunk_size))  # chunks of equal length, so that little is padded
     dt = F.softplus(dt.float() + dt_bias)
     parts = (x.float() * dt[..., None], (dt * A)[..., None], B.float(), C.float())
     xdt, log_decay, B, C = (_chunks(part, chunk, B.shape[2]) for part in parts)
@@ -135,19 +143,26 @@ def ssd(
 
 
 def _chunks(part: Tensor, chunk: int, groups: int) -> Tensor:
-    """Pad and split [b, l, h or g, values] into [b, m, g, q, r, values]."""
+    """Cut the positions into chunks and the heads into groups: [b, l, h, values] becomes [b, m, g, q, r, values].
+
+    The positions are padded with zeros to whole chunks. B and C have the axis g in place of h, so r is 1 for them.
+    """
     part = F.pad(part, (0, 0, 0, 0, 0, -part.shape[1] % chunk))
     return part.unflatten(2, (groups, -1)).unflatten(1, (-1, chunk)).transpose(2, 3)
 
 
 def _ssd_chunks(xdt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Scan by chunks. Heads of a group share B and C, so one matrix product per chunk and group serves all of them.
+    """Compute y [b, m, g, q, r, p] and the last state [b, g, k, r, p] from inputs that `_chunks` has split.
 
-    Shapes: xdt [b, m, g, q, r, p], log_decay [b, m, g, q, r], B and C [b, m, g, q, k]; returned state [b, g, k, r, p].
+    The heads of a group share B and C, so one matrix product per chunk and group serves all heads of the group.
+
+    Shapes: xdt [b, m, g, q, r, p], log_decay [b, m, g, q, r], B and C [b, m, g, q, k].
     """
     since_start = log_decay.cumsum(3)
     per_head = since_start.mT  # [b, m, g, r, q]
-    between = per_head[..., :, None] - per_head[..., None, :]  # log decay from position j (last axis) to position i
+    between = (
+        per_head[..., :, None] - per_head[..., None, :]
+    )  # [b, m, g, r, q (to), q (from)]: log of the decay between two positions
     future = torch.ones(between.shape[-2:], dtype=torch.bool, device=between.device).triu(1)
     weights = (C @ B.mT)[:, :, :, None] * between.masked_fill_(future, -torch.inf).exp_()
     within = (weights @ xdt.transpose(3, 4)).transpose(3, 4)
@@ -175,12 +190,15 @@ def ssd_step(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return x / rms(x) · weight over the last axis."""
+    """Return x / rms(x) · weight, where the rms is over the last axis."""
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
-    """Return the RMSNorm of x · silu(z) for each group of channels (Mamba-2's `norm_before_gate=False`)."""
+    """Return the RMSNorm of x · silu(z), with a separate rms for each group of channels.
+
+    This is mamba_ssm's `RMSNormGated` with `norm_before_gate=False`, which Mamba-2 uses.
+    """
     gated = (x.float() * F.silu(z.float())).unflatten(-1, (groups, -1))
     normed = F.rms_norm(gated, gated.shape[-1:], None, eps)
     return (normed.flatten(-2) * weight.float()).to(x.dtype)
