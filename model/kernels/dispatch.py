@@ -39,9 +39,7 @@ def fused() -> SimpleNamespace:
 
     Raises: UserError if they cannot be imported. There is no fallback, because plain PyTorch would be slow on a GPU.
     """
-    os.environ.setdefault(
-        "TRITON_CACHE_AUTOTUNING", "1"
-    )  # stores the results on disk, so that later runs skip autotuning
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # caches the tuning on disk for later runs
     try:
         return SimpleNamespace(**{name: getattr(importlib.import_module(KERNELS[name]), name) for name in KERNELS})
     except (ImportError, OSError, RuntimeError) as error:
@@ -81,8 +79,8 @@ def gated_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) ->
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Compute `reference.causal_conv`."""
     if x.is_cuda:
-        # For this kernel, x is in the channels-last layout, which needs strides that are multiples of 8. A slice may have
-        # other strides, so it is copied.
+        # For this kernel, x is in the channels-last layout, which needs strides that are multiples of 8. A slice may
+        # have other strides, so it is copied.
         return fused().causal_conv1d_fn(x.contiguous().mT, weight, bias, activation="silu").mT
     return reference.causal_conv(x, weight, bias)
 

@@ -70,9 +70,7 @@ def selective_scan(
 
 
 def _scan_block(A: Tensor, state: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    x, dt, B, C = (
-        part.transpose(0, 1) for part in (x, dt, B, C)
-    )  # time is the first axis, so that the values of a position are contiguous
+    x, dt, B, C = (part.transpose(0, 1) for part in (x, dt, B, C))  # time first: a position is contiguous
     decay = torch.exp(dt[..., None] * A)  # [l, b, c, k]
     driven = (dt * x)[..., None] * B[:, :, None]  # [l, b, c, k]
     states = _Recurrence.apply(decay, driven, state)
@@ -133,7 +131,7 @@ def ssd(
     Shapes: x [b, l, h, p]; dt [b, l, h]; A, D, dt_bias [h]; B, C [b, l, g, k]; state [b, h, p, k].
     """
     batch, length, heads, _ = x.shape
-    chunk = -(-length // -(-length // chunk_size))  # chunks of equal length, so that little is padded
+    chunk = -(-length // -(-length // chunk_size))  # equal chunks need little padding
     dt = F.softplus(dt.float() + dt_bias)
     parts = (x.float() * dt[..., None], (dt * A)[..., None], B.float(), C.float())
     xdt, log_decay, B, C = (_chunks(part, chunk, B.shape[2]) for part in parts)
@@ -160,9 +158,8 @@ def _ssd_chunks(xdt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) -> tuple[T
     """
     since_start = log_decay.cumsum(3)
     per_head = since_start.mT  # [b, m, g, r, q]
-    between = (
-        per_head[..., :, None] - per_head[..., None, :]
-    )  # [b, m, g, r, q (to), q (from)]: log of the decay between two positions
+    # Log of the decay from one position (last axis) to another: [b, m, g, r, q, q].
+    between = per_head[..., :, None] - per_head[..., None, :]
     future = torch.ones(between.shape[-2:], dtype=torch.bool, device=between.device).triu(1)
     weights = (C @ B.mT)[:, :, :, None] * between.masked_fill_(future, -torch.inf).exp_()
     within = (weights @ xdt.transpose(3, 4)).transpose(3, 4)
