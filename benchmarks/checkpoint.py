@@ -99,7 +99,7 @@ def erase(context: CheckpointContext) -> None:
 
 
 def measure(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
-    """Measure all figures. Every rank must call this."""
+    """Measure all figures. Must be called on every rank."""
     folder = Path(recipe.run.dir)
     identity = Identity(recipe=recipe.identity(), fingerprint=recipe.fingerprint(), shards_sha256="", total_steps=1)
     context = CheckpointContext(recipe=recipe, ranks=ranks, identity=identity, engine=random_engine(recipe, ranks))

@@ -40,7 +40,7 @@ from preprocess.shards.folder import ShardFolder
 from preprocess.shards.manifest import load_index
 from preprocess.strict_toml import UNSET
 
-SUPERVISED_SHARE = 0.5  # of the text tokens
+SUPERVISED_SHARE = 0.5  # assumed share of the text tokens that are supervised
 WARM_UP_STEPS, TIMED_STEPS = 2, 3
 
 
@@ -50,7 +50,7 @@ class Trial:
 
     step_s          seconds for forward, backward and update of one micro-batch; None if it ran out of memory
     *_gib           peak of allocated GPU memory in each phase
-    useful_tflops   without recomputation
+    useful_tflops   TFLOP/s, recomputation not counted
     """
 
     micro_batch: int
@@ -86,7 +86,7 @@ def try_sizes(recipe: Recipe, sizes: list[int], *, world_size: int, memory_gib: 
 
 
 def fake_ranks(recipe: Recipe, world_size: int) -> Ranks:
-    """Become rank 0 of `world_size` ranks, of which the others do not exist."""
+    """Make this process rank 0 of `world_size` ranks. The other ranks do not exist."""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     ranks = find_ranks(recipe.engine.device)
@@ -196,7 +196,7 @@ def random_batch(recipe: Recipe, size: int, text_tokens: int, world_size: int) -
 
 
 def longest_text(recipe: Recipe, default: int) -> int:
-    """Return the longest text, in tokens, of the recipe's shards, or `default` if there are no shards."""
+    """Return the number of tokens of the longest text in the recipe's shards, or `default` if there are no shards."""
     if recipe.data.shards is UNSET or not ShardFolder(Path(recipe.data.shards)).manifest.exists():
         return default
     return int(load_index(recipe.data.shards).column("num_text_tokens").to_numpy().max())
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, such as optim.lr=1e-5")
     parser.add_argument("--ranks", type=int, default=8, help=f"world size of the real job {default}")
     parser.add_argument("--memory-gib", type=float, default=39.0, help=f"GPU memory to stay below {default}")
-    parser.add_argument("--text-tokens", type=int, default=295, help=f"text length if there are no shards {default}")
+    parser.add_argument("--text-tokens", type=int, default=295, help=f"tokens per text, without shards {default}")
     parser.add_argument(
         "--micro-batches", type=int, nargs="+", help="sizes to try (default: 1, 2, 4, … up to global_batch / ranks)"
     )

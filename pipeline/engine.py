@@ -1,6 +1,6 @@
 """The DeepSpeed engine, built from a model, a recipe and a DeepSpeed JSON.
 
-The JSON decides about memory and communication; every other setting is the recipe's.
+The JSON sets memory and communication options; all other settings come from the recipe.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Engine(Protocol):
 
 
 def init_distributed(ranks: Ranks, *, fake: bool = False) -> None:
-    """Join the process group. Every rank must call it once.
+    """Join the process group. Must be called once on every rank.
 
     Args:
         fake: simulate the other ranks, for a dry run of rank 0 alone.

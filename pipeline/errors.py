@@ -1,4 +1,4 @@
-"""Errors that training tells apart: mistakes of the user, and transient failures that a retry may fix."""
+"""Errors of training: retryable failures, and the conversion of OSError to a user error or a retryable failure."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from pathlib import Path
 from model.errors import CommandError, ExitCode, UserError, oserror_remedy, oserror_text
 
 
+# Exit code of a training process after an unexpected error: the one with which Python itself exits after a traceback.
+# In a command that checks data, 1 means `ExitCode.DAMAGED`; training does not use that code.
+CRASHED = 1
+
+
 class RetryableError(CommandError, RuntimeError):
     """Transient failure, such as of a disk or of a node: running the same command again may succeed."""
 
@@ -17,10 +22,10 @@ class RetryableError(CommandError, RuntimeError):
 
 
 def from_oserror(error: OSError, path: Path | str = "") -> UserError | RetryableError:
-    """Turn an OSError into the error to raise: the user's if the user can fix it, otherwise a retryable one.
+    """Convert an OSError to a UserError if the user can fix the cause, otherwise to a RetryableError.
 
     Args:
-        path: named in the message if the error names no file, as those of reading and writing do not.
+        path: used in the message if the error itself names no file, as errors of read and write calls do not.
     """
     message = oserror_text(error, path)
     if remedy := oserror_remedy(error):
@@ -30,7 +35,7 @@ def from_oserror(error: OSError, path: Path | str = "") -> UserError | Retryable
 
 @contextmanager
 def convert_oserrors(path: Path | str) -> Iterator[None]:
-    """Raise what `from_oserror` returns for each OSError inside the block."""
+    """Convert an OSError inside the block with `from_oserror`, and raise the result."""
     try:
         yield
     except OSError as error:
@@ -39,9 +44,9 @@ def convert_oserrors(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def retryable_oserrors(path: Path | str) -> Iterator[None]:
-    """Raise RetryableError for each OSError inside the block, except FileNotFoundError.
+    """Convert an OSError inside the block to RetryableError, except FileNotFoundError.
 
-    A missing file is a fact about the data, whereas any other error means that the data could not be examined.
+    A missing file means that data is missing, whereas any other error means that the data could not be examined.
     """
     try:
         yield

@@ -1,6 +1,6 @@
 """Export a checkpoint as one folder that can answer questions: safetensors, config.json and the tokenizer.
 
-    python -m pipeline.export runs/v2 models/v2                                 # the newest intact one
+    python -m pipeline.export runs/v2 models/v2                                 # the newest intact checkpoint
     python -m pipeline.export runs/v2 models/v2 --step 9000 --with-alignment
     python -m pipeline.export runs/v2 models/v2 --language-model models/v2-lm   # also the language model alone
     python -m pipeline.export runs/v2 models/v2 data.shards=/moved/shards
@@ -79,7 +79,7 @@ def export_language_model(model: Path, out: Path) -> None:
 
 
 def export_untrained(recipe: Recipe, out: Path, *, with_alignment: bool) -> None:
-    """Export the model as it is before its first step."""
+    """Export the initial model, before any training step."""
     if recipe.data.shards is UNSET:
         raise UserError("data.shards is not set; add data.shards=… to the command: the shards' tokenizer is exported")
     emma, towers, _ = initial_model(recipe)
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="recipe overrides; for a run only data.shards="
     )
-    parser.add_argument("--untrained", action="store_true", help="export the model as it is before its first step")
+    parser.add_argument("--untrained", action="store_true", help="export the initial model, before any training step")
     parser.add_argument("--step", type=int, help="export this checkpoint (default: the newest intact one)")
     parser.add_argument(
         "--language-model",

@@ -127,7 +127,7 @@ def mamba_layer_flops(config: MambaConfig, length: int) -> float:
 
 
 def _scan_flops(config: MambaConfig, length: int) -> float:
-    """Count nine operations per state and position for Mamba-1, the matrix products of chunked SSD for Mamba-2."""
+    """Count the FLOPs of a scan: nine per state and position in Mamba-1, chunked SSD's matrix products in Mamba-2."""
     inner, state = config.d_inner, config.d_state
     if config.kind == "mamba1":
         return 9.0 * length * inner * state
@@ -137,7 +137,10 @@ def _scan_flops(config: MambaConfig, length: int) -> float:
 
 
 def _tower_flops(tower: TowerConfig, vision: VisionConfig) -> float:
-    """Count a tower's forward pass from its weights, because the hidden width of timm's SigLIP is irregular."""
+    """Count the FLOPs of a tower's forward pass.
+
+    They are derived from the number of its weights, because the hidden width of timm's SigLIP is irregular.
+    """
     blocks = _count(_towers(replace(vision, towers=(tower,))))
     attention = tower.num_blocks * 2 * MULTIPLY_ADD * vision.num_patches**2 * tower.width
     return MULTIPLY_ADD * blocks * vision.num_patches + attention

@@ -32,7 +32,7 @@ def initial_model(recipe: Recipe) -> tuple[Emma, Towers, dict[str, Any]]:
 
 
 def empty_model(config: EmmaConfig) -> Emma:
-    """Build the model with uninitialised weights, for ranks that receive theirs from the main rank."""
+    """Build the model with uninitialised weights, for ranks that receive their weights later."""
     with torch.device("meta"):
         emma = Emma(config)
     return emma.to_empty(device="cpu")
@@ -56,9 +56,9 @@ def tower_source(recipe: Recipe) -> str | None:
 
 
 def check_towers_unchanged(record: Path, towers: Towers) -> None:
-    """Check that the towers were loaded from the files that `record` lists, because checkpoints do not contain them.
+    """Check that the towers were loaded from the files that `record` lists, because checkpoints contain no towers.
 
-    Raises: UserError if they were not.
+    Raises: UserError if the towers come from other files.
     """
     if not record.exists():
         return

@@ -27,7 +27,7 @@ MAX_NONFINITE = 3  # consecutive steps without an update, after which the traini
 
 @dataclass(kw_only=True)
 class Loop:
-    """The training loop of one rank. All ranks take the same decisions, because their step reports are equal."""
+    """The training loop of one rank. All ranks make the same decisions, because their step reports are equal."""
 
     run_folder: RunFolder
     engine: Engine
@@ -41,7 +41,7 @@ class Loop:
     nonfinite: int = 0  # consecutive steps whose loss or gradient was not finite, and which updated nothing
 
     def run(self, step: int) -> int:
-        """Train from `step` to the end of the recipe, or to a stop request. Return the number of steps done."""
+        """Train from `step` to the recipe's last step, or until a stop request. Return the number of steps done."""
         if self._missed_validation(step):
             self._validate(step)
         tower_timer, towers_s = TowerTimer(self.towers, self.engine.device), 0.0
@@ -52,7 +52,8 @@ class Loop:
                 timings = Timings(data_wait_s=batch.wait_s, towers_s=towers_s, gc_s=garbage.pop_seconds())
                 report = reduce_step(losses, self._requests(), timings)
                 step += 1
-                # The device has finished this step, so its time is known; the next step's reduction carries it.
+                # The device has finished this step, so the towers' time is known. It is sent to the other ranks with
+                # the all-reduce of the next step.
                 towers_s = tower_timer.pop_seconds()
                 self.watchdog.step_done(step)
                 self.metrics.log_step(step, batch, report, lr)
@@ -105,7 +106,7 @@ class Loop:
         if finish:
             self._save_with(self.saver.finish)
             self.run_folder.control.clear("save")
-        # A stop must not wait for a validation. The next start makes up for it.
+        # A stop must not wait for a validation. The next launch runs the validation that was missed.
         if not requests.stop and self._validation_due(step):
             self._validate(step)
 
@@ -121,7 +122,7 @@ class Loop:
         return self.validation is not None and (self._is_last(step) or self.validation.due(step))
 
     def _missed_validation(self, step: int) -> bool:
-        """Return whether the previous start saved at this step, but stopped before the validation that was due."""
+        """Return whether the previous launch saved at this step, but stopped before the validation that was due."""
         if step == 0 or not self._validation_due(step):
             return False
         folder = self.run_folder.folder

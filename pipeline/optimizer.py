@@ -16,10 +16,12 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig, *, fused: bool)
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices; exempt norms, biases, embeddings, convolutions and the state-space parameters.
+    """Return AdamW's parameter groups: matrices with weight decay, and all other parameters without.
 
-    Differs from the public code, which built its groups after sharding had flattened every tensor and so decayed
-    nothing. For the same reason, call this before `deepspeed.initialize`.
+    Norms, biases, embeddings, convolutions and the state-space parameters are not decayed.
+
+    Differs from the paper's published code, which built its groups after sharding had flattened every tensor, so that
+    no parameter was decayed. For the same reason, call this function before `deepspeed.initialize`.
     """
     exempt = {
         id(p) for m in model.modules() if isinstance(m, (torch.nn.Embedding, torch.nn.Conv1d)) for p in m.parameters()

@@ -1,4 +1,4 @@
-"""Download the weights and the tokenizer that a recipe needs, so that compute nodes can run without network.
+"""Download the weights and the tokenizer that a recipe needs, so that compute nodes can run without network access.
 
     python -m pipeline.prefetch pipeline/recipes/emma_v2.toml
     python -m pipeline.prefetch pipeline/recipes/emma_v1.toml weights.llm=/models/zephyr      # checks the folder
@@ -51,9 +51,14 @@ def _download(part: str, source: str, download: Callable[[], str]) -> str:
 
 
 def language_model(recipe: Recipe, source: str, *, cached: bool = False) -> str:
-    """Download the language model, unless `cached` forbids it, and check that its embedding fits the recipe.
+    """Download the language model, and check that its embedding fits the recipe. Return the size of its files.
 
-    Checked here so that weights of another model are noticed on the login node and not on a GPU.
+    Args:
+        source: local folder or hub id. Nothing is downloaded for a local folder.
+        cached: use only the hub's cache, and download nothing.
+
+    Raises: UserError if the model cannot be found, or if its embedding has the wrong size. This check finds weights of
+    another model already on the login node, before a GPU job starts.
     """
     folder = Path(source) if Path(source).is_dir() else hub_folder(source, cached=cached)
     files, rows = open_published(folder), recipe.config.llm.vocab_size
@@ -78,10 +83,11 @@ def main() -> None:
     missing = [error for error in (_download(*part) for part in parts) if error]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(parts)} parts cannot be downloaded and are not in the cache:\n  "
+            f"{len(missing)} of {len(parts)} parts of the model cannot be downloaded and are not in the cache:\n  "
             + "\n  ".join(missing)
         )
-    print(f"{args.recipe}: " + ("all parts are available" if parts else f"nothing to download ({RANDOM} weights)"))
+    available = f"all {len(parts)} parts of the model are available locally"
+    print(f"{args.recipe}: " + (available if parts else f"nothing to download ({RANDOM} weights)"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python -m pipeline.recipe pipeline/recipes/emma_v2.toml optim.lr=1e-5            # print the resolved recipe
     python -m pipeline.recipe pipeline/recipes/emma_v2.toml --get run.dir            # print one value, for scripts
 
-Values are TOML. What is not TOML is read as text, so that paths need no quotes, and null means no value.
+The value of an override is parsed as TOML. If it is not valid TOML, it is used as text, so that paths need no quotes.
+`null` means no value.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Recipe:
     """Seed of the initial weights and of the order of the samples."""
 
     steps: Annotated[int | None, Range(least=1)] = None
-    """Number of optimizer steps; null: as many as `data.epochs` take."""
+    """Number of optimizer steps; null: the number of steps in `data.epochs` epochs."""
 
     data: DataConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -75,10 +76,10 @@ class Recipe:
         return alignment.weight if self.loss.align_weight is None else self.loss.align_weight
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that determine the training. A checkpoint resumes only under equal ones.
+        """Return the settings that determine the result of training. A run resumes only with equal settings.
 
-        Every section of the recipe takes part unless `NOT_IN_IDENTITY` names it. Keys that are newer than the first
-        checkpoint format are left out while they have their default, so that older checkpoints still resume.
+        Every section of the recipe is included unless `NOT_IN_IDENTITY` names it. A key that was added after the first
+        checkpoint format is left out if it has its default, so that older checkpoints can still be resumed.
         """
         settings = {key: value for key, value in _identity_of(self).items() if key not in NOT_IN_IDENTITY}
         del settings["optim"]["micro_batch"]
@@ -136,7 +137,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, planning: bo
     Args:
         path: TOML file; keys that it lacks have their defaults.
         overrides: Values that replace the file's, as `optim.lr=1e-5`.
-        planning: Whether `data.shards` and `run.dir` may be absent. They are `UNSET` then.
+        planning: Whether `data.shards` and `run.dir` may be absent. A key that is absent is `UNSET`.
 
     Raises: UserError that names the key, what was found and what is valid.
     """
@@ -173,7 +174,7 @@ def _override(table: dict[str, Any], override: str) -> None:
 
 
 def _validate(recipe: Recipe, where: str) -> None:
-    """Check what types and ranges cannot express."""
+    """Check the constraints that types and ranges cannot express."""
     for name in _empty_texts(asdict(recipe)):
         raise UserError(f"{where}: {name} is empty; give a value or leave it out (is a shell variable unset?)")
     if recipe.engine.memory_gib and not recipe.engine.segment_layers:

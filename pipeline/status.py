@@ -17,8 +17,8 @@ from model.errors import run_cli
 from pipeline.metrics.history import ENDS, SLOW_RANK_RATIO, History, finite, format_duration, read_history
 
 MAX_SILENCE_S = 120.0  # a run whose watchdog gives no heartbeat for this long is reported as dead
-MAX_START_S = 1800.0  # the same during start-up, and for runs of older versions, which have no heartbeat
-AVERAGED_LINES = 10  # last log lines that a source's loss is averaged over
+MAX_START_S = 1800.0  # the same limit during start-up, and for runs of older versions, which have no heartbeat
+AVERAGED_LINES = 10  # number of last log lines over which a source's loss is averaged
 SHOWN_SPIKES = 5
 
 
@@ -42,7 +42,7 @@ def state_of(run: Path, history: History, now: float) -> str:
 
 
 def state_of_start(run: Path, now: float) -> str | None:
-    """Return the state of a start that has not reached the training loop, or None if there is none."""
+    """Return the state of a launch that has not reached the training loop, or None if there is no such launch."""
     mark = run / "control/starting"
     try:
         failure, seconds = mark.read_text(encoding="utf-8").strip(), now - mark.stat().st_mtime
@@ -54,7 +54,7 @@ def state_of_start(run: Path, now: float) -> str | None:
 
 
 def _running_or_dead(heartbeat: Path, history: History, now: float) -> str:
-    """Judge a run that recorded no end by its heartbeat, which goes on during a long step, save or validation."""
+    """Judge a run that recorded no end by its heartbeat, which continues during a long step, save or validation."""
     try:
         last, limit_s = max(history.last_time, heartbeat.stat().st_mtime), MAX_SILENCE_S
     except FileNotFoundError:  # a run of an older version
@@ -101,14 +101,16 @@ def _starts(history: History) -> list[str]:
         f"  {_local_time(start.time)}  resumed at step {start.step} after it was {start.before}"
         for start in history.starts[1:]
     )
-    return [f"goodput {history.ledger.goodput:.1%}; {len(history.starts)} start(s)", *restarts, *_last_start(history)]
+    count = len(history.starts)
+    launches = f"{count} launch{'es' if count != 1 else ''}"
+    return [f"goodput {history.ledger.goodput:.1%}; {launches}", *restarts, *_last_start(history)]
 
 
 def _last_start(history: History) -> list[str]:
-    """Return a line with the seconds of each phase of the last start. Older versions did not log them."""
+    """Return a line with the seconds of each start-up phase of the last launch. Older versions did not log them."""
     phases = history.starts[-1].phases if history.starts else {}
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items())
-    return [f"last start {sum(phases.values()):.1f} s: {parts}"] if phases else []
+    return [f"start-up of the last launch: {sum(phases.values()):.1f} s ({parts})"] if phases else []
 
 
 def _local_time(seconds: float) -> str:

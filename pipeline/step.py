@@ -70,7 +70,7 @@ class LossAccumulator:
         self.sums[2:].index_add_(0, sources, text)
 
     def reduce(self) -> npt.NDArray[np.float64]:
-        """Return the sums over all ranks. Every rank must call it."""
+        """Return the sums over all ranks. Must be called on every rank."""
         dist.all_reduce(self.sums)
         return self.sums.cpu().numpy()
 
@@ -94,8 +94,8 @@ class StepReport:
     align: float | None  # None in a text-only step
     total: float
     grad_norm: float  # before clipping
-    text_by_source: npt.NDArray[np.float64]  # [sources] sums, to be divided by the source's share of the totals
-    requests: Requests  # of any rank
+    text_by_source: npt.NDArray[np.float64]  # [sources] sums of the text loss, to be divided by `text_weights`
+    requests: Requests  # a flag is set if any rank has set it
     timings: list[Timings]  # by rank
 
     @property
@@ -104,7 +104,7 @@ class StepReport:
 
 
 def optimizer_step(engine: Engine, towers: Towers, recipe: Recipe, batch: GlobalBatch, lr: float) -> LossSums:
-    """Train on one global batch. Every rank must call it, with its own slice of the same batch."""
+    """Train on one global batch. Must be called on every rank, with its own slice of the same batch."""
     set_learning_rate(engine, lr)
     clear_gradients(engine)
     totals = step_totals(recipe, batch)
@@ -132,7 +132,7 @@ def optimizer_step(engine: Engine, towers: Towers, recipe: Recipe, batch: Global
 def reduce_step(losses: LossSums, requests: Requests, timings: Timings) -> StepReport:
     """Sum a step's losses over the ranks, and exchange requests and timings, in a single all-reduce.
 
-    Every rank must call it. It blocks until the device has finished the step.
+    Must be called on every rank. It blocks until the device has finished the step.
     """
     seconds = torch.zeros(dist.get_world_size(), len(astuple(timings)), dtype=torch.float64)
     seconds[dist.get_rank()] = torch.tensor(astuple(timings), dtype=torch.float64)
@@ -183,5 +183,5 @@ def step_totals(recipe: Recipe, batch: GlobalBatch) -> Totals:
 
 
 def text_weights(recipe: Recipe, batch: GlobalBatch) -> npt.NDArray[np.int64]:
-    """Count the supervised tokens or the samples, as `loss.text` says, of each source in a global batch. [sources]"""
+    """Return the divisor of each source's text loss in a global batch, [sources]: supervised tokens or samples."""
     return batch.sources.supervised_tokens if recipe.loss.text == "token" else batch.sources.samples

@@ -7,9 +7,10 @@
 
 Exit codes:
     0  finished, or stopped on request (RUN/outcome.json says which)
-    2  a mistake in the command, the recipe or the data
+    1  a bug; the traceback is printed
+    2  an error in the command, the recipe or the data, which the user can fix
     3  the training failed, and a retry would fail in the same way
-    4  a rank was lost or hung; the same command may succeed on a retry
+    4  a rank was lost or hung, or the file system failed; the same command may succeed on a retry
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def main() -> None:
 
 
 def train(run: RunFolder, ranks: Ranks, startup: StartupTimer) -> None:
-    """Build data, model and engine, resume from the newest good checkpoint, and train. Every rank must call it."""
+    """Build data, model and engine, resume from the newest good checkpoint, and train. Must be called on every rank."""
     recipe = run.recipe
     saved_steps = broadcast_from_main(ranks, lambda: list_steps(run.folder / CHECKPOINTS))
     with Watchdog(run, ranks) as watchdog, explain_out_of_memory(recipe, ranks):

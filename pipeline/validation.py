@@ -22,8 +22,8 @@ from pipeline.step import LossAccumulator, row_losses, text_weights
 class Validation:
     """Compute the losses on `evaluate.samples` held-out samples, the same ones each time.
 
-    The samples are the first global batches that a training on the held-out shards would see. A validation changes no
-    weight, so training gives the same bits with and without it.
+    The samples are the first global batches that a training run on the held-out shards would process. Validation does
+    not change the weights, so a run with validation computes the same bits as a run without.
 
     Raises: UserError if the shards do not match the recipe's model.
     """
@@ -45,7 +45,7 @@ class Validation:
 
     @torch.no_grad()
     def losses(self, engine: Engine, towers: Towers) -> dict[str, Any]:
-        """Return the mean losses by their keys in docs/metrics.md. Every rank must call it."""
+        """Return the mean losses, with the keys that docs/metrics.md lists. Must be called on every rank."""
         losses = LossAccumulator(len(self.data.sources.names), engine.device)
         batches = []
         engine.eval()

@@ -17,7 +17,7 @@ KINDS = ("master", *MOMENTS)  # the fp32 tensors that ZeRO keeps for each buffer
 
 @dataclass(frozen=True)
 class Piece:
-    """A range of a flattened parameter: `count` values from `start` on, stored at `offset` of a buffer."""
+    """A range of a flattened parameter: `count` values that begin at `start`, stored at `offset` of a buffer."""
 
     name: str
     start: int
@@ -81,7 +81,7 @@ def parameter_shapes(engine: Engine) -> dict[str, list[int]]:
 
 
 def tied_names(engine: Engine) -> dict[str, str]:
-    """Map each further name of a tied parameter to the name under which the parameter is saved."""
+    """Map each additional name of a tied parameter to the name under which the parameter is saved."""
     named = engine.module.named_parameters(remove_duplicate=False)
     return {name: engine.param_names[p] for name, p in named if engine.param_names[p] != name}
 
@@ -103,7 +103,7 @@ def restore(
 ) -> None:
     """Overwrite masters and moments, then derive the compute weights from the masters.
 
-    Every rank must call it, because ZeRO-3 then gathers its persistent weights.
+    Must be called on every rank, because ZeRO-3 then gathers its persistent weights.
 
     Args:
         values: a flat tensor for each buffer index and each of KINDS.
@@ -138,7 +138,7 @@ def set_learning_rate(engine: Engine, lr: float) -> None:
 
 
 def clear_gradients(engine: Engine) -> None:
-    """Set all gradients to zero. Every rank must call it before the first backward pass of a step.
+    """Set all gradients to zero. Must be called on every rank before the first backward pass of a step.
 
     Under ZeRO-3, a parameter that takes no part in a step keeps its last gradient and is updated with it again. In a
     text-only batch this would happen to the projector, the fusion and the decoder.

@@ -49,7 +49,7 @@ def words(recipe_file, published, towers="towers"):
 def test_prefetch_lists_all_parts_when_they_are_available(recipe_file, published):
     done = fork_python("-m", "pipeline.prefetch", *words(recipe_file, published))
     assert done.returncode == 0, done.stderr
-    for text in ("language model", "towers", "258 entries", "all parts are available"):
+    for text in ("language model", "towers", "258 entries", "parts of the model are available locally"):
         assert text in done.stdout
 
 

@@ -119,13 +119,13 @@ def test_preflight_skips_the_pretrained_language_model_if_a_checkpoint_exists(re
 
 
 def test_the_error_for_too_little_shared_memory_suggests_a_remedy(recipe_file, shards):
-    with pytest.raises(UserError, match=r"/dev/shm has .* GiB free, loading needs .*--shm-size"):
+    with pytest.raises(UserError, match=r"/dev/shm has .* GiB free, but data loading needs .*--shm-size"):
         preflight.check_shared_memory(context(recipe_file, shards, "data.workers=9999999"))
 
 
 def test_the_error_for_a_disk_that_is_too_small_states_the_space_needed(recipe_file, shards, tmp_path):
     short = context(recipe_file, shards, f"run.dir={tmp_path}/run", "checkpoint.keep_last=999999999")
-    with pytest.raises(UserError, match=r"needed for 1000000001 checkpoints .* lower checkpoint\.keep_last"):
+    with pytest.raises(UserError, match=r"space for 1000000001 checkpoints .* lower checkpoint\.keep_last"):
         preflight.check_checkpoint_space(short)
 
 
@@ -133,12 +133,12 @@ def test_space_of_interrupted_saves_and_refused_checkpoints_counts_as_free(recip
     run = context(recipe_file, shards, f"run.dir={tmp_path}", "checkpoint.keep_last=1")
     each = CHECKPOINT_BYTES * count_parameters(run.recipe.config).trainable
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * each))
-    with pytest.raises(UserError, match="needed for 3 checkpoints"):
+    with pytest.raises(UserError, match="space for 3 checkpoints"):
         preflight.check_checkpoint_space(run)
     (tmp_path / "checkpoints/.refused-step-00000008").mkdir(parents=True)
     assert "3 checkpoints" in preflight.check_checkpoint_space(run)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=each))
-    with pytest.raises(UserError, match="1 of which exist"):
+    with pytest.raises(UserError, match="1 already on disk"):
         preflight.check_checkpoint_space(run)
     half = tmp_path / "checkpoints/.partial-step-00000009/rank-00000.00.master"
     half.parent.mkdir()

@@ -243,8 +243,8 @@ def test_the_status_shows_a_crash_during_start_up_and_in_the_training_loop(recip
 
 def test_the_status_table_shows_the_start_up_phases_of_the_last_launch(tmp_path):
     text = table(tmp_path, replay(LINES[:10]), now=208)
-    assert "last start 4.0 s: imports 1.0, checkpoint 3.0\n" in text + "\n"
-    assert "last start" not in table(tmp_path, replay(LINES[:9]), now=208), "older versions logged no phases"
+    assert "start-up of the last launch: 4.0 s (imports 1.0, checkpoint 3.0)\n" in text + "\n"
+    assert "start-up" not in table(tmp_path, replay(LINES[:9]), now=208), "older versions logged no phases"
 
 
 def test_a_nonfinite_loss_is_null_in_the_json_output_of_status(tmp_path):

@@ -28,7 +28,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "autocast": 1e-2}
 
 
 class Probe:
-    """Computes the probe losses. Every rank must call its methods, at the same steps."""
+    """Computes the probe losses. All ranks must call the methods at the same steps."""
 
     def __init__(self, engine: Engine, towers: Towers, recipe: Recipe, ranks: Ranks, data: TrainData):
         self.engine, self.towers, self.recipe, self.ranks = engine, towers, recipe, ranks

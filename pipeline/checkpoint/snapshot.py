@@ -104,7 +104,7 @@ class Snapshot:
                 task.result()
 
     def restore(self, updates: float) -> None:
-        """Load the host copies into the engine. Every rank must call it, because ZeRO-3 gathers weights."""
+        """Load the host copies into the engine. Must be called on every rank, because ZeRO-3 gathers weights."""
         restore(self.engine, self.buffers, self.memory, updates)
 
     def _files(self, rank: int) -> Iterator[tuple[int, str]]:

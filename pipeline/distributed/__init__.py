@@ -1,1 +1,1 @@
-"""Ranks, collectives that fail on all ranks alike, process states, and warnings about slow operations."""
+"""Ranks, collectives that raise the same error on all ranks, process states, and warnings about slow operations."""

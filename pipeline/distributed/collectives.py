@@ -17,11 +17,11 @@ T = TypeVar("T")
 def collectively(ranks: Ranks, action: Callable[[], T]) -> T:
     """Run an action on every rank. Return this rank's result, or raise the combined error on all ranks.
 
-    Every rank must call this function.
+    Must be called on every rank.
 
     Raises:
         UserError: if any rank raised one. The message lists the errors of all ranks.
-        RetryableError: if ranks failed, but only with errors that are worth a retry.
+        RetryableError: if any rank failed, but no rank with a UserError.
     """
     [result] = run_checks(ranks, [action])
     return result
@@ -30,11 +30,12 @@ def collectively(ranks: Ranks, action: Callable[[], T]) -> T:
 def run_checks(ranks: Ranks, checks: Sequence[Callable[[], T]]) -> list[T]:
     """Run all checks of this rank. Return their results, or raise the errors of all ranks combined on every rank.
 
-    A failed check does not stop the ones after it. Every rank must call this function, but ranks may pass different
-    checks. Raises: the errors that `collectively` raises.
+    A failed check does not stop the checks after it. Must be called on every rank, but ranks may pass different checks.
+
+    Raises: the errors that `collectively` raises.
     """
     results: list[T] = []
-    errors: dict[str, bool] = {}  # message: whether it is the user's mistake
+    errors: dict[str, bool] = {}  # by message: whether it is a UserError
     for check in checks:
         try:
             results.append(check())
@@ -52,7 +53,7 @@ def run_checks(ranks: Ranks, checks: Sequence[Callable[[], T]]) -> list[T]:
 
 
 def broadcast_from_main(ranks: Ranks, action: Callable[[], T]) -> T:
-    """Run an action on the main rank, and return its result on every rank. Every rank must call this function.
+    """Run an action on the main rank, and return its result on every rank. Must be called on every rank.
 
     Raises on all ranks: the UserError or RetryableError that the action raised on the main rank.
     """

@@ -1,4 +1,4 @@
-"""Warnings about slow operations while they are still running, because one that hangs cannot report it later."""
+"""Warnings about slow operations, printed while they run, because an operation that hangs cannot report it later."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Evaluating a trained model on questions with known answers."""
+"""Evaluation of a trained model on questions with known answers."""

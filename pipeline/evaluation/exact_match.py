@@ -1,4 +1,4 @@
-"""Exact match: question files, answering them in batches, controls, and scores by kind of question."""
+"""Exact match: reading question files, answering in batches, control experiments, and scores by kind of question."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REPORT_EVERY_S = 5.0
 class Question:
     """One line of a question file.
 
-    image   relative to the folder of images
+    image   path relative to the image folder
     kind    groups the questions that share a set of possible answers
     """
 
@@ -40,7 +40,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Number of questions that were asked, and of those answered correctly."""
+    """Number of questions asked, and number of questions answered correctly."""
 
     right: int
     asked: int
@@ -74,7 +74,9 @@ def _question(line: str, where: str) -> Question:
 
 
 def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
-    """Give every question the image of another question of its kind, as a control for answers that need no image.
+    """Give every question the image of another question of its kind.
+
+    This control shows how many questions the model answers correctly without the information in the image.
 
     Raises: UserError if half or more of the questions of a kind share one image.
     """

@@ -1,1 +1,1 @@
-"""Answering with a trained model: loading it, decoding, and choosing tokens."""
+"""Inference with an exported model: loading and greedy decoding."""

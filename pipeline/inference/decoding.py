@@ -72,7 +72,7 @@ def complete(
 def _greedy(
     model: LoadedModel, tokens: torch.Tensor, images: list[Pixels], eos_id: int, max_new_tokens: int
 ) -> list[list[int]]:
-    """Return the token ids that follow each prompt, up to but without the end of text.
+    """Return the token ids that follow each prompt, up to the end-of-text token, which is left out.
 
     The state has a fixed size, so every token takes the same time. Shapes: tokens [b, t].
     """

@@ -73,14 +73,17 @@ def _draw_loss(axes: Any, history: History, term: int, *, name: str, colour: str
 
 
 def _finite_points(losses: dict[int, tuple[float, float | None]], term: int) -> tuple[list[int], list[float]]:
-    """Return the steps and the values of a loss term, in order, without steps that have no finite value."""
+    """Return the steps and the values of a loss term, in order, without the steps whose value is not finite."""
     values = [(step, both[term]) for step, both in sorted(losses.items())]
     points = [(step, value) for step, value in values if value is not None and math.isfinite(value)]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Return the running median over a twentieth of the points, because rare kinds of batches would distort a mean."""
+    """Return the running median over a window of a twentieth of the points, but at most MAX_SMOOTHING points.
+
+    A running mean would be distorted by rare kinds of batches.
+    """
     reach = min(MAX_SMOOTHING, len(values) // 20) // 2
     return [median(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
 

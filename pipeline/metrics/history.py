@@ -1,4 +1,8 @@
-"""Run history: replays `metrics.jsonl` over all starts of a run into losses, restarts and a ledger of wall time."""
+"""Run history: losses, restarts and wall time of a run, computed from its `metrics.jsonl`.
+
+A launch is one start of the training command. A run that was interrupted has several launches, which all append to the
+same `metrics.jsonl`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from typing import Any
 
 from model.errors import UserError
 
-STARTS = ("start", "resume")  # events at which a training loop begins
+STARTS = ("start", "resume")  # events that a launch logs when its training loop begins
 ENDS = ("done", "stopped")  # events of an orderly end
 SLOW_RANK_RATIO = 1.25  # a rank that takes this many times as long as the median rank is reported as slow
 TEXT_LOSS, SAMPLES = "loss/text/", "data/samples/"  # prefixes of keys that end with a source's name
@@ -20,15 +24,15 @@ TEXT_LOSS, SAMPLES = "loss/text/", "data/samples/"  # prefixes of keys that end 
 
 @dataclass(kw_only=True)
 class Ledger:
-    """Seconds of wall time by what they were spent on, from the first start to the last line.
+    """Wall time in seconds, by activity, from the first launch to the last line of `metrics.jsonl`.
 
     Attributes:
-        training: steps done for the first time, without their waits for data.
+        training: steps done for the first time, without the time that they waited for data.
         redone_steps: steps that were done again after a crash.
         starting: from the start of the process to the training loop, without loading the checkpoint.
         resuming: loading the checkpoint.
-        queued: from a recorded end (stopped, lost or failed) to the next start.
-        down: from an unrecorded crash to the next start.
+        queued: from a recorded end (stopped, lost or failed) to the next launch.
+        down: from an unrecorded crash to the next launch.
     """
 
     training: float = 0.0
@@ -56,13 +60,13 @@ class Ledger:
 
 @dataclass(kw_only=True)
 class Start:
-    """One start of the training command.
+    """One launch of the training command.
 
     Attributes:
-        step: steps done when it began.
-        time: when its process started, in seconds since 1970.
-        before: how the previous start ended; empty for the first one.
-        phases: seconds of each phase up to the training loop.
+        step: number of steps done before this launch.
+        time: when the process started, in seconds since 1970.
+        before: how the previous launch ended; empty for the first launch.
+        phases: seconds of each phase before the training loop.
     """
 
     step: int
@@ -83,18 +87,19 @@ class LoggedSpike:
 
 @dataclass(kw_only=True)
 class History:
-    """History of a run over all its starts. If a step was done twice, the later line counts.
+    """History of a run over all its launches. If a step was done twice, the later line counts.
 
     Attributes:
         losses: (text, align) by step; align is None for a text-only step.
-        heldout: the same, of the validations.
-        sources: (text loss, samples) by source and step.
-        heldout_sources: text loss of the last validation by source.
-        spikes: by step and key.
+        heldout: (text, align) of each validation, by step.
+        sources: (text loss, number of samples) by source and step.
+        heldout_sources: text loss of the last validation, by source.
+        spikes: spike events by "<step> <key>".
         nonfinite: steps without a finite loss or gradient.
-        step_s: seconds per step in the last line.
-        paused_s: seconds of saving and validation since the last start.
-        last_event: how the last start ended; empty if it recorded no end.
+        step_s: seconds per step, from the last line that reports a step.
+        paused_s: seconds of saving and validation since the last launch.
+        last_line: the last line that reports a step.
+        last_event: how the last launch ended; empty if it recorded no end.
     """
 
     ledger: Ledger = field(default_factory=Ledger)
@@ -138,14 +143,14 @@ def read_history(run: Path) -> History:
 
 
 def has_event(run: Path, name: str, step: int) -> bool:
-    """Return whether any start of a run logged this event at this step."""
+    """Return whether any launch of a run logged this event at this step."""
     return any(line.get("event") == name and line["step"] == step for line in _read_lines(run))
 
 
 def has_stepped_with(run: Path, *, world_size: int, settings: dict[str, Any]) -> bool:
-    """Return whether a start with this world size and these memory settings logged a step. Raises: OSError.
+    """Return whether a launch with this world size and these memory settings logged a step. Raises: OSError.
 
-    Only the settings that a start logged are compared, because older versions did not have all of today's.
+    Only the settings that the launch logged are compared, because older versions logged fewer settings.
     """
     matches = False
     for line in _read_lines(run):
@@ -159,13 +164,13 @@ def has_stepped_with(run: Path, *, world_size: int, settings: dict[str, Any]) ->
 
 
 def _read_lines(run: Path) -> Iterator[dict[str, Any]]:
-    with contextlib.suppress(FileNotFoundError):  # before the first start
+    with contextlib.suppress(FileNotFoundError):  # before the first launch
         text = (run / "metrics.jsonl").read_text(encoding="utf-8")
         yield from (line for line in map(_parse, text.splitlines()) if line is not None)
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-    """Parse a line. None for a line that a kill cut off."""
+    """Parse a line. Return None for an incomplete line, which a killed process can leave."""
     try:
         return json.loads(line)
     except ValueError:
@@ -174,7 +179,7 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 def replay(lines: list[dict[str, Any]]) -> History:
     """Build the history from the lines of `metrics.jsonl`, in the order in which they were written."""
-    history, reached = History(), 0  # `reached`: the last step that the current start logged
+    history, reached = History(), 0  # `reached`: the last step that the current launch logged
     for line in lines:
         match line.get("event"):
             case "start" | "resume":
@@ -185,7 +190,7 @@ def replay(lines: list[dict[str, Any]]) -> History:
                 reached = line["step"]
             case event:
                 _replay_event(history, event, line)
-        # The first recorded end of a start is the cause; errors that it logs after that are consequences.
+        # Keep the first recorded end of a launch, because it is the cause. Errors logged after it are consequences.
         if line.get("event") in STARTS or not history.last_event:
             history.last_event = _end_of_start(line)
         history.last_time = line["time"]
@@ -194,7 +199,7 @@ def replay(lines: list[dict[str, Any]]) -> History:
 
 
 def _end_of_start(line: dict[str, Any]) -> str:
-    """Return how a start ended if this line records its end, otherwise an empty string."""
+    """Return how a launch ended if this line records its end, otherwise an empty string."""
     event = line.get("event")
     if event in ENDS:
         return str(event)
@@ -220,7 +225,7 @@ def _replay_start(history: History, line: dict[str, Any]) -> None:
 
 
 def _replay_step(history: History, line: dict[str, Any], reached: int) -> None:
-    """Add the steps `reached + 1` to `line["step"]`. Steps that an earlier start had done count as redone."""
+    """Add the steps `reached + 1` to `line["step"]`. Steps that an earlier launch had done count as redone."""
     step, count = line["step"], line["step"] - reached
     redone = max(0, min(step, max(history.losses, default=0)) - reached)
     waited = line["time/data_wait_s"] * count

@@ -125,7 +125,7 @@ class MetricsLogger:
         """Log a validation as a `heldout` event and in wandb."""
         self.log_event("heldout", step, **losses, seconds=round(seconds, 2))
         if self.wandb is not None:
-            # wandb accepts each step once, so a validation that the previous start missed is logged with the next step.
+            # wandb accepts each step once, so a validation that the previous launch missed is logged at the next step.
             self.wandb.log(max(step, self.first_step + 1), losses)
 
     def log_event(self, name: str, step: int, **facts: Any) -> None:

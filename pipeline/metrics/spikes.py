@@ -16,7 +16,7 @@ NOISE_STEPS = 128  # number of last deviations from the usual value that determi
 MIN_NOISE_STEPS = 48  # number of deviations that must be known before a step can be a spike
 Z_THRESHOLD = 7.0
 # Lower bound of the noise, as a standard deviation of the logarithm. A spike is therefore at least a third more loss
-# (e ** (7 * 0.041) = 1.33) or two and a half times the gradient norm, however quiet the steps before were.
+# (e ** (7 * 0.041) = 1.33) or two and a half times the gradient norm, however little the previous steps varied.
 MIN_NOISE = {"loss/total": 0.041, "optim/grad_norm": 0.131}
 # The noise is estimated from this quantile. In a normal distribution it is 1.645 standard deviations above the mean.
 QUANTILE, QUANTILE_TO_STD = 0.95, 1 / 1.645

@@ -9,7 +9,7 @@ from pipeline.data.batch import GlobalBatch
 from pipeline.distributed.ranks import Ranks
 from pipeline.flops import flops_per_sample, mamba_layer_flops
 
-# Dense bf16 operations per second, from the vendors' data sheets. If several names match a device, the longest counts.
+# Dense bf16 operations per second, from the vendors' data sheets. If several names match a device, the longest wins.
 PEAK_FLOPS = {
     "A10": 125e12,
     "A30": 165e12,

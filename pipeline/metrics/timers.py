@@ -1,4 +1,4 @@
-"""Timers of training: start-up phases, the frozen towers, and garbage collection at the same steps on all ranks."""
+"""Training timers: start-up phases, the frozen towers, and garbage collection, which this module also schedules."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class GarbageCollection:
         gc.unfreeze()
 
     def after_step(self, step: int) -> None:
-        """Collect garbage if it is due. Every rank must call this after every step."""
+        """Collect garbage if it is due. Must be called on every rank after every step."""
         if step % COLLECT_EVERY == 0:
             begun = time.perf_counter()
             gc.collect()
             self.seconds += time.perf_counter() - begun
 
     def pop_seconds(self) -> float:
-        """Return the seconds spent since the last call."""
+        """Return the seconds of garbage collection since the last call."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
 
@@ -74,7 +74,7 @@ class TowerTimer:
         return event
 
     def pop_seconds(self) -> float:
-        """Return the seconds since the last call. The device must have finished the work."""
+        """Return the seconds that the towers ran since the last call. The device must have finished the work."""
         laps, self.laps = self.laps, []
         if self.on_gpu:
             return sum(begun.elapsed_time(ended) for begun, ended in laps) / 1000
@@ -94,7 +94,7 @@ def process_start_time() -> float:
 
 
 class StartupTimer:
-    """Time the consecutive phases of a start, from the start of the process."""
+    """Time the consecutive phases of a launch, beginning when the process started."""
 
     def __init__(self) -> None:
         self.began = self._last = process_start_time()

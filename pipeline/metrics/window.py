@@ -31,11 +31,11 @@ class Window:
         self.began, self.steps, self.excluded = time.monotonic(), 0, {"save": 0.0, "heldout": 0.0}
         self.samples = self.tokens = 0
         self.padding = self.useful_flops = self.data_wait = self.gc = 0.0
-        self.towers = np.zeros(1)  # [ranks] from the first step on
+        self.towers = np.zeros(1)  # [ranks] after the first step
         self.text, self.text_weights, self.samples_by_source = (np.zeros(len(self.sources)) for _ in range(3))
 
     def add(self, batch: GlobalBatch, report: StepReport) -> None:
-        """Add one step. Its waits are those of the slowest rank, because all ranks wait for that one."""
+        """Add one step. Count the longest wait of any rank, because all ranks wait for the slowest rank."""
         self.steps += 1
         self.samples += batch.samples
         self.tokens += batch.tokens

@@ -1,1 +1,1 @@
-"""The life of a run: preflight checks, the run folder, stop and save requests, the watchdog, and failures."""
+"""Supervision of a run: preflight checks, the run folder, stop and save requests, the watchdog, and exits on errors."""

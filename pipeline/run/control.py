@@ -24,7 +24,7 @@ class Control:
         self.signal_name = ""  # first signal that this rank received
 
     def clear_unanswered(self) -> None:
-        """Remove the requests that an earlier start left unanswered. Main rank only.
+        """Remove the requests that an earlier launch left unanswered. Main rank only.
 
         In a batch job they are kept, because the script removes old requests itself, and may have written a new one.
         """
@@ -41,7 +41,7 @@ class Control:
 
         A preemption with grace time, and `scancel --signal=USR1` without --batch, signal the ranks but not the batch
         script. No file is created for a signal, because a launcher also sends SIGTERM when another rank has died, and
-        the file would look like a stop by hand.
+        the file would look like a stop requested by hand.
         """
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._remember_signal)
@@ -64,7 +64,7 @@ class Control:
         return f"by {requester}" if requester.startswith("SIG") else "by hand"
 
     def record_refusal(self, reason: str) -> None:
-        """Tell the batch script, if there is one, that the same command would be refused again.
+        """Record for the batch script, if there is one, that the same command would be refused again.
 
         The script cannot rely on the exit code, because the launcher may kill this rank before it exits. The line names
         the job, because another job may be training in the same folder and was not refused.

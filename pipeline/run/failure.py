@@ -1,9 +1,9 @@
 """Exit of a training process after an error: one line on stderr, an outcome in the run folder, and an exit code.
 
-    UserError        2   the user's mistake; not requeued
-    DivergedError    3   the training itself failed; not requeued
+    UserError        2   an error that the user can fix; not requeued
+    DivergedError    3   the loss diverged; not requeued
     RetryableError   4   the same command may succeed on a retry; requeued
-    anything else    1   a bug, printed with its traceback; requeued
+    anything else    1   a bug (`CRASHED`), printed with its traceback; requeued
 
 If another rank dies or hangs, `pipeline.run.watchdog` ends this one.
 """
@@ -23,7 +23,7 @@ from model.errors import CommandError, ExitCode, UserError, first_line
 from pipeline.data.shard_reader import DamagedShardError
 from pipeline.data.workers import worker_death
 from pipeline.distributed.ranks import Ranks
-from pipeline.errors import RetryableError, from_oserror
+from pipeline.errors import CRASHED, RetryableError, from_oserror
 from pipeline.metrics.logger import append_event
 from pipeline.recipe import Recipe
 from pipeline.run.control import Control
@@ -39,7 +39,7 @@ class DivergedError(CommandError):
 
 
 def exit_after(error: Exception, recipe: Recipe | None, ranks: Ranks | None, run: RunFolder | None) -> NoReturn:
-    """End this process after an error. `recipe`, `ranks` and `run` are None if the start did not get that far."""
+    """End this process after an error. `recipe`, `ranks` and `run` are None if the error came before they were built."""
     if isinstance(error, OSError) and error.filename and isinstance(known := from_oserror(error), UserError):
         error = known
     elif ranks and isinstance(error, RuntimeError) and (lost := worker_death(error, ranks)):
@@ -64,7 +64,7 @@ def _exit_with_message(error: CommandError, recipe: Recipe | None, run: RunFolde
 
 
 def _record(reason: str, recipe: Recipe | None, run: RunFolder | None, outcome: str) -> None:
-    """Write the outcome to the run folder. Report a refused start to the batch script as well."""
+    """Write the outcome to the run folder. If training had not begun, report the refusal to the batch script too."""
     if run is not None:
         run.write_outcome(outcome, reason=reason)
         if run.first_step is not None:
@@ -81,4 +81,4 @@ def _exit_with_traceback(error: Exception, run: RunFolder | None) -> NoReturn:
             append_event(run.folder, "failed", None, reason=reason)
         elif run is not None:
             run.record_failed_start(f"failed: {reason}")
-    os._exit(1)
+    os._exit(CRASHED)

@@ -1,4 +1,4 @@
-"""The run folder, which one training at a time locks, and its heartbeat and outcome files."""
+"""The run folder: a lock that prevents two simultaneous launches in it, and the heartbeat and outcome files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from preprocess.atomic import write_json
 
 
 class RunFolder:
-    """One start of a run, and its files in the run folder. Only the main rank locks and prepares the folder.
+    """One launch of a run, and its files in the run folder. Only the main rank locks and prepares the folder.
 
     Raises: UserError if the folder cannot be written, or if another process trains in it.
     """
@@ -25,8 +25,9 @@ class RunFolder:
         self.recipe, self.ranks = recipe, ranks
         self.folder = Path(recipe.run.dir)
         self.control = Control(self.folder)
-        self.first_step: int | None = None  # step at which this start continues; None until `accept_start`
-        # Exists from here to `accept_start`. It is empty, or holds the reason if the start failed in between.
+        self.first_step: int | None = None  # step from which this launch trains; None until `accept_start`
+        # This file exists during start-up, until `accept_start`. It is empty unless start-up fails; then it holds the
+        # reason.
         self.starting_file = self.folder / "control/starting"
         self.heartbeat_file = self.folder / "control/alive"
         if ranks.is_main:
@@ -42,15 +43,15 @@ class RunFolder:
 
     @property
     def weights_file(self) -> Path:
-        """Record of the weights that the first start of the run has loaded; later starts load a checkpoint."""
+        """Record of the weights that the first launch of the run loaded. Later launches load a checkpoint instead."""
         return self.folder / "weights.json"
 
     def accept_start(self, step: int, loaded: dict[str, Any]) -> None:
-        """Record that training begins. Call this once the checkpoint is loaded and known to belong to this training.
+        """Record that start-up succeeded and training begins. Call this after the checkpoint, if any, is loaded.
 
         Args:
             step: Number of steps already done.
-            loaded: Sources of the weights; only the first start of a run records them.
+            loaded: Sources of the weights; only the first launch of a run records them.
         """
         self.first_step = step
         if self.ranks.is_main:
@@ -63,7 +64,7 @@ class RunFolder:
     def heartbeat(self) -> None:
         """Touch the heartbeat file, since the log can be silent for long during a first step, a save or a validation.
 
-        Before the start is accepted, do nothing, because a start that is refused must not make a dead run look alive.
+        Do nothing before `accept_start`, because a launch that is refused must not make a dead run look alive.
         """
         if self.ranks.is_main and self.first_step is not None:
             self.heartbeat_file.touch()
@@ -71,7 +72,7 @@ class RunFolder:
     def write_outcome(self, outcome: str, *, step: int | None = None, reason: str = "") -> None:
         """Write `outcome.json`, which the batch script and `pipeline.status` read.
 
-        Before the start is accepted, the outcome of the previous start is kept, and only `control/starting` changes.
+        Before `accept_start`, the outcome of the previous launch is kept, and only `control/starting` changes.
 
         Args:
             outcome: "done", "stopped", "failed" or "lost".
@@ -81,13 +82,13 @@ class RunFolder:
         if self.first_step is not None:
             facts = {"outcome": outcome, "step": step, "from_step": self.first_step, "reason": reason}
             write_json(self.folder / "outcome.json", facts)
-        elif outcome == "failed":  # a refused start leaves the folder as it was
+        elif outcome == "failed":  # a refused launch leaves the folder unchanged
             self.starting_file.unlink(missing_ok=True)
         else:
             self.record_failed_start(f"{outcome}: {reason}")
 
     def record_failed_start(self, reason: str) -> None:
-        """Record why the start ended before its first step.
+        """Record why this launch ended before its first step.
 
         Only the first rank's reason is kept, because the other ranks fail as a consequence.
         """

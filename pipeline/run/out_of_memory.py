@@ -1,4 +1,4 @@
-"""Out-of-memory errors: a mistake in the recipe, unless steps with the same settings have fitted before."""
+"""Out-of-memory errors: user errors, unless earlier steps with the same settings fitted into memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def out_of_memory_error(recipe: Recipe, ranks: Ranks, problem: str, remedy: str)
     """Return the error to raise when memory runs out.
 
     It is a RetryableError if this run has done a step with the same settings, because then another process probably
-    uses the node. Otherwise it is the user's mistake.
+    uses the node. Otherwise it is a UserError, because the recipe needs too much memory.
     """
     if has_stepped_with(Path(recipe.run.dir), world_size=ranks.world_size, settings=recipe.memory_settings()):
         return RetryableError(
@@ -31,7 +31,7 @@ def out_of_memory_error(recipe: Recipe, ranks: Ranks, problem: str, remedy: str)
 
 @contextmanager
 def explain_out_of_memory(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
-    """Convert CUDA's out-of-memory error inside the block into what `out_of_memory_error` returns, and raise that."""
+    """Convert CUDA's out-of-memory error inside the block with `out_of_memory_error`, and raise the result."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -44,13 +44,13 @@ from pipeline.run.watchdog import time_limit
 from preprocess.shards.folder import ShardFolder
 from preprocess.shards.manifest import Manifest
 
-SPARE_CHECKPOINTS = 2  # beside those that retention keeps: one that is being written, and one in reserve
-HASHING_S = 15.0  # time for hashing shards; the others are checked by size alone
+SPARE_CHECKPOINTS = 2  # in addition to those that retention keeps: one that is being written, and one in reserve
+HASHING_S = 15.0  # time limit for hashing shards; shards that are not hashed by then are checked by size alone
 CHUNK_BYTES = 8 << 20  # read at once when hashing
 PROBE_BYTES = 64 << 20  # size of the all-reduce that is timed
-LIMIT_S = 120.0  # for all checks together; one that takes longer hangs
+LIMIT_S = 120.0  # time limit for all checks together; if it is exceeded, a check probably hangs
 SHARED_MEMORY = Path("/dev/shm")  # where DataLoader workers put their micro-batches
-MAX_NAMED = 3  # damaged shards that a message names; it counts the others
+MAX_NAMED = 3  # number of damaged shards that a message names; the message only counts the rest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +76,9 @@ Check = Callable[[Context], str]
 
 
 def preflight(recipe: Recipe, ranks: Ranks) -> list[str]:
-    """Run all checks. Return lines for the log. Every rank must call it.
+    """Run all checks. Return lines for the log. Must be called on every rank.
 
-    Raises on all ranks: UserError with all problems of all ranks; RetryableError if none is the user's mistake.
+    Raises on all ranks: UserError with all problems of all ranks; RetryableError if all problems are transient.
     """
     checks: list[Check] = [check_communication, check_kernels, check_gpu_memory]
     if ranks.local_rank == 0:  # one rank per node, because these depend on the node
@@ -129,7 +129,7 @@ def check_gpu_memory(context: Context) -> str:
     if free < needed:
         problem = (
             f"rank {ranks.rank} on {socket.gethostname()}: GPU has {free / GIB:.1f} of {total / GIB:.1f} GiB free, "
-            f"the states alone need {needed / GIB:.1f}"
+            f"but weights, gradients and optimizer states alone need {needed / GIB:.1f} GiB"
         )
         raise out_of_memory_error(recipe, ranks, problem, "free the GPU or use more ranks")
     return f"states {needed / GIB:.1f} GiB of {free / GIB:.1f} GiB free"
@@ -144,15 +144,16 @@ def check_vision_towers(context: Context) -> str:
 
 
 def check_shared_memory(context: Context) -> str:
-    """Check that the prefetched micro-batches fit into shared memory. DataLoader workers die when it is full."""
+    """Check that the prefetched micro-batches fit into shared memory. DataLoader workers would die when it is full."""
     recipe, ranks = context.recipe, context.ranks
     needed = prefetched_bytes(recipe) * local_ranks(ranks)
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else needed
     if free < needed:
         problem = (
-            f"{socket.gethostname()}: {SHARED_MEMORY} has {free / GIB:.2f} GiB free, loading needs {needed / GIB:.2f}"
+            f"{socket.gethostname()}: {SHARED_MEMORY} has {free / GIB:.2f} GiB free, "
+            f"but data loading needs {needed / GIB:.2f} GiB"
         )
-        remedy = "give the container more (docker --shm-size), or lower data.workers"
+        remedy = "give the container more shared memory (docker --shm-size), or lower data.workers"
         raise out_of_memory_error(recipe, ranks, problem, remedy)
     return ""
 
@@ -181,7 +182,7 @@ def check_held_out_shards(context: Context) -> str:
 
 
 def inspect_shards(manifest: Manifest, recipe: Recipe) -> str:
-    """Check that shards fit the model, the size of every file, and the checksums of as many as time allows."""
+    """Check that the shards match the model, and verify their sizes and as many of their checksums as time allows."""
     folder = ShardFolder(Path(recipe.data.shards))
     check_shards_match_model(manifest, recipe)
     repair = f"list all damage with `python -m preprocess.shardset verify {folder}`, then build the shards again"
@@ -253,13 +254,14 @@ def check_checkpoint_space(context: Context) -> str:
     free = shutil.disk_usage(next(folder for folder in (run_dir, *run_dir.parents) if folder.is_dir())).free
     free += sum(file.stat().st_size for leftover in find_leftovers(folder) for file in leftover.iterdir())
     if free < needed:
-        forever = f", {kept} of them kept forever" if kept else ""
+        forever = f", of which {kept} are kept forever" if kept else ""
         remedy = "lower checkpoint.keep_last" + " or raise checkpoint.keep_every" * bool(kept)
         raise UserError(
-            f"run.dir: {recipe.run.dir}: {free / GIB:.1f} GiB free, {needed / GIB:.1f} needed for {count} checkpoints "
-            f"of {each / GIB:.1f}{forever}, {there} of which exist; free some space, or {remedy}"
+            f"run.dir: {recipe.run.dir}: {free / GIB:.1f} GiB free, but {needed / GIB:.1f} GiB needed: the run needs "
+            f"space for {count} checkpoints of {each / GIB:.1f} GiB{forever} ({there} already on disk); "
+            f"free some space, or {remedy}"
         )
-    return f"{count} checkpoints of {each / GIB:.2f} GiB, {there} of which exist; {free / GIB:.0f} GiB free"
+    return f"{count} checkpoints of {each / GIB:.2f} GiB ({there} already on disk); {free / GIB:.0f} GiB free"
 
 
 def _total_steps(recipe: Recipe, manifest: Manifest) -> int:

@@ -9,11 +9,11 @@ What happens when a rank dies:
 2. Each rank writes its Python stacks to `RUN/stacks/TIME/rank-N.txt`. The first one also writes the reason to stderr
    and to `metrics.jsonl`, and the outcome "lost" to `outcome.json`.
 3. Each rank exits with code 4 (retry). torchrun or srun kills the ranks that are left.
-4. `slurm/train_emma.sh` requeues the job, up to its limits. The next start resumes from the newest checkpoint that
-   verifies (`pipeline.checkpoint.resumer`), and repeats the steps after it.
+4. `slurm/train_emma.sh` requeues the job, up to its limits. The next launch resumes from the newest checkpoint
+   that verifies (`pipeline.checkpoint.resumer`), and repeats the steps after it.
 
 A rank that fails with an error of its own exits through `pipeline.run.failure`. Before the watchdog exists,
-`time_limit` ends a start that hangs. The main rank's watchdog also updates the heartbeat that `pipeline.status` reads.
+`time_limit` ends a launch that hangs. The main rank's watchdog also updates the heartbeat that `pipeline.status` reads.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ import torch.distributed as dist
 from model.errors import ExitCode, UserError
 from pipeline.distributed.processes import PROBLEM_STATES, process_state
 from pipeline.distributed.ranks import Ranks
+from pipeline.errors import CRASHED
 from pipeline.metrics.logger import append_event
 from pipeline.recipe import Recipe
 from pipeline.run.folder import RunFolder
@@ -47,7 +48,9 @@ FIRST_STEPS = 8  # slow because of compilation and warm-up
 REMEMBERED_STEPS = 50  # for the median step time
 POLL_S = 1.0
 GRACE_S = 5.0  # between a rank's stacks and its exit, so that the other ranks can write theirs
-STUCK_S = 60.0  # a rank that could not end itself dumps its stacks to stderr after this, and exits after twice this
+# Seconds after the time limit at which a rank that could not end itself dumps its stacks to stderr. It exits after
+# twice this time.
+STUCK_S = 60.0
 SUSPENDED_S = 5.0  # a longer gap between two polls means that the job was suspended, for example by `scontrol suspend`
 
 
@@ -96,7 +99,7 @@ class Watchdog:
     def __init__(self, run: RunFolder, ranks: Ranks):
         self.run, self.ranks, self.config = run, ranks, run.recipe.watchdog
         self.step, self.step_times = 0, deque[float](maxlen=REMEMBERED_STEPS)
-        self.active_s = 0.0  # time since the start, without suspensions of the job
+        self.active_s = 0.0  # seconds since this object was built, without suspensions of the job
         self.closed = threading.Event()
 
     def __enter__(self) -> Watchdog:
@@ -106,7 +109,7 @@ class Watchdog:
         self.folder = self.run.folder / "stacks" / began
         here = [(rank, pid) for rank, (namespace, pid, _) in enumerate(by_rank) if namespace == _process_namespace()]
         self.peers = {rank: pid for rank, pid in here if rank != self.ranks.rank and process_state(pid)}
-        self._set_deadline("the start", self.config.first_s)
+        self._set_deadline("start-up", self.config.first_s)
         faulthandler.enable()  # so that a crash in compiled code prints its stack
         threading.Thread(target=self._keep_time, name="watchdog clock", daemon=True).start()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -138,11 +141,11 @@ class Watchdog:
 
     @contextmanager
     def allow_time_to_finish(self) -> Iterator[None]:
-        """Allow `first_s` for what follows the block, such as wandb's clean-up, also after an error."""
+        """Allow `first_s` for the operations after the block, such as closing wandb, also after an error."""
         try:
             yield
         finally:
-            self._set_deadline("the end", self.config.first_s)
+            self._set_deadline("shutdown", self.config.first_s)
 
     def step_limit_s(self) -> float:
         """Compute how long the next step may take, from the median of the last steps."""
@@ -219,9 +222,9 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
 
     def _report(self, reason: str) -> int:
-        """Report the reason, once for all ranks. Return the exit code.
+        """Report the reason, unless another rank has reported it. Return the exit code.
 
-        The code is 1 if an outcome already exists, because then a rank has failed with an error of its own.
+        The code is CRASHED if an outcome already exists, because then a rank has failed with an error of its own.
         """
         try:
             with (self.folder / "reason.txt").open("x") as file:
@@ -229,7 +232,7 @@ class Watchdog:
         except FileExistsError:
             return ExitCode.RETRY
         if self.run.first_step is not None and (self.run.folder / "outcome.json").exists():
-            return 1
+            return CRASHED
         print(f"error: {reason}; Python stacks of the ranks are in {self.folder}", file=sys.stderr, flush=True)
         self.run.write_outcome("lost", step=self.step, reason=reason)
         append_event(self.run.folder, "lost", self.step, reason=reason, stacks=str(self.folder))
