@@ -9,7 +9,6 @@ from pathlib import Path
 
 from model.errors import CommandError, ExitCode, UserError, oserror_remedy, oserror_text
 
-
 # Exit code of a training process after an unexpected error: the one with which Python itself exits after a traceback.
 # In a command that checks data, 1 means `ExitCode.DAMAGED`; training does not use that code.
 CRASHED = 1

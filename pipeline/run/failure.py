@@ -39,7 +39,7 @@ class DivergedError(CommandError):
 
 
 def exit_after(error: Exception, recipe: Recipe | None, ranks: Ranks | None, run: RunFolder | None) -> NoReturn:
-    """End this process after an error. `recipe`, `ranks` and `run` are None if the error came before they were built."""
+    """End this process after an error. `recipe`, `ranks` and `run` are None if they were not built yet."""
     if isinstance(error, OSError) and error.filename and isinstance(known := from_oserror(error), UserError):
         error = known
     elif ranks and isinstance(error, RuntimeError) and (lost := worker_death(error, ranks)):
