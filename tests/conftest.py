@@ -1,4 +1,4 @@
-"""Shared fixtures: raw data, a shard set of the real builder, a recipe and a SLURM cluster."""
+"""Shared fixtures: raw data, a shard set built by the real builder, a recipe and a SLURM cluster."""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import pytest
 from tests.support.slurm import SlurmCluster, missing_programs
 from tests.support.tiny_data import TINY_RECIPE, build_shards, write_raw_data
 
-# The files that wait for SLURM or Ray come first: other files use the processors meanwhile.
+# The files that wait for SLURM or Ray run first, because other files can use the processors in the meantime.
 LONGEST_FILES = (
     "test_slurm_requeue.py",
     "test_slurm_train_emma.py",
@@ -24,11 +24,11 @@ LONGEST_FILES = (
     "test_pipeline_presets.py",
 )
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, because several tests run at the same time
+os.environ["OMP_NUM_THREADS"] = "1"  # set before torch is imported, because several tests run in parallel
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest files first, so that no processor is idle at the end."""
+    """Run the slowest test files first, so that no processor is idle at the end."""
     first = {name: position for position, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: first.get(item.path.name, len(first)))
 
@@ -40,7 +40,7 @@ def raw_mix(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(raw_mix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build 26 samples with image and 9 without. At global batch 8, two of the six steps per epoch are text-only."""
+    """Build a set of 26 image samples and 9 text-only samples. At global batch 8, two of six steps are text-only."""
     return build_shards(raw_mix, tmp_path_factory.mktemp("shards") / "v2")
 
 

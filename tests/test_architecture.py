@@ -1,4 +1,4 @@
-"""Rules of the layout: layers of imports, one module per heavy dependency, sizes of files, functions and packages."""
+"""Rules for the code layout: import layers, the one place that imports each dependency, and size limits."""
 
 import ast
 import re
@@ -18,9 +18,14 @@ OTHERS = sorted(path for folder in ("tests", "benchmarks") for path in (REPOSITO
 FOLDERS = sorted({path.parent for path in SOURCES})
 
 MAY_IMPORT = {"model": {"model"}, "preprocess": {"preprocess", "model"}, "pipeline": set(PACKAGES)}
-MODEL_MODULES_OF_PREPROCESS = {"model.config", "model.errors", "model.hashing", "model.presets"}  # without torch
+MODEL_MODULES_OF_PREPROCESS = {
+    "model.config",
+    "model.errors",
+    "model.hashing",
+    "model.presets",
+}  # these modules do not import torch
 
-# A module or package may import from the layers before its own, and from itself.
+# A module or subpackage may import only from itself and from the layers listed before its own layer.
 LAYERS: dict[str, list[set[str]]] = {
     "preprocess": [
         {"atomic", "prompts", "rejects", "remote_path", "strict_toml"},
@@ -44,7 +49,7 @@ LAYERS: dict[str, list[set[str]]] = {
     ],
 }
 
-# The only files, or folders, that may import a dependency.
+# For each dependency, the only file or folder that may import it.
 DOORS = {
     "causal_conv1d": "model/kernels/dispatch.py",
     "deepspeed": "pipeline/engine.py",
@@ -62,7 +67,7 @@ DOORS = {
     "wandb": "pipeline/metrics/wandb_logger.py",
     "webdataset": "preprocess/shards/writer.py",
 }
-# Attributes of DeepSpeed's objects that are not part of its documented interface.
+# Attributes of DeepSpeed objects that are not part of DeepSpeed's documented interface.
 DEEPSPEED_INTERNALS = re.compile(
     r"\.(ds_(id|numel|shape|status|tensor)|partition_numel|fp16_\w*groups\w*|fp32_\w*groups\w*|single_partition_of_\w+|round_robin_\w+"
     r"|sub_group_to_group_id|grad_partitions\w+|checkpoint_event_\w+|update_lp_params|optimizer\.optimizer)\b"
@@ -83,7 +88,7 @@ def parse(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> list[tuple[str, int]]:
-    """Return every module that a file imports anywhere, with the number of leading dots."""
+    """Return each module that a file imports, also inside functions, with its number of leading dots."""
     modules = []
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
@@ -94,7 +99,7 @@ def imports(path: Path) -> list[tuple[str, int]]:
 
 
 def imported_names(path: Path) -> Iterator[str]:
-    """Yield the dotted names that a file imports; `from pipeline import step` gives pipeline.step."""
+    """Yield the full names that a file imports; for `from pipeline import step`, this is pipeline.step."""
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -1,4 +1,4 @@
-"""The benchmarks of preprocessing and data loading do the work that they time."""
+"""Benchmarks of preprocessing, padding and data loading: they perform the work that they time."""
 
 import json
 from pathlib import Path

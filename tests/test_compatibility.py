@@ -1,4 +1,4 @@
-"""Shards, checkpoints and runs written by commit 9e0d89e (tests/fixtures/v0_1/README.md) remain usable."""
+"""Compatibility with shards, checkpoints and runs of version 0.1, see tests/fixtures/v0_1/README.md."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ WITH_PRESET = ["-m", "tests.support.micro_preset"]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy that tests may change; its recipe has paths relative to it."""
+    """Return a copy of the version 0.1 fixture that tests may change. Paths in its recipe are relative to the copy."""
     return Path(shutil.copytree(V0_1, tmp_path / "v0_1"))
 
 
@@ -42,7 +42,7 @@ def test_a_run_of_version_0_1_resumes_and_repeats_its_recorded_losses(folder, ra
     expected = losses(metrics)
     lines = metrics.read_text().splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["step"] <= 4]
-    metrics.write_text("".join(kept))  # the fixture's checkpoint is the one of step 4
+    metrics.write_text("".join(kept))  # the checkpoint of the fixture is from step 4
 
     output = finish(fork_ranks(ranks, [*WITH_PRESET, "pipeline.train", "recipe.toml"], cwd=folder))
     assert f"resuming from run/{CHECKPOINT}" in output

@@ -1,4 +1,4 @@
-"""The fork server runs a program as a new Python process would."""
+"""The fork server of the tests: forked programs behave as new Python processes do."""
 
 import signal
 import subprocess

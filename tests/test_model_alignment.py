@@ -1,4 +1,4 @@
-"""Target, decoder and loss of the pixel-wise alignment."""
+"""Pixel-wise alignment: targets, decoder and loss."""
 
 from dataclasses import replace
 from typing import Any
@@ -110,6 +110,6 @@ def test_the_alignment_decoder_can_have_its_own_width_and_mamba_kind() -> None:
 
 
 def test_full_size_presets_use_the_alignment_weight_of_the_published_code() -> None:
-    """The public code multiplies each squared error by 1e-5; the weights multiply means over 729 patches."""
+    """The paper's published code multiplies each squared error by 1e-5. Our weights multiply means over 729 patches."""
     weights = {name: alignment_of(preset(name)).weight for name in ("emma_v1", "avf", "release")}
     assert weights == pytest.approx({"emma_v1": 4.28652, "avf": 15.86304, "release": 8.39808})

@@ -1,4 +1,4 @@
-"""Values of the presets, and configurations that are refused."""
+"""Model presets and configurations: recorded values, tiny presets, and invalid settings."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from model.config import AlignmentConfig, EmmaConfig
 from model.emma import Emma
 from model.presets import ABLATIONS, PRESETS, make_presets, preset, scale_taps
 
-DIGESTS = {  # a preset that changes is another model: its checkpoints and exported folders no longer fit
+DIGESTS = {  # if a preset changes, earlier checkpoints and exported models can no longer be loaded
     "emma_v1": "0f7d5f86cc1e594b",
     "emma_v2": "5230ad299f2a383d",
     "cobra": "6d2f44ef73078ce6",

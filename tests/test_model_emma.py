@@ -1,4 +1,4 @@
-"""The whole model: losses, gradients, generation, and all presets."""
+"""The complete EMMA model: losses, gradients, generation, and all presets."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def text(length: int = 21) -> tuple[Tensor, Tensor]:
 
 
 def image(config: EmmaConfig) -> tuple[Tensor, Tensor | None]:
-    """Return the features of two images, and their alignment target if the model has an alignment."""
+    """Return the features of two images and their alignment target, which is None for models without alignment."""
     towers = Towers(config.vision)
     features = towers(PIXELS)
     return features, align_target(config, towers, PIXELS, features).values if config.alignment else None
@@ -56,7 +56,7 @@ def test_every_trainable_parameter_of_every_preset_gets_a_gradient(name: str) ->
 
 @pytest.mark.parametrize("with_image", [True, False])
 def test_text_losses_sum_the_negative_log_likelihood_of_the_next_token(with_image: bool) -> None:
-    """The last patch predicts the first token. Without image nothing predicts it, so it is not counted."""
+    """The last patch predicts the first token. Without an image, no position predicts it, so it is not counted."""
     emma, (tokens, targets) = seeded("tiny_v2"), text()
     targets[0, 0] = tokens[0, 0]
     features = image(emma.config)[0] if with_image else None
@@ -155,7 +155,7 @@ def test_models_built_with_the_same_seed_have_equal_parameters() -> None:
 
 @pytest.mark.parametrize(("name", "trainable"), [("emma_v1", 3_185_011_276), ("emma_v2", 3_112_072_156)])
 def test_full_size_models_have_the_papers_trainable_parameter_counts(name: str, trainable: int) -> None:
-    """3.19 B and 3.11 B with a decoder of full width. Other tests count the parts."""
+    """The paper states 3.19 B and 3.11 B, which requires an alignment decoder of full width."""
     with torch.device("meta"):
         emma = Emma(preset(name))
     assert sum(parameter.numel() for parameter in emma.parameters()) == trainable

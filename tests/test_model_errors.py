@@ -1,4 +1,4 @@
-"""`run_cli`: one line and one exit code per kind of error, also when the reader of a pipe has gone."""
+"""`run_cli` and the mapping of errors to one-line messages and exit codes, including closed pipes."""
 
 import errno
 import os
@@ -42,7 +42,7 @@ def test_run_cli_prints_the_traceback_of_an_unexpected_error():
 
 @pytest.mark.parametrize("body", ["None", "print('x' * 100_000)"])
 def test_a_command_that_prints_to_a_closed_pipe_exits_with_the_broken_pipe_code(body):
-    """`command | true` must not look like a finished command, unless the command printed nothing."""
+    """`command | true` must not exit with code 0 unless the command printed nothing, because its output is lost."""
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-c", PROGRAM.format(body=body)]

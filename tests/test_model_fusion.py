@@ -1,4 +1,4 @@
-"""Fusion, compared with EMMA Eq. 7 and 8 written out and with attention as a masked softmax."""
+"""Feature fusion, compared with a direct implementation of EMMA Eq. 7 and 8."""
 
 import math
 from typing import Any
@@ -23,7 +23,7 @@ def rms(x: Tensor, norm: Any) -> Tensor:
 
 
 def attention(x: Tensor, y: Tensor, module: CrossAttention, head_dim: int) -> Tensor:
-    """Compute multi-head attention head by head. Patch i of x attends to patches 0 to i of y."""
+    """Compute causal multi-head cross-attention head by head. Patch i of x attends to patches 0 to i of y."""
     q = x @ module.q_proj.weight.t()
     k, v = (y @ module.kv_proj.weight.t()).chunk(2, -1)
     later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
@@ -36,7 +36,7 @@ def attention(x: Tensor, y: Tensor, module: CrossAttention, head_dim: int) -> Te
 
 
 def block(x: Tensor, y: Tensor, module: Any) -> Tensor:
-    """Compute EMMA Eq. 8."""
+    """Compute one fusion block (EMMA Eq. 8)."""
     x_hat = x + attention(rms(x, module.norm_x), rms(y, module.norm_y), module.attention, 32)
     return x_hat + module.mixer(rms(x_hat, module.norm))
 

@@ -1,6 +1,6 @@
-"""Fused kernels, compared with mamba_ssm's own model and with plain torch on the CPU.
+"""Models on the fused GPU kernels, compared with the model of mamba_ssm and with plain torch on the CPU.
 
-Needs a GPU and the kernels:
+The tests need a GPU and the installed kernels:
 
     python -m pytest tests/test_model_gpu.py
 """
@@ -24,13 +24,13 @@ from model.vision import Towers
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.filterwarnings("ignore"),  # the kernels and Triton use deprecated functions of torch
+    pytest.mark.filterwarnings("ignore"),  # the kernel packages and Triton call deprecated torch functions
 ]
 
 KINDS = ("mamba1", "mamba2")
 DTYPES = (torch.float32, torch.bfloat16)
-LENGTHS = (1, 7, 64, 100, 129)  # the chunk is 64
-TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2}  # Triton multiplies fp32 as tf32
+LENGTHS = (1, 7, 64, 100, 129)  # the SSD chunk size is 64
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2}  # Triton multiplies fp32 matrices in tf32
 
 
 def config(kind: str) -> MambaConfig:
@@ -64,7 +64,7 @@ def mamba_ssm_twin(llm: MambaLM, dtype: torch.dtype) -> Any:
 
 
 def assert_near(found: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
-    """Compare by relative norm, because single elements of a bf16 tensor may differ by more than their size."""
+    """Compare relative norms, because single elements of a bf16 tensor may differ by more than their own value."""
     assert found.shape == expected.shape and found.isfinite().all(), what
     distance = (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-12)
     assert distance <= tolerance, f"{what}: relative distance {distance:.2e}, allowed {tolerance:.0e}"
@@ -86,7 +86,7 @@ def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
 def test_logits_loss_and_gradients_equal_those_of_mamba_ssms_own_model(
     kind: str, dtype: torch.dtype, length: int
 ) -> None:
-    """Both run the same kernels, but the backward pass of Mamba-1 adds in no fixed order, so bits may differ."""
+    """Bits may differ although both models run the same kernels, because Mamba-1's backward sums in no fixed order."""
     llm, tokens = language_model(kind, dtype), tokens_of(length)
     twin = mamba_ssm_twin(llm, dtype)
     logits, expected = llm.head(llm(llm.embed(tokens))[0]), twin(tokens).logits

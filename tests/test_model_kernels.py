@@ -1,4 +1,4 @@
-"""Choice between kernels and plain torch."""
+"""Selection of GPU kernels or plain torch operations."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""The references of the fused decode step, composed, are the model's own step."""
+"""Reference operations of the fused decode step, compared with the decode step of the model."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ EPS = 1e-5
 
 
 def mix(mixer: torch.nn.Module, normed: Tensor, sums: Tensor, state: State) -> tuple[Tensor, Tensor | None]:
-    """The input of `out_proj`, and the squares that its norm divides by (Mamba-2)."""
+    """Return the input of `out_proj` and, for Mamba-2, the sums of squares for the norm before it."""
     assert isinstance(mixer, Mamba1Mixer | Mamba2Mixer)
     start = 0 if isinstance(mixer, Mamba1Mixer) else mixer.config.d_inner
     projected = fused.project_conv(mixer.in_proj.weight, normed, sums, EPS, state.conv, *mixer.conv_parameters, start)

@@ -1,4 +1,4 @@
-"""The Triton kernels of a decode step against their references, and the captured step against the model's own.
+"""Triton kernels and CUDA graphs for decoding and prefill, compared with their references and with the model.
 
 python -m pytest tests/test_model_kernels_gpu.py
 """
@@ -18,7 +18,7 @@ from model.presets import preset
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.filterwarnings("ignore"),  # the kernels' packages and Triton use what torch deprecates
+    pytest.mark.filterwarnings("ignore"),  # the kernel packages and Triton call deprecated torch functions
 ]
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -37,7 +37,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor in which an element that no kernel writes fails `assert_near`."""
+    """Return a tensor that fails `assert_near` unless a kernel overwrites all its elements."""
     return torch.full(shape, float("nan"), device="cuda", dtype=dtype)
 
 

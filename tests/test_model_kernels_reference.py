@@ -1,4 +1,4 @@
-"""Reference operations, compared with the recurrence written out position by position in double precision."""
+"""Plain torch operations, compared with a position-by-position recurrence in double precision."""
 
 import pytest
 import torch
@@ -12,7 +12,10 @@ CHUNK = 16
 
 
 def recurrence(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the scan by its definition. Shapes: x and dt [b, l, c], A [c, k], B and C [b, l, c, k], D [c]."""
+    """Compute the scan position by position. Return the outputs [b, l, c] and the last state [b, c, k].
+
+    Shapes: x and dt [b, l, c], A [c, k], B and C [b, l, c, k], D [c]; batch b, length l, channels c, state size k.
+    """
     state, outputs = torch.zeros(x.shape[0], *A.shape, dtype=x.dtype), []
     for t in range(x.shape[1]):
         state = torch.exp(dt[:, t, :, None] * A) * state + (dt[:, t] * x[:, t])[..., None] * B[:, t]
@@ -73,7 +76,7 @@ def expected_ssd(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def assert_same(inputs: dict[str, Tensor], found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    """Compare the output, the last state, and the gradient of each input."""
+    """Check that the outputs, the last states, and the gradients of all inputs are equal."""
     weights = [torch.randn_like(part.double()) for part in expected]
     gradients = []
     for parts in (found, expected):
@@ -105,7 +108,7 @@ def test_chunked_ssd_and_its_gradients_equal_the_plain_recurrence(length: int, g
 
 
 def test_strong_decay_gives_finite_outputs_states_and_gradients() -> None:
-    """Log decays reach ±10^4 within a chunk, so future positions must be masked before the exponential."""
+    """Log decays reach ±10^4 within a chunk, so exp overflows unless future positions are masked before it."""
     scan, duality = scan_inputs(33), ssd_inputs(33, 1)
     with torch.no_grad():
         for inputs in (scan, duality):
@@ -120,7 +123,7 @@ def test_strong_decay_gives_finite_outputs_states_and_gradients() -> None:
 
 
 def test_the_scans_compute_bf16_inputs_in_fp32() -> None:
-    """The output is the exact result for the rounded inputs, rounded to bf16."""
+    """The output must be the exact result for the bf16 inputs, rounded once to bf16."""
     scan, duality = scan_inputs(33, torch.bfloat16), ssd_inputs(33, 1, torch.bfloat16)
     for (y, state), (exact, exact_state) in (
         (reference.selective_scan(**scan), expected_scan(scan)),

@@ -1,4 +1,4 @@
-"""Language models, compared with the implementations of transformers under the same weights."""
+"""Mamba language models, compared with the transformers implementations with the same weights."""
 
 from dataclasses import replace
 from typing import Any
@@ -33,7 +33,7 @@ def small(kind: MambaKind, **changes: Any) -> MambaConfig:
 
 
 def language_model(kind: MambaKind, **changes: Any) -> MambaLM:
-    """Build a language model, with noise on every parameter because some start at a constant."""
+    """Build a language model. Add noise to every parameter, because some are initialised to a constant."""
     torch.manual_seed(0)
     llm = MambaLM(small(kind, **changes))
     with torch.no_grad():
@@ -57,7 +57,7 @@ def theirs(name: str) -> str:
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return the loss of the next token. A single token is its own target, so that there is a loss."""
+    """Return the next-token loss. In a sequence of one token, the token itself is the target."""
     if tokens.shape[1] == 1:
         return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
@@ -91,7 +91,7 @@ def test_logits_of_mamba2_with_several_groups_equal_those_of_transformers(groups
     y = llm.backbone.layers[0].mixer.prefill(llm.embed(tokens))[1].ssm
     assert y.shape == (2, 8, 16, llm.config.d_state)
     twin = transformers_twin(llm)
-    for layer in twin.backbone.layers:  # transformers normalises all channels as one group
+    for layer in twin.backbone.layers:  # the norm in transformers treats all channels as one group
         layer.mixer.norm.forward = _group_norm(layer.mixer.norm, groups)
     torch.testing.assert_close(llm.head(llm(llm.embed(tokens))[0]), twin(input_ids=tokens).logits, rtol=1e-4, atol=1e-4)
 
@@ -232,7 +232,9 @@ def test_initial_values_have_the_ranges_of_mamba_ssms_initialisation(kind: Mamba
         assert mixer.dt_proj.weight.abs().max() <= mixer.config.dt_rank**-0.5
     else:
         assert A.min() >= -16 and A.max() <= -1
-    bound = (1 / mixer.out_proj.in_features) ** 0.5 / 4**0.5  # for four layers
+    bound = (
+        1 / mixer.out_proj.in_features
+    ) ** 0.5 / 4**0.5  # the initialisation divides by the square root of the number of layers
     assert 0.95 * bound < mixer.out_proj.weight.abs().max() <= bound
     assert abs(llm.backbone.embedding.weight.std() - 0.02) < 0.001
 

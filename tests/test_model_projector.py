@@ -1,4 +1,4 @@
-"""Projector and cross-scan."""
+"""The vision projector and its optional cross-scan."""
 
 import torch
 from torch.nn import functional as F
@@ -32,7 +32,7 @@ def test_the_cross_scan_visits_rows_and_columns_forwards_and_backwards() -> None
 
 
 def test_each_cross_scan_direction_changes_only_patches_that_it_visits_later() -> None:
-    """A change of patch 4 in a 3 × 3 grid changes the output at patch 4 and after it, in each direction's order."""
+    """Changing patch 4 of a 3 × 3 grid must change only patch 4 and the patches that the direction visits later."""
     torch.manual_seed(0)
     cross_scan, features = CrossScan(32, 3), torch.randn(1, 9, 32)
     changed = features.clone()

@@ -1,4 +1,4 @@
-"""Negative log-likelihood, compared with torch's cross entropy in fp32."""
+"""The chunked text loss, compared with torch's cross entropy in fp32."""
 
 import pytest
 import torch

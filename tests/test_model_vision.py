@@ -1,4 +1,4 @@
-"""Vision towers, compared with the intermediate layers of timm's models."""
+"""Vision towers, compared with intermediate layers of the complete timm models."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ PIXELS = torch.randint(0, 256, (2, 3, 100, 100), dtype=torch.uint8, generator=to
 
 
 def published(tower: TowerConfig, image_px: int) -> Any:
-    """Build timm's whole model with random weights: all blocks, norms, and SigLIP's attention pool."""
+    """Build the complete timm model with random weights: all blocks, all norms, and SigLIP's attention pool."""
     torch.manual_seed(1)
     model = timm.create_model(tower.timm_name, num_classes=0, **{**tower.overrides, "img_size": image_px}).eval()
     with torch.no_grad():
@@ -53,7 +53,7 @@ def test_features_concatenate_the_second_to_last_layers_of_timms_models(tmp_path
 
 
 def test_position_embeddings_of_another_resolution_are_resampled_as_timm_does(tmp_path: Path) -> None:
-    """DINOv2 is published for 37 × 37 patches."""
+    """The published DINOv2 has 37 × 37 patches, but our towers have fewer."""
     published_models = save_published(tmp_path, image_px=14 * 11)
     towers = Towers(VISION, tmp_path)
     for tower, larger in zip(VISION.towers, published_models, strict=True):

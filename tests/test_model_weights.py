@@ -1,4 +1,4 @@
-"""Saving and loading of models, and loading of published language models in each layout."""
+"""Saving and loading models, and loading published language models in each file layout."""
 
 import hashlib
 import json
@@ -139,12 +139,12 @@ Writer = Callable[[Path, dict[str, Tensor]], list[str]]
 
 
 def published_state(name: str) -> dict[str, Tensor]:
-    """Return a state dict as mamba_ssm saves it, with the tied head."""
+    """Return a language model state dict as mamba_ssm saves it, which includes the tied head."""
     return {key: tensor.clone() for key, tensor in make(name, seed=1)[0].llm.state_dict().items()}
 
 
 def theirs(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert to transformers' layout, which names the embedding differently and has no tied head."""
+    """Convert a state dict to the transformers layout, which renames the embedding and omits the tied head."""
     renamed = {name.replace("backbone.embedding.", "backbone.embeddings."): tensor for name, tensor in state.items()}
     del renamed["lm_head.weight"]
     return renamed

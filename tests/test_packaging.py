@@ -1,4 +1,4 @@
-"""The wheel holds every file of the packages, and what it installs works without the checkout."""
+"""The wheel: its contents, and imports from an installed wheel without the checkout."""
 
 import os
 import shutil
@@ -35,7 +35,7 @@ describe.main()
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel offline in a copy, since a build leaves files in the tree."""
+    """Build the wheel offline from a copy of the sources, because a build leaves files in the source tree."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in PACKAGES:
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,12 +1,12 @@
-"""Trainings in one run folder, each killed at another stage of a save, or ended by a failing file system.
+"""Training launches in one run folder, each interrupted at a different stage of a checkpoint save.
 
     python -m tests.programs.killed_training STAGE,STAGE,… RECIPE [key=value …]
 
-Every stage is a training in a fork of this process, which has imported everything and started no thread. A killed
-training must die by SIGKILL, and one whose file system fails must end by itself with the exit code for a retry. A last
-training runs to its end.
+Each stage is one launch in a fork of this process, which has imported all modules and started no thread. A method of
+`Stages` kills the launch with SIGKILL. A method of `Failures` makes the file system fail, after which the launch must
+exit with the retry code. A last launch without a stage trains to the end.
 
-Under torchrun there is only one training, with one stage: the first rank that reaches the stage dies.
+Under torchrun there is only one launch and one stage: the first rank that reaches the stage is killed.
 """
 
 import errno
@@ -26,11 +26,11 @@ from pipeline.checkpoint.saver import Saver
 from pipeline.checkpoint.snapshot import Snapshot
 from pipeline.engine import init_distributed  # noqa: F401  (imported before the fork)
 
-FATAL_SAVE = 2  # the number of the save in which a training is killed or fails
+FATAL_SAVE = 2  # number of the save (1 is the first) in which a launch is killed or its file system fails
 
 
 class Stages:
-    """Each method arranges that this process is killed at one stage of the second save."""
+    """Each method makes this process kill itself at one stage of save number FATAL_SAVE."""
 
     @staticmethod
     def snapshot_taken():
@@ -62,7 +62,7 @@ class Stages:
 
 
 class Failures:
-    """Each method arranges that the file system fails in one kind of call."""
+    """Each method makes one kind of file system call fail."""
 
     @staticmethod
     def hashing_fails():
@@ -81,7 +81,7 @@ saves = 0
 
 
 def fail(owner, name, error_number, *, saves_before):
-    """Make `owner.name` raise this OSError after a number of saves."""
+    """Make `owner.name` raise OSError with this errno once `saves_before` saves have been started."""
     original = getattr(owner, name)
 
     def failing(*arguments):
@@ -93,7 +93,7 @@ def fail(owner, name, error_number, *, saves_before):
 
 
 def die_before(owner, name, matches):
-    """Make `owner.name` kill this process in the fatal save if its arguments match."""
+    """Make `owner.name` kill this process during save number FATAL_SAVE if the arguments match."""
     original = getattr(owner, name)
 
     def fatal(*arguments, **options):
@@ -105,7 +105,7 @@ def die_before(owner, name, matches):
 
 
 def count_saves():
-    """Count the saves, and finish each one before the next."""
+    """Count the saves in `saves`, and finish each save before the next one starts."""
     save = Saver.save
 
     def counted(self, step):
@@ -118,7 +118,7 @@ def count_saves():
 
 
 def train_until(stage, arguments):
-    """Train in this process until the stage, or to the end without one."""
+    """Train in this process until it is interrupted at the stage, or to the end if `stage` is None."""
     sys.argv = ["pipeline.train", *arguments]
     count_saves()
     if stage:
@@ -127,7 +127,7 @@ def train_until(stage, arguments):
 
 
 def fork_and_train(stage, arguments):
-    """Train in a fork. Return its exit code."""
+    """Train in a fork of this process. Return the exit code of the fork."""
     pid = os.fork()
     if pid == 0:
         train_until(stage, arguments)

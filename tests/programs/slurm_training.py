@@ -1,6 +1,7 @@
-"""A stand-in for `pipeline.train` in the batch jobs of tests, which starts at once.
+"""A fast stand-in for `pipeline.train` in test batch jobs; it trains nothing.
 
-It runs until a stop is requested, or until SLURM has restarted it `restarts` times. `end` makes it end in another way.
+It runs until a stop is requested or until SLURM has restarted the job `restarts` times. The option `end` selects
+another way to end, such as `end=killed` or `end=refused`.
 """
 
 import json
@@ -31,7 +32,7 @@ def finish(outcome, code, step, reason=""):
         content = {"outcome": outcome, "step": step, "from_step": began, "reason": reason}
         (run / "outcome.json").write_text(json.dumps(content))
         control.clear("stop")
-    time.sleep(float(options.get("exit_delay_s", 0)))  # as wandb may take
+    time.sleep(float(options.get("exit_delay_s", 0)))  # simulates an exit that is slow, for example because of wandb
     sys.exit(code)
 
 
@@ -43,7 +44,7 @@ def main():
     if rank == 0:
         (run / "outcome.json").unlink(missing_ok=True)
     (run / f"running-{rank}").touch()
-    until = time.monotonic() + 300  # in case the cluster is gone
+    until = time.monotonic() + 300  # ends this process if the cluster no longer exists
     while len(list(run.glob("running-*"))) < int(os.environ["SLURM_STEP_NUM_TASKS"]) and time.monotonic() < until:
         time.sleep(0.05)
     while time.monotonic() < until and int(os.environ.get("SLURM_RESTART_COUNT", 0)) < int(options.get("restarts", 99)):
@@ -60,7 +61,7 @@ def main():
             finish("failed", 3, step)
         if end == "refused":
             if rank == 1:
-                time.sleep(9)  # srun kills this rank before
+                time.sleep(9)  # srun kills this rank before the sleep ends
             control.record_refusal("micro_batch is 3")
             sys.exit(2)
         stop, save = control.stop_requested(), control.save_requested()

@@ -1,11 +1,11 @@
-"""Soak test of shard builds: kill them at random moments, and compare the results.
+"""Soak test of shard builds: kill processes of a build at random moments, and compare the resulting shard sets.
 
     python -m tests.programs.soak_shards --kills 20 --seed 1
 
-It kills the driver, the workers, the Ray head or another node of the cluster in turn. A build survives the loss of
-workers and nodes; after other kills the same command runs again. In the end every tar must equal that of an undisturbed
-build, no temporary file may be left, and no finished shard may have been built again. If it runs as root, it also
-fills a disk.
+The test kills the driver, the workers, the Ray head or another node of the cluster. A build must survive the loss of
+workers and nodes. After the driver or the head was killed, the same command runs again. At the end, every tar must be
+equal to that of an uninterrupted build, no temporary file may be left, and no finished shard may have been rebuilt. If
+run as root, the test also builds on a disk that is too small.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def finished(out: Path) -> dict[str, int]:
 
 
 def kill(victim: str, cluster: RayCluster, driver: subprocess.Popen[str]) -> bool:
-    """Kill the victim. Return whether a living process was killed before the build ended."""
+    """Kill a driver, worker, head or node. Return whether a running process was killed before the build ended."""
     if driver.poll() is not None:
         return False
     if victim == "worker":
@@ -73,13 +73,13 @@ def kill(victim: str, cluster: RayCluster, driver: subprocess.Popen[str]) -> boo
         cluster.lose_node(node)
         return lived
     if victim == "head":
-        cluster.head.kill()  # the driver is killed too, because it would wait for the head
+        cluster.head.kill()  # the driver is killed as well, because it would wait for the head
     driver.kill()
     return driver.wait() == -signal.SIGKILL
 
 
 def kill_workers(cluster: RayCluster, driver: subprocess.Popen[str]) -> bool:
-    """Wait until workers build shards, and kill them. Return False if the build ends before."""
+    """Wait until workers build shards, and kill those workers. Return False if the build ends before that."""
     while driver.poll() is None:
         if sum(map(kill_if_alive, cluster.workers("build_shard"))):
             return True
@@ -99,7 +99,7 @@ def kill_if_alive(pid: int) -> bool:
 
 
 def one_life(cluster: RayCluster, command: list[str], victim: str, after_s: float) -> tuple[bool, bool]:
-    """Start the build and kill the victim. Return whether the build ended, and whether a process was killed before."""
+    """Start the build and kill the victim. Return whether the build finished, and whether a process was killed."""
     driver = cluster.driver("preprocess/build_shards.py", *command)
     with contextlib.suppress(subprocess.TimeoutExpired):
         driver.wait(timeout=after_s)
@@ -122,12 +122,12 @@ def soak(folder: Path, kills: int, seed: int) -> None:
         assert hashes(out) == hashes(expected), "the sets differ"
         builds += 1
     summary = ", ".join(f"{killed[victim]} times a {victim}" for victim in VICTIMS)
-    print(f"killed in {builds} builds: {summary}; equal bytes, no files left, nothing built twice")
+    print(f"kills in {builds} builds: {summary}; equal bytes, no temporary files, no shard built twice")
     fill_a_disk(folder, expected)
 
 
 def one_build(out: Path, command: list[str], rng: random.Random, killed: Counter[str]) -> None:
-    """Build to the end, with as many starts as that takes, and a new head after each one that was killed."""
+    """Restart the build until it finishes, with a new Ray head whenever the head was killed."""
     done, seen = False, dict[str, int]()
     while not done:
         with ray_cluster(out.parent) as cluster:
@@ -144,9 +144,9 @@ def one_build(out: Path, command: list[str], rng: random.Random, killed: Counter
 
 
 def fill_a_disk(folder: Path, expected: Path) -> None:
-    """Build on a disk that holds half of the set, then make it larger and build again."""
+    """Build on a disk that has space for half of the set. Then enlarge the disk and build again."""
     if os.geteuid():
-        print("no disk was filled, because only root may mount one")
+        print("skipped the test with a full disk, because only root may mount a file system")
         return
     disk = folder / "disk"
     disk.mkdir()
@@ -170,7 +170,7 @@ def fill_a_disk(folder: Path, expected: Path) -> None:
         assert before.items() <= finished(disk / "out").items(), "built again"
     finally:
         subprocess.run(["umount", disk], check=True)
-    print(f"a disk was full after {len(before)} shards: one error line, and equal bytes once there was space")
+    print(f"disk full after {len(before)} shards: one error line, and equal bytes after the disk was enlarged")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Soak test of training: kill two ranks at random moments and in every stage of a save, and damage checkpoints.
+"""Soak test of training: kill ranks at random moments and at every stage of a save, and damage checkpoints.
 
     python -m tests.programs.soak_training --kills 30 --seed 1
 
-After each kill the same command runs again, at times with a damaged newest checkpoint. In the end the weights, the
-moments and the losses of every step must equal those of an uninterrupted training bit for bit, which shows that no
-sample was lost or seen twice.
+After each kill the same command runs again, sometimes after the newest checkpoint has been damaged. At the end, the
+weights, the moments and the losses of every step must be bit-identical to those of an uninterrupted run, which shows
+that no sample was skipped or seen twice.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from tests.support.tiny_data import TINY_RECIPE, build_shards, write_raw_data
 STEPS = 24  # four epochs
 STAGES = [name for name in vars(Stages) if not name.startswith("_")]
 DAMAGES = ("a flipped bit", "a truncated file", "a deleted file", "no `latest`")
-KILLED = "exitcode  : -9"  # in the launcher's report
-LIFE_S = 300.0  # a training that takes longer is considered hung
+KILLED = "exitcode  : -9"  # line in torchrun's report about a rank that was killed with SIGKILL
+LIFE_S = 300.0  # longest time for one launch; a launch that takes longer fails the test
 
 
 def lines(run: Path) -> list[dict]:
@@ -44,14 +44,14 @@ def lines(run: Path) -> list[dict]:
 
 
 def _parse(line: str) -> dict | None:
-    """Parse a line. Return None for a line that a kill has cut off."""
+    """Parse a line of metrics.jsonl. Return None if a kill truncated the line."""
     with contextlib.suppress(ValueError):
         return json.loads(line)
     return None
 
 
 def losses(run: Path) -> dict[int, set[tuple]]:
-    """Return the different values logged for each step. A step that was repeated must have logged the same values."""
+    """Return the distinct values logged for each step. A repeated step must have logged the same values again."""
     values: dict[int, set[tuple]] = {}
     for line in lines(run):
         if "event" not in line:
@@ -66,7 +66,7 @@ def end_state(run: Path) -> dict[tuple[str, str], torch.Tensor]:
 
 
 def kill_sometime(process: subprocess.Popen[str], run: Path, everything: bool, rng: random.Random) -> bool:
-    """Kill all processes or one rank at a random time after the first step. Return whether any was alive."""
+    """Kill all processes or one rank at a random time after the first step. Return whether any process was alive."""
     before, until = len(lines(run)), time.monotonic() + LIFE_S
     while len(lines(run)) <= before + 1 and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
@@ -83,7 +83,7 @@ def kill_sometime(process: subprocess.Popen[str], run: Path, everything: bool, r
 
 
 def one_life(command: list[str | Path], run: Path, rng: random.Random) -> tuple[str, bool]:
-    """Start the training once and disturb it. Return how, and whether it reached its end nevertheless."""
+    """Launch the training once and interrupt it. Return the kind of interruption and whether the run still finished."""
     way = rng.choice(["all killed", "one rank killed", *STAGES])
     program = ["tests.programs.killed_training", way] if way in STAGES else ["pipeline.train"]
     process = torchrun(2, ["-m", *program, *command])
@@ -96,7 +96,7 @@ def one_life(command: list[str | Path], run: Path, rng: random.Random) -> tuple[
 
 
 def damage(run: Path, rng: random.Random) -> str | None:
-    """Sometimes damage the newest checkpoint, unless it is the only one. Return the kind of damage."""
+    """Damage the newest of several checkpoints in 40 % of the calls. Return the kind of damage or None."""
     steps = list_steps(run / "checkpoints")
     if len(steps) < 2 or rng.random() < 0.6:
         return None
@@ -116,7 +116,7 @@ def damage(run: Path, rng: random.Random) -> str | None:
 
 
 def one_training(command: list[str | Path], run: Path, rng: random.Random) -> tuple[Counter[str], Counter[str]]:
-    """Train to the end, with as many starts as that takes. Return the counts of kills and of damages."""
+    """Launch the training until it finishes. Return how often each kind of kill and each kind of damage occurred."""
     killed, damaged = Counter[str](), Counter[str]()
     done = False
     while not done:
@@ -149,7 +149,7 @@ def soak(folder: Path, kills: int, seed: int) -> None:
         assert losses(run) == expected_losses, "the losses differ"
         shutil.rmtree(run)
     minutes = (time.monotonic() - begun) / 60
-    print(f"{killed.total()} kills in {trainings} trainings, {minutes:.0f} minutes: {dict(killed)}")
+    print(f"{killed.total()} kills in {trainings} runs, {minutes:.0f} minutes: {dict(killed)}")
     print(f"damage: {dict(damaged)}")
     print("the weights, moments and losses are bitwise equal")
 

@@ -1,14 +1,14 @@
-"""A short training that keeps what tests compare: gradients, reports, and the states that DeepSpeed itself sees.
+"""A short training that records data for tests: step reports, gradients, and training states as DeepSpeed reads them.
 
     torchrun … tests/programs/train_on_ranks.py [OPTIONS] OUT RECIPE [key=value …]
 
 The main rank saves a dict to OUT:
     reports     the report of each step, with the learning rates and whether this rank was still writing a checkpoint
-    gradients   without --states: {name: whole gradient before clipping} of each step
+    gradients   without --states: for each step, {name: unsharded gradient before clipping}
     states      with --states: {step: masters, moments, groups and update counts}, after resuming and at each save
     first       the step from which the training resumed, or 0
-    notes       the lines that resuming reported
-    untrained   the number of updates that a snapshot before the first step has counted; None after resuming
+    notes       the lines that the resumer printed
+    untrained   the update count in a snapshot taken before the first step, or None after resuming
 """
 
 import argparse
@@ -40,16 +40,18 @@ from pipeline.run.folder import RunFolder
 from pipeline.train import build_model, training_identity
 
 row_losses = step.row_losses
-WAIT_S = 60.0  # longest wait for another rank or the test
-SLACK_BYTES = 1 << 20  # less than a rank's share
+WAIT_S = 60.0  # longest time to wait for another rank or for the end of the training
+SLACK_BYTES = 1 << 20  # less than the checkpoint bytes of one rank
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--until", type=int, metavar="STEP", help="stop after this step without saving")
-    parser.add_argument("--states", action="store_true", help="keep states instead of gradients")
+    parser.add_argument("--states", action="store_true", help="record states instead of gradients")
     parser.add_argument("--hold-writes", action="store_true", help="write no checkpoint file before the last step")
-    parser.add_argument("--fill-disk", type=Path, metavar="FILE", help="leave space for one checkpoint; rank 0 is last")
+    parser.add_argument(
+        "--fill-disk", type=Path, metavar="FILE", help="leave space for one checkpoint; rank 0 writes last"
+    )
     parser.add_argument(
         "--infinite-loss", type=int, metavar="STEP", help="0-based step with an infinite loss on rank 0"
     )
@@ -99,7 +101,7 @@ def main() -> None:
 
 
 def build_and_resume(recipe: Recipe, ranks: Ranks, data: TrainData) -> tuple[CheckpointContext, Towers, int, list[str]]:
-    """Return what a training is made of, the step from which it resumes, and the notes on that."""
+    """Return the checkpoint context, the towers, the step to resume from, and the lines that the resumer printed."""
     run = RunFolder(recipe, ranks)
     saved_steps = list_steps(run.folder / "checkpoints")
     emma, towers, _ = build_model(run, ranks, resume=bool(saved_steps))
@@ -115,7 +117,7 @@ def build_and_resume(recipe: Recipe, ranks: Ranks, data: TrainData) -> tuple[Che
 
 
 def record_gradients(engine) -> list[dict[str, torch.Tensor]]:
-    """Return a list to which each update appends the whole gradients that it is about to use, before clipping."""
+    """Return a list to which each optimizer update will append the unsharded gradients before clipping."""
     gradients, update = [], engine.step
 
     def record_and_step():
@@ -129,9 +131,9 @@ def record_gradients(engine) -> list[dict[str, torch.Tensor]]:
 
 
 def state_of(engine) -> dict[str, Any]:
-    """Return the training state as DeepSpeed reads it: masters and moments by name, groups, Adam's update counts."""
+    """Return the state as DeepSpeed reads it: masters and moments by name, groups, and Adam's update counts."""
     if engine.zero_optimization_stage() < 3:
-        engine.optimizer._lazy_init_hp_params_optimizer_state()  # otherwise it exists only after a step
+        engine.optimizer._lazy_init_hp_params_optimizer_state()  # DeepSpeed creates this state only in the first step
     named = list(engine.module.named_parameters())
     state: dict[str, Any] = {"master": {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in named}}
     for kind in ("exp_avg", "exp_avg_sq"):
@@ -143,7 +145,7 @@ def state_of(engine) -> dict[str, Any]:
 
 
 def hold_writes() -> threading.Event:
-    """Make snapshots wait before they write, until the event is set."""
+    """Make each snapshot wait before it writes its files. Return the event that ends the wait."""
     write, released = Snapshot.write, threading.Event()
 
     def wait_and_write(self, folder: Path, rank: int):
@@ -155,7 +157,7 @@ def hold_writes() -> threading.Event:
 
 
 def write_last(context: CheckpointContext) -> None:
-    """Make this rank write its files once the other ranks have used some of the space that is left."""
+    """Make this rank wait to write its files until a whole checkpoint no longer fits into the free space."""
     write, deadline = context.snapshot.write, time.monotonic() + WAIT_S
 
     def wait_and_write(folder: Path, rank: int):
@@ -167,7 +169,7 @@ def write_last(context: CheckpointContext) -> None:
 
 
 def make_loss_infinite(infinite: bool) -> None:
-    """Make the text losses of the following step infinite, with finite gradients, or normal again."""
+    """Make later text losses infinite but their gradients finite if `infinite`, else restore the normal losses."""
 
     def infinite_losses(engine, towers, recipe, batch):
         text, align = row_losses(engine, towers, recipe, batch)
@@ -177,7 +179,7 @@ def make_loss_infinite(infinite: bool) -> None:
 
 
 def fill_disk(file: Path, *, but_for: int) -> None:
-    """Allocate all free space to a file, except this number of bytes."""
+    """Create a file that takes all free disk space except `but_for` bytes."""
     with file.open("wb") as output:
         os.posix_fallocate(output.fileno(), 0, shutil.disk_usage(file.parent).free - but_for)
 

@@ -1,4 +1,4 @@
-"""Every kind of damaged row in docs/data-cleaning.md: how to create it, and its expected outcome."""
+"""One row of every kind of damage in docs/data-cleaning.md, with the expected reject reason or repaired sample."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ RED, BLUE, GREY, WHITE = (200, 40, 40), (40, 60, 200), (120, 120, 120), (255, 25
 
 @dataclass(frozen=True)
 class DirtyRow:
-    """A damaged row, with the reason of its rejection or the content of the repaired sample.
+    """A damaged row and its expected outcome: a reject reason, or the content of the repaired sample.
 
     Attributes:
-        kind: Name in docs/data-cleaning.md, and id of the row unless the row has one.
-        row: JSON value of the row, or the line itself if this is a string.
+        kind: Name of the damage in docs/data-cleaning.md. Also the id of the row, unless `row` sets another id.
+        row: The row as a JSON value, or the raw line of the file as a string.
         reason: Reject reason, or None if the row is repaired.
-        text: Decoded tokens of the sample, with special tokens.
-        colours: Expected colours of the image at (x, y), both as fractions of its size.
+        text: Expected text of the sample, decoded with special tokens, or None to skip this check.
+        colours: Expected colours of the image by position (x, y), in fractions of its width and height.
         text_only: Whether the sample has no image although the row has an `image` key.
     """
 
@@ -88,20 +88,20 @@ def _animated() -> bytes:
 
 
 def _exif_rotated() -> bytes:
-    """Return an image stored on its side. EXIF orientation 6 asks to rotate it by 90° clockwise."""
+    """Return an image stored rotated, with EXIF orientation 6: viewers must rotate it by 90° clockwise."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return encode(red_and_blue().transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, exif=exif)
 
 
 def _xmp_rotated() -> bytes:
-    """Return the same image as `_exif_rotated`, but with the orientation in an XMP packet."""
+    """Return the image of `_exif_rotated` with its orientation in an XMP packet instead of EXIF."""
     packet = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     return encode(red_and_blue().transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, xmp=packet)
 
 
 def _sixteen_bits_with_transparency() -> bytes:
-    """Return a grey image whose left half is black, with black declared transparent."""
+    """Return a 16-bit grey PNG whose left half is black, and which declares black as transparent."""
     values = np.full((48, 64), 120 * 257, np.uint16)
     values[:, :32] = 0
     return encode(Image.fromarray(values), "PNG", transparency=0)
@@ -130,10 +130,10 @@ def _noise_jpeg() -> bytes:
 
 
 def sampled_441() -> bytes:
-    """Return a grey JPEG with chroma subsampling 4:4:1, which simplejpeg has no name for.
+    """Return a grey JPEG with chroma subsampling 4:4:1, for which simplejpeg raises KeyError.
 
-    No installed encoder writes 4:4:1, so the header of a 4:4:4 file is patched and its data is replaced. This is easy
-    for grey, because every block has the same bits: an unchanged mean, then the end of the block.
+    No installed encoder writes 4:4:1, so this function patches the header of a 4:4:4 file and replaces its image data.
+    The data of a uniform grey image is simple: every block consists of an unchanged mean and an end-of-block code.
     """
     jpeg = bytearray(encode(Image.new("RGB", (64, 64), (128, 128, 128)), "JPEG", subsampling=0))
     frame = jpeg.index(b"\xff\xc0")
@@ -304,7 +304,7 @@ DIRTY_ROWS = IMAGE_ROWS + TEXT_ROWS
 
 
 def write_dirty_rows(root: Path) -> None:
-    """Write the images, and rows.jsonl with one row per kind, in order. The last line repeats the id of another row."""
+    """Write the images, and rows.jsonl with one line per entry of DIRTY_ROWS plus a last line with a duplicate id."""
     folder = root / "images"
     (folder / "deep/er").mkdir(parents=True)
     (folder / "folder.jpg").mkdir()

@@ -1,10 +1,10 @@
-"""A fork server: a process that has imported torch and DeepSpeed and forks for each program that a test runs.
+"""A fork server: a process that imports torch and DeepSpeed once and then forks for each program that a test runs.
 
-Importing torch, DeepSpeed and timm takes six seconds of CPU time, and most programs of tests need them. The server
-imports them once and starts no thread, so that each of its forks may do what a new process may. Modules of this
-repository are not imported in advance: every program loads them itself, as in a new process.
+Importing torch, DeepSpeed and timm takes six seconds of CPU time, and most test programs need these packages. The
+server starts no thread, because its forks would lack that thread. The server does not import modules of this
+repository: every program imports them itself, as a new process would.
 
-Programs run on the CPU only. Tests of the start itself use `run_python` and `torchrun` of `tests.support.launch`.
+Programs run on the CPU only. Tests of process start-up use `run_python` and `torchrun` of `tests.support.launch`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ REPOSITORY = Path(__file__).parents[2]
 IMPORTED = ("torch", "timm", "deepspeed", "deepspeed.runtime.zero.muon.original_muon", "tokenizers")
 CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # CUDA does not work in forks
 MAX_REQUEST_BYTES = 1 << 17
-SHUTDOWN_S = 30  # between SIGTERM and SIGKILL to the remaining ranks, as in torchrun
+SHUTDOWN_S = 30  # from SIGTERM to SIGKILL for the remaining ranks, as in torchrun
 
 
 class ForkedProgram:
-    """A program that runs in a fork of the server, with the part of `subprocess.Popen` that tests use."""
+    """A program that runs in a fork of the server. Has the methods of `subprocess.Popen` that tests use."""
 
     def __init__(
         self, arguments: list[str], environment: dict[str, str], *, cwd: Path, ranks: int, merge_errors: bool
@@ -42,7 +42,8 @@ class ForkedProgram:
         self.returncode: int | None = None
         self._stdout = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `communicate`)
         self._stderr = self._stdout if merge_errors else tempfile.TemporaryFile()  # noqa: SIM115
-        self._status, status = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps messages apart
+        # SOCK_SEQPACKET preserves message boundaries.
+        self._status, status = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         request = {
             "arguments": arguments,
             "environment": {**os.environ, **CPU_ONLY, **environment},
@@ -60,13 +61,17 @@ class ForkedProgram:
         return message.decode()
 
     def poll(self) -> int | None:
-        """Return the exit code, or None while the program runs."""
+        """Return the exit code of the program, or None while it runs."""
         if self.returncode is None and select.select([self._status], [], [], 0)[0]:
             self.wait()
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the program to end. Raises: subprocess.TimeoutExpired"""
+        """Wait for the program to end and return its exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: The program did not end within `timeout` seconds.
+        """
         if self.returncode is None:
             if not select.select([self._status], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(self.arguments, timeout or 0)
@@ -75,7 +80,7 @@ class ForkedProgram:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Wait for the program to end. Return its output and its errors, which are empty if they were merged."""
+        """Wait for the program to end. Return its stdout and stderr. With `merge_errors`, stderr is part of stdout."""
         self.wait(timeout)
         stdout = _read_and_close(self._stdout)
         return stdout, "" if self._stderr is self._stdout else _read_and_close(self._stderr)
@@ -93,7 +98,7 @@ def _read_and_close(file: IO[bytes]) -> str:
 
 @functools.cache
 def _server() -> socket.socket:
-    """Start the server of this test process. Return the socket for requests; the server ends when it is closed."""
+    """Start one server per test process. Return the request socket; closing the socket ends the server."""
     requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         process = subprocess.Popen(
@@ -116,11 +121,14 @@ def _server() -> socket.socket:
 
 
 def serve(requests: socket.socket) -> list[str]:
-    """Fork for each request until the tests end. Return in each process that runs a program, with its arguments."""
+    """Fork for each request until the request socket is closed.
+
+    Returns only in the forked processes that run a program, with the arguments of that program.
+    """
     for name in IMPORTED:
         __import__(name)
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a thread would be missing in the forks"
-    gc.freeze()  # otherwise a collection in a fork copies the pages of every object that was imported here
+    gc.freeze()  # otherwise a garbage collection in a fork would copy the memory pages of all imported objects
     signal.signal(signal.SIGCHLD, reap)
     while True:
         message, descriptors, *_ = socket.recv_fds(requests, MAX_REQUEST_BYTES, 3)
@@ -135,14 +143,17 @@ def serve(requests: socket.socket) -> list[str]:
 
 
 def reap(*_: object) -> None:
-    """Wait for forks that have ended, which also adds their CPU time to the server's."""
+    """Collect the exit statuses of ended forks, which also adds their CPU time to that of the server."""
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
 
 
 def start_program(request: dict, stdout: int, stderr: int, status: int) -> list[str]:
-    """Fork the program, report its process id and its exit code, and end. Return in the program, with its arguments."""
+    """Fork the program, report its process id and exit code on `status`, and exit.
+
+    Returns only in the forked program, with its arguments.
+    """
     pid = os.fork()
     if pid:
         os.write(status, str(pid).encode())
@@ -164,9 +175,10 @@ def start_program(request: dict, stdout: int, stderr: int, status: int) -> list[
 
 
 def launch_ranks(count: int) -> None:
-    """Fork `count` ranks with the variables that torchrun sets. Return in each rank; the launcher waits and ends here.
+    """Fork `count` ranks with the environment variables that torchrun sets, wait for the ranks, and exit.
 
-    The launcher's exit code is 1 if a rank fails. It ends the remaining ranks then, as torchrun does.
+    Returns only in the forked ranks. If a rank fails, the launcher ends the other ranks and exits with code 1, as
+    torchrun does.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -199,7 +211,7 @@ def launch_ranks(count: int) -> None:
 
 
 def run_as_main(arguments: list[str]) -> None:
-    """Run what `python ARGUMENTS` would run: -m MODULE, -c CODE or a script."""
+    """Run in this process what `python ARGUMENTS` would run: -m MODULE, -c CODE or a script."""
     first, *rest = arguments
     if first == "-m":
         sys.argv = rest

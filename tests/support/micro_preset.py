@@ -1,6 +1,8 @@
-"""The preset `micro_v2`, small enough for a checkpoint in git. Importing this module registers it.
+"""The preset `micro_v2`, which is so small that its checkpoints can be kept in git.
 
-python -m tests.support.micro_preset pipeline.train RECIPE key=value …      # run a command with the preset
+Importing this module registers the preset. To run a command of the pipeline with it:
+
+    python -m tests.support.micro_preset pipeline.train RECIPE key=value …
 """
 
 import runpy

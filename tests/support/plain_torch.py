@@ -1,4 +1,4 @@
-"""Reference training in plain torch: one process, the whole global batch in one forward pass, AdamW."""
+"""Reference training without DeepSpeed: one process, AdamW, and the whole global batch in one forward pass."""
 
 from typing import NamedTuple
 
@@ -20,11 +20,11 @@ class Step(NamedTuple):
 
 
 def train_plainly(recipe: Recipe, device: str = "cpu") -> list[Step]:
-    """Train a recipe whose global batch is one micro-batch, without DeepSpeed. Return every step."""
+    """Train without DeepSpeed. The recipe's global batch must be a single micro-batch. Return all steps."""
     data = TrainData(recipe, Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu")))
     emma, towers, _ = initial_model(recipe)
     emma.to(device)
-    towers.to(device, torch.bfloat16 if device == "cuda" else torch.float32)  # as in pipeline.train
+    towers.to(device, torch.bfloat16 if device == "cuda" else torch.float32)  # the dtypes that pipeline.train uses
     optimizer = torch.optim.AdamW(parameter_groups(emma, recipe.optim.weight_decay), recipe.optim.lr)
     steps = []
     for batch in data.from_step(0):

@@ -1,4 +1,4 @@
-"""A real Ray cluster for tests: the demo's Ray head, more nodes that tests can kill, and programs that run on it."""
+"""A real Ray cluster for tests: the Ray head of the demo, and additional nodes that tests can kill."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FAST_REPORTS = {"RAY_health_check_period_ms": "500", "RAY_metrics_report_interva
 
 
 class RayCluster:
-    """A head and its additional nodes."""
+    """A Ray head and its additional nodes."""
 
     def __init__(self, head: demo.RayHead) -> None:
         self.head = head
@@ -35,7 +35,7 @@ class RayCluster:
         return self.head.process.poll() is None
 
     def add_node(self) -> subprocess.Popen[bytes]:
-        """Start a node that Ray takes for a second machine, and wait until Ray counts its CPUs."""
+        """Start a node that Ray treats as another machine, and wait until the cluster includes the CPUs of the node."""
         agent, metrics = free_ports(2)
         ports = {"dashboard-agent-listen-port": agent, "metrics-export-port": metrics}
         self.nodes.append(self.head.start_node(f"--address=127.0.0.1:{self.head.port}", {**NODE_OPTIONS, **ports}))
@@ -52,11 +52,11 @@ class RayCluster:
         node.wait()
 
     def submit(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
-        """Run `ray job WORDS` in the checkout."""
+        """Run `ray job WORDS` in the checkout and wait for its end."""
         return self.run("ray", "job", *words)
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """Return the last value of each metric that the head exports, or nothing before its agent listens."""
+        """Return the latest value of each exported metric, or an empty dict while the exporter is not ready."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.head.metrics_port}/metrics", timeout=30) as page:
                 lines = [line for line in page.read().decode().splitlines() if line.startswith(prefix)]
@@ -65,13 +65,13 @@ class RayCluster:
         return {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
 
     def statuses(self) -> list[str]:
-        """Return the status of each job of this cluster."""
+        """Return the statuses of all jobs of this cluster."""
         program = "from ray.job_submission import JobSubmissionClient as Client; "
         program += "print(*(job.status for job in Client().list_jobs()))"
         return self.run(sys.executable, "-c", program).stdout.split()
 
     def run(self, *words: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        """Run a command in the checkout that finds this cluster's job server."""
+        """Run a command in the checkout, with the address of this cluster's job server in the environment."""
         return subprocess.run(
             [str(word) for word in words],
             cwd=REPOSITORY,
@@ -83,7 +83,7 @@ class RayCluster:
         )
 
     def driver(self, *words: str | Path, **environment: str) -> subprocess.Popen[str]:
-        """Start a Python program on this cluster as a process of its own, so that a test can kill it."""
+        """Start a Python program that uses this cluster, without waiting for its end, so that a test can kill it."""
         return subprocess.Popen(
             [sys.executable, *map(str, words)],
             cwd=REPOSITORY,
@@ -94,12 +94,12 @@ class RayCluster:
         )
 
     def workers(self, task: str) -> list[int]:
-        """Return the process ids of all workers that run this Ray task now."""
+        """Return the process ids of all workers in the cluster that are currently running this Ray task."""
         return [pid for node in (self.head.process, *self.nodes) for pid in workers_of_node(node, task)]
 
 
 def workers_of_node(node: subprocess.Popen[bytes], task: str) -> list[int]:
-    """Return the process ids of a node's workers that run this Ray task now."""
+    """Return the process ids of all workers on a node that are currently running this Ray task."""
     pids = []
     for process in psutil.Process(node.pid).children(recursive=True) if node.poll() is None else ():
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -109,7 +109,7 @@ def workers_of_node(node: subprocess.Popen[bytes], task: str) -> list[int]:
 
 
 def wait_until(done: Callable[[], object], driver: subprocess.Popen[str] | None = None) -> None:
-    """Wait for a condition. Fail after a time limit, or if the driver ends before."""
+    """Wait until `done` returns a true value. Fail after a time limit, or if the driver ends before that."""
     deadline = time.monotonic() + PATIENCE_S
     while not done():
         assert driver is None or driver.poll() is None, f"the build ended too early: {driver.communicate()[0]}"
@@ -122,7 +122,7 @@ def wait_until(done: Callable[[], object], driver: subprocess.Popen[str] | None 
 
 @contextlib.contextmanager
 def ray_cluster(logs: Path) -> Iterator[RayCluster]:
-    """Start a cluster of one node for the duration of the block."""
+    """Run a Ray cluster of one node for the duration of the `with` block."""
     with demo.ray_head(logs / "ray.log", options=NODE_OPTIONS, settings=FAST_REPORTS) as head:
         cluster = RayCluster(head)
         try:

@@ -1,6 +1,6 @@
-"""A real SLURM cluster on this machine for tests: a controller and eight nodes that claim to have eight GPUs each.
+"""A real SLURM cluster on the local machine for tests: a controller and eight nodes with eight simulated GPUs each.
 
-It needs no systemd, no root and no fixed ports. The daemons run in their own folder and are stopped by process id.
+The cluster needs no systemd, no root permission and no fixed ports. All files of the daemons are in one folder.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from tests.support.launch import REPOSITORY
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-NODES = [f"127.0.0.{i}" for i in range(1, 9)]  # addresses as names, so that ranks can connect to the first node
+NODES = [
+    f"127.0.0.{i}" for i in range(1, 9)
+]  # the names are addresses, because ranks connect to the first node by its name
 POLL_S = 0.2
 FINISHED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 
 T = TypeVar("T")
 
-# A requeued job waits until its old credential has expired: two minutes by default, here five seconds, the minimum.
-# The first job id is random, because ports depend on job ids and another cluster may run on the same machine.
-# A node claims more CPUs than there are, so that eight tasks fit. Partition `urgent` preempts the others by requeueing.
+# cred_expire: a requeued job waits until its old credential has expired, which takes two minutes by default; 5 s is the
+# minimum. FirstJobId is random, because ports depend on job ids and another cluster may run on the same machine.
+# CPUs: each node declares more CPUs than the machine has, so that eight tasks fit. Jobs of the partition `urgent`
+# preempt jobs of the other partitions, which SLURM then requeues.
 SLURM_CONF = """\
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
@@ -71,7 +74,7 @@ def missing_programs() -> list[str]:
 
 
 class SlurmCluster:
-    """Starts the daemons on entry and stops them on exit. SLURM commands find the cluster through `environment`."""
+    """Context manager that starts and stops the SLURM daemons. Commands find the cluster through `environment`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -103,7 +106,11 @@ class SlurmCluster:
 
     def __exit__(self, *_: object) -> None:
         self._ask("scancel", f"--user={getpass.getuser()}")
-        for daemons in (self.daemons[2:], self.daemons[1:2], self.daemons[:1]):  # nodes, controller, munged
+        for daemons in (
+            self.daemons[2:],
+            self.daemons[1:2],
+            self.daemons[:1],
+        ):  # first the nodes, then the controller, then munged
             for daemon in daemons:
                 daemon.terminate()
             for daemon in daemons:
@@ -123,7 +130,7 @@ class SlurmCluster:
 
     def job(self, job: str) -> dict[str, str]:
         """Return the fields that `scontrol show job` prints for a job."""
-        with self.lock:  # one query serves all tests that wait at the same time
+        with self.lock:  # all tests that wait at the same time share one query
             if time.monotonic() - self.asked > POLL_S:
                 self.jobs = {}
                 for line in self._ask("scontrol", "--oneliner", "show", "jobs").splitlines():
@@ -133,11 +140,11 @@ class SlurmCluster:
             return self.jobs.get(job, {})
 
     def wait_for(self, job: str, timeout_s: float = 240) -> str:
-        """Wait for a job to end, including its requeues. Return its final state."""
+        """Wait for the final end of a job, after all its requeues. Return the final state."""
         return wait_until(lambda: self._end_of(job), f"job {job} to end", timeout_s)
 
     def wait_during(self, job: str, condition: Callable[[], object], what: str) -> None:
-        """Wait for a condition. Fail with the log of the job if the job ends before."""
+        """Wait until `condition` holds. If the job ends before that, fail and show the log of the job."""
 
         def look() -> bool:
             assert self._end_of(job) is None, self.log(job)
@@ -149,11 +156,11 @@ class SlurmCluster:
         return Path(self.job(job)["StdOut"]).read_text()
 
     def signal(self, job: str, name: str) -> None:
-        """Send a signal to the batch script only, as SLURM does shortly before the time limit."""
+        """Send a signal to the batch script only, as SLURM does before the time limit with --signal=B:…"""
         assert self.run("scancel", f"--signal={name}", "--batch", job).returncode == 0
 
     def preempt(self, node: str = NODES[0]) -> None:
-        """Run a job of higher priority that needs the whole node, and wait for its end."""
+        """Preempt the jobs on a node: run a job of higher priority that needs the whole node, and wait for its end."""
         self.wait_for(self.submit("--partition=urgent", f"--nodelist={node}", "--cpus-per-task=64", "--wrap=true"))
 
     def update_node(self, node: str, state: str) -> None:
@@ -170,15 +177,13 @@ class SlurmCluster:
         for name in ("state", "gpus", *(f"spool-{node}" for node in NODES)):
             (self.folder / name).mkdir()
         for gpu in range(8):
-            (self.folder / "gpus" / f"nvidia{gpu}").symlink_to(
-                "/dev/null"
-            )  # SLURM requires the file of a GPU to be a device
+            (self.folder / "gpus" / f"nvidia{gpu}").symlink_to("/dev/null")  # SLURM requires a device file for each GPU
         controller_port, *ports = free_ports(1 + len(NODES))
         first = random.randrange(1, 1_000_000)
         text = SLURM_CONF.format(
             folder=self.folder, user=getpass.getuser(), controller_port=controller_port, first_job=first
         )
-        nodes = zip(NODES, ports, range(len(NODES)), strict=True)  # SLURM prefers free nodes of low weight
+        nodes = zip(NODES, ports, range(len(NODES)), strict=True)  # SLURM prefers idle nodes with a low weight
         text += "".join(NODE.format(name=name, port=port, weight=weight + 1) for name, port, weight in nodes)
         (self.folder / "slurm.conf").write_text(text)
         gpus = f"Name=gpu File={self.folder}/gpus/nvidia[0-7]"
@@ -198,7 +203,7 @@ class SlurmCluster:
 
 
 def _name(facts: dict[str, str]) -> str:
-    """Return the id of a job, or ARRAY_TASK for a task of an array."""
+    """Return the id of a job, or ARRAYJOB_TASK for a task of a job array."""
     return f"{facts['ArrayJobId']}_{facts['ArrayTaskId']}" if "ArrayTaskId" in facts else facts.get("JobId", "")
 
 
@@ -211,7 +216,7 @@ def _wait_or_kill(daemon: subprocess.Popen[bytes]) -> None:
 
 
 def wait_until(condition: Callable[[], T | None], what: str, timeout_s: float = 240) -> T:
-    """Wait for a condition and return its first true value. Fail after the time limit, naming `what`."""
+    """Wait until `condition` returns a true value, and return the value. A timeout error shows `what`."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if value := condition():

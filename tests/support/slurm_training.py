@@ -1,4 +1,4 @@
-"""Batch jobs that train in one run folder, with tests/programs/slurm_training.py in place of the training."""
+"""Test batch jobs in one run folder that run tests/programs/slurm_training.py instead of real training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.support.slurm import NODES, REPOSITORY, SYSTEM_PATH, SlurmCluster, wait_until
 
-SHARED_NODE, *OTHER_NODES = NODES  # tests that disturb a node use one of the others
+SHARED_NODE, *OTHER_NODES = NODES  # tests that preempt, drain or stop a node use one of OTHER_NODES
 
 RECIPE = """
 import sys
@@ -17,10 +17,12 @@ print(next(word for word in sys.argv if word.startswith("run.dir="))[len("run.di
 
 
 def write_checkout(folder: Path) -> None:
-    """Write a checkout with the real scripts and control files, and a recipe and a training that start at once."""
+    """Write a checkout with the real batch scripts, and with fast stand-ins for pipeline.recipe and pipeline.train."""
     shutil.copytree(REPOSITORY / "slurm", folder / "slurm")
     (folder / "pipeline").mkdir()
-    (folder / "pipeline/__init__.py").touch()  # otherwise a `pipeline` in the PYTHONPATH has priority over this folder
+    (
+        folder / "pipeline/__init__.py"
+    ).touch()  # otherwise a `pipeline` package in the PYTHONPATH would be imported instead
     (folder / "pipeline/recipe.py").write_text(RECIPE)
     (folder / "pipeline/run").mkdir()
     shutil.copy(REPOSITORY / "pipeline/run/control.py", folder / "pipeline/run")
@@ -28,7 +30,7 @@ def write_checkout(folder: Path) -> None:
 
 
 class Training:
-    """Submits jobs of two tasks that train in one run folder."""
+    """Submits batch jobs with two tasks that all use the same run folder."""
 
     def __init__(self, slurm: SlurmCluster, checkout: Path, run: Path) -> None:
         self.slurm, self.checkout, self.run = slurm, checkout, run
@@ -52,7 +54,7 @@ class Training:
         return job
 
     def assert_end(self, job: str, state: str, restarts: int) -> str:
-        """Wait for the job to end in this state, after this many restarts. Return its log."""
+        """Wait for the job to end. Check its final state and its number of restarts. Return the log."""
         end_state, log = self.slurm.wait_for(job), self.slurm.log(job)
         assert (end_state, self.slurm.job(job)["Restarts"]) == (state, str(restarts)), log
         return log
@@ -63,7 +65,7 @@ class Training:
 
     @property
     def reasons(self) -> list[str]:
-        """The reason of each start, from control/starts.tsv."""
+        """The reason of each launch, read from control/starts.tsv."""
         return [line.split("\t")[3] for line in (self.run / "control/starts.tsv").read_text().splitlines()]
 
 
@@ -78,7 +80,7 @@ exec {scontrol} "$@"
 
 
 def scontrol_fails(training: Training, *commands: str, times: int) -> str:
-    """Return an EMMA_ENV in which scontrol fails this many times in each of the commands, and `sleep` does nothing."""
+    """Return an EMMA_ENV that makes each given scontrol command fail `times` times at first, and disables `sleep`."""
     folder = training.run.with_name("bin")
     folder.mkdir()
     program = FAILING.format(

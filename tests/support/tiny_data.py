@@ -1,4 +1,4 @@
-"""A tiny data set, tokenizer and recipe for tests; the shard sets are built by the real builder."""
+"""A tiny data set, tokenizer and recipe for tests, and a function that builds a shard set from them."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def write_byte_tokenizer(folder: Path) -> Path:
 
 
 def write_raw_data(root: Path, num_images: int, num_text_only: int) -> Path:
-    """Write images of coloured squares, dialogues about them and text-only dialogues. Return the mix file."""
+    """Write images of coloured squares, dialogues about the images, and text-only dialogues. Return the mix file."""
     noise = np.random.Generator(np.random.Philox(key=5))
     (root / "images").mkdir(parents=True)
     rows = []
@@ -54,7 +54,7 @@ def _turns(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def build_shards(mix: Path, out: Path, model: str = "tiny_v2") -> Path:
-    """Build a shard set from the mix, with a byte-level tokenizer. Return its folder."""
+    """Build a shard set from the mix with a byte-level tokenizer. Return the folder of the set."""
     tokenizer = write_byte_tokenizer(mix.parent / "tokenizer")
     words: list[str | Path] = [mix, "--model", model, "--root", mix.parent, "--out", out, "--tokenizer", tokenizer]
     done = run_python("preprocess/build_shards.py", *words, "--samples-per-shard", "16", "--workers", "0")
