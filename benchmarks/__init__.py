@@ -1,1 +1,1 @@
-"""What the README's figures come from: each prints a small table and writes JSON."""
+"""Benchmarks that produce the figures in the README and in docs/. Each prints a table or writes one."""

@@ -1,12 +1,13 @@
-"""Saving and resuming compared with the disk's own speed: a random state of the real size in a real engine.
+"""Checkpoint benchmark: time to save and to load a full-size random state, compared with the speed of the disk.
 
     torchrun --nproc-per-node 2 -m benchmarks.checkpoint /scratch pipeline/recipes/emma_v2.toml --json checkpoint.json
     torchrun --nproc-per-node 2 -m benchmarks.checkpoint /tmp/scratch pipeline/recipes/demo.toml          # on a CPU
 
-To measure the disk's own speed, the same processes write and sync as many bytes, one file each, before and after the
-save (the better of the two counts), and read them again. Output goes to a new folder inside the given one, takes
-twice the state's size, and is deleted afterwards. Without data there is no probe, so the stall does not include the
-evaluation of one global batch that a real save makes. docs/performance.md has the result on two GPUs.
+To measure the speed of the disk, every rank writes its share of the bytes to one plain file and syncs it, before and
+after the save; the faster of the two writes is reported. Then it reads the file again. The output needs twice the size
+of the state. It goes to a new folder inside the given one, and is deleted afterwards. There is no data and therefore no
+probe, so the stall does not include the forward pass of the probe, which a real save runs. docs/performance.md has the
+result on two GPUs.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from pipeline.engine import Engine, build_engine, init_distributed
 from pipeline.recipe import Recipe, load_recipe
 from preprocess.atomic import sync
 
-SAVE_EVERY_S = 1800.0  # interval between saves, for the share of time that training stands still
+SAVE_EVERY_S = 1800.0  # assumed interval between saves, to compute the share of time in which training is stalled
 BLOCK_BYTES = 64 << 20
 
 
@@ -59,7 +60,7 @@ def random_engine(recipe: Recipe, ranks: Ranks) -> Engine:
 
 
 def make_moments(context: CheckpointContext) -> None:
-    """Give the optimizer random moments, as if it had done a step."""
+    """Set Adam's moments to random values, as if it had done a step."""
     for buffer in context.snapshot.buffers:
         moments = {kind: torch.randn_like(buffer.master) for kind in ("exp_avg", "exp_avg_sq")}
         state = context.engine.optimizer.optimizer.state
@@ -82,7 +83,7 @@ def read_plainly(path: Path) -> None:
 
 
 def fingerprint(context: CheckpointContext) -> list[float]:
-    """Return the sum of every tensor of the state, to compare states by."""
+    """Return the sum of each tensor of the state. Two states are considered equal if all sums are equal."""
     adam = context.engine.optimizer.optimizer.state
     tensors = [
         tensor
@@ -125,15 +126,15 @@ def measure(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     size, same = results["gb"], "loaded values are equal" if results["equal"] else "LOADED VALUES DIFFER"
     rows = [
-        ("the disk alone: write and sync", "plain_s", ""),
-        ("save, from begin to end", "save_s", f"{results['plain_s'] / results['save_s']:.0%} of the disk's rate"),
-        ("training stands still", "stall_s", f"{results['stall_s'] / SAVE_EVERY_S:.2%} at one save per 30 minutes"),
+        ("plain file: write and sync", "plain_s", ""),
+        ("save, from beginning to end", "save_s", f"{results['plain_s'] / results['save_s']:.0%} of the disk's rate"),
+        ("training is stalled", "stall_s", f"{results['stall_s'] / SAVE_EVERY_S:.2%} at one save per 30 minutes"),
         ("allocating host memory, once", "allocate_s", f"{size / results['ranks']:.1f} GB per rank"),
-        ("the disk alone: read", "plain_read_s", ""),
+        ("plain file: read", "plain_read_s", ""),
         (
             "verify and load, on resuming",
             "load_s",
-            f"{results['plain_read_s'] / results['load_s']:.0%} of that; {same}",
+            f"{results['plain_read_s'] / results['load_s']:.0%} of the disk's rate; {same}",
         ),
     ]
     lines = [f"{results['model']}, {results['ranks']} ranks, {size:.2f} GB", "| | s | GB/s | |", "|---|---|---|---|"]

@@ -1,12 +1,13 @@
-"""Tokens per second of greedy decoding, beside the limit that the measured memory bandwidth sets.
+"""Decoding benchmark: tokens per second of greedy decoding, compared with the limit set by the memory bandwidth.
 
     python -m benchmarks.decode --json decode.json                            # on a machine with one GPU; minutes
     python -m benchmarks.decode --models emma_v2 --batches 1 --states fp32 --only fused
 
-Full-size language models with random bf16 weights after a short random prompt. Per model, batch and state type: our
-fused step as a CUDA graph (`fused`), the model's own step (`eager`) and its replay as a graph (`eager, graph`), and
-mamba_ssm's `generate(cg=True)`. The ceiling reads every weight once and reads and writes every state once per step, at
-the rate of a large copy on the same GPU. docs/latency.md keeps the table.
+The models are full-size language models with random bf16 weights, which decode after a short random prompt. For each
+model, batch size and state dtype, four implementations are timed: our fused step as a CUDA graph (`fused`), the model's
+plain PyTorch step (`eager`), the same step as a CUDA graph (`eager, graph`), and mamba_ssm's `generate(cg=True)`. The
+ceiling assumes that each step reads every weight once and reads and writes every state once, at the bandwidth of a
+large copy on the same GPU. docs/latency.md has the table.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ PROMPT, MIN_SECONDS = 16, 0.5
 
 
 def copy_bandwidth(size: int = 4 << 30) -> float:
-    """Bytes read and written per second by a large copy on the GPU."""
+    """Return the bytes per second that a large copy on the GPU reads and writes."""
     source = torch.randint(-128, 127, (size,), dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     return 2 * size / seconds_per_call(lambda: target.copy_(source), at_least=0.2)
 
 
 def seconds_per_call(call: Callable[[], Any], at_least: float = MIN_SECONDS, rounds: int = 3) -> float:
-    """Median over `rounds` of the mean time of a call, each round lasting about `at_least` seconds."""
+    """Return the median over `rounds` of the mean time of a call. Each round lasts about `at_least` seconds."""
     for _ in range(3):
         call()
     torch.cuda.synchronize()
@@ -68,9 +69,9 @@ def kernels_per_call(call: Callable[[], Any]) -> int:
 
 
 def bytes_per_step(llm: MambaLM, batch: int, state_dtype: torch.dtype) -> int:
-    """Every weight read once, every state read and written once."""
+    """Return the bytes that a step must transfer: every weight is read once, every state is read and written once."""
     config, item = llm.config, llm.backbone.embedding.weight.element_size()
-    weights = sum(parameter.nbytes for parameter in llm.parameters())  # the head is the embedding, counted once
+    weights = sum(parameter.nbytes for parameter in llm.parameters())  # counts the tied head and embedding once
     conv = llm.backbone.layers[0].mixer.conv1d.weight.shape[0] * (config.d_conv - 1) * item
     ssm = config.d_inner * config.d_state * state_dtype.itemsize
     return weights + 2 * batch * config.num_layers * (conv + ssm)
@@ -94,7 +95,7 @@ def fused_step(llm: MambaLM, batch: int, state_dtype: torch.dtype) -> Callable[[
 
 @torch.no_grad()
 def eager_steps(llm: MambaLM, batch: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """The model's own greedy step, and its replay as a CUDA graph."""
+    """Return the model's plain PyTorch greedy step, and the same step as a CUDA graph."""
     tokens = torch.randint(llm.config.vocab_size, (batch, PROMPT), device="cuda")
     logits, cache = llm.prefill(llm.embed(tokens))
     chosen = logits.argmax(-1)
@@ -111,7 +112,7 @@ def eager_steps(llm: MambaLM, batch: int) -> tuple[Callable[[], Any], Callable[[
 
 
 def mamba_ssm_seconds(llm: MambaLM, batch: int, steps: int = 128) -> float:
-    """Seconds per token of mamba_ssm's greedy loop: a long generation minus a short one."""
+    """Return the seconds per token of mamba_ssm's greedy loop: the time of a long generation minus a short one's."""
     model = mamba_ssm_twin(llm)
     prompt = torch.randint(llm.config.vocab_size, (batch, PROMPT), device="cuda")
 
@@ -143,7 +144,10 @@ def mamba_ssm_twin(llm: MambaLM) -> Any:
 
 
 def measure(llm: MambaLM, batch: int, state: str, bandwidth: float, only: str) -> list[dict[str, Any]]:
-    """Rows of the table; the baselines keep fp32 states (ours) or their own type (mamba_ssm) and are run once."""
+    """Return the table's rows for one model, batch size and state dtype.
+
+    The baselines use their own state dtypes, so they are timed only once per model and batch size, together with fp32.
+    """
     ceiling = batch * bandwidth / bytes_per_step(llm, batch, STATES[state])
     timed: list[tuple[str, float, int | None]] = []
     step = fused_step(llm, batch, STATES[state])

@@ -1,11 +1,11 @@
-"""The paper's mix at full size, in the published file formats but with tiny images: time and memory of one build.
+"""Full-size build benchmark: time and memory of building shards from the paper's number of rows, with tiny images.
 
     python -m benchmarks.full_size /tmp/full --json full_size.json         # needs 10 GB, deleted afterwards
     python -m benchmarks.full_size /tmp/full --rows 50000 --keep
 
-Reports how long planning, building, finalising and verifying take, and the peak memory of driver and workers. Images
-and preset are tiny, so the rate says nothing about real images; benchmarks.preprocess measures that.
-docs/performance.md has the table.
+The raw data is synthetic, in the file formats of the published datasets. Reports how long planning, building,
+finalising and verifying take, and the peak memory of driver and workers. Because images and preset are tiny, the build
+rate is not that of real images, which benchmarks.preprocess measures. docs/performance.md has the table.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _llava(
 
 
 def _lrv(count: int, images: int) -> Iterator[dict[str, Any]]:
-    """Yield rows in which those about the same image are adjacent."""
+    """Yield rows so that the rows about the same image are adjacent."""
     for i in range(count):
         question, answer = dialogue(i % 997, turns=1, words=20)
         yield {

@@ -1,11 +1,11 @@
-"""Loading speed: samples per second from tars to batches, and the time to the first batch when a run resumes.
+"""Data loading benchmark: samples per second from tars to batches, and seconds to the first batch of a resumed run.
 
     python -m benchmarks.loader --json loader.json
 
 Compares `pipeline.data.loader` with the stock webdataset pipeline, each with two DataLoader workers. The stock
-pipeline is a stream: to resume inside an epoch, it reads and discards the samples that the run has already seen. Only
-the current epoch is counted, because each epoch starts with another seed. The full-size figure assumes that the
-stream keeps its rate. docs/performance.md has the table.
+pipeline is a stream: to resume inside an epoch, it reads and discards the samples that the run has already seen in that
+epoch. It need not read earlier epochs, because each epoch begins with another seed. The figure for the full-size mix
+assumes that the stream keeps its rate. docs/performance.md has the table.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from preprocess.shards.sample import from_fields, sample_pixels
 from preprocess.strict_toml import UNSET
 from tests.support.golden_tokenizer import gpt_neox
 
-NEEDED_SAMPLES_PER_S = 80  # what eight A100s consume at half of their peak
+NEEDED_SAMPLES_PER_S = 80  # consumed by eight A100s at half of their peak FLOP/s
 FULL_EPOCH = 1_230_000
 WORKERS, MICRO_BATCH, GLOBAL_BATCH = 2, 16, 128
 SHARDS = 8

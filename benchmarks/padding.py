@@ -1,11 +1,12 @@
-"""Padding: the share of computation spent on padding, and on waiting for the slowest of eight ranks.
+"""Padding benchmark: the share of computation spent on padding, and on waiting for the slowest of eight ranks.
 
     python -m benchmarks.padding --json padding.json
-    python -m benchmarks.padding --shards /data/shards     # text lengths of an existing set
+    python -m benchmarks.padding --shards /data/shards     # text lengths of an existing shard set
 
-Compares the plan, with several windows, with random order and with the scheme of LLaVA and Prismatic: global batches
-of one modality, sorted inside. Under ZeRO-3 the ranks run in lockstep, so a micro-batch costs every rank as much as
-the longest row of any rank. docs/performance.md has the table.
+Compares three orders of samples: the plan of `pipeline.data.plan` with several windows, random order, and the scheme of
+LLaVA and Prismatic, whose global batches are of one modality and sorted by length. Under ZeRO-3 the ranks run in
+lockstep, so each micro-batch takes as long on every rank as the longest row of all ranks. docs/performance.md has the
+table.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ PATCHES = preset("emma_v2").vision.num_patches
 MAX_TEXT = preset("emma_v2").max_text_tokens
 WINDOWS = (1, 8, 25, 50, 100, 200, 400)
 
-# By source: rows, median of the text tokens, standard deviation of their logarithm. The rows are the paper's. The
-# lengths are guesses for each kind of dialogue: several turns about an image, long chats, descriptions, questions.
+# By source: number of rows, median number of text tokens, and standard deviation of that number's logarithm. The
+# numbers of rows are the paper's. The lengths are guesses for each kind of dialogue: several turns about an image, long
+# chats, descriptions, questions.
 SOURCES = {
     "llava": (624_610, 150, 0.8),
     "llava without image": (40_688, 700, 0.9),
@@ -79,7 +81,7 @@ def at_random(tokens: Lengths, has_image: npt.NDArray[np.bool_]) -> Batches:
 
 
 def split_modality(tokens: Lengths, has_image: npt.NDArray[np.bool_]) -> Batches:
-    """Make global batches of one modality, sorted by length and dealt to the ranks in turn."""
+    """Build global batches of one modality. Their rows are sorted by length and assigned to the ranks in turn."""
     parts = [_filled(_shuffled(np.flatnonzero(kind))) for kind in (has_image, ~has_image)]
     batches = np.concatenate([part for part in parts if len(part)])
     length = np.where(batches == FILLER, 0, tokens[batches])
@@ -104,9 +106,10 @@ def _filled(rows: Ids) -> Ids:
 
 
 def waste(batches: Batches, tokens: Lengths, has_image: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    """Return the share of computed positions that are padding, within each rank and including the wait for the slowest.
+    """Return two shares of padding in the computed positions: within each rank, and with the ranks in lockstep.
 
-    In a micro-batch that mixes modalities, every row is computed with an image.
+    Within a rank, rows are padded to the longest row of its micro-batch. In lockstep, every rank takes as long as if it
+    padded to the longest row of all ranks. In a micro-batch that mixes modalities, every row is computed with an image.
     """
     real = np.where(batches == FILLER, 0, tokens[batches] + PATCHES * has_image[batches])
     needed = real.sum(dtype=np.int64)

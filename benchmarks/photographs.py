@@ -1,4 +1,4 @@
-"""Benchmark data: rows about crops of scikit-image's photographs, as JPEGs of 640×480 pixels."""
+"""Benchmark data: annotation rows and JPEGs of 640×480 pixels, which are crops of scikit-image's photographs."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Precision: loss curves of bf16 and autocast compared with fp32, on the demo's data.
+"""Precision benchmark: loss curves of bf16 and autocast compared with fp32, on the demo's data.
 
     python -m benchmarks.precision runs/demo/shards OUT                  # needs a GPU; takes minutes
     python -m benchmarks.precision runs/demo/shards OUT --kind v1 --steps 50
 
-A reduced model (8 layers of width 512, the tiny preset's towers) trains on the same batches in each precision. A second
-fp32 run with other micro-batches shows the effect of rounding alone. Runs, figure and table are written to OUT.
+A reduced model (8 layers of width 512, with the tiny preset's towers) trains on the same batches in each precision. A
+second fp32 run with another micro-batch size shows the effect of rounding alone. The run folders, a figure and a table
+are written to OUT.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def train_reduced(words: list[str]) -> None:
 
 
 def run(kind: str, overrides: list[str], shards: Path, folder: Path, options: list[str]) -> list[Line]:
-    """Train and return the metrics of every step. Raises: RuntimeError with the end of the output if it fails."""
+    """Train, and return the metrics of every step. Raises: RuntimeError with the last output if training fails."""
     common = [f"model=reduced_{kind}", f"data.shards={shards}", f"run.dir={folder}", "log.every_steps=1"]
     common += ["engine.ds_config=ds_configs/zero3.json", "engine.segment_layers=0", "optim.lr=1e-3", *options]
     command = [sys.executable, "-m", "benchmarks.precision", "--train", RECIPE, *common, *overrides]
@@ -62,7 +63,7 @@ def run(kind: str, overrides: list[str], shards: Path, folder: Path, options: li
 
 
 def table(curves: dict[str, list[Line]]) -> str:
-    """Format a table: mean losses of the last quarter, and distances of smoothed curves in the second half."""
+    """Format a table of mean losses over the last quarter of the steps, and distances from fp32 over the last half."""
     rows = [
         "| precision | text loss | alignment | distance from fp32 | ms/step | peak GiB |",
         "|---|---|---|---|---|---|",
@@ -83,6 +84,7 @@ def _mean(lines: list[Line], key: str) -> float:
 
 
 def distance(lines: list[Line], reference: list[Line]) -> float:
+    """Return the mean absolute difference of two smoothed loss curves over the second half of the steps."""
     ours, theirs = (smoothed([line["loss/text"] for line in part]) for part in (lines, reference))
     half = len(ours) // 2
     return statistics.mean(abs(a - b) for a, b in zip(ours[half:], theirs[half:], strict=True))

@@ -1,9 +1,9 @@
-"""Milliseconds of a prefill: the model's own, as a CUDA graph, and mamba_ssm's.
+"""Prefill benchmark: milliseconds of the model's prefill, of the same prefill as a CUDA graph, and of mamba_ssm's.
 
     python -m benchmarks.prefill --json prefill.json           # on a machine with one GPU; minutes
 
-Full-size language models with random bf16 weights; 749 positions are an image and a short question. docs/latency.md
-keeps the table.
+The models are full-size language models with random bf16 weights. The prompt has 749 positions, which is an image and a
+short question. docs/latency.md has the table.
 """
 
 from __future__ import annotations
@@ -27,14 +27,18 @@ LENGTH = 749
 
 @torch.no_grad()
 def ways(llm: MambaLM, x: Tensor) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name. `x` are embeddings [b, l, d]."""
+    """Return the prefill functions to time, by name.
+
+    Args:
+        x: embeddings of the prompts, [batch, positions, width].
+    """
     graph = PrefillGraph(llm, *x.shape[:2])
     return {"eager": lambda: llm.prefill(x), "graph": lambda: graph(x)}
 
 
 @torch.no_grad()
 def mamba_ssm_way(llm: MambaLM, tokens: Tensor) -> Callable[[], Any]:
-    """A forward pass that fills an inference cache, as mamba_ssm's generation begins."""
+    """Return mamba_ssm's prefill: the forward pass with which its generation begins, and which fills its cache."""
     from mamba_ssm.utils.generation import InferenceParams
 
     model = mamba_ssm_twin(llm)

@@ -1,12 +1,13 @@
-"""Building shards: our builder, a plain script, Ray Data, and the sum of the unavoidable parts of the work.
+"""Shard building benchmark: our builder, a plain script, Ray Data, and a lower bound for the time.
 
     python -m benchmarks.preprocess --json preprocess.json
     python -m benchmarks.preprocess --images 300 --rows-per-image 3        # as in the mix, where rows share images
     python -m benchmarks.preprocess --img2dataset other_venv/bin/python    # an environment that has img2dataset
 
-Every program processes the same rows about the same photographs. For one process the figure is samples per CPU
-second, which other work on the machine hardly changes; for several it is samples per second, from the first shard of
-each worker to the last. docs/performance.md has the tables.
+Every program processes the same rows about the same photographs. The lower bound is the time of the parts that no
+builder can avoid, such as decoding and writing. For one process the benchmark reports samples per CPU second, which
+other work on the machine hardly changes. For several processes it reports samples per second of wall time, from the
+time when each worker has written its first shard to the last shard. docs/performance.md has the tables.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def ours(root: Path, out: Path, rows_per_shard: int) -> float:
 
 
 def ours_on_ray(root: Path, out: Path, workers: int, rows_per_shard: int) -> float:
-    """Return samples per second from the first shard of each worker to the last, without the start of Ray."""
+    """Return samples per second of a build on Ray, counted from each worker's first shard to the last of all shards."""
     words = [sys.executable, "-m", "preprocess.build_shards", *command(root, out, workers, rows_per_shard)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
@@ -86,7 +87,7 @@ def ours_on_ray(root: Path, out: Path, workers: int, rows_per_shard: int) -> flo
 
 
 def ours_in_processes(root: Path, out: Path, processes: int, rows_per_shard: int) -> float:
-    """Return samples per second of simultaneous builds without Ray, from the first shard of each to the last."""
+    """Return the total samples per second of simultaneous builds without Ray, from the first shard of each build to its last."""
     folders = [out / str(number) for number in range(processes)]
     words = [sys.executable, "-m", "preprocess.build_shards"]
     started = [
@@ -147,7 +148,7 @@ def everyday_script(root: Path, out: Path, rows_per_shard: int) -> float:
 
 
 def ray_data(root: Path, out: Path, workers: int) -> float:
-    """Return samples per second of Ray Data's `write_webdataset`, in its own process, without the start of Ray."""
+    """Return samples per second of Ray Data's `write_webdataset`, in its own process, without Ray's start-up."""
     words = [sys.executable, "-m", "benchmarks.preprocess", "--ray-data-only", str(root), str(out), str(workers)]
     done = subprocess.run(words, check=True, capture_output=True, text=True)
     return float(done.stdout.split()[-1])
@@ -206,7 +207,7 @@ def img2dataset(python: Path, root: Path) -> float:
 
 
 def parts(root: Path, out: Path, rows: Rows) -> dict[str, float]:
-    """Return the CPU seconds of each part of the work: image parts once per image, the others once per row."""
+    """Return the CPU seconds of each part of the work. Images are processed once per image, everything else per row."""
     tokenizer = load_tokenizer(root / "tokenizer")
     took = dict.fromkeys(PARTS, 0)
 
@@ -236,7 +237,7 @@ def parts(root: Path, out: Path, rows: Rows) -> dict[str, float]:
 
 
 def levels_off(root: Path, limit: int = 200) -> dict[int, float]:
-    """Return the share of pixel values by how many levels they differ from Pillow's, before encoding."""
+    """Return the share of pixel values that differ by 0, 1, 2, … levels from Pillow's resizing, before encoding."""
     off: Counter[int] = Counter()
     for path in sorted((root / "images").iterdir())[:limit]:
         data = path.read_bytes()
@@ -263,7 +264,8 @@ def measure(
     ours(root, scratch / "warm", len(rows))
     cpu = {"ours": math.inf, "script": math.inf}
     took = dict.fromkeys(PARTS, math.inf)
-    for turn in range(rounds):  # alternate, so that other work on the machine affects all alike; the best counts
+    # Alternate the programs, so that other work on the machine affects all of them equally. The best time is reported.
+    for turn in range(rounds):
         cpu["ours"] = min(cpu["ours"], ours(root, scratch / f"ours-{turn}", len(rows)))
         cpu["script"] = min(cpu["script"], everyday_script(root, scratch / f"script-{turn}", len(rows)))
         took = {name: min(took[name], value) for name, value in parts(root, scratch / "parts", rows).items()}

@@ -1,11 +1,12 @@
-"""Kill and resume a training at full size: seconds of the start, the resume, and the end after a lost rank.
+"""Resume benchmark at full size: seconds of the first launch, of resuming, and of the shutdown after a lost rank.
 
     python -m benchmarks.resume /scratch pipeline/recipes/emma_v2.toml --ranks 2 --json resume.json
     python -m benchmarks.resume /tmp/scratch pipeline/recipes/demo.toml --ranks 2          # on a CPU
 
-Weights are random, with the towers' in files of the published format; the data is a few repeated photographs. The first
-start saves and is killed with SIGKILL a few steps later. The page cache is dropped if the system permits it. The second
-start resumes, and one of its ranks is killed. docs/performance.md has the table.
+All weights are random; those of the towers are loaded from files in the published format. The data is a few repeated
+photographs. The first launch saves a checkpoint and is killed with SIGKILL a few steps later. Then the page cache is
+dropped, if the system permits it. The second launch resumes from the checkpoint, and one of its ranks is killed.
+docs/performance.md has the table.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def write_towers(folder: Path, model: str) -> Path:
 
 
 class TrainingProcess:
-    """One start of the training. Context manager: the training is killed at the end of the block."""
+    """One launch of the training command. As a context manager, it kills the training at the end of the block."""
 
     def __init__(self, command: list[str], run: Path, ranks: int):
         self.run, self.seen = run, len(lines(run))
@@ -94,7 +95,7 @@ class TrainingProcess:
         self.process.wait()
 
     def until(self, condition: Callable[[Line], bool]) -> Line:
-        """Wait for the first line of this start's log that meets the condition, and return it."""
+        """Wait for the first line of this launch in metrics.jsonl that meets the condition, and return it."""
         deadline = time.monotonic() + TIMEOUT_S
         while time.monotonic() < deadline:
             ended = self.process.poll() is not None
@@ -133,7 +134,7 @@ def drop_page_cache() -> bool:
 
 
 def losses(run: Path, steps: range) -> list[dict[int, float]]:
-    """Return the text losses of these steps, one dictionary per start."""
+    """Return the text losses of these steps, as one dictionary per launch."""
     by_start: list[dict[int, float]] = [{}]
     for line in lines(run):
         if line.get("event") == "resume":
@@ -174,7 +175,7 @@ def measure(
 
 
 def lose_a_rank(training: TrainingProcess) -> dict[str, Any]:
-    """Kill the last rank; how long the others live on, and what the run says of it."""
+    """Kill the last rank. Return the seconds until the other ranks have ended, and the outcome of the run."""
     ranks = training.ranks
     begun = time.monotonic()
     max(ranks, key=lambda process: int(process.environ()["RANK"])).kill()
@@ -185,24 +186,24 @@ def lose_a_rank(training: TrainingProcess) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """In seconds, from the launch on."""
-    starts = [("first start", results["start"]), ("resume", results["resume"])]
+    """Format the results as a Markdown table of the seconds of each phase, and lines about the save and the losses."""
+    starts = [("first launch", results["start"]), ("resume", results["resume"])]
     phases = list(results["start"]["parts"])
-    lines = [f"{results['model']}, {results['ranks']} ranks; files {'cold' if results['cold'] else 'as they were'}"]
-    lines += [f"| s | {' | '.join(phases)} | to the first step's end |", "|---" * (len(phases) + 2) + "|"]
+    lines = [f"{results['model']}, {results['ranks']} ranks; page cache {'dropped' if results['cold'] else 'kept'}"]
+    lines += [f"| s | {' | '.join(phases)} | until the first step is done |", "|---" * (len(phases) + 2) + "|"]
     for name, start in starts:
         parts = " | ".join(f"{start['parts'][phase]:.1f}" for phase in phases)
         lines.append(f"| {name} | {parts} | **{start['first_step_s']:.1f}** |")
     save = results["save"]
     lines.append(
-        f"save: {save['gb']:.1f} GB in {save['whole_s']:.1f} s, training stood still for {save['stall_s']:.1f}"
+        f"save: {save['gb']:.1f} GB in {save['whole_s']:.1f} s, training stalled for {save['stall_s']:.1f} s"
     )
     for losses_of_start in results["losses"]:
         lines.append("text loss: " + ", ".join(f"step {step} {loss:.4f}" for step, loss in losses_of_start.items()))
     if lost := results["lost_rank"]:
         outcome = lost["outcome"]
         ending = f"{outcome['outcome']} ({outcome['reason']})"
-        lines.append(f"a rank killed: the others ended after {lost['others_ended_s']:.1f} s, outcome {ending}")
+        lines.append(f"one rank killed: the other ranks ended after {lost['others_ended_s']:.1f} s, outcome {ending}")
     return "\n".join(lines)
 
 

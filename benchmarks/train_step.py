@@ -1,4 +1,4 @@
-"""Training step at full size, one rank of eight on one GPU: seconds, TFLOP/s and memory of several settings.
+"""Training step benchmark: milliseconds, TFLOP/s and memory of one rank of eight, at full size, with several settings.
 
     python -m benchmarks.train_step --json train_step.json            # needs one GPU; takes minutes
     python -m benchmarks.train_step --only zero2 --micro-batches 16
@@ -33,7 +33,7 @@ VARIANTS = {
 def run_variant(
     recipe: str, overrides: list[str], sizes: list[int], memory_gib: float
 ) -> list[dict[str, float | None]]:
-    """Run one variant and return its trials. Raises: RuntimeError with the end of its output if it fails."""
+    """Run one variant and return its trials. Raises: RuntimeError with the end of the output if the dry run fails."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "trials.json"
         command = [sys.executable, "-m", "pipeline.dry_run", f"pipeline/recipes/{recipe}.toml", *overrides]
