@@ -87,7 +87,7 @@ def ours_on_ray(root: Path, out: Path, workers: int, rows_per_shard: int) -> flo
 
 
 def ours_in_processes(root: Path, out: Path, processes: int, rows_per_shard: int) -> float:
-    """Return the total samples per second of simultaneous builds without Ray, from the first shard of each build to its last."""
+    """Return the total samples per second of simultaneous builds without Ray, from each first shard to each last."""
     folders = [out / str(number) for number in range(processes)]
     words = [sys.executable, "-m", "preprocess.build_shards"]
     started = [

@@ -195,9 +195,7 @@ def table(results: dict[str, Any]) -> str:
         parts = " | ".join(f"{start['parts'][phase]:.1f}" for phase in phases)
         lines.append(f"| {name} | {parts} | **{start['first_step_s']:.1f}** |")
     save = results["save"]
-    lines.append(
-        f"save: {save['gb']:.1f} GB in {save['whole_s']:.1f} s, training stalled for {save['stall_s']:.1f} s"
-    )
+    lines.append(f"save: {save['gb']:.1f} GB in {save['whole_s']:.1f} s, training stalled for {save['stall_s']:.1f} s")
     for losses_of_start in results["losses"]:
         lines.append("text loss: " + ", ".join(f"step {step} {loss:.4f}" for step, loss in losses_of_start.items()))
     if lost := results["lost_rank"]:
