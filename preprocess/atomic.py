@@ -1,4 +1,4 @@
-"""Atomic file writes (temporary name, fsync, rename), and canonical JSON."""
+"""Atomic file writes (temporary name, fsync, rename), and JSON with reproducible bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import IO, Any
 
 
 class HashingFile:
-    """An append-only file that hashes what is written to it. `published` closes it."""
+    """An append-only file that computes the sha256 of the data written to it. `published` closes it."""
 
     closed = False
 
@@ -38,9 +38,10 @@ class HashingFile:
 
 @contextlib.contextmanager
 def published(path: Path) -> Iterator[HashingFile]:
-    """Open a file that appears under its name only when the block ends without an error, so it is never partial.
+    """Open a file for writing that appears under its name only if the block ends without an error.
 
-    It is written under a temporary name, synced to disk and renamed, and replaces an older file of that name.
+    The file is written under a temporary name, synced to disk and then renamed to `path`, where it replaces an older
+    file. Readers therefore never see a partial file.
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -56,14 +57,14 @@ def published(path: Path) -> Iterator[HashingFile]:
 
 
 def publish(path: Path, data: bytes) -> str:
-    """Write `data` atomically. Return its sha256."""
+    """Write `data` to a file atomically. Return the sha256 of the data."""
     with published(path) as file:
         file.write(data)
     return file.sha256
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync a folder to disk, so that files created, renamed or deleted in it stay so after a power failure."""
+    """Sync a folder to disk, so that creating, renaming or deleting files in it survives a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -72,7 +73,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def canonical_json(value: Any, indent: int | None = 1) -> bytes:
-    """Encode a value so that equal values give equal bytes. Without `indent` it is faster."""
+    """Encode a value as JSON, so that equal values give equal bytes. Encoding is faster with `indent` None."""
     return json.dumps(value, sort_keys=True, indent=indent).encode() + b"\n"
 
 
@@ -82,7 +83,7 @@ def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
 
 
 def sync(file: IO[bytes]) -> None:
-    """Sync the data written so far to disk, and drop it from the page cache, which should hold training data."""
+    """Sync the data written so far to disk, and drop it from the page cache, to leave the cache to training data."""
     file.flush()
     os.fsync(file.fileno())
     if hasattr(os, "posix_fadvise"):

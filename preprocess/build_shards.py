@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Build a shard set: WebDataset tars with a manifest and an index, from annotation files and images.
 
-One Ray task builds one shard from a fixed range of dialogues. Every input row ends as exactly one sample or one line of
-rejects.jsonl. The same command, run again, builds only shards that are missing or outdated.
+One Ray task builds one shard from a fixed range of dialogues. Every input row becomes exactly one sample or one line of
+rejects.jsonl. If the same command is run again, it builds only shards that are missing or outdated.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from preprocess.remote_path import parse_path
 
 PAPER_MIX = Path("preprocess/mixes/emma_1m2.toml")
 SAMPLES_PER_SHARD = 4096
-STOPPED = "stopped; finished shards are kept, and the same command continues from there"
+STOPPED = "stopped; finished shards are kept, and the same command continues with the missing ones"
 
 EXAMPLES = """examples:
   preprocess/build_shards.py preprocess/mixes/emma_1m2.toml --model emma_v2 --root /data/raw --out /data/shards
   preprocess/build_shards.py my.toml --model tiny_v2 --root raw --out shards --tokenizer my_tokenizer --check
   ray job submit --working-dir . -- python preprocess/build_shards.py MIX.toml --model emma_v2 --root /… --out /…
 
-The build runs on the Ray cluster that RAY_ADDRESS names, as it does in a Ray job. Without RAY_ADDRESS it starts Ray on
-this machine. --root and --out must be the same place on every node.
+The build runs on the Ray cluster that RAY_ADDRESS names. A Ray job sets RAY_ADDRESS itself. Without RAY_ADDRESS, the
+build starts Ray on this machine. --root and --out must name the same folders on every node.
 
-The next run notices images that were missing and are now there, and rejected images that were repaired. It notices that
-an accepted image was replaced only with --compare-images, which asks for the size of every image.
+If a missing image has been added or a rejected image has been repaired, running the same command again rebuilds its
+shard. If an accepted image has been replaced, its shard is rebuilt only with --compare-images, which compares the file
+size of every image.
 
-exit codes: 0 done, 2 user error (one line says which), 3 too many rejects, 4 transient failure, 130 stopped by Ctrl-C,
-143 stopped by SIGTERM. Finished shards are always kept, and the same command continues from there.
+exit codes: 0 done, 2 user error (explained in one line), 3 too many rejects, 4 transient failure, 130 stopped by
+Ctrl-C, 143 stopped by SIGTERM. Finished shards are always kept, and the same command continues with the missing ones.
 """
 
 
@@ -63,7 +64,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     default = "(default: %(default)s)"
     add = parser.add_argument
     add("mix", type=Path, nargs="?", default=PAPER_MIX, help=f"TOML file that lists the sources {default}")
-    add("--model", default="emma_v2", help=f"model preset: sets prompt template, image size and text limit {default}")
+    add(
+        "--model",
+        default="emma_v2",
+        help=f"model preset, which sets prompt template, image size and text limit {default}",
+    )
     add(
         "--root",
         type=parse_path,
@@ -79,11 +84,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"fail if a larger share of a source's rows is rejected {default}",
     )
     add("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help=f"dialogues per shard {default}")
-    add("--workers", type=int, help="tasks at a time (default: one per CPU); 0 builds in this process, without Ray")
+    add(
+        "--workers",
+        type=int,
+        help="number of tasks at a time (default: one per CPU); 0 builds in this process, without Ray",
+    )
     add(
         "--compare-images",
         action="store_true",
-        help="also rebuild shards with an image whose file size has changed; asks for the size of every image",
+        help="also rebuild shards with an image whose file size has changed; this looks up the size of every image",
     )
     add("--compare-pictures", action="store_true", dest="compare_images", help=argparse.SUPPRESS)
     add(

@@ -1,4 +1,4 @@
-"""`Progress`: a bar on a terminal, a line every ten seconds in a log, and progress.json for programs."""
+"""`Progress` of a build: a bar on a terminal or a line every ten seconds in a log, and progress.json for programs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Progress:
     """Progress of a build, counted in dialogues.
 
     Args:
-        folder: where progress.json is written; None: nowhere.
+        folder: folder in which progress.json is written; None: it is not written.
         total: number of dialogues of the whole set.
-        reused: dialogues of shards that are reused. They count as done, but not towards the rate.
+        reused: number of dialogues of shards that are reused. They count as done, but not towards the rate.
         rejects: number of rejects known at the start, by source.
-        stream: where the bar or the lines are printed.
+        stream: stream to which the bar or the lines are printed.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Progress:
         self.rejects.update(rejects)
 
     def tick(self, state: str = "building", *, last: bool = False) -> None:
-        """Print and write the progress if it is due. Call it at least once per second."""
+        """Print the progress and write progress.json, if enough time has passed. Call this at least once per second."""
         now = time.monotonic()
         if self.path and (last or now - self._written >= FILE_EVERY_S):
             self._written = now

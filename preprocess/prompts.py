@@ -1,7 +1,7 @@
 """Chat templates, tokenization and supervised spans, shared by preprocessing, training and generation.
 
-Turns are tokenized one by one, so the boundary between a prompt and its answer never moves. Message text that spells a
-special token is encoded as ordinary text; the end-of-text tokens of a template are added by id.
+Turns are tokenized one by one, so that the tokens of a prompt do not depend on the answer that follows. Message text
+that spells a special token is encoded as ordinary text. The end-of-text tokens of a template are added by id.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 Template = Literal["zephyr", "base"]
 Conversation = Sequence[Mapping[str, str]]  # alternating {"from": "human" | "gpt", "value": text}
 
-# The parts of a question's text; None is the end-of-text token. An answer always ends with that token.
+# Template of a question: text parts, and None for the end-of-text token. An answer always ends with this token.
 TEMPLATES: dict[str, tuple[str | None, ...]] = {
     "zephyr": ("<|user|>\n{q}", None, "\n<|assistant|>\n"),
     "base": ("In: {q}\nOut: ",),
@@ -34,7 +34,7 @@ CHARACTERS_PER_TOKEN, MIN_SPARE_TOKENS = 16, 256
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` that adds no special tokens, and the sha256 of its tokenizer.json.
+    """A `tokenizers.Tokenizer` that adds no special tokens, with the sha256 of its tokenizer.json.
 
     Args:
         data: Content of a tokenizer.json.
@@ -68,11 +68,12 @@ class Tokenizer:
         """Return the ids of a text.
 
         Args:
-            max_exact: If given, tokenize only the beginning of a long text. The first `max_exact` ids are those of the
-                whole text; ids after them may differ. This saves memory: tokenizing takes 100 times the text's size.
+            max_exact: If given, only the beginning of a long text is tokenized, because tokenizing needs 100 times as
+                much memory as the text. The first `max_exact` ids are the same as for the whole text; later ids may
+                differ.
         """
         if max_exact is not None:
-            # Cutting a text can change the last ids before the cut, so spare ids separate the exact ids from the cut.
+            # Cutting a text can change the last ids before the cut. Therefore more ids than wanted are computed.
             wanted = max_exact + max(max_exact, MIN_SPARE_TOKENS)
             length = CHARACTERS_PER_TOKEN * wanted
             while length < len(text):
@@ -83,7 +84,7 @@ class Tokenizer:
         return self._encode_whole(text)
 
     def _encode_whole(self, text: str) -> list[int]:
-        # encode_batch_fast does not compute the offsets of the tokens.
+        # encode_batch_fast is faster than encode, because it does not compute the offsets of the tokens.
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -129,10 +130,10 @@ class EncodedDialogue:
 def encode_dialogue(
     conversations: Conversation, template: str, tokenizer: Tokenizer, max_text_tokens: int | None = None
 ) -> EncodedDialogue:
-    """Tokenize a dialogue and cut it after `max_text_tokens`.
+    """Tokenize a dialogue, and truncate it to `max_text_tokens`.
 
-    Tokens after the last supervised one are dropped, because a question without its answer teaches nothing. The result
-    is empty if no supervised token is left.
+    If the dialogue is truncated, tokens after the last supervised token are dropped too, because a question without its
+    answer teaches nothing. The result is empty if no supervised token is left.
     """
     tokens: list[int] = []
     spans: list[tuple[int, int]] = []
@@ -149,7 +150,7 @@ def encode_dialogue(
 
 
 def encode_prompt(conversations: Conversation, template: str, tokenizer: Tokenizer) -> list[int]:
-    """Tokenize a dialogue that ends with a question. The ids are a prefix of the training ids of the whole dialogue."""
+    """Tokenize a dialogue that ends with a question. In training, the ids before the answer are the same."""
     assert conversations[-1]["from"] == "human", "a prompt ends with a question"
     return encode_dialogue(conversations, template, tokenizer).tokens
 

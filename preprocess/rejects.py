@@ -1,4 +1,4 @@
-"""Reject reasons, the rejects.jsonl format, and the limit on rejects per source. Explained in docs/data-cleaning.md."""
+"""Reject reasons, the format of rejects.jsonl, and the limit on rejects per source (see docs/data-cleaning.md)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ REASONS = {
 
 
 class Rejected(Exception):  # noqa: N818  bad input data is not a program error
-    """Raised for a row that cannot become a sample. Retrying does not help, because the data is bad."""
+    """Raised for a row that cannot become a sample because its data is bad, so retrying does not help."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         assert reason in REASONS, reason

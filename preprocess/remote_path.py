@@ -15,10 +15,10 @@ from model.errors import UserError
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A URL with the methods of `pathlib.Path` that reading raw data needs.
+    """A URL with the methods of `pathlib.Path` that are needed to read raw data.
 
-    Differs from universal_pathlib: only the beginning of an oversized file is read, errors have an errno, and paths are
-    normalised (`.` and `//`).
+    This class is used instead of universal_pathlib for three reasons: it can read only the beginning of an oversized
+    file, its errors have an errno, and it normalises paths (`.` and `//`).
     """
 
     url: str
@@ -62,7 +62,8 @@ class RemotePath:
     def read_bytes(self, max_bytes: int) -> bytes:
         """Read the first `max_bytes` bytes.
 
-        Raises: OSError with an errno, which fsspec omits, so that callers can tell a missing file from a failed read.
+        Raises: OSError. Unlike fsspec's errors, it has an errno, so that callers can distinguish a missing file from a
+            failed read.
         """
         filesystem, path = self._resolve()
         try:
@@ -77,7 +78,7 @@ class RemotePath:
             raise
 
     def _resolve(self) -> tuple[Any, str]:
-        """Return the fsspec file system, which fsspec caches, and the path inside it."""
+        """Return the fsspec file system and the path inside it. fsspec caches the file system."""
         try:
             return fsspec.core.url_to_fs(self.url)
         except (ValueError, ImportError) as error:

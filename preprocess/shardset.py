@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run_verify(folder: Path) -> int:
-    """Print each problem as it is found. Return the exit code."""
+    """Verify a shard set, and print each problem when it is found. Return the exit code."""
     samples = Manifest.load(folder).counts["samples"]
     problems, progress = 0, Progress(None, samples, stream=sys.stderr)
 
@@ -84,7 +84,7 @@ def run_verify(folder: Path) -> int:
 
 
 def run_preview(folder: Path, out: Path | None, samples: int) -> str:
-    """Write the preview page. Return a line that says where and how much. Raises: UserError."""
+    """Write the preview page. Return a line with its path and its numbers of samples and rejects. Raises: UserError."""
     if samples < 0:
         raise UserError(f"--samples is {samples}, expected 0 or more")
     resolved = folder.resolve()  # because "." has no name

@@ -32,19 +32,19 @@ class Range:
 
 @dataclass(frozen=True)
 class Key:
-    """Name of a field's key in TOML, where it differs from the field's: `Annotated[tuple[X, ...], Key("x")]`."""
+    """Key of a field in TOML, if it differs from the field's name: `Annotated[tuple[X, ...], Key("x")]`."""
 
     name: str
 
 
 class Unset(Enum):
-    """Type of `UNSET`."""
+    """Type of the constant `UNSET`."""
 
     UNSET = "unset"
 
 
 UNSET: Any = Unset.UNSET
-"""Value of a required key that is absent, where the caller of `parse_table` allows that."""
+"""Value of a required key that is absent, if the caller of `parse_table` allows this (`may_be_unset`)."""
 
 
 def read_toml(path: Path, *, what: str, shipped: str) -> dict[str, Any]:
@@ -52,8 +52,8 @@ def read_toml(path: Path, *, what: str, shipped: str) -> dict[str, Any]:
 
     Args:
         path: File to read.
-        what: Name of such a file in messages, as in "recipe".
-        shipped: Folder of the ones that ship with the project, named if `path` does not exist.
+        what: Kind of file for messages, such as "recipe".
+        shipped: Folder of such files in this project. The message names it if `path` does not exist.
 
     Raises: UserError if the file cannot be read or is not TOML.
     """
@@ -68,7 +68,7 @@ def read_toml(path: Path, *, what: str, shipped: str) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """Parse a TOML value given on the command line: null becomes None, and what is not TOML stays text."""
+    """Parse a TOML value from the command line. The text "null" becomes None; text that is not TOML stays a string."""
     if text == "null":
         return None
     try:
@@ -85,12 +85,12 @@ def parse_table(
     may_be_unset: Collection[str] = (),
     how_to_set: str = "set it in this file",
 ) -> T:
-    """Parse a table into a dataclass, and tables inside it into the dataclasses of its fields.
+    """Parse a table into a dataclass. Nested tables are parsed into the dataclasses of the fields.
 
     Args:
         kind: Dataclass whose fields are the valid keys.
         table: Table, as `read_toml` returns it.
-        where: File that the messages name.
+        where: Name of the file for messages.
         may_be_unset: Dotted names of required keys that become `UNSET` if they are absent.
         how_to_set: Advice about an absent required key; `{key}` stands for its name.
 
@@ -101,13 +101,13 @@ def parse_table(
 
 @dataclass(frozen=True, kw_only=True)
 class _Parser:
-    """Options of one `parse_table`, and the recursion over its tables."""
+    """Recursive parser of one call of `parse_table`, with the options of this call."""
 
     may_be_unset: frozenset[str]
     how_to_set: str
 
     def table(self, kind: type[T], table: Mapping[str, Any], where: str, *, prefix: str) -> T:
-        """Parse one table, whose keys have the dotted prefix `prefix`."""
+        """Parse one table. `prefix` is the dotted prefix of its keys in messages."""
         hints = typing.get_type_hints(kind, include_extras=True)
         known = {_key(hints[field.name], field.name): field for field in fields(typing.cast(Any, kind))}
         for key in table:
@@ -169,7 +169,7 @@ def _is_union(kind: Any) -> bool:
 
 
 def _rows(value: Any, where: str, name: str) -> list[tuple[int, dict[str, Any]]]:
-    """Number the tables of a list from 1."""
+    """Check that a value is a list of tables. Return the tables with their numbers, which start at 1."""
     if isinstance(value, dict):
         raise UserError(f"{where}: [{name}] is one table, expected a list of tables: write [[{name}]]")
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
@@ -178,7 +178,7 @@ def _rows(value: Any, where: str, name: str) -> list[tuple[int, dict[str, Any]]]
 
 
 def _converted(kind: Any, value: Any) -> Any:
-    """Convert an integer to a float, and a list to a tuple, where the type asks for it."""
+    """Convert an integer to a float, or a list to a tuple, if the type requires this."""
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is tuple and isinstance(value, list):
         kinds = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments

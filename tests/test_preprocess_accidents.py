@@ -29,7 +29,7 @@ from tests.support.shard_builds import arguments, build_in_process, contents, di
 SCRIPT = "preprocess/build_shards.py"
 NUM_ROWS, SAMPLES_PER_SHARD = 600, 20
 ALL_BUT_ONE = 29  # shards
-STOPPED = "stopped; finished shards are kept, and the same command continues from there"
+STOPPED = "stopped; finished shards are kept, and the same command continues with the missing ones"
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,7 @@ def test_a_task_that_reads_an_outdated_dialogue_file_raises_oserror(tmp_path: Pa
     shard = one_task(tmp_path, [{"id": 1, "conversations": dialogue_row(9)["conversations"]}])
     data = shard.folder.dialogues.read_bytes()
     shard.folder.dialogues.write_bytes(data.replace(b"What", b"That"))
-    with pytest.raises(OSError, match="are not those that were written"):
+    with pytest.raises(OSError, match="differ from the bytes that were written"):
         build_shard(shard)
     assert not shard.tar.exists()
     shard.folder.dialogues.write_bytes(data)

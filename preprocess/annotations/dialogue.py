@@ -1,6 +1,6 @@
-"""Annotation formats (llava, lvis, lrv): converting the rows of annotation files into dialogues.
+"""Annotation formats (llava, lvis, lrv), and the conversion of annotation rows into dialogues.
 
-To add a format, write its parser, and add its name to `Format` and `FORMATS`.
+To add a format, write a parser for its rows, and add its name to `Format` and `FORMATS`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Dialogue:
-    """Alternating questions and answers: the first turn is a question, the last an answer.
+    """A dialogue whose turns alternate between questions and answers, from a question at the start to a final answer.
 
     Attributes:
         source: Name of the source in the mix.
         row: Number of the row, counted from 0 after the source's limit and weight are applied.
-        id: The row's own id, which need not be unique, or SOURCE-ROW if it has none.
+        id: The row's own id, which need not be unique, or SOURCE-ROW if the row has no id.
         image: Path of the image below the root of the raw data, or None for a text-only dialogue.
     """
 
@@ -92,7 +92,7 @@ def to_dialogue(value: Any, *, source: str, row: int, row_format: Format, image_
     """Convert the JSON value of a row into a dialogue, repairing the order of its turns.
 
     Args:
-        image_folder: Folder below the root of the raw data that the row's image name is relative to.
+        image_folder: Folder of the source's images, relative to the root of the raw data.
 
     Raises:
         Rejected: If the row cannot become a sample.
@@ -109,7 +109,7 @@ def to_dialogue(value: Any, *, source: str, row: int, row_format: Format, image_
 
 
 def row_id(value: Any, *, source: str, row: int, row_format: Format) -> str:
-    """Return the row's own id, which need not be unique, or SOURCE-ROW if it has none."""
+    """Return the row's own id, which need not be unique, or SOURCE-ROW if the row has no id."""
     own = value.get("id", value.get(FORMATS[row_format].id_key)) if isinstance(value, dict) else None
     usable = isinstance(own, str | int) and not isinstance(own, bool) and own != ""
     return clean_text(str(own)) if usable else f"{source}-{row}"
@@ -141,7 +141,7 @@ def _parse_turn(value: Any) -> Turn:
 
 
 def _image_name(value: Any) -> str | None:
-    """Return the image name of an `image` value. None, "" and [] mean no image, as a missing key does."""
+    """Return the image name of an `image` value. None, "" and [] mean that the row has no image."""
     if isinstance(value, list):
         if len(value) > 1:
             raise Rejected("several_pictures", f"image is a list of {len(value)}")
@@ -157,7 +157,7 @@ def _alternate(turns: list[Turn]) -> list[Turn]:
     """Make the turns alternate between question and answer.
 
     Consecutive turns of one speaker are joined by a newline. An answer at the start and a question at the end are
-    dropped. Raises: Rejected if nothing is left.
+    dropped. Raises: Rejected if no answered question is left.
     """
     joined: list[Turn] = []
     for turn in turns:
@@ -173,7 +173,7 @@ def _alternate(turns: list[Turn]) -> list[Turn]:
 
 
 def _get(row: Row, key: str, *types: type) -> Any:
-    """Return `row[key]`. Raises: Rejected if the key is missing or the value is of none of `types`."""
+    """Return `row[key]`. Raises: Rejected if the key is missing, or the value has none of the given types."""
     if key not in row:
         raise Rejected("missing_key", f"no {key!r} among {', '.join(map(repr, row)) or 'no keys'}")
     value = row[key]

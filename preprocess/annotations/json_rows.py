@@ -26,21 +26,21 @@ class TextWindow:
     Attributes:
         window: The decoded text that is in memory.
         position: Index in `window` up to which the text has been parsed.
-        line: Line number of `position`.
+        line: Number of the line that contains `position`, counted from 1.
     """
 
     def __init__(self, stream: IO[bytes], path: AnyPath, head: bytes) -> None:
         self.stream, self.path = stream, path
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="replace")
         self.window, self.position = self.decoder.decode(head), 0
-        self.line, self.line_start = 1, 0  # line_start is an index into `window`, negative if the line began earlier
+        self.line, self.line_start = 1, 0  # line_start is an index in `window`, negative if the line began before it
         self.ended = False
 
     def read_more(self) -> bool:
         """Read the next chunk and drop the parsed text. Return False at the end of the file.
 
-        The chunk is at least as large as the unparsed text, which doubles the window while a row is incomplete. This
-        keeps the time linear for a caller that scans the whole window after each call.
+        The chunk is at least as large as the unparsed text, so that the window doubles while a row is incomplete. A
+        caller that scans the whole window after each call therefore needs time that is linear in the size of the row.
         """
         if self.ended:
             return False
@@ -72,7 +72,7 @@ class TextWindow:
                 return ""
 
     def line_end(self, max_characters: int) -> int | None:
-        """Return the index where the line ends, or None if that is more than `max_characters` away."""
+        """Return the index of the end of the line, or None if the line goes on for more than `max_characters`."""
         searched = self.position
         while (end := self.window.find("\n", searched)) < 0:
             searched = len(self.window) - self.position  # read_more() drops the parsed text, which shifts all indices
@@ -97,8 +97,9 @@ class TextWindow:
 def is_array(text: TextWindow) -> bool:
     """Return whether the file is one JSON array of rows rather than JSONL.
 
-    A first line that is a complete array is ambiguous. If it contains no objects and other lines follow, it counts as a
-    (bad) row of JSONL. If it contains objects, it counts as the array of all rows, to which something was appended.
+    If the first line is a complete array, the file could be either. If this array contains no objects and other lines
+    follow, the file is treated as JSONL, and its first row is rejected. If it contains objects, the file is treated as
+    an array of rows, and the text after the array is reported as an error.
     """
     if text.peek() != "[":
         return False
@@ -112,7 +113,7 @@ def is_array(text: TextWindow) -> bool:
 
 
 def array_rows(text: TextWindow) -> Iterator[Any]:
-    """Stream the elements of a JSON array. Raises: UserError with line and column if the array is broken."""
+    """Stream the elements of a JSON array. Raises: UserError with line and column if the JSON is broken."""
     decoder = json.JSONDecoder()
     text.advance(text.position + 1)
     if text.peek() != "]":
@@ -134,7 +135,7 @@ def _unexpected(expected: str, character: str, text: TextWindow) -> UserError:
 
 
 def _array_element(decoder: json.JSONDecoder, text: TextWindow) -> Any:
-    """Parse the value at the window's position, reading more until the value is complete."""
+    """Parse the value at the current position. Read more of the file until the value is complete."""
     while True:
         try:
             row, end = decoder.raw_decode(text.window, text.position)
@@ -158,7 +159,10 @@ def _array_element(decoder: json.JSONDecoder, text: TextWindow) -> Any:
 
 
 def line_rows(text: TextWindow) -> Iterator[Any | Rejected]:
-    """Stream the rows of a JSONL file. A broken line becomes a `Rejected`. Raises: UserError for an overlong line."""
+    """Stream the rows of a JSONL file. A line of broken JSON becomes a `Rejected`.
+
+    Raises: UserError if a line has more than MAX_ROW_CHARACTERS.
+    """
     while first := text.peek():
         end = text.line_end(MAX_ROW_CHARACTERS)
         if end is None:

@@ -28,25 +28,25 @@ class Source:
     """Path of a JSON array, JSONL or Parquet file, also compressed as .gz or .zst, relative to the data root."""
 
     images: str = ""
-    """Folder in which the rows' image paths start, relative to the data root."""
+    """Folder that the image paths in the rows are relative to. It is itself relative to the data root."""
 
     expected_rows: int | None = None
-    """Number of rows in the whole file. A different number is reported, unless `limit` leaves rows unread."""
+    """Expected number of rows in the file. A build reports a different number, unless `limit` leaves rows unread."""
 
     limit: Annotated[int | None, Range(least=1)] = None
     """Read only this many rows, from the start of the file."""
 
     weight: float = 1.0
-    """How often each row is taken: 3 is three times, 0.5 is every second row."""
+    """How often each row is used: 3 uses every row three times, 0.5 uses every second row."""
 
     def times(self, row: int) -> int:
-        """Return how many times to take a row. After n rows, ⌊n × weight⌋ have been taken, evenly spread."""
+        """Return how many times row number `row` is used. The first n rows are used ⌊n × weight⌋ times in all."""
         return math.floor((row + 1) * self.weight) - math.floor(row * self.weight)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpectedRows:
-    """Number of rows that several sources have together, where only that is published."""
+    """Number of rows that several sources have together, for data sets that publish only this sum."""
 
     sources: tuple[str, ...]
     """Names of the sources."""
@@ -60,7 +60,7 @@ class ImagesConfig:
     """How images are stored in the shards."""
 
     encoding: Encoding = "jpeg"
-    """JPEG at the model's size, raw pixels at the model's size, or the original file."""
+    """Encoding: JPEG or raw pixels, both at the model's image size, or the original file unchanged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +74,13 @@ class Mix:
     """How images are stored."""
 
     archives: dict[str, str] = field(default_factory=dict)
-    """Zip or tar file of each image folder that is not unpacked and whose archive is not named like the folder."""
+    """Zip or tar file of each image folder that is not unpacked, if the file is not named after the folder."""
 
     sources: Annotated[tuple[Source, ...], Key("source")] = ()
     """Annotation files, in the order of their rows in the shard set."""
 
     expected: tuple[ExpectedRows, ...] = ()
-    """Numbers of rows that are published for several sources together."""
+    """Expected numbers of rows of several sources together."""
 
 
 def load_mix(path: Path) -> Mix:
@@ -96,7 +96,7 @@ def load_mix(path: Path) -> Mix:
         if not 0 < source.weight < math.inf:
             raise UserError(
                 f"{where}: weight: found {source.weight}, expected a number above 0; "
-                "to take no rows, leave the source out"
+                "to use no rows, leave the source out"
             )
     for number, expected in enumerate(mix.expected, 1):
         for name in expected.sources:

@@ -1,4 +1,7 @@
-"""Annotation file reader: stream the rows of JSON arrays, JSONL and Parquet, plain or compressed (gzip, zstd)."""
+"""Annotation file reader, which streams the rows of JSON arrays, JSONL and Parquet files.
+
+JSON files may be compressed with gzip or zstd.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,8 @@ def read_rows(path: AnyPath) -> Iterator[Any | Rejected]:
     """Stream the rows of an annotation file, as JSON values. A broken line of JSONL becomes a `Rejected`.
 
     Raises:
-        UserError: If the file is missing or damaged, or if the disk or network fails. A broken JSON array is damage,
-            because it is unknown where its next row begins.
+        UserError: If the file is missing or damaged, or if the disk or network fails. A JSON array with a broken row
+            counts as damaged, because it is unknown where the next row begins.
     """
     if not path.is_file():
         raise UserError(f"annotation file {path} is missing; the mix names it relative to --root")
@@ -51,7 +54,7 @@ def read_rows(path: AnyPath) -> Iterator[Any | Rejected]:
 
 
 class _FailureRecorder:
-    """A file that records its own read error, because decoders convert it to errors that look like damaged data."""
+    """A file that records its read errors, because decoders replace them by errors that look like damaged data."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -88,7 +91,7 @@ def _rows(file: Any, path: AnyPath) -> Iterator[Any | Rejected]:
 def _decompressed(file: Any, magic: bytes) -> Any:
     if magic.startswith(_GZIP):
         return gzip.open(file)
-    skippable_frame = magic[1:] == b"\x2a\x4d\x18" and magic[0] & 0xF0 == 0x50  # pzstd writes one at the start
+    skippable_frame = magic[1:] == b"\x2a\x4d\x18" and magic[0] & 0xF0 == 0x50  # pzstd starts files with such a frame
     if magic == _ZSTD or skippable_frame:
         return pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
     return file
@@ -108,7 +111,7 @@ def _parquet_rows(file: Any) -> Iterator[Any]:
 
 
 def _to_python(value: pa.Scalar) -> Any:
-    """Convert a Parquet value, replacing bad UTF-8 by U+FFFD as in JSON files."""
+    """Convert a Parquet value to a Python value, and replace invalid UTF-8 by U+FFFD, as for JSON files."""
     try:
         return value.as_py()
     except UnicodeDecodeError:

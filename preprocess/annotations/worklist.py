@@ -1,7 +1,7 @@
-"""The worklist: every dialogue of a mix, one JSON line each, cut into ranges that become one shard each.
+"""The worklist: every dialogue of a mix as one line of JSON, cut into ranges. One shard is built from each range.
 
-Each input row becomes a line of the worklist or a reject. The same input gives the same bytes, so the sha256 of a range
-shows whether the shard that was built from it is still valid.
+Each input row becomes a line of the worklist or a reject. Equal input gives equal bytes, so the sha256 of a range shows
+whether the shard that was built from this range is still valid.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class DialogueRange:
     """The part of the worklist that one shard is built from.
 
     Attributes:
-        first: Index of the first dialogue in the whole worklist.
+        first: Index in the worklist of the range's first dialogue.
         count: Number of dialogues.
-        offset: Position of the first byte in the worklist.
+        offset: Position in the worklist of the range's first byte.
         size: Number of bytes.
-        sha256: Digest of these bytes.
+        sha256: Hash of these bytes.
     """
 
     first: int
@@ -50,8 +50,8 @@ class Worklist:
     """The ranges of a worklist, and counts by source.
 
     Attributes:
-        rows: Number of rows after limit and weight are applied.
-        rows_read: Number of rows read from the annotation file: all of them, unless the limit stopped the reading.
+        rows: Number of rows of each source after its limit and weight are applied.
+        rows_read: Number of rows read from the annotation file of each source. A limit can leave rows unread.
         rejects: Number of rejected rows by source and reason.
         folders: For each source, the number of rows by image folder.
     """
@@ -76,12 +76,14 @@ def make_worklist(
     on_rows: Callable[[int], None],
     write_reject: Callable[[bytes], Any] = lambda line: None,
 ) -> Worklist:
-    """Stream every source of the mix through `write`, holding at most the dialogues of one shard in memory.
+    """Convert every source of the mix into dialogues, and pass them to `write`.
+
+    At most the dialogues of one shard are in memory.
 
     Args:
-        write: Receives the lines of one range per call.
-        on_rows: Receives the number of rows so far, once per thousand rows.
-        write_reject: Receives the rejects.jsonl line of each rejected row.
+        write: Called once per range, with the lines of the range.
+        on_rows: Called once per thousand rows of a source, with the number of rows of all sources so far.
+        write_reject: Called for each rejected row, with its line of rejects.jsonl.
 
     Raises:
         UserError: If an annotation file cannot be read.
@@ -128,7 +130,7 @@ def _lines(
 def _weighted_rows(source: Source, root: AnyPath, work: Worklist) -> Iterator[Any | Rejected]:
     """Yield the rows of a source after applying its limit and weight.
 
-    Copies of a row are adjacent, so that its image is decoded only once.
+    Copies of a row follow each other directly, so that their image is decoded only once.
     """
     for row, value in enumerate(itertools.islice(read_rows(root / source.annotations), source.limit)):
         work.rows_read[source.name] += 1
@@ -140,7 +142,7 @@ def _to_line(dialogue: Dialogue) -> bytes:
         "source": dialogue.source,
         "row": dialogue.row,
         "id": dialogue.id,
-        "picture": dialogue.image,  # enters the range's sha256, so renaming the key would invalidate every shard
+        "picture": dialogue.image,  # part of the range's sha256: renaming the key would invalidate every shard
         "conversations": [{"from": turn.speaker, "value": turn.text} for turn in dialogue.turns],
     }
     return json.dumps(line, separators=(",", ":")).encode() + b"\n"
@@ -157,15 +159,15 @@ def check_feasible(work: Worklist, store: ImageStore, max_reject_ratio: float) -
             rest = len(missing) - MAX_FOLDERS_IN_MESSAGE
             more = f" and {rest} more" if rest > 0 else ""
             raise UserError(
-                f"source {source!r}: image folders are missing under {store.root}: {listed}{more}. Add them as folders "
-                "or as archives beside their place (NAME.zip, NAME.tar), or correct `images` in the mix"
+                f"source {source!r}: image folders are missing under {store.root}: {listed}{more}. Add each folder "
+                "NAME or its archive NAME.zip or NAME.tar, or correct `images` in the mix"
             )
 
 
 def row_count_notes(mix: Mix, work: Worklist) -> Iterator[str]:
-    """Yield a note for each source whose number of rows differs from what the mix expects.
+    """Yield a note for each source whose number of rows differs from the number that the mix expects.
 
-    If a limit stopped the reading, the total is unknown, so only a number that is already too large gives a note.
+    If a limit left rows unread, the total is unknown. Such a source gets a note only if it has too many rows already.
     """
     complete = {
         source.name for source in mix.sources if source.limit is None or work.rows_read[source.name] < source.limit
@@ -193,7 +195,7 @@ def _shortage_notes(source: Source, work: Worklist) -> Iterator[str]:
 def _expectation_note(
     subject: str, names: Collection[str], expected: int, work: Worklist, complete: set[str]
 ) -> Iterator[str]:
-    """Yield a note if the number of rows differs from `expected`. A file that was not read to its end may have more."""
+    """Yield a note if the sources have more rows than expected, or fewer although all files were read to the end."""
     rows, all_read = sum(work.rows_read[name] for name in names), complete.issuperset(names)
     if rows > expected or (all_read and rows < expected):
         yield f"note: {subject} {'' if all_read else 'at least '}{rows} rows, the mix expects {expected}"

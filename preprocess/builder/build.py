@@ -38,7 +38,7 @@ from preprocess.shards.manifest import Manifest
 
 
 def check(request: BuildRequest) -> None:
-    """Read every row and a few images of each source, and print a report. Nothing is written.
+    """Read every row and a few images of each source, and print a report. Write no files.
 
     Raises: UserError if the build would fail.
     """
@@ -58,9 +58,9 @@ def check(request: BuildRequest) -> None:
 
 
 def build(request: BuildRequest) -> Manifest:
-    """Build the shards that are missing or outdated, then the manifest. A finished set is left as it is.
+    """Build the shards that are missing or outdated, then write the manifest. A set that is up to date is not changed.
 
-    Raises: UserError; TooManyRejectsError, after rejects.jsonl is written and the manifest removed.
+    Raises: UserError; TooManyRejectsError, after rejects.jsonl is written and the manifest is removed.
     """
     folder = request.folder
     refuse_foreign_files(folder)
@@ -95,10 +95,10 @@ def _reuse_or_build(request: BuildRequest, work: Worklist) -> tuple[Manifest, st
 
 
 def _refuse_early(request: BuildRequest, work: Worklist) -> None:
-    """Fail before any image is read if too many rows are rejected already."""
+    """Raise TooManyRejectsError before any image is read if the rows rejected so far already exceed the limit."""
     folder = request.folder
     if sources_over_limit(work.rejects, work.rows, request.max_reject_ratio):
-        remove_manifest(folder)  # because it has the hash of the rejects.jsonl that is replaced here
+        remove_manifest(folder)  # because it holds the hash of the old rejects.jsonl
         with folder.early_rejects.open("rb") as lines, published(folder.rejects) as file:
             shutil.copyfileobj(lines, file)
         _report_rejects(request, work.rejects, work.rows)
@@ -133,7 +133,8 @@ def _build_shards(tasks: Sequence[ShardTask], workers: int | None, progress: Pro
     if workers == 0:
         _build_in_this_process(tasks, progress)
     elif tasks:
-        from preprocess.builder.on_ray import build_on_ray  # here, so that builds without Ray do not import it
+        # Imported here, so that builds without Ray do not import it.
+        from preprocess.builder.on_ray import build_on_ray
 
         build_on_ray(tasks, workers, progress)
 
@@ -148,7 +149,7 @@ def _build_in_this_process(tasks: Sequence[ShardTask], progress: Progress) -> No
 
 
 def _report_rejects(request: BuildRequest, rejects: RejectCounts, rows: Mapping[str, int]) -> None:
-    """Print a line per source and reason. Raises: TooManyRejectsError."""
+    """Print the number of rejects for each source and reason. Raises: TooManyRejectsError if a source has too many."""
     for line in summary_lines(rejects):
         print(line, flush=True)
     _refuse_too_many(request, rejects, rows, f"{request.folder.rejects} lists them with their reasons")

@@ -25,7 +25,7 @@ from preprocess.shards.manifest import INDEX_SCHEMA, Manifest, ShardEntry
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestInputs:
-    """Values of the manifest that do not come from the sidecars. `rows` counts the input rows of each source."""
+    """Values that the manifest needs in addition to the sidecars. `rows` is the number of input rows by source."""
 
     model: str
     settings: SampleSettings
@@ -36,7 +36,14 @@ class ManifestInputs:
 
 @dataclass
 class SetContents:
-    """Totals over all sidecars. `samples` is by source, `images` holds the digests of the distinct images."""
+    """Totals over all sidecars.
+
+    Attributes:
+        sidecars: sha256 of each sidecar by file name.
+        samples: number of samples by source.
+        images: hashes of the distinct images.
+        made_with: number of shards by the package versions that built them.
+    """
 
     shards: list[ShardEntry] = field(default_factory=list)
     sidecars: dict[str, str] = field(default_factory=dict)
@@ -58,7 +65,7 @@ class SetContents:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedRejects:
-    """Counts and sha256 of the rejects.jsonl that was written."""
+    """Counts of the rejects in rejects.jsonl, and the sha256 of this file."""
 
     counts: RejectCounts
     sha256: str
@@ -100,7 +107,7 @@ def _index_table(shard: int, columns: dict[str, list[Any]]) -> pa.Table:
 
 
 def publish_rejects(folder: ShardFolder, tasks: Sequence[ShardTask], sources: Sequence[str]) -> PublishedRejects:
-    """Write rejects.jsonl from the early rejects and those of the shards, in the order of `sources` and rows."""
+    """Write rejects.jsonl from the early rejects and the rejects of the shards, ordered by source and then by row."""
     counts: RejectCounts = Counter()
     order = {name: position for position, name in enumerate(sources)}
     streams = read_rejects(folder.early_rejects), _shard_rejects(tasks)

@@ -1,4 +1,4 @@
-"""`build_on_ray`: runs the tasks of a build on a Ray cluster, or on a local Ray that it starts."""
+"""`build_on_ray`: runs the tasks of a build on a Ray cluster, or on a local Ray instance that it starts."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ from preprocess.builder.sigterm import restore_sigterm_handler
 from preprocess.builder.task import ShardTask, build_shard, read_last_seen
 from preprocess.progress import Progress
 
-RETRIES = 3  # per shard, after its process died or raised OSError
+RETRIES = 3  # per shard; a task is retried if its process dies or it raises OSError
 _WORKER_DEATHS = (WorkerCrashedError, OutOfMemoryError, NodeDiedError, LocalRayletDiedError)
 
 
 def build_on_ray(tasks: Sequence[ShardTask], workers: int | None, progress: Progress) -> None:
-    """Build the shards of all tasks, with `workers` tasks in flight, by default two per CPU.
+    """Build the shards of all tasks, with at most `workers` tasks submitted at a time, or two per CPU if it is None.
 
-    A task whose process dies, or that raises OSError, is retried `RETRIES` times. Raises: UserError; OSError.
+    A task is retried up to `RETRIES` times if its process dies or it raises OSError.
+
+    Raises: UserError or OSError if a task still fails, or if Ray fails.
     """
     with _cluster(workers):
-        remote = ray.remote(build_shard).options(max_retries=0)  # Ray does not count tasks killed for memory
+        # Tasks are retried here instead of by Ray, whose limit ignores tasks that were killed for memory.
+        remote = ray.remote(build_shard).options(max_retries=0)
         gauges = {name: Gauge(f"emma_{name}", f"build_shards: {name}") for name in progress.metrics()}
         waiting = list(reversed(tasks))
         running: dict[ray.ObjectRef, ShardTask] = {}
@@ -53,7 +56,7 @@ def build_on_ray(tasks: Sequence[ShardTask], workers: int | None, progress: Prog
                     if failures[task.name] > RETRIES:
                         raise _final_error(error, task) from None
                     if isinstance(error, OutOfMemoryError):
-                        waiting.insert(0, task)  # built last, when other tasks may need less memory
+                        waiting.insert(0, task)  # retried last, when fewer tasks share the memory
                     else:
                         waiting.append(task)
                 else:
@@ -65,12 +68,12 @@ def build_on_ray(tasks: Sequence[ShardTask], workers: int | None, progress: Prog
 
 
 def _max_in_flight() -> int:
-    """Return twice the current number of CPUs. It changes when nodes join or leave the cluster during a build."""
+    """Return twice the current number of CPUs, which changes when nodes join or leave the cluster during a build."""
     return max(1, 2 * int(ray.cluster_resources().get("CPU", 0)))
 
 
 def _final_error(error: Exception, task: ShardTask) -> Exception:
-    """Return the error to raise once the retries are used up."""
+    """Return the error to raise for a task that has failed after all its retries."""
     if isinstance(error, OSError):
         return error.cause if isinstance(error, RayTaskError) else error
     advice = "if an image of that row causes it, remove the image"
@@ -91,7 +94,7 @@ def _cluster(workers: int | None) -> Iterator[None]:
             f"RAY_ADDRESS {address} is a job server: use `ray job submit`, or unset it to run on this machine"
         )
     try:
-        with restore_sigterm_handler():  # because Ray's own handlers dump its stack or exit with 1
+        with restore_sigterm_handler():  # because Ray installs handlers that dump a stack or exit with 1
             if address:
                 ray.init(logging_level="warning")
             else:

@@ -24,13 +24,15 @@ from preprocess.images.store import ImageStore
 from preprocess.shards.folder import INDEX, MANIFEST, PROGRESS, REJECTS, TOKENIZER, WORK, ShardFolder
 from preprocess.shards.manifest import Manifest
 
-_TEMPORARY = re.compile(r".+\.[0-9a-f]{32}\.tmp")  # as `published` names them
+_TEMPORARY = re.compile(r".+\.[0-9a-f]{32}\.tmp")  # names of temporary files of `published`
 _SHARD = re.compile(r"(?P<name>shard-(\d{5}|[1-9]\d{5,}))\.(tar|json)")
 
 
 @contextlib.contextmanager
 def build_lock(folder: ShardFolder) -> Iterator[None]:
-    """Lock the folder for this process, and create it if needed. The lock ends with the process.
+    """Lock the folder for this process, and create the folder if needed.
+
+    The operating system releases the lock if the process dies.
 
     Raises: UserError if another process is building into the folder.
     """
@@ -52,20 +54,21 @@ def user_oserrors(path: Path, then: str = "run the same command again") -> Itera
     """Raise a UserError for each OSError that the user can fix, such as a full disk.
 
     Args:
-        path: named in the message if the error names no file.
-        then: what to do after the error is fixed.
+        path: path that the message names if the error names no file.
+        then: advice on what to do after the cause is fixed.
     """
     try:
         yield
     except OSError as error:
-        # Not in the shared table, because in training EEXIST comes from races between ranks in shared caches.
+        # EEXIST is not in the shared table of remedies, because in training it is caused by races between ranks in
+        # shared caches, which the user cannot fix.
         if remedy := oserror_remedy(error) or ("check the path" if error.errno == errno.EEXIST else None):
             raise UserError(f"{oserror_text(error, path)}; {remedy}, then {then}") from None
         raise
 
 
 def refuse_foreign_files(folder: ShardFolder) -> None:
-    """Refuse a folder whose files a build would replace although no build has written them. Raises: UserError."""
+    """Raise UserError if the folder holds files that a build would replace, but that no build has written."""
     if not folder.path.is_dir() or folder.work.exists() or folder.manifest.exists():
         return
     ours = {INDEX, REJECTS, TOKENIZER, PROGRESS}
@@ -74,7 +77,7 @@ def refuse_foreign_files(folder: ShardFolder) -> None:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise UserError(
             f"--out {folder} holds {foreign[0]}{more} but neither {MANIFEST} nor {WORK}, so no build has written these "
-            "files, and this one could delete them. Give another folder, or delete them yourself"
+            "files, and this build could delete them. Give another folder, or delete them yourself"
         )
 
 
@@ -82,10 +85,11 @@ def refuse_foreign_files(folder: ShardFolder) -> None:
 
 
 def reusable_shard(task: ShardTask, *, compare_images: bool = False) -> ShardResult | None:
-    """Return the result of the shard as it was built before, or None if it must be built.
+    """Return the result of a finished shard, or None if the shard must be built.
 
-    A shard is reused if its sidecar has the task's `spec_sha256`, its tar has the right size, and the images that were
-    rejected are still missing or have the same bytes. With `compare_images`, the other images must have the same sizes.
+    A shard is reused if its sidecar has the task's `spec_sha256`, its tar has the size that the sidecar names, and each
+    rejected image is still missing or has the same bytes. With `compare_images`, each accepted image must also have the
+    same file size.
     """
     try:
         sidecar = json.loads(task.sidecar.read_bytes())
@@ -110,7 +114,7 @@ def _is_current(task: ShardTask, sidecar: dict[str, Any]) -> bool:
 def reusable_manifest(request: BuildRequest, work: Worklist, tasks: Sequence[ShardTask]) -> Manifest | None:
     """Return the manifest of a finished set if the request would build the same set again, otherwise None.
 
-    Call it only if every shard can be reused. The wording of rejects is not compared.
+    Call this only if every shard can be reused. A different wording of the rejects' details does not matter.
     """
     folder = request.folder
     try:
@@ -127,8 +131,9 @@ def reusable_manifest(request: BuildRequest, work: Worklist, tasks: Sequence[Sha
 def _published_early_rejects_sha256(folder: ShardFolder) -> str:
     """Hash the lines of rejects.jsonl that have the same source, row, id and reason as the early rejects.
 
-    The manifest's `spec_sha256` covers the early rejects as they were worded when the set was built, and rejects.jsonl
-    preserves that wording. Both files are in the order of sources and rows, so one pass finds the lines.
+    The manifest's `spec_sha256` depends on the early rejects, including their details as they were worded when the set
+    was built. Only rejects.jsonl still has this wording. Both files are ordered by source and row, so one pass over
+    them finds all lines.
     """
     hashed = hashlib.sha256()
     with folder.early_rejects.open("rb") as early, folder.rejects.open("rb") as published:
@@ -146,13 +151,13 @@ def _without_wording(line: bytes) -> dict[str, Any]:
 
 
 def remove_manifest(folder: ShardFolder) -> None:
-    """Remove the manifest durably, so that the set counts as unfinished even after a power failure."""
+    """Remove the manifest and sync the folder, so that the set counts as unfinished even after a power failure."""
     folder.manifest.unlink(missing_ok=True)
     sync_folder(folder.path)
 
 
 def remove_leftovers(folder: ShardFolder) -> None:
-    """Remove the temporary files of builds that were killed."""
+    """Remove temporary files that killed builds have left behind."""
     for path in folder.path.glob("*.tmp"):
         if _TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
@@ -161,14 +166,14 @@ def remove_leftovers(folder: ShardFolder) -> None:
 
 
 def remove_work_files(folder: ShardFolder) -> None:
-    """Remove the files that only an unfinished set needs, except for the lock."""
+    """Remove the files that only an unfinished set needs. The lock file stays."""
     remove_leftovers(folder)
     for path in (folder.progress, folder.dialogues, folder.early_rejects):
         path.unlink(missing_ok=True)
 
 
 def remove_orphans(folder: ShardFolder, shards: Collection[str]) -> None:
-    """Remove tars and sidecars that belong to none of `shards`. Files that no build writes are left alone."""
+    """Remove tars and sidecars of shards that are not in `shards`. Keep files that are not named like a shard's."""
     for path in folder.path.glob("shard-*"):
         if (match := _SHARD.fullmatch(path.name)) and match["name"] not in shards:
             path.unlink()

@@ -50,13 +50,13 @@ def plan_tasks(request: BuildRequest, work: Worklist) -> list[ShardTask]:
 def set_spec_sha256(
     request: BuildRequest, work: Worklist, tasks: Sequence[ShardTask], early_rejects_sha256: str
 ) -> str:
-    """Hash everything that a manifest depends on, except for the bytes of the images."""
+    """Hash everything that a set depends on, except for the bytes of the images."""
     shards = [task.spec_sha256 for task in tasks]
     return _sha256([request.config.name, request.tokenizer.name, work.rows, early_rejects_sha256, shards])
 
 
 def row_logger() -> Callable[[int], None]:
-    """Return a function that prints the number of rows read, at most every `LOG_EVERY_S` seconds."""
+    """Return a function that prints the number of rows read, at most once every `LOG_EVERY_S` seconds."""
     last = time.monotonic()
 
     def log(rows: int) -> None:

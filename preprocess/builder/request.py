@@ -24,8 +24,8 @@ class BuildRequest:
 
     Attributes:
         root: folder or URL of annotations and images.
-        folder: the shard set to build.
-        workers: number of tasks at a time; None: one per CPU, 0: in this process, without Ray.
+        folder: folder of the shard set to build.
+        workers: number of tasks at a time; None: one per CPU; 0: build in this process, without Ray.
         max_reject_ratio: share of a source's rows that may be rejected.
         compare_images: rebuild shards with an image whose size has changed.
     """
@@ -87,7 +87,10 @@ def _check_range(option: str, value: float, low: float, high: float) -> None:
 
 
 def _refuse_relative_paths_in_copy(parsed: argparse.Namespace) -> None:
-    """Refuse relative paths in a job submitted with --working-dir, because Ray runs it in a copy that it deletes."""
+    """Raise UserError for relative paths if this is a Ray job with --working-dir.
+
+    Ray runs such a job in a copy of the working directory, and deletes this copy when the job ends.
+    """
     if "/runtime_resources/working_dir_files/" in str(Path.cwd()):
         for option, path in (("--root", parsed.root), ("--out", parsed.out)):
             if not path.is_absolute():

@@ -35,7 +35,7 @@ class SampleEncoder:
 
     Attributes:
         rejects: rejected rows.
-        rejected_images: sha256 of each rejected image by path, or the reason if it could not be read.
+        rejected_images: sha256 of each rejected image file by path, or the reject reason if it could not be read.
         image_sizes: size in bytes of each accepted image file, by path.
     """
 
@@ -54,7 +54,7 @@ class SampleEncoder:
         self._note_last_seen = note_last_seen
 
     def samples(self, dialogues: Iterator[dict[str, Any]], first: int) -> Iterator[Sample]:
-        """Yield the samples of the dialogues. Keys are numbers that start at `first`."""
+        """Yield the samples of the dialogues. Their keys are consecutive numbers that start with `first`."""
         for number, (dialogue, encoded) in enumerate(self._with_texts_encoded(dialogues), first):
             self._note_last_seen(dialogue)
             try:
@@ -66,7 +66,10 @@ class SampleEncoder:
     def _with_texts_encoded(
         self, dialogues: Iterator[dict[str, Any]]
     ) -> Iterator[tuple[dict[str, Any], prompts.EncodedDialogue]]:
-        """Encode the texts in blocks, because decoding an image evicts the tokenizer from the processor's cache."""
+        """Encode the texts of several dialogues before any of their images.
+
+        This is faster, because decoding an image evicts the tokenizer's data from the processor's cache.
+        """
         while block := list(itertools.islice(dialogues, TEXTS_AT_ONCE)):
             yield from zip(block, [self._encode_text(dialogue) for dialogue in block], strict=True)
 
@@ -94,7 +97,7 @@ class SampleEncoder:
         )
 
     def _encode_image(self, path: str) -> tuple[bytes, str]:
-        """Return the stored bytes of an image and their format. Raises: Rejected."""
+        """Return the bytes of an image as a shard stores them, and their format. Raises: Rejected."""
         if stored := self._cache.get(path):
             return stored
         data = None

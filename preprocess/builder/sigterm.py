@@ -1,4 +1,4 @@
-"""SIGTERM as an exception, so that it ends a build like Ctrl-C does."""
+"""Handling of SIGTERM as an exception, so that it ends a build in the same way as Ctrl-C."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def sigterm_raises() -> Iterator[None]:
 
 @contextlib.contextmanager
 def restore_sigterm_handler() -> Iterator[None]:
-    """Restore the SIGTERM handler after the block, which may install its own. Raise `Terminated` if that one exits."""
+    """Restore the SIGTERM handler after a block that may install its own handler.
+
+    Raises: Terminated if the block raises SystemExit, as such a handler may do.
+    """
     previous = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -36,5 +39,5 @@ def restore_sigterm_handler() -> Iterator[None]:
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # shutting down may take seconds and must not be interrupted
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal must not interrupt the shutdown
     raise Terminated

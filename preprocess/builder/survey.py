@@ -1,4 +1,4 @@
-"""`Survey`: the report of `build_shards.py --check` on rows, image folders and a sample of decoded images."""
+"""`Survey`: the report of `build_shards.py --check` about rows, image folders and a sample of the images."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from preprocess.images import codec
 from preprocess.images.store import ImageStore
 from preprocess.rejects import Rejected, count_by_source
 
-MIN_IMAGES = 50  # decoded per source, if it has that many; at most twice as many are decoded
-MAX_FOLDERS = 12  # listed per source
+MIN_IMAGES = 50  # a survey decodes 50 to 99 images of each source, or all images if there are fewer
+MAX_FOLDERS = 12  # number of folders that are listed per source
 
 
 class _EvenSample:
-    """Evenly spaced items of a stream of unknown length: every n-th item, where n doubles as the stream grows."""
+    """Evenly spaced items of a stream of unknown length.
+
+    Every n-th item is kept. Whenever there are too many, every second kept item is dropped and n doubles.
+    """
 
     def __init__(self) -> None:
         self.items: list[str] = []
@@ -32,7 +35,7 @@ class _EvenSample:
 
 
 class Survey:
-    """Collects a sample of each source's images while the worklist is written to it instead of a file."""
+    """Sample of the image paths of each source, taken from the worklist, which is written here instead of to a file."""
 
     def __init__(self) -> None:
         self.images: dict[str, _EvenSample] = defaultdict(_EvenSample)
@@ -44,7 +47,7 @@ class Survey:
                 self.images[dialogue["source"]].offer(dialogue["picture"])
 
     def report(self, mix: Mix, work: Worklist, store: ImageStore) -> Iterator[str]:
-        """Yield the lines of the report. Missing folders and bad images are listed, not raised."""
+        """Yield the lines of the report. Missing folders and bad images are reported without raising an error."""
         rejects = count_by_source(work.rejects)
         for source in mix.sources:
             name = source.name

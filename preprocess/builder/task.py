@@ -1,4 +1,4 @@
-"""`build_shard`: the work of one Ray task, which builds one shard and its sidecar from a range of dialogues."""
+"""`build_shard`: builds one shard and its sidecar from a range of dialogues. Each Ray task is one call of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LAST_SEEN_BYTES = 512
 class ShardTask:
     """Everything that a worker needs to build one shard.
 
-    `spec_sha256` hashes the settings and the dialogues. A shard whose sidecar has the same hash can be reused.
+    `spec_sha256` is a hash of the settings and the dialogues. A shard whose sidecar has the same hash can be reused.
     """
 
     name: str
@@ -55,7 +55,7 @@ class ShardTask:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardResult:
-    """Counts of a finished shard, for the driver. `rejects` is by source."""
+    """Counts of a finished shard, for the driver. `rejects` is the number of rejected rows by source."""
 
     name: str
     dialogues: int
@@ -64,9 +64,11 @@ class ShardResult:
 
 
 def build_shard(task: ShardTask) -> ShardResult:
-    """Write the shard's tar, then its sidecar. The old sidecar is removed first, so it never describes a newer tar.
+    """Write the shard's tar, then its sidecar. Bad rows are recorded as rejects in the sidecar.
 
-    Raises: OSError if a file cannot be read or written. Bad rows are recorded as rejects.
+    An old sidecar is removed first, because it would not describe the new tar.
+
+    Raises: OSError if a file cannot be read or written.
     """
     tokenizer = _load_tokenizer(str(task.folder.tokenizer), task.settings.tokenizer_sha256)
     if task.sidecar.exists():
@@ -107,7 +109,7 @@ def sizes_sha256(sizes: Mapping[str, int | None]) -> str:
 
 
 def _read_range(task: ShardTask) -> Iterator[dict[str, Any]]:
-    """Yield the task's dialogues. Raises: OSError if this node sees other bytes than the driver wrote."""
+    """Return the task's dialogues. Raises: OSError if this node does not read the bytes that the driver wrote."""
     path, part = task.folder.dialogues, task.range
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -118,7 +120,8 @@ def _read_range(task: ShardTask) -> Iterator[dict[str, Any]]:
         raise OSError(f"{path}: read {len(data)} of {part.size} bytes at offset {part.offset}")
     if hashlib.sha256(data).hexdigest() != part.sha256:
         raise OSError(
-            f"{path}: the {part.size} bytes at offset {part.offset} are not those that were written; a stale cache?"
+            f"{path}: the {part.size} bytes at offset {part.offset} differ from the bytes that were written; "
+            "is the file system's cache stale?"
         )
     return (json.loads(line) for line in data.splitlines())
 
@@ -129,7 +132,7 @@ def _write_last_seen(file: int, dialogue: dict[str, Any]) -> None:
 
 
 def read_last_seen(task: ShardTask) -> str:
-    """Return the row that a task was working on when its process died."""
+    """Describe the row that a task was working on when its process died."""
     try:
         return task.last_seen.read_text(errors="replace").strip() or "its first row"
     except OSError:

@@ -1,4 +1,4 @@
-"""Command `python -m preprocess.demo ROOT`: write the demo's raw data."""
+"""Command `python -m preprocess.demo ROOT`, which writes the demo's raw data."""
 
 from __future__ import annotations
 

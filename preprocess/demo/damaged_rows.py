@@ -1,4 +1,4 @@
-"""Damaged rows and image files of the demo's raw data: rows to be rejected, and rows to be repaired."""
+"""Damaged rows and image files of the demo's raw data: rows that a build rejects, and rows that it repairs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from preprocess.demo.scenes import Scene, render
 
-FOLDER = "damaged"  # folder of the image files, below the root
+FOLDER = "damaged"  # folder of the damaged image files, below the root
 
 RED_CIRCLE = Scene(
     background=(168, 168, 168),
@@ -56,7 +56,7 @@ def _row(row_id: str, image: str | None, *turns: tuple[str, Any]) -> dict[str, A
 _QUESTION = ("human", "<image>\nWhat colour is it?")
 _ANSWER = ("gpt", "red")
 
-# Source -> (reject reason, row).
+# Rows that a build rejects: source -> (reject reason, row).
 DAMAGED: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "llava": [
         ("picture_truncated", _row("truncated", "truncated.jpg", _QUESTION, _ANSWER)),
@@ -81,7 +81,7 @@ DAMAGED: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
 }
 
-# Source -> rows that become samples after a repair.
+# Rows that a build repairs, so that they become samples: source -> rows.
 REPAIRABLE: dict[str, list[dict[str, Any]]] = {
     "llava": [
         _row("gif-named-jpg", "gif_named.jpg", _QUESTION, _ANSWER),

@@ -1,9 +1,9 @@
-"""The demo's raw data: annotation files in the three real formats, image folders, and some damaged rows.
+"""The demo's raw data: annotation files in the formats of the three real sources, image folders, and damaged rows.
 
     python -m preprocess.demo runs/demo/raw      # then build_shards.py preprocess/mixes/demo.toml --root runs/demo/raw
 
-The same version of this module always writes the same bytes. A trained model is tested on the images in `held_out/`,
-which are in no annotation file; no scene of the training data has the same pixels.
+The same version of this module always writes the same bytes. The images in `held_out/` are for testing a trained model:
+they are in no annotation file, and no training image has the same pixels.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def write_mix(root: Path, sizes: Sizes | None = None) -> dict[str, int]:
 
 
 def _distinct(scenes: Iterable[Scene], seen: set[bytes]) -> Iterator[RenderedScene]:
-    """Render the scenes, skipping those whose pixels are in `seen`, and add their pixels to it."""
+    """Render the scenes. Skip scenes whose pixels are in `seen`, and add the pixels of all others to `seen`."""
     for scene in scenes:
         image = render(scene)
         pixels = image.tobytes()
@@ -93,7 +93,7 @@ def _take(drawn: Iterator[RenderedScene], count: int) -> list[RenderedScene]:
 
 
 def _llava_rows(root: Path, drawn: Sequence[RenderedScene]) -> list[Row]:
-    """Return one dialogue per scene with all its questions in random order, and <image> before the first."""
+    """Return one dialogue per scene, with its questions in random order and <image> before the first question."""
     rows = []
     for number, (scene, image) in enumerate(drawn):
         name = _save(image, root, f"scenes/llava/{number:06d}.jpg")
@@ -114,7 +114,7 @@ def _lvis_rows(root: Path, drawn: Sequence[RenderedScene]) -> list[Row]:
 
 
 def _lrv_rows(root: Path, drawn: Sequence[RenderedScene]) -> list[Row]:
-    """Return one row per question. The rows of a scene share an image, which they name without its suffix."""
+    """Return one row per question. The rows of a scene name the same image, without its file suffix."""
     rows = []
     for number, (scene, image) in enumerate(drawn):
         name = f"{number:06d}"
@@ -161,7 +161,7 @@ def _photograph_rows(root: Path) -> list[Row]:
 
 
 def _text_rows(count: int) -> list[Row]:
-    """Return rows without `image`, and with an empty `model`, as LLaVA's text-only rows have."""
+    """Return text-only rows. Like LLaVA's text-only rows, they have no `image` and an empty `model`."""
     rng = random.Random("text only")
     return [{"model": "", **_dialogue(f"text-{number}", None, text_dialogue(rng))} for number in range(count)]
 
@@ -214,7 +214,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", type=Path, help="folder to write to; created if missing, must be empty")
+    parser.add_argument("root", type=Path, help="folder to write to, which must be empty; created if it does not exist")
     root = parser.parse_args().root
     for name, rows in write_mix(root).items():
         print(f"{root / name}.json: {rows} rows")

@@ -1,6 +1,6 @@
 """Rendered scenes with exact answers: coloured shapes on a 3×3 grid, or a printed word.
 
-A scene is sampled from a random generator; it determines its image, its questions and their answers.
+A `Scene` is drawn at random. It determines the image, the questions about the image, and their answers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ WORDS = ("STOP", "TAXI", "OPEN", "MILK", "EXIT", "CAFE")
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A question with its answer. Questions of one `kind` share a set of possible answers."""
+    """A question with its answer. All questions of the same `kind` have the same set of possible answers."""
 
     kind: str
     question: str
@@ -53,11 +53,11 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """Equal shapes of one colour in distinct cells, or one word.
+    """A scene with equal shapes of one colour in distinct cells of the grid, or with one word.
 
     Attributes:
         colour: Name of the colour.
-        paint: The colour drawn, a shade of the named one.
+        paint: The colour that is drawn, which is a random shade of the named colour.
         jitter: Shift of all shapes to the right and down, in pixels.
         radius: Half the size of a shape, in pixels.
         cells: Cells that hold a shape, in reading order.
@@ -75,7 +75,7 @@ class Scene:
 
 
 def draw_scenes(series: str) -> Iterator[Scene]:
-    """Yield endless random scenes. Each has its own generator, so the i-th depends only on `series` and i."""
+    """Return an endless iterator of random scenes. The i-th scene depends only on `series` and i."""
     return (draw_scene(random.Random(f"{series} {index}")) for index in itertools.count())
 
 
@@ -100,7 +100,7 @@ def _shade(colour: Colour, spread: int, rng: random.Random) -> Colour:
 
 
 def questions(scene: Scene) -> list[Question]:
-    """Return the questions that the scene answers: a single shape has a position, several have a count."""
+    """Return the questions about a scene: about a single shape its position, about several shapes their number."""
     if scene.word:
         return [
             Question(kind="word", question="Which word is printed?", answer=scene.word),
@@ -141,7 +141,7 @@ def render(scene: Scene) -> Image.Image:
 
 
 def cell_centre(scene: Scene, cell: Cell) -> tuple[float, float]:
-    """Return the centre of the shape in `cell`: x, y in pixels of the image."""
+    """Return the centre (x, y) of the shape in `cell`, in pixels of the image."""
     row, column = cell
     left, top = MARGIN_PX + scene.jitter[0], MARGIN_PX + scene.jitter[1]
     return left + (column + 0.5) * CELL_PX, top + (row + 0.5) * CELL_PX

@@ -1,4 +1,4 @@
-"""Hand-written dialogues of the demo: about scikit-image's photographs, and text-only ones.
+"""Hand-written dialogues of the demo: dialogues about scikit-image's photographs, and text-only dialogues.
 
 The dialogues about photographs are in photographs.json.
 """
@@ -13,7 +13,7 @@ Turns = tuple[tuple[str, str], ...]  # (question, answer), in the order of the d
 
 
 def photograph_dialogues() -> dict[str, Turns]:
-    """Load the dialogue about each photograph, by the photograph's file name in `skimage.data`."""
+    """Load the dialogues about photographs. The keys are the photographs' file names in `skimage.data`."""
     text = (importlib.resources.files("preprocess.demo") / "photographs.json").read_text(encoding="utf-8")
     return {
         name: tuple((turn["question"], turn["answer"]) for turn in turns) for name, turns in json.loads(text).items()
@@ -47,7 +47,7 @@ FACTS: Turns = (
 
 
 def text_dialogue(rng: random.Random) -> Turns:
-    """Draw a dialogue of two to four questions: facts and sums."""
+    """Return a random dialogue of two to four questions about facts and sums."""
     return tuple(rng.choice(FACTS) if rng.random() < 0.5 else _sum(rng) for _ in range(rng.randint(2, 4)))
 
 

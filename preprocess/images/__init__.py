@@ -1,1 +1,1 @@
-"""Images: decoding, resizing and encoding, and reading them from folders and archives."""
+"""Image codec (decoding, resizing, encoding), and reading image files from folders and archives."""

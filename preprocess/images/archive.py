@@ -20,7 +20,9 @@ MAX_LINKS = 8
 
 
 class Archive:
-    """An archive that replaces `folder`. Paths are relative to the root of the raw data, as image paths are.
+    """An archive that is used in place of the image folder `folder`.
+
+    `folder` and image paths are relative to the root of the raw data.
 
     Raises: UserError if the archive is damaged.
     """
@@ -62,7 +64,7 @@ def open_archive(path: AnyPath, folder: str) -> Archive:
 
 
 def unicode_spellings(path: str) -> list[str]:
-    """Return the path as written, and with its accents composed (NFC) and decomposed (NFD), without duplicates."""
+    """Return the path unchanged, with composed accents (NFC), and with decomposed accents (NFD), without duplicates."""
     return list(dict.fromkeys([path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path)]))
 
 
@@ -79,7 +81,10 @@ class _Zip:
 
 
 def _decoded_name(member: zipfile.ZipInfo) -> str:
-    """Decode the name as UTF-8 if possible: macOS writes UTF-8 without the flag, and zipfile then assumes cp437."""
+    """Return the name of a member, decoded as UTF-8 if possible.
+
+    macOS writes UTF-8 names without setting the UTF-8 flag, so that zipfile decodes them as cp437.
+    """
     if member.flag_bits & 0x800 or member.filename.isascii():
         return member.filename
     try:
@@ -89,7 +94,7 @@ def _decoded_name(member: zipfile.ZipInfo) -> str:
 
 
 class _Tar:
-    """Offsets and sizes of the members of an uncompressed tar. Names are normalised; links point to their targets."""
+    """Offsets and sizes of the members of an uncompressed tar, by normalised name. A link has those of its target."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -119,7 +124,7 @@ class _Tar:
 
 
 def _resolve_links(links: Mapping[str, str]) -> dict[str, str]:
-    """Return each link's target after following at most MAX_LINKS links, so that circular links end, too."""
+    """Return the target of each link. At most MAX_LINKS links are followed, because links may form a circle."""
     targets = dict(links)
     for _ in range(MAX_LINKS):
         targets = {link: links.get(name, name) for link, name in targets.items()}

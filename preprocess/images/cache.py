@@ -10,7 +10,7 @@ CACHE_BYTES = 64 << 20
 ENTRY_BYTES = 1 << 10  # upper bound of Python's own overhead per entry
 
 EncodedImage = tuple[bytes, str]  # file content, format
-Rejection = tuple[str, str]  # reason, detail; not the exception, whose traceback keeps variables in memory
+Rejection = tuple[str, str]  # reason, detail; an exception would keep the variables of its traceback alive
 
 
 class ImageCache:
@@ -21,7 +21,7 @@ class ImageCache:
         self.bytes = 0
 
     def get(self, path: str) -> EncodedImage | None:
-        """Return the cached image, or None if the path is not cached. Raises: Rejected if a rejection is cached."""
+        """Return the cached image of a path, or None if there is none. Raises: Rejected if its rejection is cached."""
         if path not in self._entries:
             return None
         self._entries.move_to_end(path)

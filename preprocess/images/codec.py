@@ -1,15 +1,15 @@
 """Image codec: decode image files to RGB, resize them to a square, and encode them for shards.
 
-To add an image format, add an entry to `FORMATS`. What decoding does with unusual files:
+To add an image format, add an entry to `FORMATS`. Unusual files are decoded as follows:
 
 colours         Greyscale is repeated in all channels; palette and CMYK are converted; colour profiles are ignored.
 transparency    Transparent pixels are blended with white, as a web page would show them.
 16 bits         Values are divided by 257. Wider integers and floating-point pixels are rejected.
 animations      The first frame is used.
-orientation     The rotation that EXIF, or XMP in its place, asks for is applied.
+orientation     The image is rotated as its EXIF data says, or its XMP data if there is no EXIF data.
 size            Every image is resized with bicubic antialiasing; the aspect ratio is not kept.
 
-simplejpeg, if installed, decodes plain JPEGs: it gives the same pixels as Pillow in less time.
+If simplejpeg is installed, it decodes plain JPEGs, because it is faster than Pillow and gives the same pixels.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ImageFormat:
         magic: Pattern of the file's first bytes.
         pillow: Pillow's name of the format.
         suffixes: Suffixes of file names, in lower case.
-        memory_per_pixel: Memory that decoding needs, relative to other formats.
+        memory_per_pixel: Memory that decoding needs per pixel, relative to most formats.
     """
 
     magic: re.Pattern[bytes]
@@ -73,7 +73,7 @@ Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked instead, before any pixel
 
 Pixels = npt.NDArray[np.uint8]
 _TRUNCATED = ("truncated", "premature end", "not enough image data", "unexpected end")
-_OBJECT_ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>")  # differs from run to run, unlike the rest of a message
+_OBJECT_ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>")  # removed from messages, because it differs from run to run
 _ORIENTATION_MARKS = (b"Exif\0", b"tiff:Orientation")  # EXIF, and its equivalent in an XMP packet
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 
@@ -82,7 +82,10 @@ _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 def detect_format(data: bytes) -> str:
-    """Return the key in `FORMATS` by the file's first bytes, since file names can be wrong. Raises: Rejected."""
+    """Return the format of an image file as a key of `FORMATS`. Raises: Rejected if the format is not supported.
+
+    The first bytes of the file determine the format, because file names can be wrong.
+    """
     if not data:
         raise Rejected("picture_empty")
     for name, image_format in FORMATS.items():
@@ -99,7 +102,7 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
     image_format = FORMATS[name]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns about oddities in files that it decodes correctly
+            warnings.simplefilter("ignore")  # Pillow warns about unusual files even if it decodes them correctly
             with Image.open(io.BytesIO(data), formats=[image_format.pillow]) as image:
                 _check_pixel_count(image, int(max_pixels / image_format.memory_per_pixel))
                 return _decode_with_pillow(image)
@@ -127,7 +130,10 @@ def _decode_plain_jpeg(data: bytes, max_pixels: int) -> Pixels | None:
 
 
 def _decode_with_pillow(image: Image.Image) -> Pixels:
-    """Decode and convert in strips, because converting a whole image would hold several copies of it in memory."""
+    """Decode an image, and convert it to RGB in strips.
+
+    Converting the whole image at once would need memory for several copies of it.
+    """
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     width, height = image.size
@@ -177,7 +183,7 @@ def _blend_with_white(image: Image.Image) -> Image.Image:
 
 
 def resize_to_square(pixels: Pixels, image_px: int) -> Pixels:
-    """Resize [h, w, 3] to [image_px, image_px, 3]. The aspect ratio is not kept."""
+    """Resize pixels [h, w, 3] to [image_px, image_px, 3]. The aspect ratio is not kept."""
     import torch  # imported here because it takes 0.5 GB, which planning and verifying do not need
     from torch.nn.functional import interpolate
 
@@ -192,7 +198,10 @@ def resize_to_square(pixels: Pixels, image_px: int) -> Pixels:
 
 
 def _columns_first(height: int, width: int, image_px: int) -> bool:
-    """Return whether Pillow 13 filters columns before rows. The order matters because each pass rounds and clips."""
+    """Return whether columns are filtered before rows, as in Pillow 13.
+
+    The order changes the result, because each pass rounds and clips the values.
+    """
     return height > image_px and height - image_px > 2 * (width - image_px)
 
 
@@ -200,21 +209,21 @@ def _columns_first(height: int, width: int, image_px: int) -> bool:
 
 
 def encode_jpeg(pixels: Pixels) -> bytes:
-    """Encode as JPEG without chroma subsampling, because patches are small and questions ask about colours."""
+    """Encode pixels as JPEG. Chroma is not subsampled, because patches are small and questions ask about colours."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()
 
 
 def encode_raw(pixels: Pixels) -> bytes:
-    """Encode as an .npy file."""
+    """Encode pixels as an .npy file."""
     buffer = io.BytesIO()
     np.save(buffer, pixels, allow_pickle=False)
     return buffer.getvalue()
 
 
 def encode_stored_image(data: bytes, image_px: int, encoding: str) -> tuple[bytes, str]:
-    """Convert an image file to what a shard stores: file content and format name. Raises: Rejected."""
+    """Convert an image file to the bytes that a shard stores. Return them and their format name. Raises: Rejected."""
     pixels = decode_rgb(data, max_pixels=MAX_WORKER_PIXELS)
     if encoding == "original":
         return data, detect_format(data)
@@ -224,7 +233,10 @@ def encode_stored_image(data: bytes, image_px: int, encoding: str) -> tuple[byte
 
 
 def decode_stored_image(data: bytes, image_px: int | None = None) -> Pixels:
-    """Inverse of `encode_stored_image`: return RGB [h, w, 3]. Pass `image_px` to resize images stored as originals."""
+    """Decode the bytes that `encode_stored_image` returned to RGB [h, w, 3].
+
+    Pass `image_px` to resize images that are stored as original files.
+    """
     if data[:6] == b"\x93NUMPY":
         return np.load(io.BytesIO(data), allow_pickle=False)
     pixels = decode_rgb(data)
@@ -233,7 +245,7 @@ def decode_stored_image(data: bytes, image_px: int | None = None) -> Pixels:
 
 @functools.cache
 def codec_versions() -> str:
-    """Return the versions of the packages that determine a stored image's bytes. Other versions can differ slightly."""
+    """Return the versions of the packages that encode images. Other versions may give slightly different images."""
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("pillow", "torch"))
 
 
@@ -243,7 +255,8 @@ def codec_versions() -> str:
 def read_image_file(path: Path, image_px: int) -> Pixels:
     """Load an image file as uint8 [image_px, image_px, 3] for inference.
 
-    It is processed like the images of JPEG shards, so that the model sees the same JPEG artefacts as in training.
+    The image is encoded and decoded like the images of JPEG shards, so that the model sees the same JPEG artefacts as
+    in training.
 
     Raises:
         UserError: If the file cannot be read or is not an image.

@@ -1,8 +1,8 @@
-"""Image storage: read image files from folders, or from the zip and tar archives that datasets are published as.
+"""Image storage: reads images from folders, or directly from the zip and tar archives in which datasets are published.
 
-The root may be a URL; archives behind a URL are also read in place. The image `coco/train2017/1.jpg` is that file if
-the folder `coco/train2017` exists. Otherwise it is the member `1.jpg` or `train2017/1.jpg` of the archive that the mix
-names for the folder, or of `coco/train2017.zip` (or .tar).
+The root of the raw data may be a local folder or a URL. If the folder `coco/train2017` exists, the image
+`coco/train2017/1.jpg` is read from it. Otherwise the image is the member `1.jpg` or `train2017/1.jpg` of an archive,
+which is the archive that the mix names for the folder, or else `coco/train2017.zip` or `coco/train2017.tar`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 class ImageStore:
-    """Reads images by their path below the root. Archives stay open, one handle per process.
+    """Image files by their path below the root. Archives stay open, and each process opens them itself.
 
     Args:
-        archives: Archive of each image folder that is not unpacked. Folders and archives are below the root.
+        root: Folder or URL of the raw data.
+        archives: Archive of each image folder that is not unpacked. Both paths are relative to the root.
     """
 
     def __init__(self, root: AnyPath, archives: Mapping[str, str]) -> None:
@@ -40,7 +41,7 @@ class ImageStore:
 
         Raises:
             Rejected: If the file is missing, too large or not readable by this user.
-            OSError: If reading failed.
+            OSError: If the disk or network fails.
         """
         if archive := self._archive_for(_folder(path)):
             member = archive.find(path)
@@ -60,9 +61,9 @@ class ImageStore:
         raise Rejected("picture_missing")
 
     def fingerprint(self, path: str) -> str:
-        """Return the sha256 of the image file, or the reason why it cannot be read.
+        """Return the sha256 of the image file, or the reject reason if the file cannot be read.
 
-        The fingerprint changes when a missing image is added, or a damaged one is replaced by one of the same size.
+        The fingerprint changes if a missing image is added, or if the content of the file changes.
         """
         try:
             return sha256_hex(self.read(path))
@@ -124,7 +125,7 @@ def _folder(path: str) -> str:
 
 
 def _real_path(path: AnyPath) -> Path:
-    """Resolve links. Unlike `Path.resolve`, this does not raise for a link to itself in any Python version."""
+    """Resolve links. In some Python versions, `Path.resolve` would raise an error for a link to itself."""
     return Path(os.path.realpath(str(path)))
 
 
@@ -144,7 +145,7 @@ def _exists(check: Callable[[], bool]) -> bool:
 
 
 def _as_reject(error: OSError) -> Exception:
-    """Return a rejection if the data is to blame, or the error itself if the disk or network is."""
+    """Return a rejection if the data caused the error, or the error itself if the disk or network caused it."""
     if error.errno in _INVALID_NAME:
         return Rejected("picture_path_invalid", error.strerror or "")
     if error.errno in (errno.EACCES, errno.EPERM):

@@ -1,1 +1,1 @@
-"""Shard sets: samples, tars, the manifest and the index, verification, the preview."""
+"""Shard sets: samples, tars, manifest, index, verification and preview."""

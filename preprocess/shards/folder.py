@@ -11,10 +11,10 @@ PROGRESS, WORK = "progress.json", ".work"
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """Paths of the files of a shard set. Usable as a path itself (`os.PathLike`).
+    """Paths of the files of a shard set. A `ShardFolder` can be used as a path itself (`os.PathLike`).
 
     A set consists of a manifest, an index, rejects, a tokenizer, and a tar and a sidecar per shard. `progress` and the
-    `work` folder exist only during a build, except for `lock`, which is never removed.
+    files in `work` exist only during a build, except for `lock`, which is never removed.
     """
 
     path: Path
@@ -67,7 +67,7 @@ class ShardFolder:
 
     @property
     def dialogues(self) -> Path:
-        """Return the path of the worklist, which has one line per dialogue of all sources."""
+        """Return the path of the worklist, which has one line for each dialogue of each source."""
         return self.work / "dialogues.jsonl"
 
     @property

@@ -1,4 +1,4 @@
-"""`Manifest` and the index of a shard set: the formats, and how to load them."""
+"""`Manifest` and index of a shard set: their formats, and loading them."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class ShardEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The description of a shard set. It is written last, so a folder without one is not a set.
+    """The description of a shard set. It is written last, so a folder without a manifest is not a complete set.
 
     Attributes:
         made_with: number of shards by the package versions that built them.
-        sidecars: sha256 by file name, including sidecars of shards without samples, which have no tar.
+        sidecars: sha256 of each sidecar by file name. Shards without samples have a sidecar but no tar.
         sha256: hash of the manifest file, which identifies the set. It is not stored in the file.
     """
 
@@ -98,7 +98,10 @@ class Manifest:
 
 
 def _checksum(table: dict[str, Any]) -> str:
-    """Hash the manifest's other fields. It is stored in the manifest as `seal`, so that any flipped bit is noticed."""
+    """Hash all fields of a manifest except `seal`, the field that stores this hash.
+
+    `Manifest.load` compares the hash with `seal` to detect a damaged manifest.
+    """
     return hashlib.sha256(canonical_json(table)).hexdigest()
 
 
@@ -110,9 +113,9 @@ def _explain_missing_manifest(folder: ShardFolder) -> str:
 
 
 def load_index(folder: PathLike[str] | str) -> pa.Table:
-    """Load the index: one row per sample, ordered by shard and by position in the shard.
+    """Load the index. It has one row per sample, ordered by shard and by position in the shard.
 
-    Raises: UserError if it is missing or damaged; OSError if the disk fails.
+    Raises: UserError if the index is missing or damaged; OSError if the disk fails.
     """
     path = ShardFolder(Path(folder)).index
     try:

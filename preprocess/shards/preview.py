@@ -1,4 +1,4 @@
-"""The preview page of a shard set: one self-contained HTML file with samples as the model sees them, and rejects."""
+"""The preview page of a shard set: a self-contained HTML file with samples as the model sees them, and rejects."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MAX_REJECTS = 500
 
 
 def write_preview(folder: PathLike[str] | str, page: Path, num_samples: int) -> str:
-    """Write the page. Return a line that says how much it shows. Raises: UserError if the set is damaged."""
+    """Write the preview page. Return a line with the numbers of samples and rejects. Raises: UserError for damage."""
     manifest = Manifest.load(folder)
     text, shown = _page(ShardFolder(Path(folder)), manifest, num_samples)
     publish(page, text.encode("utf-8", errors="replace"))
@@ -61,7 +61,7 @@ def _page(folder: ShardFolder, manifest: Manifest, num_samples: int) -> tuple[st
 
 @contextlib.contextmanager
 def _explain_damage(folder: ShardFolder, path: Path) -> Iterator[None]:
-    """Raise a UserError that names the file if the block fails because the file is missing or damaged."""
+    """Raise a UserError that names the file at `path` if the block fails to read it."""
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, Rejected) as error:
@@ -72,7 +72,7 @@ def _explain_damage(folder: ShardFolder, path: Path) -> Iterator[None]:
 
 
 def choose_rejects(path: Path, count: int) -> list[Reject]:
-    """Choose up to `count` rejects, spread over sources and reasons, in the order of the file."""
+    """Choose up to `count` rejects of a file, as evenly as possible from all sources and reasons, in their order."""
     numbers: dict[tuple[str, str], int] = {}
     kinds = [numbers.setdefault((reject.source, reject.reason), len(numbers)) for reject in read_rejects(path)]
     chosen = set(choose_rows(np.asarray(kinds, dtype=np.int32), count))
@@ -80,7 +80,7 @@ def choose_rejects(path: Path, count: int) -> list[Reject]:
 
 
 def choose_rows(groups: np.ndarray, count: int) -> list[int]:
-    """Choose up to `count` rows: as evenly as possible from all groups, and evenly spaced within each group.
+    """Choose up to `count` rows, as evenly as possible from all groups, and evenly spaced within each group.
 
     Args:
         groups: the group of each row, such as its source.
@@ -94,7 +94,7 @@ def choose_rows(groups: np.ndarray, count: int) -> list[int]:
 
 
 def _round_robin(sizes: list[int]) -> Iterator[int]:
-    """Yield group numbers in turn, each group as often as its size."""
+    """Yield group numbers in turn. Each group's number is yielded as many times as the group has members."""
     for turn in range(max(sizes, default=0)):
         yield from (group for group, size in enumerate(sizes) if turn < size)
 

@@ -24,15 +24,15 @@ NPY_PREAMBLE = 10  # magic bytes and version of an .npy file, and the length of 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One training sample. The key has no dots, because readers cut file names at the first one.
+    """One training sample. The key must not contain a dot, because readers cut file names at the first dot.
 
     Attributes:
         tokens: uint16 [t].
         spans: [start, end) ranges of supervised tokens, in order, not overlapping.
         image: stored bytes of the image, None for a text-only sample.
         image_format: name of the image's field: "jpg", "pixels.npy", or the file extension of an original.
-        row: row of the annotation file that the sample was built from.
-        image_path: path of the image under the root.
+        row: number of the source's row that the sample was built from.
+        image_path: path of the image file below the root of the raw data.
     """
 
     key: str
@@ -51,7 +51,7 @@ class Sample:
 
 
 def to_fields(sample: Sample) -> dict[str, bytes]:
-    """Encode a sample as bytes by field name. The same sample gives the same bytes."""
+    """Encode a sample as the content of each field, by field name. Equal samples give equal bytes."""
     tokens = np.ascontiguousarray(sample.tokens, dtype="<u2")
     meta = {
         "id": sample.id,
@@ -72,14 +72,17 @@ def to_fields(sample: Sample) -> dict[str, bytes]:
 
 @functools.lru_cache(maxsize=4096)
 def _npy_header(count: int) -> bytes:
-    """Return the header that `np.save` writes for `count` token ids. Cached, because making it is slow."""
+    """Return the header that `np.save` writes for `count` token ids. Cached, because NumPy takes long to write it."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "<u2", "fortran_order": False, "shape": (count,)})
     return buffer.getvalue()
 
 
 def _load_tokens(data: bytes) -> npt.NDArray[np.uint16]:
-    """Load token ids like `np.load`, which is slower because it parses the header as Python. Raises: ValueError."""
+    """Load token ids from an .npy file. Raises: ValueError if it is damaged.
+
+    This is faster than `np.load`, which parses the header as Python source.
+    """
     size = NPY_PREAMBLE + int.from_bytes(data[NPY_PREAMBLE - 2 : NPY_PREAMBLE], "little")
     if data[:size] != _npy_header((len(data) - size) // 2):
         return np.load(io.BytesIO(data), allow_pickle=False)  # raises if the file is damaged
@@ -87,7 +90,7 @@ def _load_tokens(data: bytes) -> npt.NDArray[np.uint16]:
 
 
 def from_fields(fields: Mapping[str, bytes], key: str = "") -> Sample:
-    """Decode what `to_fields` wrote. Names like `__key__`, which stock readers add, are ignored."""
+    """Decode fields that `to_fields` encoded. Names like `__key__`, which webdataset's readers add, are ignored."""
     images = [name for name in fields if name not in (TOKENS, META) and not name.startswith("__")]
     assert len(images) <= 1, f"{key}: more than one image: {images}"
     name = images[0] if images else None
@@ -98,7 +101,10 @@ def from_fields(fields: Mapping[str, bytes], key: str = "") -> Sample:
 def from_payloads(
     key: str, *, tokens: bytes, meta: bytes, image: bytes | None, image_format: str | None = None
 ) -> Sample:
-    """Decode the payloads of a sample. The index does not hold `image_format`, so its readers leave it out."""
+    """Decode a sample from the content of its fields.
+
+    Callers that read through the index omit `image_format`, because the index does not contain it.
+    """
     about = json.loads(meta)
     return Sample(
         key=key,
@@ -114,6 +120,6 @@ def from_payloads(
 
 
 def sample_pixels(sample: Sample, image_px: int | None = None) -> np.ndarray:
-    """Decode the image to uint8 [h, w, 3]. With `image_px`, an original is resized to that square."""
+    """Decode a sample's image to uint8 [h, w, 3]. With `image_px`, an original file is resized to this square size."""
     assert sample.image is not None, f"{sample.key} is text-only"
     return codec.decode_stored_image(sample.image, image_px)

@@ -1,7 +1,7 @@
-"""Tar members with the same bytes that `tarfile` writes, in a third of its time.
+"""Fast tar writer. It writes the same bytes as `tarfile` in a third of the time.
 
-`tarfile` takes 80 µs more per sample, up to 5 % of a build. The header is cached, because members differ only in name,
-size and checksum.
+`tarfile` would take 80 µs more per sample, up to 5 % of the time of a build. Here, a header template is cached, because
+the headers of members differ only in name, size and checksum.
 """
 
 from __future__ import annotations

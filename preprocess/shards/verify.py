@@ -1,6 +1,6 @@
-"""Verification of a shard set: every file is read and compared with the manifest and the index.
+"""Verification of a shard set: every file is read, and compared with the manifest and the index.
 
-Samples are read by the stock webdataset package and again through the index, because both readers must agree.
+Each sample is read twice, with the webdataset package and through the index, and the results must be equal.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Tally:
     """Counts of rows and samples, to be compared with the manifest.
 
     Attributes:
-        rows: for each source, how often each row occurs as a sample or reject. In an intact set: once.
+        rows: for each source, how many samples and rejects each row has. In an intact set, this is 1 for each row.
         unknown_rows: number of samples and rejects whose source or row is not in the manifest.
     """
 
@@ -64,7 +64,7 @@ class _Tally:
 
 
 def verify(path: PathLike[str] | str, tick: Callable[[int], None] = lambda samples: None) -> Iterator[str]:
-    """Yield one line per problem of a shard set. After each shard, `tick` is called with its number of samples.
+    """Yield one line for each problem of a shard set. After each shard, `tick` is called with its number of samples.
 
     Raises: UserError if there is no manifest.
     """
@@ -113,7 +113,7 @@ def _tokenizer_problems(folder: ShardFolder, manifest: Manifest) -> Iterator[str
 def _sample_problems(
     folder: ShardFolder, manifest: Manifest, tally: _Tally, tick: Callable[[int], None]
 ) -> Iterator[str]:
-    """Check every sample. If the index is missing or damaged, the tars are checked without it."""
+    """Yield the problems of all samples. If the index is missing or damaged, the tars are checked without it."""
     index = _intact_index(folder, manifest)
     if index is not None and index.num_rows != manifest.index["rows"]:
         yield f"{INDEX} has {index.num_rows} rows, the manifest has {manifest.index['rows']}"
@@ -129,7 +129,7 @@ def _sample_problems(
 
 
 def _intact_index(folder: ShardFolder, manifest: Manifest) -> pa.Table | None:
-    """Return the index, or None if its hash differs, because changed bytes should not be parsed."""
+    """Return the index, or None if it is missing or its hash differs, because damaged bytes should not be parsed."""
     path = folder.index
     return load_index(folder) if path.is_file() and file_sha256(path) == manifest.index["sha256"] else None
 
@@ -208,7 +208,7 @@ def _reject_problems(folder: ShardFolder, manifest: Manifest, tally: _Tally) -> 
 
 
 def _row_problems(manifest: Manifest, tally: _Tally) -> Iterator[str]:
-    """Check that every row of every source is exactly one sample or one reject."""
+    """Yield a problem for each source that has rows which are not exactly one sample or one reject."""
     for source, counts in tally.rows.items():
         for problem, count in (
             ("neither sample nor reject", (counts == 0).sum()),

@@ -1,4 +1,4 @@
-"""Writing and reading one shard: a deterministic tar, and the index rows of its samples."""
+"""Writing and reading a shard, which is a tar with reproducible bytes, and computing the index rows of its samples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class WrittenShard:
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> WrittenShard:
-    """Write a tar whose bytes depend on the samples alone. Without samples no file is written."""
+    """Write the samples as a tar whose bytes depend on nothing else. If there are no samples, no file is left."""
     columns: dict[str, list[Any]] = {name: [] for name in [*INDEX_SCHEMA.names[1:], "picture_digest"]}
     with published(path) as file:
         for sample in samples:
@@ -41,7 +41,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> WrittenShard:
 
 
 def _add_sample(file: HashingFile, sample: Sample) -> dict[str, tuple[int, int]]:
-    """Write a sample's fields. Return the offset and size of each payload."""
+    """Write a sample's fields to the tar. Return the offset and size of each field's content."""
     assert "." not in sample.key, f"key {sample.key!r} has a dot, but readers cut keys at the first dot"
     fields = to_fields(sample).items()
     return {name: (add_member(file, f"{sample.key}.{name}", data), len(data)) for name, data in fields}
@@ -66,14 +66,14 @@ def _index_row(sample: Sample, places: dict[str, tuple[int, int]]) -> dict[str, 
     }
 
 
-@functools.lru_cache(maxsize=8)  # neighbouring rows share images; few, because originals may be large
+@functools.lru_cache(maxsize=8)  # neighbouring rows share images; only a few, because original files may be large
 def _image_digest(image: bytes) -> str:
     return hashlib.sha256(image).hexdigest()[:16]
 
 
 def read_fields(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield key and fields of each sample, as the stock webdataset package reads them."""
-    from webdataset import tariterators  # here, because it imports torch, which builds do not need
+    """Yield the key and the fields of each sample, read with the webdataset package."""
+    from webdataset import tariterators  # imported here, because it imports torch, which builds do not need
 
     with path.open("rb") as stream:
         files = tariterators.tar_file_expander([{"url": str(path), "stream": stream}])
