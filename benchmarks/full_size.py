@@ -35,7 +35,7 @@ from preprocess.shards.folder import ShardFolder
 MODEL = "tiny_v2"
 ROWS = 1_230_800
 SHARES = {"llava": 0.541, "lvis": 0.181, "filter_cap1": 0.1, "filter_cap_more1": 0.145, "chart_release_update": 0.033}
-TEXT_ONLY = 0.061  # share of LLaVA's rows
+TEXT_ONLY = 0.061  # share of LLaVA's rows that have no image
 ROWS_PER_IMAGE = 20
 LLAVA_FOLDERS = ["coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K", "vg/VG_100K_2"]
 SAMPLE_EVERY_S = 0.5

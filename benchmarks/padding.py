@@ -42,7 +42,7 @@ SOURCES = {
 }
 
 Lengths = npt.NDArray[np.int32]
-Batches = npt.NDArray[np.int64]  # [steps, ranks, micro-steps, micro-batch]: rows of the index
+Batches = npt.NDArray[np.int64]  # [steps, ranks, micro-steps, micro-batch]: index rows
 
 
 def llava_like(share: float = 1.0) -> tuple[Lengths, npt.NDArray[np.bool_]]:

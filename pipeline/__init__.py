@@ -1,1 +1,1 @@
-"""Shards in, a trained model that answers questions out."""
+"""Training, export and evaluation: from shards to a trained model that answers questions."""

@@ -2,7 +2,7 @@
 
     python -m pipeline.describe pipeline/recipes/emma_v2.toml
     python -m pipeline.describe pipeline/recipes/emma_v1.toml --ranks 16 --mfu 0.45 --json
-    python -m pipeline.describe pipeline/recipes/emma_v2.toml data.shards=/data/shards    # these shards' lengths
+    python -m pipeline.describe pipeline/recipes/emma_v2.toml data.shards=/data/shards    # use their lengths
 
 Hours are for A100s at the given model FLOPs utilisation (MFU). Steps and text lengths come from the recipe's shards if
 they exist, otherwise from the paper's mix.

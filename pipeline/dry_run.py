@@ -6,8 +6,8 @@
     python -m pipeline.dry_run pipeline/recipes/demo.toml --ranks 2 engine.device=cpu          # try it on a CPU
 
 A fake process group replaces the other ranks, so memory and computation are those of one real rank, communication takes
-no time, and the computed values are meaningless. Every text is as long as the longest one in the recipe's shards if
-they exist, otherwise --text-tokens long.
+no time, and the computed values are meaningless. If the recipe's shards exist, every text is as long as their longest
+text. Otherwise every text has --text-tokens tokens.
 """
 
 from __future__ import annotations

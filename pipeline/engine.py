@@ -35,7 +35,7 @@ OWNED_BY_RECIPE = (
     "steps_per_print",
 )
 ZERO_STAGES = (1, 2, 3)
-MESH_KEYS = ("sequence_parallel_size", "data_parallel_size")  # read before DeepSpeed builds its config
+MESH_KEYS = ("sequence_parallel_size", "data_parallel_size")  # not recorded by `_deepspeed_keys`
 PRECISION: dict[str, dict[str, Any]] = {
     "fp32": {},
     # Summing micro-batches in bf16 would make the update depend on how the global batch was split.
@@ -73,7 +73,7 @@ def init_distributed(ranks: Ranks, *, fake: bool = False) -> None:
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     else:
-        # Otherwise DeepSpeed compiles a shared-memory operator, which takes 20 s and a compiler; gloo is enough.
+        # Otherwise DeepSpeed compiles a shared-memory operator, which takes 20 s and needs a compiler; gloo is enough.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if fake:
         from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -92,7 +92,7 @@ def build_engine(emma: Emma, recipe: Recipe, ranks: Ranks) -> Engine:
     emma.llm.segment_layers, emma.llm.keep_layers = recipe.engine.segment_layers, recipe.engine.keep_layers
     config = compose_config(recipe, ranks.world_size)
     if config.get("zero_optimization", {}).get("stage") == 3:
-        # A mixer reads its children's weights directly, which bypasses their gathering hooks, so it is gathered whole.
+        # A mixer reads its children's weights directly, which bypasses their gathering hooks. So gather it whole.
         deepspeed.utils.set_z3_leaf_modules(
             emma, sorted({type(m) for m in emma.mixers()}, key=lambda kind: kind.__name__)
         )
@@ -104,7 +104,7 @@ def build_engine(emma: Emma, recipe: Recipe, ranks: Ranks) -> Engine:
 def compose_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     """Combine the DeepSpeed JSON with the recipe's settings.
 
-    Raises: UserError if DeepSpeed would reject or ignore a setting, or if the JSON has one that the recipe owns.
+    Raises: UserError if DeepSpeed would reject or ignore a setting, or if the JSON has a setting that the recipe owns.
     """
     path = _config_path(recipe.engine.ds_config)
     config = _read_config(path)
@@ -156,7 +156,10 @@ def _check_keys(path: Path, config: dict[str, Any]) -> None:
 
 @functools.cache
 def _deepspeed_keys() -> frozenset[str]:
-    """Return the top-level keys that DeepSpeed reads. It has no list of them, so a config is built to record them."""
+    """Return the top-level keys that DeepSpeed reads.
+
+    DeepSpeed has no list of its keys, so this function builds a config from a dict that records which keys are read.
+    """
     from deepspeed.runtime.config import DeepSpeedConfig
 
     DeepSpeedConfig(recorder := _RecordingDict(train_micro_batch_size_per_gpu=1))
@@ -164,7 +167,10 @@ def _deepspeed_keys() -> frozenset[str]:
 
 
 class _RecordingDict(dict[str, Any]):
-    """A dict that records the keys that are looked up, also in copies of it, because DeepSpeed reads a copy."""
+    """A dict that records which keys are looked up.
+
+    A shallow copy adds to the same `keys_read`. This is necessary because DeepSpeed reads a shallow copy.
+    """
 
     def __init__(self, **values: Any):
         super().__init__(values)

@@ -45,7 +45,7 @@ def convert_oserrors(path: Path | str) -> Iterator[None]:
 def retryable_oserrors(path: Path | str) -> Iterator[None]:
     """Convert an OSError inside the block to RetryableError, except FileNotFoundError.
 
-    A missing file means that data is missing, whereas any other error means that the data could not be examined.
+    A missing file shows that the data is incomplete, whereas after any other error the state of the data is unknown.
     """
     try:
         yield

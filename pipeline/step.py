@@ -1,7 +1,7 @@
 """One optimizer step over a global batch, and the single all-reduce that turns its losses into a report.
 
-A loss is summed over the whole global batch and divided by totals of the whole global batch. Both are independent of
-how the batch is split over ranks and micro-batches, and therefore so is the update.
+A loss is summed over the whole global batch and divided by totals of the whole global batch. The sum and the totals do
+not depend on how the batch is split over ranks and micro-batches, so the update does not depend on it either.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def reduce_step(losses: LossSums, requests: Requests, timings: Timings) -> StepR
     seconds[dist.get_rank()] = torch.tensor(astuple(timings), dtype=torch.float64)
     flags = torch.tensor(astuple(requests), dtype=torch.float64)
     from_host = torch.cat([flags, seconds.flatten()])
-    # The copy is non-blocking, because otherwise the host would wait for the device here too.
+    # Copy without blocking, because otherwise the host would wait for the device here as well as below.
     values = torch.cat([losses.sums, from_host.to(losses.sums.device, non_blocking=True)])
     dist.all_reduce(values)
     sums, flags, seconds = values.cpu().split([len(losses.sums), len(flags), seconds.numel()])

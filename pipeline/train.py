@@ -104,7 +104,7 @@ def train(run: RunFolder, ranks: Ranks, startup: StartupTimer) -> None:
         context = CheckpointContext(recipe=recipe, ranks=ranks, identity=identity, engine=engine, probe=probe)
         step, notes = Resumer(context).resume(saved_steps)
         startup.phase_done("checkpoint")
-        # Only after the weights are loaded, because measuring with uninitialized ones could leave a NaN in a buffer.
+        # Measure only after the weights are loaded, because uninitialized weights could leave a NaN in a buffer.
         notes = [*fit_memory(engine, towers, recipe, data), *notes]
         startup.phase_done("memory")
         run.accept_start(step, loaded)
@@ -162,8 +162,8 @@ def fit_memory(engine: Engine, towers: Towers, recipe: Recipe, data: TrainData) 
 def record_end(run: RunFolder, metrics: MetricsLogger, step: int, *, finished: bool) -> None:
     """Log and write the outcome, then clear the stop request. Main rank only.
 
-    The outcome is written before wandb finishes, which can take long, because the batch script needs it to decide
-    whether to requeue. The request is cleared last, because it holds the reason.
+    The outcome is written before wandb finishes, because that can take long and the batch script needs the outcome to
+    decide whether to requeue. The stop request is cleared last, because it contains the reason.
     """
     outcome, reason = ("done", "") if finished else ("stopped", run.control.stop_reason())
     metrics.log_event(outcome, step, **({"reason": reason} if reason else {}))

@@ -140,8 +140,8 @@ def set_learning_rate(engine: Engine, lr: float) -> None:
 def clear_gradients(engine: Engine) -> None:
     """Set all gradients to zero. Must be called on every rank before the first backward pass of a step.
 
-    Under ZeRO-3, a parameter that takes no part in a step keeps its last gradient and is updated with it again. In a
-    text-only batch this would happen to the projector, the fusion and the decoder.
+    Under ZeRO-3, a parameter that a step does not use keeps the gradient of an earlier step, and would be updated with
+    that gradient again. In a text-only batch this would happen to the projector, the fusion and the decoder.
     """
     if torch.is_tensor(flat := _flat_gradients(engine)):
         flat.zero_()

@@ -42,7 +42,10 @@ def list_steps(folder: Path) -> list[int]:
 
 
 def find_steps(folder: Path) -> list[Path]:
-    """Find the folders that are named like a checkpoint. Raises: OSError, except if `folder` does not exist."""
+    """Find the folders with the name of a checkpoint, published or not. If `folder` does not exist, there are none.
+
+    Raises: OSError.
+    """
     with contextlib.suppress(FileNotFoundError):
         return [path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name)]
     return []

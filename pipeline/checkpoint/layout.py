@@ -74,7 +74,7 @@ class Layout:
         return next((file for file, held in self.files.items() if tuple(held) == pieces), None)
 
     def reads(self, wanted: Sequence[Piece]) -> list[Read]:
-        """Return the reads that fill a buffer of these pieces. Adjacent reads are merged.
+        """Return the reads that fill a buffer with the pieces `wanted`. Adjacent reads are merged.
 
         Raises: DamagedCheckpointError if a value is missing from all files.
         """
@@ -125,7 +125,10 @@ def bytes_of(flat: torch.Tensor) -> memoryview:
 
 
 def read_into(flat: torch.Tensor, folder: Path, kind: str, reads: Sequence[Read]) -> None:
-    """Fill a flat fp32 CPU tensor. Raises: OSError; DamagedCheckpointError if a file is too short."""
+    """Fill a flat fp32 CPU tensor from the files of a checkpoint, as `reads` says.
+
+    Raises: OSError; DamagedCheckpointError if a file is too short.
+    """
     memory = bytes_of(flat)
     handles: dict[str, int] = {}
     try:

@@ -1,1 +1,1 @@
-"""The demo: the whole chain on a CPU, from raw data to answers."""
+"""The demo: the whole pipeline on a CPU, from raw data to answers."""

@@ -1,4 +1,4 @@
-"""Run the whole chain on the CPU: raw data, shards, training, a kill and a resume, export, answers.
+"""Run the whole pipeline on the CPU: raw data, shards, training, a kill and a resume, export, answers.
 
     make demo                                # or, in an environment where the project is installed:
     python -m pipeline.demo --dir runs/demo
@@ -41,7 +41,7 @@ MIX = "preprocess/mixes/demo.toml"
 RANKS = 2
 SAMPLES_PER_SHARD = 512
 MIN_MARGIN = 0.25  # by which exact match must exceed every control; with less, something is broken
-MARKER = ".emma-demo"  # marks a folder as the demo's own, which it may empty
+MARKER = ".emma-demo"  # file in a folder that the demo has created, and may therefore empty
 JOB = "emma-demo"
 STEP_LINE = re.compile(r"step +(\d+)/")
 THREADS = {"OMP_NUM_THREADS": "1"}  # per rank
@@ -190,7 +190,7 @@ def _step_of(line: str) -> int | None:
 
 
 def _is_shown(line: str) -> bool:
-    """Whether to print a line of the training's output: all lines, but only some of those that report a step."""
+    """Return whether to print a line of the training's output. Of the lines that report a step, only some are shown."""
     step = _step_of(line)
     return bool(line) if step is None else step == 1 or step % SHOW_EVERY_STEPS == 0
 

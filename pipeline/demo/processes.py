@@ -96,7 +96,7 @@ def _as_typed(words: Words) -> str:
 
 
 def kill_process_tree(pid: int) -> int:
-    """SIGKILL a process and all its descendants, in whatever process group. Return their number."""
+    """SIGKILL a process and all its descendants, whatever their process groups. Return the number of processes."""
     try:
         parent = psutil.Process(pid)
         children = parent.children(recursive=True)

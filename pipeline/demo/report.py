@@ -29,9 +29,9 @@ class Results:
 
     seconds         by stage, and "total"
     samples         number of samples in the shards
-    shards_job_s    seconds that the Ray job took, including its start
+    shards_job_s    seconds that the Ray job took, including its start-up
     rejects         number of rejected rows by reason
-    answers         by "trained" and each key of CONTROLS, in the order of `questions`
+    answers         by name ("trained" or a key of CONTROLS), in the order of `questions`
     """
 
     seconds: dict[str, float]

@@ -11,8 +11,8 @@ import torch
 
 from model.errors import UserError
 
-# These variables describe the job step. SLURM_NTASKS describes the whole job, so a shell inside an allocation, which is
-# a step with one task, would wait for ranks that do not exist.
+# These variables describe the job step, whereas SLURM_NTASKS describes the whole job. A shell inside an allocation is a
+# step with one task. If the world size came from SLURM_NTASKS, the shell would wait for ranks that do not exist.
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
@@ -22,7 +22,7 @@ class Ranks:
     """Rank and device of this process, and the number of ranks."""
 
     rank: int
-    local_rank: int  # among the ranks on this node
+    local_rank: int  # number of this rank among the ranks on the same node
     world_size: int
     device: torch.device
 
@@ -73,12 +73,12 @@ def _device(device: str, local_rank: int) -> torch.device:
             f"{socket.gethostname()}: {ranks} ranks on {gpus} GPU(s), but each rank needs its own. "
             f"Start one rank per GPU: sbatch --ntasks-per-node={gpus}, torchrun --nproc-per-node={gpus}."
         )
-    # A task that SLURM has bound to one GPU finds only that one, as device 0.
+    # A task that SLURM has bound to one GPU finds only that GPU, as device 0.
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
 def _count_local_gpus(ranks: int) -> int:
-    """Count the GPUs that the ranks of this node may use. Torch finds fewer in a rank that is bound to some of them."""
+    """Count the GPUs that the ranks of this node may use. Torch may find only some of them."""
     visible = torch.cuda.device_count()
     if "LOCAL_WORLD_SIZE" not in os.environ and "SLURM_GPUS_ON_NODE" in os.environ:
         return max(visible, int(os.environ["SLURM_GPUS_ON_NODE"]))

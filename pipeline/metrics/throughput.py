@@ -42,7 +42,10 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def peak_flops_of_ranks(ranks: Ranks) -> float | None:
-    """Return the peak of all ranks together, assuming equal devices. None on the CPU and on unknown devices."""
+    """Return the peak operations per second of all ranks together, assuming equal devices.
+
+    Return None on the CPU and for a device that is not in the table.
+    """
     if ranks.device.type != "cuda":
         return None
     peak = peak_flops(torch.cuda.get_device_name(ranks.device))
@@ -62,9 +65,9 @@ class UsefulFlops:
         self.per_image = image.useful - self._language_model(num_patches, length=num_patches)
 
     def of_batch(self, batch: GlobalBatch) -> float:
-        """Return the operations of a global batch.
+        """Return the floating-point operations of a global batch.
 
-        It assumes that all sequences have the mean length, which is nearly exact because batches are sorted by length.
+        All sequences are assumed to have the mean length, which is nearly exact because batches are sorted by length.
         """
         language_model = self._language_model(batch.tokens, length=round(batch.tokens / batch.samples))
         return language_model + self.per_image * batch.images + self.per_supervised_token * batch.supervised_tokens

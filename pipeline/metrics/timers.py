@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-COLLECT_EVERY = 50  # steps
+COLLECT_EVERY = 50  # number of steps between collections
 
 
 class GarbageCollection:
@@ -84,7 +84,7 @@ class TowerTimer:
 def process_start_time() -> float:
     """Return when this process started, in seconds since 1970.
 
-    That is before the first import, which can take long from a shared file system.
+    This time is before the first import, because imports can take long from a shared file system.
     """
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])

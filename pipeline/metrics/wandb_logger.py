@@ -1,4 +1,4 @@
-"""Weights & Biases logging: one wandb run per run folder, across all resumes, online or offline.
+"""Weights & Biases logging: one wandb run per run folder, for all its launches, online or offline.
 
 If wandb fails, the training continues, because `metrics.jsonl` has all metrics.
 """
@@ -21,7 +21,7 @@ from pipeline.recipe import Recipe
 
 # SLURM's SIGTERM on preemption kills wandb's helper process, while the training goes on to save a checkpoint.
 MAX_HELPER_DEATHS = 3  # after more deaths than this, the training continues without wandb
-FINISH_S = 60.0  # limit for the upload at the end; without a network, wandb would try until the job's time limit
+FINISH_S = 60.0  # limit for the upload at the end; without network access, wandb would try until the job's time limit
 RESENT_LINES = 256  # a helper that dies may not have written its last lines; wandb ignores steps that it already has
 
 
@@ -101,7 +101,7 @@ class WandbLogger:
 
 
 def _exit_now() -> None:
-    """End this process at once, with the exit code that it would have had."""
+    """End this process at once, with its usual exit code: 1 after an uncaught exception, otherwise 0."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1 if hasattr(sys, "last_value") else 0)

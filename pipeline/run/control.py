@@ -12,7 +12,8 @@ import signal
 from pathlib import Path
 from typing import Literal
 
-# Set by the batch script to its job id. SLURM_JOB_ID is not enough, because any shell inside an allocation has it.
+# Variable that the batch script sets to its job id. SLURM_JOB_ID would not do, because any shell inside an allocation
+# has it.
 BATCH_SCRIPT = "EMMA_JOB"
 
 

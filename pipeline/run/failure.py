@@ -29,7 +29,7 @@ from pipeline.recipe import Recipe
 from pipeline.run.control import Control
 from pipeline.run.folder import RunFolder
 
-MAIN_RANK_FIRST_S = 10.0  # head start of the main rank in reporting an error that all ranks have raised
+MAIN_RANK_FIRST_S = 10.0  # delay of the other ranks, so that the main rank reports an error that all ranks raised
 
 
 class DivergedError(CommandError):

@@ -46,7 +46,7 @@ from preprocess.shards.manifest import Manifest
 
 SPARE_CHECKPOINTS = 2  # in addition to those that retention keeps: one that is being written, and one in reserve
 HASHING_S = 15.0  # time limit for hashing shards; shards that are not hashed by then are checked by size alone
-CHUNK_BYTES = 8 << 20  # read at once when hashing
+CHUNK_BYTES = 8 << 20  # size of one read when hashing
 PROBE_BYTES = 64 << 20  # size of the all-reduce that is timed
 LIMIT_S = 120.0  # time limit for all checks together; if it is exceeded, a check probably hangs
 SHARED_MEMORY = Path("/dev/shm")  # where DataLoader workers put their micro-batches
@@ -81,7 +81,7 @@ def preflight(recipe: Recipe, ranks: Ranks) -> list[str]:
     Raises on all ranks: UserError with all problems of all ranks; RetryableError if all problems are transient.
     """
     checks: list[Check] = [check_communication, check_kernels, check_gpu_memory]
-    if ranks.local_rank == 0:  # one rank per node, because these depend on the node
+    if ranks.local_rank == 0:  # one rank per node, because the results of these checks depend only on the node
         checks += [check_vision_towers, check_shared_memory, check_shards, check_held_out_shards]
     if ranks.is_main:
         checks += [check_language_model, check_deepspeed_config, check_checkpoint_space]
@@ -240,8 +240,8 @@ def check_deepspeed_config(context: Context) -> str:
 def check_checkpoint_space(context: Context) -> str:
     """Check that the disk has space for the checkpoints that the run will keep and for the one being written.
 
-    The space of a refused checkpoint is reused, because the next save deletes it. Leftovers of interrupted saves count
-    as free space, because resuming deletes them.
+    A refused checkpoint counts as existing, because the next save deletes it and reuses its space. Leftovers of
+    interrupted saves count as free space, because resuming deletes them.
     """
     recipe = context.recipe
     folder = context.checkpoints

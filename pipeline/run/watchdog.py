@@ -2,17 +2,18 @@
 
 What happens when a rank dies:
 
-1. The other ranks wait for it in a collective, and a thread in each of them, the watchdog, notices. On the same
-   machine, it sees within a second that the process has ended. On other machines, it sees the folder of step 2.
+1. The other ranks wait for the dead rank in a collective. The watchdog, a thread in each rank, notices the death. On
+   the same machine, it sees within a second that the process has ended. On other machines, it sees that the folder of
+   step 2 exists.
    If a whole machine is lost, or if a rank hangs, the current step exceeds its time limit: `watchdog.slow_factor` times
    the median step, but at least `watchdog.least_s`. The first steps, saves and validations may take `watchdog.first_s`.
-2. Each rank writes its Python stacks to `RUN/stacks/TIME/rank-N.txt`. The first one also writes the reason to stderr
-   and to `metrics.jsonl`, and the outcome "lost" to `outcome.json`.
-3. Each rank exits with code 4 (retry). torchrun or srun kills the ranks that are left.
+2. Each rank writes its Python stacks to `RUN/stacks/TIME/rank-N.txt`. The first rank that does so also writes the
+   reason to stderr and to `metrics.jsonl`, and the outcome "lost" to `outcome.json`.
+3. Each rank exits with code 4 (retry). torchrun or srun kills the remaining ranks.
 4. `slurm/train_emma.sh` requeues the job, up to its limits. The next launch resumes from the newest checkpoint
    that verifies (`pipeline.checkpoint.resumer`), and repeats the steps after it.
 
-A rank that fails with an error of its own exits through `pipeline.run.failure`. Before the watchdog exists,
+A rank that raises an error itself exits through `pipeline.run.failure`. Before the watchdog exists,
 `time_limit` ends a launch that hangs. The main rank's watchdog also updates the heartbeat that `pipeline.status` reads.
 """
 
@@ -44,10 +45,10 @@ from pipeline.metrics.logger import append_event
 from pipeline.recipe import Recipe
 from pipeline.run.folder import RunFolder
 
-FIRST_STEPS = 8  # slow because of compilation and warm-up
-REMEMBERED_STEPS = 50  # for the median step time
+FIRST_STEPS = 8  # number of first steps, which are slow because of compilation and warm-up
+REMEMBERED_STEPS = 50  # number of last steps whose median time is the usual step time
 POLL_S = 1.0
-GRACE_S = 5.0  # between a rank's stacks and its exit, so that the other ranks can write theirs
+GRACE_S = 5.0  # delay of a rank's exit after it wrote its stacks, so that the other ranks can write their stacks
 # Seconds after the time limit at which a rank that could not end itself dumps its stacks to stderr. It exits after
 # twice this time.
 STUCK_S = 60.0
@@ -57,13 +58,13 @@ SUSPENDED_S = 5.0  # a longer gap between two polls means that the job was suspe
 def set_collective_timeouts(recipe: Recipe) -> None:
     """Set the timeout of collectives to twice the watchdog's longest limit. Call it before the process group exists."""
     minutes = math.ceil(2 * recipe.watchdog.first_s / 60)
-    os.environ.setdefault("DEEPSPEED_TIMEOUT", str(minutes))  # of the process group
+    os.environ.setdefault("DEEPSPEED_TIMEOUT", str(minutes))  # timeout of the process group
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")  # end the process if a collective fails
 
 
 @contextmanager
 def time_limit(limit_s: float, operation: str, ranks: Ranks) -> Iterator[None]:
-    """End this process with the exit code for a retry if the block takes too long, as when a rank is missing."""
+    """End this process with the exit code for a retry if the block takes too long, such as when a rank is missing."""
 
     def end_process() -> None:
         where = f"rank {ranks.rank} of {ranks.world_size} on {socket.gethostname()}"
@@ -87,7 +88,7 @@ def time_limit(limit_s: float, operation: str, ranks: Ranks) -> Iterator[None]:
 class Deadline(NamedTuple):
     operation: str
     limit_s: float
-    at: float  # in seconds of `Watchdog.active_s`
+    at: float  # value of `Watchdog.active_s` at which the operation must have ended
 
 
 class Watchdog:
@@ -105,7 +106,8 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         by_rank: list[tuple[str, int, float]] = [("", 0, 0.0)] * self.ranks.world_size
         dist.all_gather_object(by_rank, (_process_namespace(), os.getpid(), time.time()))
-        began = time.strftime("%Y%m%d-%H%M%S", time.gmtime(by_rank[0][2]))  # the same name on all ranks
+        # Use rank 0's time, so that the name of the folder is the same on all ranks.
+        began = time.strftime("%Y%m%d-%H%M%S", time.gmtime(by_rank[0][2]))
         self.folder = self.run.folder / "stacks" / began
         here = [(rank, pid) for rank, (namespace, pid, _) in enumerate(by_rank) if namespace == _process_namespace()]
         self.peers = {rank: pid for rank, pid in here if rank != self.ranks.rank and process_state(pid)}
