@@ -18,12 +18,8 @@ OTHERS = sorted(path for folder in ("tests", "benchmarks") for path in (REPOSITO
 FOLDERS = sorted({path.parent for path in SOURCES})
 
 MAY_IMPORT = {"model": {"model"}, "preprocess": {"preprocess", "model"}, "pipeline": set(PACKAGES)}
-MODEL_MODULES_OF_PREPROCESS = {
-    "model.config",
-    "model.errors",
-    "model.hashing",
-    "model.presets",
-}  # these modules do not import torch
+# Preprocessing may import only these modules of the model, because they do not import torch.
+MODEL_MODULES_OF_PREPROCESS = {"model.config", "model.errors", "model.hashing", "model.presets"}
 
 # A module or subpackage may import only from itself and from the layers listed before its own layer.
 LAYERS: dict[str, list[set[str]]] = {

@@ -177,9 +177,8 @@ def test_a_tiny_model_overfits_eight_samples_with_its_vision_towers_frozen(name:
     pixels = torch.randint(0, 256, (8, 3, 100, 100), dtype=torch.uint8)
     features = towers(pixels)
     target = align_target(emma.config, towers, pixels, features).values
-    tokens = torch.randint(2, 1024, (8, 6)) * torch.tensor(
-        [0, 0, 0, 1, 1, 1]
-    )  # the same prompt in all rows, so that only the image distinguishes them
+    # All rows have the same prompt, so that only the images distinguish them.
+    tokens = torch.randint(2, 1024, (8, 6)) * torch.tensor([0, 0, 0, 1, 1, 1])
     targets = tokens.where(tokens > 0, IGNORE_INDEX)
     optimizer = torch.optim.AdamW(emma.parameters(), lr=3e-3)
     history = []

@@ -1,4 +1,4 @@
-"""A memory budget decides how many layers are recomputed, and does not change the training."""
+"""Memory budgets: how many layers keep their activations, and that training results do not change."""
 
 import re
 
@@ -41,7 +41,7 @@ def test_a_larger_memory_budget_recomputes_fewer_layers_and_bounds_the_peak(reci
 
 
 def test_under_zero_2_measuring_peak_memory_does_not_change_the_trained_state(recipe_file, shards, tmp_path):
-    """For ZeRO-3, test_pipeline_train compares with its uninterrupted run."""
+    """A run with a memory budget must end with the weights of a run without one. test_pipeline_train tests ZeRO-3."""
     config = f"engine.ds_config={REPOSITORY}/ds_configs/zero2.json"
     words = [recipe_file, f"data.shards={shards}", f"steps={STEPS}", config, "optim.micro_batch=2"]
     states = []

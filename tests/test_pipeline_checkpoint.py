@@ -1,4 +1,4 @@
-"""Interrupted saves, full or failing disks, damaged checkpoints and probes that disagree, and how a start recovers."""
+"""Recovery from interrupted saves, full or failing disks, damaged checkpoints, and changed probe losses."""
 
 import contextlib
 import hashlib
@@ -21,7 +21,7 @@ from pipeline.checkpoint.verify import find_damage, first_damage
 from tests.support.launch import finish, fork_python, fork_ranks
 
 STEPS = 12
-STAGES = [  # tests.programs.soak_training also uses the other stages at which a run can be killed
+STAGES = [  # a selection; tests.programs.soak_training kills runs at all stages
     *("half_written", "manifest_written", "before_latest"),
     *("hashing_fails", "loading_fails", "pruning", "writing_fails"),
 ]
@@ -34,7 +34,7 @@ def arguments(recipe_file, shards, run, *overrides):
 
 @pytest.fixture(scope="module")
 def uninterrupted(recipe_file, shards, tmp_path_factory):
-    """Train on one rank from the first step to the last, and wait for every save."""
+    """Train on one rank without interruption, with saves that block training."""
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
     done = fork_python("-m", "pipeline.train", *arguments(recipe_file, shards, run, "checkpoint.background=false"))
     assert done.returncode == 0, done.stderr
@@ -58,7 +58,8 @@ def test_a_run_interrupted_at_each_stage_of_a_save_ends_with_the_same_weights(
     assert survived == [f"survived: {stage}" for stage in STAGES]
     resumed = [int(step) for step in re.findall(r"resuming from .*/step-(\d+)", done.stdout)]
     assert resumed == [1, 2, 4, 6, 7]
-    assert done.stdout.count("its save was cut off") == 2  # after the rename the new one counts
+    # A save that is interrupted after its rename counts as complete.
+    assert done.stdout.count("its save was cut off") == 2
     assert done.stdout.count("its deletion was cut off") == 1
     failed = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert ["Stale file handle" in failed[0], "Input/output error" in failed[1]] == [True, True]
@@ -73,10 +74,10 @@ def test_a_run_interrupted_at_each_stage_of_a_save_ends_with_the_same_weights(
 
 
 def test_resuming_refuses_a_checkpoint_with_changed_probe_losses(recipe_file, shards, uninterrupted, tmp_path):
-    """The losses must agree exactly on this machine, and up to rounding errors on another."""
+    """A checkpoint must reproduce its recorded losses exactly on the same machine, and within 1e-5 on another."""
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
-    (run / "checkpoints/latest").unlink()  # resuming does not need it
+    (run / "checkpoints/latest").unlink()  # resuming does not need `latest`
     newest, middle, oldest = (run / "checkpoints" / folder_name(step) for step in (STEPS, STEPS - 1, STEPS - 2))
     probe = read_manifest(newest)["probe"]
     elsewhere = probe["where"] | {"machine": "another"}
@@ -117,7 +118,7 @@ def test_a_checkpoint_manifest_with_a_flipped_bit_is_rejected(uninterrupted, tmp
         damaged[position] ^= 1 << rng.randrange(8)
         (tmp_path / MANIFEST).write_bytes(damaged)
         if parse_or_none(damaged) == json.loads(content):
-            continue  # the bit was in white space
+            continue  # the flipped bit is in white space
         with pytest.raises(UserError, match="no readable manifest"):
             read_manifest(tmp_path)
 
@@ -140,7 +141,7 @@ def test_the_checkpoint_benchmark_loads_the_state_that_it_saved(tmp_path):
 
 @contextlib.contextmanager
 def small_disk(folder, megabytes):
-    """Mount a file system of this size, or skip the test without the permission to mount."""
+    """Mount a file system of this size, or skip the test if mounting is not permitted."""
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder], check=False)
     if mounted.returncode:
@@ -202,7 +203,7 @@ def test_damage_is_found_in_files_that_are_hashed_while_they_are_loaded(tmp_path
         (1.0, 1.0, True),
         (1.0, 1.0 + 1e-6, True),
         (1.0, 1.1, False),
-        (math.inf, math.inf, True),  # it had diverged when it was saved, and is still that state
+        (math.inf, math.inf, True),  # the run had already diverged when it saved this state
         (math.nan, math.nan, True),
         (1.0, math.inf, False),
         (math.inf, 1.0, False),

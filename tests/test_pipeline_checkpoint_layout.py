@@ -1,6 +1,6 @@
-"""Resharding: a checkpoint resumes the same training on any number of ranks and under either ZeRO stage.
+"""Resharding: resuming a checkpoint on another number of ranks or with another ZeRO stage.
 
-The oracle is DeepSpeed's own view of each parameter, before the save and after the load.
+The tests compare the state that DeepSpeed reports before a save with the state that it reports after the load.
 """
 
 import json
@@ -18,7 +18,8 @@ from tests.support.launch import finish, fork_ranks
 
 STEPS = 12
 ZERO = {2: "ds_configs/zero2.json", 3: "ds_configs/zero3_small.json"}
-LOSS_TOLERANCE = 2e-6  # relative; ranks and micro-batches change only the order of fp32 sums
+# Relative tolerance. The number of ranks and the micro-batch size change only the order of fp32 sums.
+LOSS_TOLERANCE = 2e-6
 
 
 def run_ranks(recipe_file, shards, run, ranks, stage, until, *options):
@@ -41,7 +42,11 @@ def run_ranks(recipe_file, shards, run, ranks, stage, until, *options):
 
 @pytest.fixture(scope="module")
 def three_starts(recipe_file, shards, tmp_path_factory):
-    """Train on 2 ranks with ZeRO-3 (slow disk), resume at step 4 on 1 with ZeRO-2, and at step 8 on 4 with ZeRO-3."""
+    """Train one run in three launches: 2 ranks with ZeRO-3, then 1 rank with ZeRO-2, then 4 ranks with ZeRO-3.
+
+    The first launch ends at step 6 with a checkpoint of step 4, from which the second launch resumes. The third launch
+    resumes from step 8.
+    """
     run = tmp_path_factory.mktemp("resharded") / "run"
     inputs = (recipe_file, shards, run)
     return run, [
@@ -102,7 +107,7 @@ def test_a_background_save_contains_the_state_of_its_step_while_training_continu
 
 
 def random_split(rng, sizes, ranks):
-    """Split the parameters at random over `ranks` files, in shuffled order and with gaps between the pieces."""
+    """Split each parameter at random into pieces in `ranks` files, in shuffled order and with gaps between pieces."""
     files: dict[str, list[Piece]] = {f"rank-{rank:05d}.00": [] for rank in range(ranks)}
     ends = dict.fromkeys(files, 0)
     for name in rng.permutation(list(sizes)):

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, and deletions that fail."""
+"""Checkpoint retention: which checkpoints are kept, and failing deletions."""
 
 import shutil
 
@@ -15,8 +15,8 @@ STEPS = [6, 8, 10, 12]
     [
         ({6, 8, 10, 12}, 2, 0, True, {10, 12}),
         ({6, 8, 10, 12}, 2, 8, True, {8, 10, 12}),  # 8 is kept forever
-        ({10, 12}, 3, 0, True, {6, 8, 10, 12}),  # 6 or 8 may be damaged, so neither replaces the other
-        ({10, 12}, 3, 0, False, {8, 10, 12}),  # without space for the next save, the oldest is deleted all the same
+        ({10, 12}, 3, 0, True, {6, 8, 10, 12}),  # 6 or 8 may be damaged, so both are kept
+        ({10, 12}, 3, 0, False, {8, 10, 12}),  # the oldest is deleted anyway, to make space for the next save
         ({12}, 2, 0, True, {8, 10, 12}),
         ({8, 10, 12}, 3, 0, True, {8, 10, 12}),
         ({12}, 1, 6, True, {6, 12}),
@@ -36,10 +36,10 @@ def test_launches_that_each_save_only_once_do_not_accumulate_checkpoints():
 @pytest.mark.parametrize(
     ("every_steps", "keep_last", "keep_every", "total_steps", "forever"),
     [
-        (2, 3, 3, 12, 1),  # saved at 2, 4, …, 12; besides 8, 10 and 12, the checkpoint of step 6 is kept
+        (2, 3, 3, 12, 1),  # of 2, 4, …, 12, the last three are the newest, and step 6 is kept forever
         (2, 3, 3, 60, 9),
         (2, 3, 0, 60, 0),
-        (4, 1, 4, 10, 2),  # the last step is saved too, so 8 is not among the newest
+        (4, 1, 4, 10, 2),  # 4 and 8 are kept forever; step 10, the last, is the newest
         (500, 3, 0, 100, 0),
     ],
 )

@@ -1,4 +1,4 @@
-"""The host memory that a save copies the state to."""
+"""Page-locked host memory into which a save copies the training state."""
 
 import mmap
 

@@ -1,4 +1,4 @@
-"""Errors of one rank are raised on all ranks; they are worth a retry only if every one of them is."""
+"""`run_checks`: errors of any rank are raised on all ranks, combined into one error."""
 
 import errno
 import os

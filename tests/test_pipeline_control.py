@@ -1,4 +1,4 @@
-"""Stop and save requests as one rank sees them. test_pipeline_train.py tests that all ranks agree on them."""
+"""Stop and save requests on a single rank. test_pipeline_train.py tests stop requests on two ranks."""
 
 import json
 import signal
@@ -16,7 +16,7 @@ from tests.support.slurm import wait_until
 
 @pytest.fixture
 def control(tmp_path, monkeypatch):
-    """Return the control of a run folder with an unanswered stop request."""
+    """Return the Control of a run folder in which a stop request has not been answered."""
     monkeypatch.delenv("EMMA_JOB", raising=False)
     (tmp_path / "control").mkdir()
     (tmp_path / "control/stop").touch()

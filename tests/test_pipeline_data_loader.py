@@ -1,4 +1,4 @@
-"""Data loader: every sample once per epoch, exactly as stored; damage and dead workers are errors."""
+"""The data loader: contents and order of batches, and errors for damaged shards and dead workers."""
 
 import os
 import re
@@ -30,13 +30,13 @@ def train_data(recipe_file, shards, world_size=1, rank=0, *overrides):
 
 @pytest.fixture(scope="module")
 def stock_samples(shards):
-    """Samples of the set as the stock webdataset reader decodes them."""
+    """Return the samples of the shard set as the webdataset package decodes them."""
     urls = sorted(map(str, shards.glob("*.tar")))
     return list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("rgb8"))
 
 
 def rows_of(data, steps):
-    """Return (tokens, supervised tokens, pixels) of every real row of some steps, hashable."""
+    """Return a hashable (tokens, supervised tokens, pixels) for each row of the first `steps`, except filler rows."""
     rows = []
     for batch, _ in zip(data.from_step(0), range(steps), strict=False):
         for micro in batch.micro_batches:
@@ -177,7 +177,7 @@ def test_an_error_in_a_dataloader_worker_is_raised_in_the_rank(recipe_file, shar
         list(train_data(recipe_file, damaged, 1, 0, "data.workers=1").from_step(0))
 
 
-# Suspends the worker, kills it after the stall warning, and prints the error that ends the epoch.
+# Suspends the DataLoader worker, kills it after the stall warning, and prints the error that the rank gets.
 SUSPEND_AND_KILL = """
 import psutil, signal, sys, time, torch
 from pipeline.data.loader import TrainData

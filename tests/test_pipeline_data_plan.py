@@ -1,4 +1,4 @@
-"""The plan: every sample once per epoch, one modality per batch, and the same order for every number of ranks."""
+"""The sample plan: order of samples, one modality per global batch, and the slices of ranks."""
 
 import hashlib
 from dataclasses import replace
@@ -77,7 +77,7 @@ def test_sorting_inside_windows_keeps_padding_below_one_percent():
 
 
 def test_the_sample_order_equals_its_recorded_digest():
-    """Compare with a golden digest, because a checkpoint resumes in the middle of this order."""
+    """The order must never change, because checkpoints resume in the middle of an epoch."""
     ids = np.concatenate([make_plan().epoch(0), make_plan().epoch(3)])
     digest = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
     assert digest == "c9588c8e18be9e0c94e8552504eaff9914adcb185f025e4a0ab07ec1bcc6e0c3"

@@ -1,4 +1,4 @@
-"""The shard reader reports shards that change, vanish, fail or hang, and never skips a sample."""
+"""The shard reader: errors for changed, missing and unreadable shards, and warnings about slow reads."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from pipeline.data.shard_reader import DamagedShardError, ShardReader
 from pipeline.distributed.stall_warning import StallWarning
 from pipeline.errors import RetryableError
 
-ROW = 3  # of the first shard
+ROW = 3  # row in the first shard
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def copy(shards: Path, tmp_path: Path) -> Path:
 
 
 def flip(path: Path) -> None:
-    """Flip a bit in the last image of the shard, which no test here reads, so that only the hash can tell."""
+    """Flip a bit in the last image of the shard. No test here reads that image, so only the hash reveals the change."""
     data = bytearray(path.read_bytes())
     data[-4000] ^= 1
     path.write_bytes(data)
@@ -71,7 +71,7 @@ def test_the_error_for_a_deleted_shard_says_to_build_the_shards_again(copy):
 
 
 def test_an_io_error_in_a_shard_is_retryable_and_not_reported_as_damage(copy):
-    """Simulate a broken disk: reading a process's memory at address 0 is an I/O error."""
+    """Simulate a broken disk with a link to /proc/self/mem, because reading address 0 is an I/O error."""
     shard = copy / "shard-00000.tar"
     shard.unlink()
     shard.symlink_to("/proc/self/mem")
@@ -91,7 +91,7 @@ def test_an_io_error_in_the_index_is_retryable(copy, monkeypatch):
 
 
 def test_a_slow_read_prints_a_warning_while_it_lasts_and_a_note_when_it_ends(copy):
-    """Simulate a disk that hangs: opening a FIFO waits until its other end is opened."""
+    """Simulate a hanging disk with a FIFO, because opening a FIFO blocks until its other end is opened."""
     shard, warnings = copy / "shard-00000.tar", Queue[str]()
     shard.unlink()
     os.mkfifo(shard)

@@ -1,4 +1,4 @@
-"""The demo's own parts; the whole chain is run by `make demo`."""
+"""Parts of the demo: its report, output folder, recipe and processes. `make demo` runs the complete demo."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ HISTORY = History(
 
 @pytest.fixture
 def results(tmp_path: Path) -> Results:
-    """Sixty questions about twenty scenes, of which the trained model knows all but one in ten."""
+    """Return results in which the trained model answers nine of ten questions correctly, and the controls none."""
     (tmp_path / "raw" / "held_out").mkdir(parents=True)
     asked = []
     for number, scene in enumerate(itertools.islice(draw_scenes("report"), 20)):
@@ -156,7 +156,7 @@ def living_children() -> set[psutil.Process]:
 
 @pytest.fixture
 def others() -> set[psutil.Process]:
-    """Return the children that other tests left running, such as multiprocessing's resource tracker."""
+    """Return child processes that earlier tests left running, such as multiprocessing's resource tracker."""
     return living_children()
 
 

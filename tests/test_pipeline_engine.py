@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration, the parameter groups and the learning-rate schedule."""
+"""The DeepSpeed configuration, optimizer parameter groups and learning-rate schedule."""
 
 import json
 

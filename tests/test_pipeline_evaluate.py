@@ -1,4 +1,4 @@
-"""Exact match on held-out questions: reading questions, scores, and the two controls."""
+"""Exact-match evaluation: question files, scores, the two control conditions, and the command."""
 
 import json
 from pathlib import Path

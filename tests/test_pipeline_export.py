@@ -1,4 +1,4 @@
-"""Export: no tensor is lost, answers use the prompt of training, and errors are one line."""
+"""The export and generate commands: exported weights, prompts, decoding, and errors."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from tests.support.launch import finish, fork_python, fork_ranks
 
 @pytest.fixture(scope="module")
 def run(recipe_file, shards, tmp_path_factory):
-    """Train on two ranks, so that the tensors of the checkpoint are sharded."""
+    """Train on two ranks, so that the checkpoint is sharded. Return the run folder."""
     folder = tmp_path_factory.mktemp("run") / "run"
     program = ["-m", "pipeline.train", recipe_file, f"data.shards={shards}", f"run.dir={folder}", "steps=4"]
     finish(fork_ranks(2, program))
@@ -99,7 +99,7 @@ EXPORT = "runpy.run_module('pipeline.export', run_name='__main__')"
 
 
 def test_a_full_disk_during_export_is_a_one_line_error_and_leaves_no_loadable_model(run, tmp_path):
-    """A limit on the size of files simulates the full disk."""
+    """Simulate the full disk with a limit on file sizes."""
     done = fork_python("-c", LIMITED + EXPORT, run, tmp_path / "out")
     assert_one_line(done, f"{tmp_path / 'out'}: the model could not be written")
     with pytest.raises(UserError):
@@ -110,7 +110,7 @@ def test_exporting_an_unreadable_checkpoint_is_a_one_line_error(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     manifest = next((tmp_path / "run/checkpoints").rglob("manifest.json"))
     manifest.unlink()
-    manifest.mkdir()  # simulates a disk error: the path exists but cannot be read
+    manifest.mkdir()  # simulates a disk error, because a folder cannot be read as a file
     step = manifest.parent.name.removeprefix("step-")
     done = fork_python("-m", "pipeline.export", tmp_path / "run", tmp_path / "out", "--step", step)
     assert_one_line(done, "manifest.json")
@@ -146,7 +146,7 @@ def test_decoding_with_a_cache_equals_recomputing_the_whole_sequence(exported):
 
 @torch.inference_mode()
 def recompute_all(model, tokenizer, question, image, max_new_tokens):
-    """Decode greedily by running the whole sequence through the training path for every token."""
+    """Decode greedily without a cache: run the forward pass of the whole sequence for every new token."""
     ids = encode_prompt([{"from": "human", "value": question}], model.config.template, tokenizer)
     new: list[int] = []
     features = None

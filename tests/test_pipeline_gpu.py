@@ -1,4 +1,4 @@
-"""Training, resuming and generation with small models on GPUs. Needs a machine with a GPU and the fused kernels."""
+"""Training, resuming and generation with small models on GPUs. The tests need a GPU and the fused kernels."""
 
 import json
 import time
@@ -19,25 +19,25 @@ from tests.support.tiny_data import build_shards
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.filterwarnings("ignore"),  # the packages of the kernels and Triton use deprecated functions of torch
+    pytest.mark.filterwarnings("ignore"),  # the kernel packages and Triton call deprecated torch functions
 ]
 
 KINDS = ("v1", "v2")
-STEPS = 6  # one epoch: batches with images and text-only batches, and an incomplete last batch of both
+STEPS = 6  # one epoch: image batches and text-only batches; the last batch of each kind is incomplete
 GPUS = min(2, torch.cuda.device_count())
 ON_GPU = ["engine.device=cuda", "engine.ds_config=ds_configs/zero3.json"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def base(request, recipe_file, raw_mix, tmp_path_factory):
-    """Return the arguments of a training of EMMA V1 or V2."""
+    """Build shards for the tiny V1 or V2 preset. Return the training arguments for them."""
     folder = build_shards(raw_mix, tmp_path_factory.mktemp(request.param) / "shards", f"tiny_{request.param}")
     return [recipe_file, f"model=tiny_{request.param}", f"data.shards={folder}", *ON_GPU]
 
 
 @pytest.mark.skipif(GPUS < 2, reason="two GPUs are needed")
 def test_two_gpus_with_zero_3_have_the_losses_and_gradients_of_plain_torch(base, tmp_path):
-    """Compare the losses of all steps, but gradients only in the first, because updates amplify rounding."""
+    """Compare losses of all steps, but gradients only in the first step, because updates amplify rounding errors."""
     recipe = load_recipe(base[0], [*base[1:], f"steps={STEPS}", "optim.micro_batch=8", f"run.dir={tmp_path}"])
     expected = train_plainly(recipe, "cuda")
     out = tmp_path / "gradients.pt"
@@ -72,7 +72,7 @@ def test_the_training_loss_on_repeated_batches_stays_finite_and_falls(base, tmp_
 
 
 def test_a_resumed_run_repeats_its_losses_and_answers_equally_on_cpu_and_gpu(base, tmp_path):
-    """Losses agree only to rounding, because Mamba's backward pass adds in no fixed order on a GPU."""
+    """The losses agree only approximately, because Mamba's backward pass on a GPU sums in no fixed order."""
     run = [*base, "steps=12", f"run.dir={tmp_path / 'run'}"]
     train = ["-m", "pipeline.train", *run]
     finish(torchrun(GPUS, train))
@@ -113,7 +113,7 @@ def test_a_run_whose_losses_are_not_finite_fails(base, tmp_path):
 
 
 def test_too_little_gpu_memory_is_a_one_line_error_that_suggests_a_remedy(base, tmp_path):
-    memory_limit = {"PYTORCH_ALLOC_CONF": "per_process_memory_fraction:0.0005"}  # 40 MB of 80 GB
+    memory_limit = {"PYTORCH_ALLOC_CONF": "per_process_memory_fraction:0.0005"}  # a limit of 40 MB on a GPU with 80 GB
     done = run_python("-m", "pipeline.train", *base, f"run.dir={tmp_path}", timeout=300, **memory_limit)
     assert done.returncode == 2, done.stderr
     [line] = [line for line in done.stderr.splitlines() if "error: " in line]

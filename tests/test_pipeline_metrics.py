@@ -1,4 +1,4 @@
-"""Metrics of real runs: the documented keys, validation losses, console lines, and wandb in offline mode."""
+"""Metrics of real runs: documented keys, validation losses, console lines, and wandb."""
 
 import itertools
 import json
@@ -38,7 +38,7 @@ def lines(run):
 
 @pytest.fixture(scope="module")
 def evaluated(recipe_file, shards, tmp_path_factory):
-    """The folder and the output of a run of two ranks with validation."""
+    """Train on two ranks with validation. Return the run folder and the console output."""
     run = tmp_path_factory.mktemp("evaluated") / "run"
     heldout = [f"evaluate.shards={shards}", "evaluate.every_steps=4", "evaluate.samples=999"]
     return run, finish(fork_ranks(2, train_command(recipe_file, shards, run, f"steps={STEPS}", *heldout)))
@@ -73,7 +73,8 @@ def test_the_slowest_rank_is_reported_after_every_step_with_images(evaluated):
     by_step = {line["step"]: line for line in lines(evaluated[0]) if "event" not in line}
     had_images = [by_step[step]["loss/align"] is not None for step in range(1, STEPS)]
     assert any(had_images)
-    for step, had in zip(range(2, STEPS + 1), had_images, strict=True):  # a step's times are in the next step's line
+    # The times of a step are logged in the line of the next step.
+    for step, had in zip(range(2, STEPS + 1), had_images, strict=True):
         ratio = by_step[step]["ranks/slowest_ratio"]
         assert ratio >= 1 if had else ratio is None, f"step {step}"
 
@@ -133,7 +134,7 @@ def test_wandb_files_contain_every_step_after_a_kill_and_a_resume(recipe_file, s
         time.sleep(0.02)
     family = [*psutil.Process(process.pid).children(recursive=True), process]
     assert any("wandb-core" in member.name() for member in family[:-1])
-    for member in family:  # as a preemption does
+    for member in family:  # a preemption also signals all processes
         member.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 0
     outcome = json.loads((run / "outcome.json").read_text())
@@ -187,7 +188,7 @@ def test_a_hanging_wandb_upload_delays_the_exit_only_for_a_limited_time(recipe_f
 
 
 def logged_steps(data):
-    """Yield the steps in a wandb file, which has LevelDB's log format: blocks of 32 KiB after a header of 7 bytes."""
+    """Yield the steps in a .wandb file. Its format is LevelDB's log format: blocks of 32 KiB after a 7-byte header."""
     at, record = 7, b""
     while at + 7 <= len(data):
         if (room := 32768 - at % 32768) < 7:
@@ -196,7 +197,7 @@ def logged_steps(data):
         size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
         record += data[at + 7 : at + 7 + size]
         at += 7 + size
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a complete record, or the last part of a record
             items = Record.FromString(record).history.item
             yield from (int(item.value_json) for item in items if "_step" in (item.key, *item.nested_key))
             record = b""

@@ -1,4 +1,4 @@
-"""Values of a log line: averages over the window, waits of the slowest rank, and timers."""
+"""Values of a log line: averages over a log window, times of the slowest rank, FLOPs, and timers."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Out of memory is the user's mistake, unless a step with the same settings has fitted before."""
+"""Out-of-memory errors: retryable if a step with the same settings has succeeded before, else user errors."""
 
 import json
 
@@ -19,7 +19,7 @@ MISTAKE, LOST = (UserError, "lower optim.micro_batch (now 4)"), (RetryableError,
 
 @pytest.fixture
 def run(recipe_file, tmp_path):
-    """Return the recipe, a function that makes the event of a start, and one that writes `metrics.jsonl`."""
+    """Return the recipe, a function that returns a launch event, and a function that writes `metrics.jsonl`."""
 
     def recipe(*overrides):
         return load_recipe(recipe_file, [*overrides, f"run.dir={tmp_path}"], planning=True)

@@ -1,4 +1,4 @@
-"""Planning commands: sizes and costs of the paper's models, and a dry run of one rank on the CPU."""
+"""The planning commands: describe, with parameter counts and costs of the paper's models, and dry_run."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Prefetching pretrained parts, and the check that a resumed run uses the same towers."""
+"""Prefetching and loading of pretrained parts, and the check that a resumed run uses the same vision towers."""
 
 import json
 
@@ -18,7 +18,7 @@ from tests.support.tiny_data import write_byte_tokenizer
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """Write small checkpoints in the published layouts: a mamba_ssm language model, towers and a tokenizer."""
+    """Write small pretrained parts in their published layouts: a language model, vision towers and a tokenizer."""
     folder = tmp_path_factory.mktemp("published")
     torch.manual_seed(1)
     config = preset("tiny_v2")

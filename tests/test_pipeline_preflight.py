@@ -1,4 +1,4 @@
-"""Preflight: each problem is one line, all problems are reported at once, and every check is quick."""
+"""Preflight checks before training: shards, weights, shared memory, disk space, and time limits."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ from tests.support.launch import finish, fork_python, fork_ranks
 
 ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
-# Two ranks that pretend to be two nodes: each has its own working directory for what must be on every node.
+# Runs the preflight on two ranks that simulate two nodes: relative paths are in a different folder on each node.
 TWO_NODES = """
 import os, sys
 from dataclasses import replace
@@ -148,7 +148,7 @@ def test_space_of_interrupted_saves_and_refused_checkpoints_counts_as_free(recip
 
 
 def test_the_space_check_includes_checkpoints_kept_forever_until_the_last_step(recipe_file, shards, tmp_path):
-    """Of the saves at 2, 4, …, 12, the newest three and the one at 6 are kept."""
+    """Of the checkpoints of steps 2, 4, …, 12, the newest three are kept, and step 6 is kept forever."""
     every = ["checkpoint.every_steps=2", "checkpoint.keep_every=3", "checkpoint.keep_last=3", f"run.dir={tmp_path}"]
     two_epochs, longer = context(recipe_file, shards, *every), context(recipe_file, shards, "steps=60", *every)
     assert preflight.check_checkpoint_space(two_epochs).startswith("6 checkpoints")

@@ -1,4 +1,4 @@
-"""Presets of all systems that the paper compares, end to end: training, resuming, export, generation."""
+"""Tiny presets of all systems that the paper compares: training, resuming, export and generation."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_each_tiny_preset_trains_resumes_exports_and_generates_an_answer(recipe_
     words = [recipe_file, f"model={name}", f"data.shards={zephyr_shards}", f"run.dir={run}", "checkpoint.every_steps=1"]
     train = ["-m", "pipeline.train", *words, "steps=3"]
     (run / "control").mkdir(parents=True)
-    (run / "control/stop").touch()  # under SLURM, an earlier stop request stays in force
+    (run / "control/stop").touch()  # under SLURM, a launch keeps an earlier stop request
     for done in (fork_python(*train, EMMA_JOB="1"), fork_python(*train)):
         assert done.returncode == 0, done.stderr
     facts = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

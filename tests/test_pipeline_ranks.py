@@ -15,7 +15,7 @@ FOUR, OWN, LAST = "0,1,2,3", "3", {"SLURM_NODEID": "1"}
 
 @pytest.fixture
 def rank_on(monkeypatch):
-    """Return a function that finds a rank's device, given its local rank, torch's GPU count and the environment."""
+    """Return a function (local rank, number of visible GPUs, environment variables) -> device of that rank."""
 
     def rank_on(local_rank: int, gpus: int, variables: dict[str, str]) -> torch.device:
         word = str(local_rank)

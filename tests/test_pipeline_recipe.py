@@ -1,4 +1,4 @@
-"""Loading of recipes: strictness, types, ranges; identity and fingerprint."""
+"""Recipes: loading and its errors, and the fingerprint that decides whether a checkpoint can be resumed."""
 
 import json
 import re
@@ -133,7 +133,7 @@ def test_only_settings_that_affect_training_results_change_the_fingerprint(recip
         assert load_recipe(recipe_file, [override]).fingerprint() != base, override
 
 
-FINGERPRINTS = {  # a change of any of them would keep existing runs from resuming
+FINGERPRINTS = {  # if one of them changes, existing runs can no longer resume
     "emma_v1": "778f329e9383a1555766b2aa7ef1b8ffdcd7c8749c4b4335f6f25b939d2d42c0",
     "emma_v2": "2c4ea9d2daae1d0b67e4e383231a108d4f8bc8d33cd9814246215e4b7a95be85",
     "tiny_v2": "96c3d6e309a429e26f6a9f77a37d06bc69fc50c77a31d31de89b79c675bc99ec",
@@ -148,7 +148,7 @@ def test_default_recipes_still_have_their_recorded_fingerprints(tmp_path, model)
 
 @pytest.fixture
 def old_run(monkeypatch):
-    """Return the recipe and the checkpoint manifest of a run that the first version of the project began."""
+    """Return the recipe and the checkpoint manifest of a run of the first version of this project."""
     from tests.support import micro_preset
 
     micro_preset.register()
@@ -190,7 +190,7 @@ def shallow(config: Any) -> dict[str, Any]:
 
 
 def with_new_keys(monkeypatch, old: Recipe, *, z_weight=0.0, dropout=0.0, decay=None) -> Recipe:
-    """Return the recipe as a later version would load it, in which three keys are new."""
+    """Return the recipe as a later version with three new keys would load it."""
     config = preset(old.model)
     assert config.alignment is not None
     alignment = NewAlignmentConfig(**shallow(config.alignment), dropout=dropout)

@@ -1,4 +1,4 @@
-"""Spike detection: a poisoned batch is a spike, the noise of a training is not."""
+"""Detection of spikes in losses and gradient norms, and what must not count as a spike."""
 
 import math
 
@@ -13,7 +13,7 @@ from pipeline.metrics.spikes import MEDIAN_STEPS, MIN_NOISE_STEPS, NOISE_STEPS, 
 from pipeline.recipe import load_recipe
 from pipeline.step import Requests, StepReport, row_losses
 
-FIRST = MEDIAN_STEPS + MIN_NOISE_STEPS  # the first step that may be a spike
+FIRST = MEDIAN_STEPS + MIN_NOISE_STEPS  # the first step that can be reported as a spike
 
 
 def report(total, grad_norm=1.0):

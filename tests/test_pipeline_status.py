@@ -1,4 +1,4 @@
-"""Status and history: the ledger of wall time, the state of a run, and what the table shows."""
+"""The status command: the ledger of wall time, the state of a run, the table, JSON and figures."""
 
 import json
 import os
@@ -32,7 +32,8 @@ def event(name, step, time, **facts):
     return {"event": name, "step": step, "time": time, **facts}
 
 
-# Starts at 100, crashes after step 4, resumes from step 2 at 160, stops at 185, resumes at 200, is lost, resumes, done.
+# Starts at time 100 and crashes after step 4. Resumes from step 2 at time 160 and is stopped at time 185. Resumes at
+# time 200, loses a rank, resumes again at time 208, and finishes.
 LINES = [
     event("start", 0, 110, began=100, total_steps=6),
     step_line(2, 120, 5, wait_s=1),
@@ -192,7 +193,7 @@ def test_the_state_shows_a_crash_and_not_the_lost_ranks_that_it_caused(tmp_path)
 
 @pytest.fixture
 def starting(recipe_file, tmp_path):
-    """A run that is starting in the folder of a run that was stopped."""
+    """Return a launch that is starting up in the run folder of a stopped run."""
     (tmp_path / "outcome.json").write_text(json.dumps({"outcome": "stopped", "step": 5, "reason": "by SIGUSR1"}))
     recipe = load_recipe(recipe_file, [f"run.dir={tmp_path}"], planning=True)
     run = RunFolder(recipe, Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu")))

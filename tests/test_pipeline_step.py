@@ -1,4 +1,4 @@
-"""A step's update equals that of one batch in plain torch, for any split and after any other modality."""
+"""The optimizer step: gradients compared with plain torch, nonfinite losses, and the combined reduction."""
 
 import math
 
@@ -12,7 +12,7 @@ from pipeline.step import LossSums, Requests, Timings, Totals, reduce_step
 from tests.support.launch import finish, fork_ranks
 from tests.support.plain_torch import train_plainly
 
-STEPS = 6  # one epoch: images and text alone, each with an incomplete last batch
+STEPS = 6  # one epoch: image batches and text-only batches; the last batch of each kind is incomplete
 CONFIGS = {3: "ds_configs/zero3_small.json", 2: "ds_configs/zero2.json"}
 ALIGNMENT_ONLY = ("alignment.", "projector.")
 
@@ -24,7 +24,7 @@ def base(recipe_file, shards):
 
 @pytest.fixture(scope="module")
 def reference(base, tmp_path_factory):
-    """Return the gradients and the modality of each step, computed in plain torch."""
+    """Train in plain torch. Return the gradients of each step and the modality of each step."""
     whole = [*base[1:], "optim.micro_batch=8", f"run.dir={tmp_path_factory.mktemp('none')}"]
     steps = train_plainly(load_recipe(base[0], whole))
     assert {"image", "text"} == {step.modality for step in steps}
@@ -52,7 +52,7 @@ def test_an_infinite_loss_on_one_rank_skips_the_update_on_all_ranks(tmp_path, ba
 
 
 def assert_same_gradients(actual, expected, modalities, first=0):
-    """Compare tensor by tensor. The first step differs by fp32 rounding, and later ones by its effect through Adam."""
+    """Compare tensor by tensor. Gradients of the first step differ by rounding, which Adam amplifies in later steps."""
     steps = range(first, len(expected))
     for step, ours, reference in zip(steps, actual, expected[first:], strict=True):
         whole = torch.cat([g.flatten() for g in reference.values()]).norm()

@@ -1,4 +1,4 @@
-"""Training on two real ranks: after a kill, a stop or damage, the resumed run ends with the same bits."""
+"""Training on two ranks: bit-identical results after kills, stops and damage, and one-line errors."""
 
 import errno
 import fcntl
@@ -45,7 +45,7 @@ def lines(run: Path) -> list[dict]:
 
 
 def losses(run: Path) -> dict[int, tuple]:
-    """Return the losses of each step. A step that was repeated after a resume has two lines; the last one counts."""
+    """Return the losses of each step. For a step that was repeated after a resume, return the losses logged last."""
     return {
         line["step"]: (line["loss/text"], line["loss/align"], line["optim/grad_norm"])
         for line in lines(run)
@@ -105,7 +105,7 @@ def test_a_killed_run_that_resumes_ends_bit_identical_to_an_uninterrupted_run(
     kill_all(process)
     assert max(losses(run)) < STEPS
     assert not (run / "outcome.json").exists()
-    cut_off = run / "checkpoints/.partial-step-00000008"  # what a kill during a save leaves behind
+    cut_off = run / "checkpoints/.partial-step-00000008"  # a kill during a save leaves such a folder
     cut_off.mkdir(exist_ok=True)
     (cut_off / "rank-00000.00.master").write_bytes(b"half")
 
@@ -195,7 +195,7 @@ def test_a_launch_in_a_run_folder_locked_by_another_process_is_refused(recipe_fi
 
 
 def test_exactly_one_of_two_simultaneous_launches_is_refused(recipe_file, tmp_path):
-    """The first attempt uses a new folder, and the others one that was used before."""
+    """The first attempt uses a new run folder. The later attempts use the same folder again."""
     recipe = load_recipe(recipe_file, [f"run.dir={tmp_path / 'run'}"], planning=True)
     barrier = threading.Barrier(2)
 

@@ -1,4 +1,4 @@
-"""A run with a rank that hangs or dies ends within seconds, with stacks and the exit code for a retry."""
+"""The watchdog: hanging and dead ranks end the run with the retry exit code; time limits and heartbeats."""
 
 import errno
 import faulthandler
@@ -134,7 +134,7 @@ def test_the_end_of_a_run_has_a_longer_time_limit_even_after_an_error(watchdog):
 
 
 class Waits:
-    """Stands for the `closed` event: each wait advances the clock by the next number, and then the event is set."""
+    """A fake of the `closed` event. Each wait advances a fake clock by the next value; then the event is set."""
 
     def __init__(self, monkeypatch, *seconds):
         self.now, self.seconds = 0.0, list(seconds)
@@ -187,7 +187,7 @@ def test_the_watchdog_does_not_overwrite_an_outcome_that_another_rank_wrote(watc
 
 
 def test_a_rank_still_ends_if_its_stacks_cannot_be_written_to_the_run_folder(watchdog, tmp_path, monkeypatch, capfd):
-    """Stands for a full disk: a file has the name of the folder."""
+    """Simulate the full disk with a file in place of the folder for stacks."""
     watchdog.folder = tmp_path / "file" / "stacks"
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("pipeline.run.watchdog.GRACE_S", 0.0)

@@ -1,4 +1,4 @@
-"""Builds on a real Ray cluster with killed processes and lost nodes: same bytes, and no shard is built twice."""
+"""Shard builds on a real Ray cluster in which workers, drivers, jobs or nodes are killed."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of rows that each have an image of their own."""
+    """Return a data root in which each row has its own image."""
     root = tmp_path_factory.mktemp("many") / "root"
     write_mix(root, [{"name": "photographs", "format": "llava", "annotations": "rows.json"}])
     rows = [dialogue_row(i) | {"image": f"{i}.jpg"} for i in range(NUM_ROWS)]
@@ -53,7 +53,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(root: Path) -> Path:
-    """Return the set that a build without Ray and without failures writes."""
+    """Return the shard set that an uninterrupted build without Ray writes."""
     return build_in_process(root, root.with_name("expected"), gpt_neox(), samples_per_shard=SAMPLES_PER_SHARD)
 
 
@@ -63,7 +63,7 @@ def command(root: Path, out: Path, **options: Any) -> list[str]:
 
 @contextlib.contextmanager
 def held_up(root: Path) -> Iterator[None]:
-    """Replace one of the last images by a pipe, so that a build waits for that image until the block ends."""
+    """Replace one of the last images with a FIFO, so that a build waits for this image until the `with` block ends."""
     image, pipe = root / "590.jpg", root.with_name("pipe")
     data = image.read_bytes()
     image.unlink()
@@ -116,7 +116,7 @@ def test_the_error_after_repeated_worker_crashes_names_the_last_image(
     crumb = tmp_path / "out/.work/shard-00029.crumb.tmp"
     with held_up(root):
         driver = cluster.driver(SCRIPT, *command(root, tmp_path / "out"))
-        wait_for_shards(driver, tmp_path / "out", ALL_BUT_ONE)  # so that nobody else is killed
+        wait_for_shards(driver, tmp_path / "out", ALL_BUT_ONE)  # only the worker of the last shard remains
         for death in range(4):
             wait_until(lambda: crumb.exists() and "590.jpg" in crumb.read_text(), driver)
             if death < 3:
@@ -130,7 +130,7 @@ def test_the_error_after_repeated_worker_crashes_names_the_last_image(
 
 
 def test_a_task_that_keeps_running_out_of_memory_fails_after_four_attempts(tmp_path: Path) -> None:
-    """Make Ray believe that memory is full. A pipe in place of an image blocks the task until Ray notices."""
+    """Set Ray's memory limit so low that it kills the task. A FIFO in place of an image blocks the task until then."""
     root = tmp_path / "root"
     write_mix(root, [{"name": "photographs", "format": "llava", "annotations": "rows.json"}])
     (root / "rows.json").write_text(json.dumps([dialogue_row(0) | {"image": "0.jpg"}]))
@@ -162,7 +162,7 @@ def test_a_killed_build_resumes_without_rebuilding_finished_shards(
         wait_for_shards(driver, out, ALL_BUT_ONE)
         driver.kill()
         driver.communicate()
-        wait_until(lambda: not cluster.workers("build_shard"))  # Ray ends the tasks of a dead driver
+        wait_until(lambda: not cluster.workers("build_shard"))  # Ray ends the tasks of a killed driver
     (out / f"shard-00029.tar.{uuid.uuid4().hex}.tmp").write_text("left by a killed worker")
     finished = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.json")}
     assert not (out / "manifest.json").exists()

@@ -1,4 +1,4 @@
-"""The annotation reader: it streams every format and compression, and reports damage with its line and column."""
+"""The annotation reader: JSON, JSONL, Parquet and compressed files, errors with line and column, and memory use."""
 
 import gzip
 import io
@@ -70,7 +70,7 @@ def test_rows_are_read_from_a_parquet_file(tmp_path: Path) -> None:
 def test_a_parquet_file_with_fewer_rows_than_its_footer_declares_is_a_user_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some flipped bits in the footer have this effect, and pyarrow raises no error."""
+    """Flipped bits in the footer can cause this damage, for which pyarrow raises no error."""
     pq.write_table(pa.table({"id": ["a", "b"]}), tmp_path / "rows.parquet")
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_, **__: iter(()))
     with pytest.raises(UserError, match="its footer declares 2 rows, but it holds 0"):
@@ -116,7 +116,7 @@ def test_the_error_for_a_malformed_json_array_names_line_and_column(
 ) -> None:
     text, message = BROKEN[kind]
     if chunk == 3 and kind == "nested too deeply":
-        return  # would take quadratic time, and tests the same code
+        return  # this combination would take quadratic time, and the larger chunk already covers this code
     monkeypatch.setattr(json_rows, "CHUNK_BYTES", chunk)
     with pytest.raises(UserError) as raised:
         list(read_rows(write(tmp_path / "rows.json", text)))
@@ -188,7 +188,7 @@ def test_an_overlong_row_is_a_user_error_before_it_is_read_completely(
 
 @pytest.mark.parametrize("shape", ["{}\n", "[{}]"])
 def test_a_long_row_is_parsed_in_linear_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str) -> None:
-    """A window that grew by a constant amount would be scanned a thousand times."""
+    """If the window grew by a constant number of bytes, the row would be scanned a thousand times."""
     monkeypatch.setattr(json_rows, "CHUNK_BYTES", 100)
     row = {"id": "x" * 100_000}
     path = write(tmp_path / "rows.json", shape.replace("{}", json.dumps(row)))
@@ -204,7 +204,7 @@ def test_a_long_row_is_parsed_in_linear_time(tmp_path: Path, monkeypatch: pytest
 
 
 def strings(*values: bytes) -> pa.Array:
-    """Return a string array of arbitrary bytes. pyarrow does not check the bytes of files either."""
+    """Return a string array of arbitrary bytes. Files can contain them, because pyarrow does not validate UTF-8."""
     packed = pa.array(values, pa.binary())
     return pa.Array.from_buffers(pa.string(), len(packed), packed.buffers())
 
@@ -230,7 +230,7 @@ def test_invalid_utf_8_in_parquet_is_replaced_in_every_column_type(tmp_path: Pat
 
 
 def test_a_zstd_file_with_a_skippable_first_frame_is_read(tmp_path: Path) -> None:
-    """pzstd writes such files."""
+    """The compressor pzstd writes such files."""
     skippable = struct.pack("<II", 0x184D2A5C, 4) + b"size"
     path = tmp_path / "rows.json.zst"
     path.write_bytes(skippable + pa.compress(json.dumps(ROWS).encode(), codec="zstd", asbytes=True))
@@ -265,7 +265,7 @@ def test_a_truncated_annotation_file_is_a_user_error(tmp_path: Path, name: str) 
 
 
 def test_reading_a_large_array_keeps_only_a_small_window_in_memory(tmp_path: Path) -> None:
-    """The file is 50 times as large as the window."""
+    """The file is about 50 times as large as the window of text in memory."""
     row = json.dumps({"id": "x" * 1000})
     path = write(tmp_path / "rows.json", "[" + ",".join([row] * 50_000) + "]")
     stream = read_rows(path)

@@ -1,4 +1,4 @@
-"""Builds give the same bytes with any number of workers and reruns, and report mistakes in one line."""
+"""Shard builds: identical bytes for any number of workers, reruns after changes, and checks without a build."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ NUM_ROWS, SAMPLES_PER_SHARD = 240, 20
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return LLaVA rows about six photographs. Every tenth row has no image, and the image of row 7 is missing."""
+    """Return a root of LLaVA rows about six photographs. One row in ten is text-only; the image of row 7 is missing."""
     root = tmp_path_factory.mktemp("root")
     (root / "photographs").mkdir()
     for name in PHOTOGRAPHS:
@@ -49,7 +49,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the set that a build without Ray and without failures writes."""
+    """Return the shard set that an uninterrupted build without Ray writes."""
     return build_in_process(
         root, tmp_path_factory.mktemp("expected") / "set", gpt_neox(), samples_per_shard=SAMPLES_PER_SHARD
     )
@@ -125,7 +125,7 @@ def test_a_rerun_restores_a_deleted_index_reject_list_tokenizer_or_manifest(
 def test_a_full_disk_is_reported_in_one_line_and_finished_shards_are_kept(
     root: Path, expected: Path, tmp_path: Path
 ) -> None:
-    """A limit on file sizes simulates the full disk."""
+    """Simulate the full disk with a limit on file sizes."""
     largest = max(path.stat().st_size for path in expected.glob("*.tar"))
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); "
     program = limited + "from model.errors import run_cli; from preprocess.build_shards import main; run_cli(main)"
@@ -175,7 +175,7 @@ def test_a_rerun_includes_a_repaired_image_of_the_same_file_size(root: Path, tmp
     other, out = tmp_path / "root", tmp_path / "out"
     shutil.copytree(root, other)
     image = other / "photographs/text.jpg"
-    image.write_bytes(bytes(image.stat().st_size))  # as an interrupted copy leaves it on many file systems
+    image.write_bytes(bytes(image.stat().st_size))  # on many file systems, an interrupted copy leaves a file of zeros
     build_in_process(other, out, gpt_neox(), samples_per_shard=SAMPLES_PER_SHARD, max_reject_ratio=1)
     assert Manifest.load(out).rejects_by_reason["picture_unknown_format"] > 1
     shutil.copy2(root / "photographs/text.jpg", image)
@@ -199,7 +199,7 @@ def test_compare_images_rebuilds_shards_with_a_replaced_image(root: Path, expect
 def test_a_rerun_rebuilds_a_shard_whose_tar_is_newer_than_its_sidecar(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Raw images all have the same size, so the size does not distinguish the new tar from the old one."""
+    """Tars of raw images all have the same size, so the size cannot reveal that the tar and the sidecar disagree."""
 
     def interrupt(path: Path, data: bytes) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""A shard set written by an earlier version is recognised as finished, although messages have changed since."""
+"""Compatibility with shard sets of version 0.1: reruns must not rebuild them, although messages have changed."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from preprocess.shards.verify import verify
 from tests.support.launch import REPOSITORY
 
 V0_1 = REPOSITORY / "tests/fixtures/v0_1"
-COMMAND = shlex.split(  # as in V0_1 / README.md
+COMMAND = shlex.split(  # the command in V0_1 / README.md
     "raw/mix.toml --model tiny_v2 --root raw --out shards --tokenizer raw/tokenizer "
     "--samples-per-shard 8 --workers 0 --max-reject-ratio 0.2"
 )
@@ -25,7 +25,7 @@ COMMAND = shlex.split(  # as in V0_1 / README.md
 
 @pytest.fixture
 def built_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Copy the old set and its input into the working directory. Return the set's folder."""
+    """Copy the old shard set and its raw data into a new working directory. Return the folder of the set."""
     for name in ("raw", "shards"):
         shutil.copytree(V0_1 / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
@@ -41,7 +41,7 @@ def write_times(folder: Path) -> dict[str, int]:
 
 
 def reword_every_reject(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Simulate a version in which every reject has another wording."""
+    """Simulate a later version that words the details of all rejects differently."""
     init = Rejected.__init__
 
     def reworded(self: Rejected, reason: str, detail: str = "") -> None:
@@ -110,7 +110,7 @@ def test_a_set_is_rebuilt_if_a_reject_differs_in_more_than_its_wording(
 def test_a_set_is_rebuilt_if_another_row_is_rejected(
     built_before: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The shards can all be reused, so only the hash in the manifest shows the difference."""
+    """All shards can be reused, so only the hash of the rejects in the manifest reveals the change."""
     path = built_before.parent / "raw/dialogues.json"
     path.write_text(json.dumps([*json.loads(path.read_text()), {"id": "new"}]))
     assert build_shards.main(COMMAND) == 0

@@ -1,4 +1,4 @@
-"""The demo's raw data: correct answers, the formats of the real datasets, and no overlap with the held-out images."""
+"""Raw data of the demo: scenes and answers, dataset formats, held-out images, damaged rows, and the tokenizer."""
 
 import itertools
 import json
@@ -75,12 +75,12 @@ def answers(scene: Scene) -> dict[str, str]:
 
 
 def painted(scene: Scene) -> np.ndarray:
-    """Return a mask of the pixels that have the scene's colour: bool [h, w]."""
+    """Return a boolean mask [height, width] of the pixels that have the colour of the scene."""
     return (np.asarray(render(scene)) == scene.paint).all(-1)
 
 
 def share_painted(scene: Scene, row: int, column: int) -> float:
-    """Return the share of a cell's pixels that have the scene's colour."""
+    """Return the share of the pixels in a grid cell that have the colour of the scene."""
     x, y = map(round, cell_centre(scene, (row, column)))
     half = CELL_PX // 2
     return float(painted(scene)[y - half : y + half, x - half : x + half].mean())

@@ -1,4 +1,4 @@
-"""Every kind of damaged row, through a real build: rejected with its reason, or repaired to the expected sample."""
+"""A real build from every kind of damaged row: reject reasons, repaired samples, and counts."""
 
 import json
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ from tests.support.dirty_rows import DIRTY_ROWS, DirtyRow, write_dirty_rows
 from tests.support.golden_tokenizer import gpt_neox
 from tests.support.shard_builds import arguments, build_in_process, write_mix
 
-JPEG_TOLERANCE = 14  # largest error of a flat colour after JPEG encoding, of 255
+JPEG_TOLERANCE = 14  # largest error of a uniform colour after JPEG encoding, on a scale of 255
 
 
 class Built:
-    """The shard set built from the damaged rows, with samples and rejects by row."""
+    """A shard set built from DIRTY_ROWS, with its samples and rejects by row number."""
 
     def __init__(self, out: Path) -> None:
         self.out, self.manifest = out, Manifest.load(out)
@@ -83,7 +83,7 @@ def test_every_reject_names_its_source_row_id_and_reason(built: Built) -> None:
 
 
 def test_reject_details_contain_no_memory_addresses_and_no_output_paths(built: Built) -> None:
-    """Messages of decoders can contain memory addresses."""
+    """Details must be equal in every build, but messages of image decoders can contain memory addresses."""
     for entry in built.rejects.values():
         assert " 0x" not in entry["detail"]
         assert str(built.out.parent) not in entry["detail"] or entry["reason"] == "picture_path_escapes"
@@ -104,7 +104,7 @@ def test_a_set_built_from_damaged_rows_passes_verification(built: Built, capsys:
     assert shardset(["verify", str(built.out)]) == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flag", ["--compare-images", "--compare-pictures"])  # the latter is the flag's old name
+@pytest.mark.parametrize("flag", ["--compare-images", "--compare-pictures"])  # the second is the old name of the flag
 def test_an_unchanged_set_of_damaged_rows_is_not_rebuilt(
     built: Built, flag: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

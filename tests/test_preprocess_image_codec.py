@@ -1,4 +1,4 @@
-"""The image codec: simplejpeg and torch give the same pixels as Pillow."""
+"""The image codec: decoding and resizing compared with Pillow, stored encodings, and memory use."""
 
 import io
 import os
@@ -67,10 +67,10 @@ def test_decoding_without_simplejpeg_gives_the_same_pixels(monkeypatch: pytest.M
 def test_a_jpeg_that_makes_simplejpeg_warn_is_decoded_by_pillow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Decoders give different pixels for damaged data, so only one of them may decode it."""
+    """Decoders return different pixels for damaged data, so Pillow must always decode such images."""
     data = bytearray(jpeg(photograph(203, 155)))
     middle = len(data) // 2
-    data[middle : middle + 2] = b"\xff\xd3"  # an unexpected restart marker: libjpeg warns and continues
+    data[middle : middle + 2] = b"\xff\xd3"  # an unexpected restart marker, about which libjpeg only warns
     expected = as_pillow_decodes(bytes(data))
     assert np.array_equal(decode_rgb(bytes(data)), expected)
     monkeypatch.setattr(codec, "_decode_with_pillow", lambda image: None)
@@ -99,7 +99,7 @@ def _raiser(error: Exception) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_decoding_in_strips_gives_the_same_pixels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The images have 64×48 pixels, which gives strips of seven rows and a last one of six."""
+    """Images of 64×48 pixels are decoded in strips of seven rows, and the last strip has six rows."""
     monkeypatch.setattr(codec, "simplejpeg", None)
     try:
         whole = decode_rgb(IMAGES[name]())
@@ -110,7 +110,7 @@ def test_decoding_in_strips_gives_the_same_pixels(name: str, monkeypatch: pytest
 
 
 def _largest(name: str, folder: Path) -> Path:
-    """Write an image of one colour with the largest number of pixels, and with an EXIF rotation."""
+    """Write a single-coloured image with the largest number of pixels that is decoded, and with an EXIF rotation."""
     exif = Image.Exif()
     exif[0x0112] = 6
     modes: dict[str, tuple[str, dict[str, Any]]] = {
@@ -126,7 +126,7 @@ def _largest(name: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["largest.png", "progressive.jpg", "largest.webp"])
 def test_decoding_the_largest_allowed_images_needs_less_than_1_gib_of_memory(tmp_path: Path, name: str) -> None:
-    """The limit is below 1 GiB because Ray, the tokenizer and cached images need memory, too."""
+    """The test allows only 860 MiB, because Ray, the tokenizer and cached images need memory as well."""
     program = (
         "import sys, pathlib, torch, preprocess.builder.task; from preprocess.images.codec import encode_stored_image; "
         "encode_stored_image(pathlib.Path(sys.argv[1]).read_bytes(), 384, 'jpeg'); "
@@ -154,7 +154,7 @@ SHAPES = [
 
 @pytest.mark.parametrize(("width", "height"), SHAPES)
 def test_resized_images_differ_from_pillows_only_by_rounding(width: int, height: int) -> None:
-    """Noise has edges that would reveal a filter, or an order of passes, other than those of Pillow."""
+    """Noise reveals any difference in the filter or in the order of the two resizing passes."""
     noise = np.random.Generator(np.random.Philox(key=1)).integers(0, 2, (height, width, 3)).astype(np.uint8) * 255
     for pixels in (photograph(width, height), noise):
         exact = np.asarray(Image.fromarray(pixels).resize((PX, PX), BICUBIC)).astype(int)

@@ -1,4 +1,4 @@
-"""The image store: it reads images from folders and from zip and tar archives."""
+"""The image store: images in folders, zip archives and tar archives, and reject reasons."""
 
 import errno
 import io
@@ -109,7 +109,7 @@ def test_a_damaged_archive_member_does_not_affect_other_members(tmp_path: Path) 
 def test_unreadable_images_are_rejected_but_disk_failures_raise_oserror(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, reason: str | None
 ) -> None:
-    """`Path.open` is patched, because root can read every file and a disk cannot be made to fail."""
+    """The test patches `Path.open`, because root can read every file and a test cannot make a disk fail."""
 
     def fail(path: Path, mode: str) -> IO[bytes]:
         raise OSError(number, "simulated")
@@ -154,7 +154,7 @@ def test_accented_image_names_are_found_in_either_unicode_normal_form(
 
 @pytest.mark.parametrize("encoding", ["utf-8", "cp437"])
 def test_accented_names_in_zip_files_without_the_utf_8_flag_are_found(tmp_path: Path, encoding: str) -> None:
-    """zipfile always sets the flag, so the encoded name is patched in afterwards."""
+    """zipfile always sets the flag for non-ASCII names, so the test writes an ASCII name and patches its bytes."""
     image = unicodedata.normalize("NFD" if encoding == "utf-8" else "NFC", "é.jpg")
     name = image.encode(encoding)
     write_zip(tmp_path / "p.zip", {"_" * len(name): b"image"})
@@ -163,7 +163,7 @@ def test_accented_names_in_zip_files_without_the_utf_8_flag_are_found(tmp_path: 
 
 
 def write_linked_tar(path: Path, links: dict[str, tuple[bytes, str]]) -> None:
-    """Write a tar with the file a/1.jpg and the given links."""
+    """Write a tar archive with the file a/1.jpg and the given links."""
     with tarfile.open(path, "w") as archive:
         file = tarfile.TarInfo("./a/1.jpg")
         file.size = len(b"image")

@@ -1,4 +1,4 @@
-"""Loading of mixes: strictness, weights, and the paper's mix."""
+"""Mix files: loading and its errors, source weights, the paper's mix, and row formats."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The number of tasks in flight, on a fake Ray cluster that grows and shrinks."""
+"""The number of Ray tasks in flight on a fake cluster that grows and shrinks."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from preprocess.shards.folder import ShardFolder
 
 
 class Cluster:
-    """A fake of the ray module. Each request for resources returns the next of `cpus`; one task ends per wait."""
+    """A fake of the ray module. Each call of cluster_resources returns the next of `cpus`; each wait ends one task."""
 
     def __init__(self, cpus: list[int]) -> None:
         self.cpus, self.in_flight = cpus, list[int]()
@@ -24,7 +24,7 @@ class Cluster:
 
     def cluster_resources(self) -> dict[str, float]:
         cpus = self.cpus.pop(0) if len(self.cpus) > 1 else self.cpus[0]
-        return {"CPU": float(cpus)} if cpus else {}  # Ray omits resources of which there are none
+        return {"CPU": float(cpus)} if cpus else {}  # Ray omits resources whose amount is zero
 
     def remote(self, function: Any) -> Any:
         return SimpleNamespace(options=lambda **options: SimpleNamespace(remote=lambda task: object()))
@@ -40,9 +40,9 @@ class Cluster:
 @pytest.mark.parametrize(
     ("cpus", "workers", "in_flight"),
     [
-        ([2, 2, 4], None, [4, 4, 8, 8, 8]),  # nodes that join get work
-        ([4, 1], None, [8, 7, 6, 5, 4]),  # nodes that left get none
-        ([0, 0, 1], None, [1, 1, 2, 2, 2]),  # a head node without CPUs, before the other nodes join
+        ([2, 2, 4], None, [4, 4, 8, 8, 8]),  # nodes that join get tasks
+        ([4, 1], None, [8, 7, 6, 5, 4]),  # after a node has left, fewer tasks are in flight
+        ([0, 0, 1], None, [1, 1, 2, 2, 2]),  # a head node without CPUs, and nodes that join later
         ([8], 3, [3, 3, 3, 3, 3]),
     ],
 )

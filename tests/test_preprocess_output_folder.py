@@ -1,4 +1,4 @@
-"""A build deletes or replaces only files that a build has written."""
+"""The output folder of a build: foreign files, leftovers of earlier builds, and the lock."""
 
 import shutil
 import uuid

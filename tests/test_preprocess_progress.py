@@ -1,4 +1,4 @@
-"""Progress is printed as lines in a log and as a bar on a terminal, and written to a file."""
+"""Progress of a build: lines in a log, a bar on a terminal, and progress.json."""
 
 import io
 import json

@@ -22,7 +22,7 @@ def turns(*texts: str) -> list[dict[str, str]]:
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
-# The texts spell out the format. The golden ids above were computed once and must not change.
+# The texts below spell out the format of each template. The golden ids above were computed once and must not change.
 FORMATS: dict[tuple[str, str], tuple[list[dict[str, str]], list[str | int], list[list[str | int]]]] = {
     ("zephyr", "one turn"): (
         turns("<image>\nWhat is it?", "A cat."),
@@ -98,14 +98,14 @@ def test_special_tokens_in_a_message_are_encoded_as_plain_text() -> None:
 @pytest.mark.parametrize(
     ("limit", "left", "spans"),
     [
-        (100, 25, 2),  # nothing to cut
+        (100, 25, 2),  # the limit exceeds the length of the dialogue
         (25, 25, 2),
-        (24, 24, 2),  # the last answer loses its end of text
+        (24, 24, 2),  # the last answer loses its end-of-text token
         (20, 20, 2),
-        (19, 11, 1),  # the second answer is gone, and its question goes with it
+        (19, 11, 1),  # no token of the second answer fits, so its question is removed as well
         (11, 11, 1),
         (8, 8, 1),
-        (7, 0, 0),  # not even the first answer begins
+        (7, 0, 0),  # no token of the first answer fits, so nothing remains
     ],
 )
 def test_truncating_a_dialogue_leaves_no_question_without_an_answer(limit: int, left: int, spans: int) -> None:
@@ -119,7 +119,7 @@ def test_truncating_a_dialogue_leaves_no_question_without_an_answer(limit: int, 
 
 
 def record_tokenized_texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list that records every text that is tokenized from now on."""
+    """Return a list to which each text is appended when it is tokenized."""
     texts: list[str] = []
     encode = Tokenizer._encode_whole
 
@@ -164,7 +164,7 @@ def test_truncating_long_text_before_tokenizing_gives_the_same_token_ids(
 
 
 def test_text_that_the_tokenizer_mostly_removes_is_truncated_correctly(tmp_path: Path) -> None:
-    """The number of ids cannot be estimated from the length of the text."""
+    """For such a tokenizer, the length of a text says nothing about its number of token ids."""
     settings = json.loads(gpt_neox().data)
     settings["normalizer"] = {"type": "Replace", "pattern": {"Regex": "~+"}, "content": ""}
     tokenizer = Tokenizer(json.dumps(settings).encode(), "dropping")
@@ -201,7 +201,7 @@ def test_an_unusable_tokenizer_file_is_a_one_line_user_error(tmp_path: Path, con
 
 
 def test_a_hub_tokenizer_is_loaded_from_the_local_cache_when_offline(tmp_path: Path) -> None:
-    """This is the case on compute nodes without network access."""
+    """Compute nodes without network access depend on this."""
     stored = tmp_path / "models--org--name"
     (stored / "refs").mkdir(parents=True)
     (stored / "refs/main").write_text("0" * 40)

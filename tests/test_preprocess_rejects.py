@@ -1,4 +1,4 @@
-"""The limit on rejects: it is checked as early as possible, and exceeding it leaves no shard set."""
+"""The limit on the share of rejected rows, and the reject list of a build."""
 
 import json
 import tracemalloc
@@ -54,7 +54,7 @@ def test_a_note_reports_each_source_that_contributes_no_rows(
 
 @pytest.fixture
 def half_bad(tmp_path: Path) -> Path:
-    """Return a root with a good source and one that loses 5 of its 10 rows before any image is read."""
+    """Return a data root with a valid source and a source of which 5 of 10 rows are rejected before images are read."""
     folder, good = tmp_path / "half_bad", [talk_row(number) for number in range(10)]
     folder.mkdir()
     (folder / "good.json").write_text(json.dumps(good))

@@ -1,4 +1,4 @@
-"""Raw data behind a URL gives the same shard set as the same data in a folder."""
+"""Raw data at a URL: builds, archives, missing and oversized images, and unsupported URLs."""
 
 import json
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from tests.test_preprocess_image_store import LAYOUTS
 
 @pytest.fixture
 def bucket() -> Iterator[str]:
-    """Return a URL in fsspec's in-memory file system."""
+    """Return the URL of an empty folder in the in-memory file system of fsspec."""
     yield "memory://bucket"
     fsspec.filesystem("memory").rm("/bucket", recursive=True)
 
@@ -31,7 +31,7 @@ def upload(folder: Path, url: str) -> None:
 
 
 def raw_data(root: Path) -> Path:
-    """Write rows about two images in a folder, and about one that is missing."""
+    """Write rows about two existing images and a missing image. Return the data root."""
     (root / "images").mkdir(parents=True)
     conversation = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
     rows = [{"id": str(i), "image": f"{i % 3}.png", "conversations": conversation} for i in range(9)]
@@ -108,7 +108,7 @@ def test_an_oversized_image_at_a_url_is_rejected_without_a_full_download(
 def test_an_empty_object_is_read_although_its_range_requests_fail(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Object stores refuse range requests for empty objects."""
+    """Object stores answer a range request for an empty object with an error."""
 
     def no_range(path: str, start: int, end: int) -> bytes:
         raise OSError(f"416: {path} has no bytes {start}-{end}")

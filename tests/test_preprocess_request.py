@@ -1,4 +1,4 @@
-"""User errors are reported in one line each, before any work."""
+"""Arguments and inputs of a build: user errors are reported in one line before any shard is built."""
 
 import errno
 import json
@@ -27,7 +27,8 @@ def command(root: Path, out: Path) -> list[str]:
 def test_relative_paths_in_a_ray_job_with_an_uploaded_checkout_are_a_user_error(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_1"  # where Ray unpacks --working-dir
+    # Ray unpacks an uploaded checkout into such a folder.
+    copy = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_1"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
     words = [*command(root, tmp_path / "out"), "--root", "data/raw"]

@@ -1,4 +1,4 @@
-"""The stock webdataset package reads our shards field by field, and files are complete or absent."""
+"""The shard format: samples, tars, the index, compatibility with webdataset, and atomic writes."""
 
 import hashlib
 import io

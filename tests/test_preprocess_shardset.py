@@ -1,4 +1,4 @@
-"""`shardset verify` finds and names any damage; `info` and `preview` show the content of a set."""
+"""The shardset commands: verify, which finds damage, and info and preview, which show the contents of a set."""
 
 import errno
 import json
@@ -28,7 +28,10 @@ from tests.support.tiny_data import write_byte_tokenizer
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a set of three shards with and without images, and a fourth without samples. Texts hold <b>markup</b>."""
+    """Return a set of three shards with image and text-only samples, and a fourth shard without samples.
+
+    The texts contain HTML markup, which the preview must escape.
+    """
     root = tmp_path_factory.mktemp("root")
     tokenizer = load_tokenizer(write_byte_tokenizer(root / "bytes"))
     Image.linear_gradient("L").save(root / "grey.png")
@@ -121,7 +124,7 @@ FORGERIES = {
 
 
 def forge(folder: Path, name: str, value: object) -> None:
-    """Replace a value of the manifest, and update its checksum."""
+    """Replace a value in the manifest, and update the checksum of the manifest."""
     table = json.loads((folder / MANIFEST).read_bytes())
     table[name] = table[name] | value if isinstance(value, dict) else value
     known = {key: table[key] for key in table if key not in ("seal", "format", "shards")}

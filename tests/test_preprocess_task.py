@@ -1,4 +1,4 @@
-"""Memory of a worker, its cache of images, and the check of the dialogues that it reads."""
+"""The task that builds one shard: memory use, the image cache, and the check of its input."""
 
 import dataclasses
 import gc
@@ -28,7 +28,7 @@ BOUND = 8 << 20
 
 
 def one_task(root: Path, rows: list[dict[str, Any]]) -> ShardTask:
-    """Return the task of the only shard of these rows, with images stored as originals."""
+    """Return the task that builds the only shard of these rows, with original images."""
     (root / "rows.json").write_text(json.dumps(rows))
     head = '[images]\nencoding = "original"'
     write_mix(root, [{"name": "a", "format": "llava", "annotations": "rows.json"}], head)
@@ -39,7 +39,7 @@ def one_task(root: Path, rows: list[dict[str, Any]]) -> ShardTask:
 
 
 def test_building_a_shard_leaves_no_reference_cycles_in_memory(tmp_path: Path) -> None:
-    """Objects in cycles would stay until a full garbage collection, which may be hours away."""
+    """Objects in reference cycles would stay in memory until a full garbage collection, possibly hours later."""
     Image.new("RGB", (64, 48)).save(tmp_path / "good.bmp")
     (tmp_path / "bad.bmp").write_bytes(b"BM")
     rows = [dialogue_row(1) | {"image": name} for name in ("good.bmp", "bad.bmp", "good.bmp", "bad.bmp", "none.bmp")]
@@ -63,14 +63,15 @@ def test_memory_for_building_a_shard_of_large_images_is_bounded(
     for number in range(40):
         Image.fromarray(noise + np.uint8(number)).save(tmp_path / f"{number}.bmp")
     shard = one_task(tmp_path, [dialogue_row(1) | {"image": f"{number}.bmp"} for number in range(40)])
-    build_shard(dataclasses.replace(shard, name="warm"))  # tokenizer and templates are loaded
+    # Load the tokenizer and the templates before memory is measured.
+    build_shard(dataclasses.replace(shard, name="warm"))
     tracemalloc.start()
     try:
         build_shard(shard)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert 3_000_000 < peak < 6 * BOUND  # of 120 MB: the cache, the images kept for digests, and copies of one image
+    assert 3_000_000 < peak < 6 * BOUND  # all images together have 120 MB
 
 
 def test_an_image_shared_by_several_rows_is_decoded_once_even_if_invalid(
@@ -110,7 +111,7 @@ def test_the_image_cache_evicts_the_least_recently_used_entries_first(monkeypatc
 
 
 def test_a_task_that_reads_an_outdated_dialogue_file_raises_oserror(tmp_path: Path) -> None:
-    """It raises OSError, so that the task is retried, when the file system may have caught up."""
+    """Ray retries a task after an OSError; by then, a slow network file system may show the current file."""
     shard = one_task(tmp_path, [{"id": 1, "conversations": dialogue_row(9)["conversations"]}])
     data = shard.folder.dialogues.read_bytes()
     shard.folder.dialogues.write_bytes(data.replace(b"What", b"That"))

@@ -1,4 +1,4 @@
-"""Notes about numbers of rows that differ from those the mix expects."""
+"""Notes about sources whose number of rows differs from the number in the mix."""
 
 from pathlib import Path
 

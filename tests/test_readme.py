@@ -1,4 +1,4 @@
-"""The README and docs/: links resolve, commands exist, and the Python example runs."""
+"""The README and the pages in docs/: links, commands, file names, and the Python example."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The Python environment of the batch scripts, and shellcheck."""
+"""The Python environment of the batch scripts, and shellcheck of all scripts."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ PRINT_ITSELF = '#!/bin/sh\necho "$0 $*" >&2\nexit 3\n'
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """Create three pythons that only print their path: in .venv, in a conda environment and in a container."""
+    """Return a checkout with fake pythons in .venv, a conda environment and a container, which print their own path."""
     shutil.copytree(REPOSITORY / "slurm", tmp_path / "slurm")
     for name in (".venv/bin", "conda/bin", "container"):
         (tmp_path / name).mkdir(parents=True)

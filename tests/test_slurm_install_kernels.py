@@ -1,4 +1,4 @@
-"""The options of slurm/install_kernels.sh. Nothing is built, because that takes a CUDA compiler and minutes."""
+"""Options of slurm/install_kernels.sh. The tests build nothing, because a build needs a CUDA compiler and minutes."""
 
 import subprocess
 

@@ -1,4 +1,4 @@
-"""slurm/preprocess.sh on a real controller, with Ray inside the allocation."""
+"""slurm/preprocess.sh as a job on a real SLURM cluster, with Ray inside the allocation."""
 
 import pytest
 
@@ -13,10 +13,8 @@ def submit(slurm, raw_mix, tmp_path):
     def submit(*words: str, **environment: str) -> str:
         tokenizer = write_byte_tokenizer(tmp_path / "tokenizer")
         where = ("--root", raw_mix.parent, "--out", tmp_path / "shards", "--tokenizer", tokenizer)
-        options = (
-            "--cpus-per-task=2",
-            "--export=EMMA_ENV,EMMA_SRUN",
-        )  # Ray gets all variables of the script nevertheless
+        # Although sbatch exports only two variables, the script must pass all its own variables to Ray.
+        options = ("--cpus-per-task=2", "--export=EMMA_ENV,EMMA_SRUN")
         return slurm.submit(*options, SCRIPT, raw_mix, "--model", "tiny_v2", *where, *words, **environment)
 
     return submit

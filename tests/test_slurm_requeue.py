@@ -1,8 +1,8 @@
-"""Which events requeue a job: the real batch script on a real controller, with a stand-in for training.
+"""Events that requeue a training job: the real batch script on a real SLURM cluster, with a stand-in for training.
 
-The stand-in, tests/programs/slurm_training.py, starts at once and writes what the batch script reads: the files in
-control/, checkpoints/latest, outcome.json and the exit code. Real training is in test_slurm_train_emma.py. All tests of
-this module run at the same time, because most of their time is spent waiting for SLURM.
+The stand-in, tests/programs/slurm_training.py, starts quickly and produces what the batch script reads: the files in
+control/, checkpoints/latest, outcome.json and the exit code. test_slurm_train_emma.py tests jobs with real training.
+All tests of this module run in parallel, because they spend most of their time waiting for SLURM.
 """
 
 import sys
@@ -21,7 +21,7 @@ SCENARIOS: dict[str, Scenario] = {}
 
 
 def concurrent(scenario: Scenario) -> Callable[[dict[str, Future[None]]], None]:
-    """Turn a scenario into a test that runs at the same time as the other scenarios."""
+    """Turn a scenario into a test that runs in parallel with the other scenarios."""
     SCENARIOS[scenario.__name__] = scenario
 
     def test(scenarios: dict[str, Future[None]]) -> None:
@@ -48,8 +48,8 @@ def scenarios(
 @concurrent
 def test_a_job_near_its_time_limit_saves_requeues_itself_and_resumes(training):
     job = training.submit_and_wait_until_running("--time=10", "--signal=B:USR1@45", "restarts=1")
-    # SLURM checks time limits every 30 s, and sends the signal up to 30 s early, so the limit is set once the script
-    # handles signals. The second start has two minutes, so that it ends before it could be signalled.
+    # SLURM checks time limits every 30 s and may send the signal 30 s early, so the test sets the limit only when the
+    # script handles signals. The second launch has a limit of two minutes, so that it ends before any signal.
     training.slurm.run("scontrol", "update", f"jobid={job}", "EndTime=now+70")
     log = training.assert_end(job, "COMPLETED", restarts=1)
     assert "stopped at step" in log, "the second start overwrote the log of the first"
@@ -118,7 +118,7 @@ def test_scancel_ends_a_job_without_a_requeue_even_after_a_usr1_signal(training)
 
 @concurrent
 def test_a_manual_stop_prevents_a_requeue_in_the_same_job_but_not_in_the_next(training):
-    job = training.submit_and_wait_until_running("exit_delay_s=5")  # so that the job is still there for the signal
+    job = training.submit_and_wait_until_running("exit_delay_s=5")  # keeps the job alive until the signal
     (training.run / "control/stop").touch()
     training.slurm.signal(job, "USR1")
     training.assert_end(job, "COMPLETED", restarts=0)
@@ -231,7 +231,7 @@ def test_crashes_without_progress_are_limited_and_reported_in_one_line(training)
 
 @concurrent
 def test_jobs_whose_training_failed_or_was_refused_are_not_requeued(training):
-    """Training is refused by a rank whose exit code the job does not have, because the launcher killed another rank."""
+    """In the refused job, the exit code is that of a rank that srun killed, and not that of the rank that refused."""
     job = training.submit("end=failed")
     training.assert_end(job, "FAILED", restarts=0)
     assert training.slurm.job(job)["ExitCode"] == "3:0"
@@ -253,7 +253,7 @@ def test_a_refused_second_launch_does_not_prevent_the_requeue_of_the_first_job(t
 
 @concurrent
 def test_ranks_on_one_and_two_nodes_get_the_recorded_environment_variables(training):
-    """sbatch exports only EMMA_ENV here, and passes that setting on to srun in a variable."""
+    """With --export=EMMA_ENV, sbatch sets SLURM_EXPORT_ENV, which would make srun export EMMA_ENV only."""
     slurm_names = ("PROCID", "LOCALID", "NODEID", "STEP_NUM_TASKS")
     names = [*(f"SLURM_{name}" for name in slurm_names), "MASTER_ADDR", "SRUN_CPUS_PER_TASK", "OMP_NUM_THREADS"]
     words = ["end=environment", "restarts=0", f"names={','.join(names)}", "--ntasks-per-node=8", "--cpus-per-task=8"]

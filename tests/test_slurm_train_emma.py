@@ -1,4 +1,4 @@
-"""slurm/train_emma.sh on a real controller: its dry run, and real training on two CPU ranks."""
+"""slurm/train_emma.sh: its dry run, and jobs with real training on two CPU ranks of a real SLURM cluster."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ def test_the_help_of_each_slurm_script_shows_examples_and_no_code(script):
 
 
 def dry_run(slurm, *words, **environment):
-    """Run the script without a job, with the environment variables of one."""
+    """Run the script in dry-run mode outside a job, with the given environment variables."""
     return slurm.run("bash", SCRIPT, *words, cwd=REPOSITORY, DRY_RUN="1", OMP_NUM_THREADS="", **environment)
 
 
@@ -86,7 +86,7 @@ def test_a_dry_run_outside_a_job_uses_the_sbatch_directives_of_the_script(slurm)
 
 @pytest.fixture
 def submit(slurm, recipe_file, shards, tmp_path):
-    """Return a function that submits real training with two CPU tasks and the run folder tmp_path/run."""
+    """Return a function that submits a job that trains with two CPU tasks in the run folder tmp_path/run."""
 
     def submit(*words: str) -> str:
         options, overrides = ([w for w in words if w.startswith("--") == dashed] for dashed in (True, False))
@@ -115,7 +115,7 @@ def assert_done(slurm, job, run, restarts):
 
 def test_a_preempted_job_is_requeued_and_trains_every_step_exactly_once(slurm, submit, tmp_path):
     run = tmp_path / "run"
-    job = submit("data.workers=1", "--partition=graceful")  # the signal reaches the loading processes too
+    job = submit("data.workers=1", "--partition=graceful")  # so that DataLoader workers receive the signal as well
     slurm.wait_during(job, lambda: steps_of(run), "the first step")
     slurm.preempt()
     assert_done(slurm, job, run, restarts=1)
@@ -159,7 +159,7 @@ def ranks_of(run: Path) -> list[psutil.Process]:
 
 
 def command_line(process: psutil.Process) -> list[str]:
-    """Return the words of a process's command line, or nothing if it has ended."""
+    """Return the words of the command line of a process, or an empty list if the process has ended."""
     try:
         return " ".join(process.cmdline()).split()
     except psutil.Error:

@@ -22,9 +22,8 @@ from tests.support.launch import REPOSITORY
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-NODES = [
-    f"127.0.0.{i}" for i in range(1, 9)
-]  # the names are addresses, because ranks connect to the first node by its name
+# The names are addresses, because ranks connect to the first node by its name.
+NODES = [f"127.0.0.{i}" for i in range(1, 9)]
 POLL_S = 0.2
 FINISHED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 
@@ -106,11 +105,8 @@ class SlurmCluster:
 
     def __exit__(self, *_: object) -> None:
         self._ask("scancel", f"--user={getpass.getuser()}")
-        for daemons in (
-            self.daemons[2:],
-            self.daemons[1:2],
-            self.daemons[:1],
-        ):  # first the nodes, then the controller, then munged
+        # Stop the nodes first, then the controller, then munged.
+        for daemons in (self.daemons[2:], self.daemons[1:2], self.daemons[:1]):
             for daemon in daemons:
                 daemon.terminate()
             for daemon in daemons:

@@ -20,9 +20,8 @@ def write_checkout(folder: Path) -> None:
     """Write a checkout with the real batch scripts, and with fast stand-ins for pipeline.recipe and pipeline.train."""
     shutil.copytree(REPOSITORY / "slurm", folder / "slurm")
     (folder / "pipeline").mkdir()
-    (
-        folder / "pipeline/__init__.py"
-    ).touch()  # otherwise a `pipeline` package in the PYTHONPATH would be imported instead
+    # Without this file, a `pipeline` package in the PYTHONPATH would be imported instead.
+    (folder / "pipeline/__init__.py").touch()
     (folder / "pipeline/recipe.py").write_text(RECIPE)
     (folder / "pipeline/run").mkdir()
     shutil.copy(REPOSITORY / "pipeline/run/control.py", folder / "pipeline/run")
