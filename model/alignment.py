@@ -1,4 +1,4 @@
-"""Pixel-wise alignment (EMMA Eq. 6, 9): a small decoder predicts the image from the visual states."""
+"""Pixel-wise alignment (EMMA Eq. 6, 9): a small decoder predicts the image from the states of its visual tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class AlignTarget(NamedTuple):
 
 
 class Alignment(nn.Module):
-    """Fusion of the tapped states, then the decoder: Mamba blocks, a norm and a linear layer."""
+    """Fuse the tapped states, and decode them with Mamba blocks, a norm and a linear layer."""
 
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__()

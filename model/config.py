@@ -46,7 +46,7 @@ class TowerConfig:
 
     @property
     def num_blocks(self) -> int:
-        """Number of blocks to build. The last one is left out, because the features come from the block before it."""
+        """Number of blocks to build. The last block is not built, because the features are its input."""
         return self.depth - 1
 
 
@@ -146,7 +146,7 @@ class MambaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentConfig:
-    """Configuration of the alignment loss, which only training computes (EMMA Eq. 6-9)."""
+    """Configuration of the alignment loss, which is computed only in training (EMMA Eq. 6-9)."""
 
     taps: tuple[int, ...]
     """0-based layers of the language model whose states are fused with the final state, in increasing order."""

@@ -1,4 +1,4 @@
-"""Errors that end a command with one line and an exit code, and the meaning of operating-system errors."""
+"""Errors that end a command with one line and an exit code, and advice on operating-system errors."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class ExitCode(IntEnum):
     USER_ERROR = 2  # an error that the user can fix
     FAILED = 3  # too many rejects, or a failed training run; running the same command again would fail again
     RETRY = 4  # transient failure; running the same command again may succeed
-    INTERRUPTED = 130  # by Ctrl-C
+    INTERRUPTED = 130  # interrupted by Ctrl-C
     BROKEN_PIPE = 141  # the reader of stdout, such as `head`, has closed it
-    TERMINATED = 143  # by SIGTERM
+    TERMINATED = 143  # terminated by SIGTERM
 
 
 class CommandError(Exception):
@@ -63,7 +63,7 @@ def oserror_text(error: OSError, path: Path | str = "") -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another package's error message, so that it fits into one of ours."""
+    """Return the first line of another package's error message, so that it can be part of a one-line message."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
 
 
@@ -99,7 +99,7 @@ def _stdout_is_closed() -> bool:
     """Return whether the reader of stdout has closed it. If so, redirect stdout, so that flushing at exit succeeds."""
     try:
         poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)  # an error is always reported
+        poll.register(sys.stdout.fileno(), 0)  # errors are reported even for an empty event mask
         closed = any(events & select.POLLERR for _, events in poll.poll(0))
     except OSError:  # stdout is not a file
         return False

@@ -1,7 +1,7 @@
 """Multi-scale feature fusion (EMMA Eq. 7-8), which combines several states of each patch into one.
 
-The states are those of the language model after its tapped layers, and its final state. They are passed as `levels`, a
-tuple from the shallowest to the final one.
+The states are those of the language model's tapped layers, and its final state. They are passed as the tuple `levels`,
+in the order of the layers, with the final state last.
 """
 
 from __future__ import annotations

@@ -68,12 +68,12 @@ class MambaStack(nn.Module):
 
         Args:
             x: Embedded inputs [b, l, d].
-            taps: 0-based layers whose state is returned.
+            taps: 0-based indices of the tapped layers.
             tap: State to return: the output of the layer's mixer, or the residual stream after the layer.
         """
-        # A segment ends after a tapped layer and returns its state. A hook on the layer would not do, because it would
-        # also run during recomputation. If a segment continued after the tapped layer, ZeRO-3 would release the weights
-        # of this layer during the recomputation.
+        # Tapped states are returned by segments instead of collected by hooks, because a hook would run again during
+        # recomputation. A segment ends after a tapped layer, because otherwise ZeRO-3 would release the weights of this
+        # layer during the recomputation.
         hidden, residual, tapped = x, None, []
         plan = plan_segments(len(self.layers), taps, segment_layers=self.segment_layers, keep_layers=self.keep_layers)
         for segment in plan:

@@ -69,7 +69,7 @@ class Mixer(nn.Module):
 
     @property
     def decay_rates(self) -> Tensor:
-        """A in the Mamba papers, fp32."""
+        """A of the Mamba papers, in fp32. The values are negative, and the decay per position is exp(dt · A)."""
         return -torch.exp(self.A_log.float())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Mixer:

@@ -140,7 +140,7 @@ def _with_alignment(full: EmmaConfig, **changes: Any) -> EmmaConfig:
 
 
 def tiny(full: EmmaConfig) -> EmmaConfig:
-    """Shrink a model until it trains on a laptop's CPU: 7×7 patches, six layers and a vocabulary of 1024."""
+    """Shrink a model so that it can be trained on a laptop's CPU: 7×7 patches, six layers, a vocabulary of 1024."""
     overrides = {"img_size": 100, "depth": 3, "num_heads": 2}
     towers = tuple(
         replace(tower, width=width, depth=3, overrides={**overrides, "embed_dim": width})

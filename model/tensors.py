@@ -40,11 +40,11 @@ class TensorFiles(Mapping[str, Tensor]):
         return len(self._sources)
 
     def renamed(self, names: Mapping[str, str]) -> TensorFiles:
-        """Return the tensors under new names. `names` maps new names to old names; tensors without one are left out."""
+        """Return the tensors under new names. `names` maps new names to old names; all other tensors are left out."""
         return TensorFiles(self.paths, {new: self._sources[old] for new, old in names.items()})
 
     def file_hashes(self) -> dict[str, str]:
-        """Return the sha256 of each file by its path."""
+        """Return the sha256 of each file, by path."""
         return {str(path): file_sha256(path) for path in self.paths}
 
 

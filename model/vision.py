@@ -1,4 +1,4 @@
-"""Frozen vision towers: features of each patch from uint8 pixels."""
+"""Frozen vision towers, which compute the features of each patch from uint8 pixels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Tower(nn.Module):
         super().__init__()
         arguments = {**tower.overrides, "img_size": image_px, "depth": tower.num_blocks}
         self.vit = timm.create_model(tower.timm_name, num_classes=0, global_pool="", final_norm=False, **arguments)
-        self.mean, self.std = tower.mean, tower.std  # buffers would be rounded to bf16 with the weights
+        self.mean, self.std = tower.mean, tower.std  # not buffers, because `to` would round these to bf16
 
     def forward(self, pixels: Tensor) -> Tensor:  # uint8 [b, 3, height, width] -> [b, n, channels]
         """Return the features of every patch."""
@@ -146,7 +146,7 @@ def hub_file(tower: TowerConfig, *, cached: bool = False) -> Path:
     repository = timm.get_pretrained_cfg(tower.timm_name).hf_hub_id
     try:
         return Path(hf_hub_download(repository, "model.safetensors", local_files_only=cached))
-    except Exception as error:  # the hub client raises exceptions of a dozen types
+    except Exception as error:  # the hub client raises exceptions of many types
         raise UserError(
             f"tower {tower.name}: cannot download {repository} from the hub ({first_line(error)}); "
             "download it on a machine with network access first: python -m pipeline.prefetch RECIPE"

@@ -62,7 +62,7 @@ def save_model(
     kept = replace(config, alignment=config.alignment if has_alignment else None)
     described = {"format": FORMAT, "model": dataclasses.asdict(kept), "extra": dict(extra)}
     with report_write_errors(folder):
-        (folder / CONFIG_FILE).unlink(missing_ok=True)  # written last, because a folder that has it is complete
+        (folder / CONFIG_FILE).unlink(missing_ok=True)  # written last, so that it marks a complete folder
         _save_tensors(folder / MODEL_FILE, {name: tensor for name, tensor in state.items() if name != TIED})
         _save_tensors(folder / TOWERS_FILE, towers.state_dict())
         if tokenizer_json is not None:
@@ -117,7 +117,7 @@ def hub_folder(name: str, *, cached: bool = False) -> Path:
     try:
         patterns = ["*.json", "*.safetensors", "*.bin"]
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=cached))
-    except Exception as error:  # the hub client raises exceptions of a dozen types
+    except Exception as error:  # the hub client raises exceptions of many types
         raise UserError(
             f"language model {name!r}: not a folder, and cannot be downloaded from the hub ({first_line(error)}); "
             "give a folder, or download it on a machine with network access first: python -m pipeline.prefetch RECIPE"

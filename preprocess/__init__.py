@@ -1,1 +1,1 @@
-"""Annotations and images in, WebDataset shards with a manifest and an index out."""
+"""Preprocessing, which builds WebDataset shards with a manifest and an index from annotations and images."""

@@ -76,7 +76,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"folder or URL (s3://…) of the annotations and images {default}",
     )
     add("--out", type=Path, default=Path("data/shards"), help=f"folder of the shard set to build {default}")
-    add("--tokenizer", help="hub id, or folder with a tokenizer.json; overrides those of the mix and the preset")
+    add(
+        "--tokenizer", help="hub id, or folder with a tokenizer.json; overrides the tokenizer of the mix and the preset"
+    )
     add(
         "--max-reject-ratio",
         type=float,

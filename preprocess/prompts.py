@@ -108,7 +108,7 @@ def _download(hub_id: str) -> bytes:
         cached = huggingface_hub.try_to_load_from_cache(hub_id, "tokenizer.json")
         path = cached if isinstance(cached, str) else huggingface_hub.hf_hub_download(hub_id, "tokenizer.json")
         return Path(path).read_bytes()
-    except Exception as error:  # offline, unknown id or private: many unrelated classes
+    except Exception as error:  # being offline, an unknown id and a private repository raise unrelated classes
         raise UserError(
             f"tokenizer {hub_id!r} is neither a folder with a tokenizer.json nor on the hub ({first_line(error)}). "
             "Without network access, download it on another machine and give its folder"

@@ -104,9 +104,10 @@ def _vector_constants(x: Tensor, sums: Tensor | None, tile: Tile, pdl: bool) -> 
 def project(
     weight: Tensor, x: Tensor, sums: Tensor | None, eps: float, out: Tensor, conv: Conv | None, tile: Tile, pdl: bool
 ) -> None:
-    """Write weight · x / rms(x) into `out` [b, num_rows], after `conv` and silu for the outputs that `conv` names.
+    """Write weight · x / rms(x) into `out` [b, num_rows].
 
-    Without `sums`, x is not divided by its rms.
+    With `conv`, the convolution and silu are applied to the outputs `conv.start` to `conv.stop - 1`. Without `sums`, x
+    is not divided by its rms.
     """
     decode_projections.project_kernel[(num_programs(weight, tile),)](
         weight,
@@ -189,7 +190,7 @@ def project_vocabulary(
 def matmul(weight: Tensor, x: Tensor, out: Tensor, conv: Conv | None, tile: MatmulTile, pdl: bool) -> None:
     """Write weight · x into `out` [splits, b, num_rows], as one partial sum per split of the columns.
 
-    With one split, `conv` and silu can be applied to the outputs that `conv` names.
+    If there is only one split, `conv` can be given: the convolution and silu are then applied as in `project`.
     """
     num_rows, width = weight.shape
     splits, batch, _ = out.shape
@@ -310,8 +311,8 @@ def embed(
 ) -> None:
     """Embed the tokens into `residual`, and write residual · norm_weight into `normed`.
 
-    With `sums`, also write the residual's partial sums of squares, by which the next kernel normalises. Without `sums`,
-    `normed` is divided by the rms here.
+    With `sums`, also write the partial sums of squares of the residual, from which the next kernel computes the rms.
+    Without `sums`, divide `normed` by the rms here.
     """
     width = embedding.shape[1]
     num_sums = 1 if sums is None else sums.shape[1]
@@ -345,12 +346,14 @@ def add_norm(
 ) -> None:
     """Add the output of a mixer to `residual` in place, and write the RMSNorm of the residual into `normed`.
 
+    The output is the product of out_proj with an input vector. Since the product was computed without the gated norm,
+    the output is divided by the rms of the input vector here.
+
     Args:
         branch: Output of the mixer as partial sums [splits, b, d].
-        sums: Partial sums of squares of the vector that was multiplied to give `branch`, by whose rms the output is
-            divided; None: it is not divided.
-        sums_width: Number of values of that vector.
-        branch_eps: Epsilon of that rms.
+        sums: Partial sums of squares of the input vector; None: there is no gated norm to apply.
+        sums_width: Number of values of the input vector.
+        branch_eps: Epsilon of the rms of the input vector.
         eps: Epsilon of the RMSNorm that is written.
     """
     splits, batch, width = branch.shape
@@ -376,9 +379,9 @@ def add_norm(
 
 
 def argmax(values: Tensor, indices: Tensor | None, tokens: Tensor, pdl: bool) -> None:
-    """Write the index of the first maximum of each row of `values` [b, ...] into `tokens` [b].
+    """Write the index of the first maximum of each row of `values` into `tokens` [b].
 
-    With `indices`, which has the shape of `values`, write the entry of `indices` at that place instead.
+    With `indices`, which has the shape of `values`, write the corresponding entry of `indices` instead of the index.
     """
     decode_states.argmax_kernel[(values.shape[0],)](
         values, indices, tokens, values.shape[1], BLOCK=4096, PDL=pdl, num_warps=8, launch_pdl=pdl

@@ -40,10 +40,10 @@ class Layer(NamedTuple):
 
 
 class DecodeGraph:
-    """Decoder of a fixed number of sequences together.
+    """Decoder of a fixed number of sequences, which it advances together.
 
-    It shares the weights of the model. Do not replace the weight tensors while it is in use, because the CUDA graph has
-    recorded their addresses.
+    The decoder shares the weights of the model. Do not replace the weight tensors while the decoder is in use, because
+    its CUDA graph has recorded their addresses.
 
     Args:
         llm: A `MambaLM` on a CUDA device, bf16 or fp32, with one group (`num_groups` 1).
@@ -90,7 +90,8 @@ class DecodeGraph:
     def step(self, tokens: Tensor | None = None) -> Tensor:
         """Advance each sequence by one token, and return the logits [b, vocab].
 
-        `self.tokens` [b] holds the index of the largest logit of each row afterwards. The next step overwrites both.
+        Afterwards, `self.tokens` [b] holds the index of the largest logit of each row. The next step overwrites the
+        logits and `self.tokens`.
 
         Args:
             tokens: Token of each sequence [b]; None: the tokens that the previous step chose.

@@ -6,9 +6,10 @@ PyTorch. Import this module only where Triton is installed.
 Shapes use the axis letters that the package `model` explains, and parameters of the kernels: a weight matrix has
 `num_rows` rows and `K` columns, and `programs` is the number of programs (thread blocks) of the launch.
 
-RMS norms are split between two kernels, because a division by the rms can follow a matrix product. The kernel that
-computes a vector multiplies it by the norm's weight, and writes `SUMS` partial sums of its squares per sequence. The
-kernel that multiplies a matrix by this vector computes the rms from the partial sums, and divides its result by it.
+RMS norms are split between two kernels, which is possible because dividing a vector by its rms can be postponed until
+after a matrix product. The kernel that computes the vector multiplies it by the norm's weight, and writes `SUMS`
+partial sums of the vector's squares per sequence. The kernel that multiplies a matrix by the vector computes the rms
+from the partial sums, and divides the product by the rms.
 
 PDL is programmatic dependent launch, which needs compute capability 9.0. A kernel starts while the previous kernel is
 still running. It loads data that no other kernel of this step writes: the weights, and the states of its own layer. It
@@ -177,7 +178,7 @@ def project_vocabulary_kernel(
     sums,  # fp32 [b, SUMS], partial sums of squares of x
     logits,  # fp32 [b, num_rows]
     best_value,  # fp32 [b, programs]: the largest logit of the program's rows
-    best_index,  # int32 [b, programs]: its index
+    best_index,  # int32 [b, programs]: the index of this logit
     num_rows,
     eps,
     BATCH: tl.constexpr,

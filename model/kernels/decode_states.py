@@ -174,7 +174,7 @@ def add_norm_kernel(
 def argmax_kernel(values, indices, tokens, num_values, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Write the index of the first maximum of each row of values [b, num_values] into tokens [b].
 
-    Unless `indices` is None, write the entry of `indices` at that place instead.
+    Unless `indices` is None, write the corresponding entry of `indices` instead of the index.
     """
     wait_for_inputs(PDL)
     b = tl.program_id(0).to(tl.int64)

@@ -39,7 +39,7 @@ def fused() -> SimpleNamespace:
 
     Raises: UserError if they cannot be imported. There is no fallback, because plain PyTorch would be slow on a GPU.
     """
-    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # caches the tuning on disk for later runs
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # keeps autotuning results for later runs
     try:
         return SimpleNamespace(**{name: getattr(importlib.import_module(KERNELS[name]), name) for name in KERNELS})
     except (ImportError, OSError, RuntimeError) as error:

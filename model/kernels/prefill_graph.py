@@ -11,14 +11,14 @@ from torch import Tensor
 from model.language_model import MambaLM
 from model.mamba import Cache
 
-WARM_UPS = 2  # runs before the capture, in which Triton compiles and autotunes its kernels
+WARM_UPS = 2  # number of runs before the capture, because Triton compiles and autotunes its kernels when they first run
 
 
 class PrefillGraph:
     """CUDA graph of `llm.prefill` for embeddings [batch, length, d].
 
-    It shares the weights of the model. Do not replace the weight tensors while it is in use, because the graph has
-    recorded their addresses.
+    The graph shares the weights of the model. Do not replace the weight tensors while the graph is in use, because it
+    has recorded their addresses.
     """
 
     def __init__(self, llm: MambaLM, batch: int, length: int) -> None:
@@ -35,7 +35,7 @@ class PrefillGraph:
             self.logits, self.cache = llm.prefill(self.x)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Cache]:
-        """Return the logits [b, vocab] of the last position and the states after it. The next call overwrites both."""
+        """Return the logits [b, vocab] and the states of the last position. The next call overwrites both."""
         self.x.copy_(x)
         self.graph.replay()
         return self.logits, self.cache

@@ -70,7 +70,7 @@ def selective_scan(
 
 
 def _scan_block(A: Tensor, state: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    x, dt, B, C = (part.transpose(0, 1) for part in (x, dt, B, C))  # time first: a position is contiguous
+    x, dt, B, C = (part.transpose(0, 1) for part in (x, dt, B, C))  # time first, to make positions contiguous
     decay = torch.exp(dt[..., None] * A)  # [l, b, c, k]
     driven = (dt * x)[..., None] * B[:, :, None]  # [l, b, c, k]
     states = _Recurrence.apply(decay, driven, state)
@@ -131,7 +131,7 @@ def ssd(
     Shapes: x [b, l, h, p]; dt [b, l, h]; A, D, dt_bias [h]; B, C [b, l, g, k]; state [b, h, p, k].
     """
     batch, length, heads, _ = x.shape
-    chunk = -(-length // -(-length // chunk_size))  # equal chunks need little padding
+    chunk = -(-length // -(-length // chunk_size))  # chunks of equal length need less padding
     dt = F.softplus(dt.float() + dt_bias)
     parts = (x.float() * dt[..., None], (dt * A)[..., None], B.float(), C.float())
     xdt, log_decay, B, C = (_chunks(part, chunk, B.shape[2]) for part in parts)

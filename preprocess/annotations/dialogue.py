@@ -89,7 +89,7 @@ FORMATS: dict[Format, RowFormat] = {
 
 
 def to_dialogue(value: Any, *, source: str, row: int, row_format: Format, image_folder: str) -> Dialogue:
-    """Convert the JSON value of a row into a dialogue, repairing the order of its turns.
+    """Convert the JSON value of a row into a dialogue, and repair the order of its turns.
 
     Args:
         image_folder: Folder of the source's images, relative to the root of the raw data.

@@ -33,7 +33,8 @@ class TextWindow:
         self.stream, self.path = stream, path
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="replace")
         self.window, self.position = self.decoder.decode(head), 0
-        self.line, self.line_start = 1, 0  # line_start is an index in `window`, negative if the line began before it
+        # `line_start` is an index in `window`. It is negative if the line starts before the window.
+        self.line, self.line_start = 1, 0
         self.ended = False
 
     def read_more(self) -> bool:

@@ -95,7 +95,7 @@ def _reuse_or_build(request: BuildRequest, work: Worklist) -> tuple[Manifest, st
 
 
 def _refuse_early(request: BuildRequest, work: Worklist) -> None:
-    """Raise TooManyRejectsError before any image is read if the rows rejected so far already exceed the limit."""
+    """Raise TooManyRejectsError if too many rows are rejected already, before any image is read."""
     folder = request.folder
     if sources_over_limit(work.rejects, work.rows, request.max_reject_ratio):
         remove_manifest(folder)  # because it holds the hash of the old rejects.jsonl

@@ -106,7 +106,7 @@ def _cluster(workers: int | None) -> Iterator[None]:
         ) from None
     except RayTaskError as error:
         if isinstance(error.cause, CommandError):
-            raise error.cause from None  # without Ray's traceback, which only crashes need
+            raise error.cause from None  # without Ray's traceback, which helps only with crashes
         raise
     except RayError as error:
         raise UserError(

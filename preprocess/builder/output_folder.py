@@ -24,7 +24,7 @@ from preprocess.images.store import ImageStore
 from preprocess.shards.folder import INDEX, MANIFEST, PROGRESS, REJECTS, TOKENIZER, WORK, ShardFolder
 from preprocess.shards.manifest import Manifest
 
-_TEMPORARY = re.compile(r".+\.[0-9a-f]{32}\.tmp")  # names of temporary files of `published`
+_TEMPORARY = re.compile(r".+\.[0-9a-f]{32}\.tmp")  # names that `published` gives to temporary files
 _SHARD = re.compile(r"(?P<name>shard-(\d{5}|[1-9]\d{5,}))\.(tar|json)")
 
 
@@ -173,7 +173,7 @@ def remove_work_files(folder: ShardFolder) -> None:
 
 
 def remove_orphans(folder: ShardFolder, shards: Collection[str]) -> None:
-    """Remove tars and sidecars of shards that are not in `shards`. Keep files that are not named like a shard's."""
+    """Remove tars and sidecars of shards that are not in `shards`. Keep files with other names."""
     for path in folder.path.glob("shard-*"):
         if (match := _SHARD.fullmatch(path.name)) and match["name"] not in shards:
             path.unlink()

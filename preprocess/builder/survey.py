@@ -35,7 +35,7 @@ class _EvenSample:
 
 
 class Survey:
-    """Sample of the image paths of each source, taken from the worklist, which is written here instead of to a file."""
+    """A sample of each source's images. `write` collects it when the worklist is written to the survey."""
 
     def __init__(self) -> None:
         self.images: dict[str, _EvenSample] = defaultdict(_EvenSample)

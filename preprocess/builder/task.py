@@ -1,4 +1,4 @@
-"""`build_shard`: builds one shard and its sidecar from a range of dialogues. Each Ray task is one call of it."""
+"""`build_shard`, the function of a Ray task: builds one shard and its sidecar from a range of dialogues."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def _shade(colour: Colour, spread: int, rng: random.Random) -> Colour:
 
 
 def questions(scene: Scene) -> list[Question]:
-    """Return the questions about a scene: about a single shape its position, about several shapes their number."""
+    """Return the questions about a scene. They depend on whether it has a word, a single shape or several shapes."""
     if scene.word:
         return [
             Question(kind="word", question="Which word is printed?", answer=scene.word),

@@ -61,7 +61,7 @@ def _page(folder: ShardFolder, manifest: Manifest, num_samples: int) -> tuple[st
 
 @contextlib.contextmanager
 def _explain_damage(folder: ShardFolder, path: Path) -> Iterator[None]:
-    """Raise a UserError that names the file at `path` if the block fails to read it."""
+    """Raise a UserError that names the file `path` if the block fails because this file is missing or damaged."""
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, Rejected) as error:

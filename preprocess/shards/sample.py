@@ -19,7 +19,7 @@ import numpy.typing as npt
 from preprocess.images import codec
 
 TOKENS, META = "tokens.npy", "json"
-NPY_PREAMBLE = 10  # magic bytes and version of an .npy file, and the length of its header in the last two bytes
+NPY_PREAMBLE = 10  # magic bytes, version, and (last two bytes) length of the header of an .npy file
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,7 +104,7 @@ def _tokenizer_problems(folder: ShardFolder, manifest: Manifest) -> Iterator[str
     try:
         tokenizer = Tokenizer(folder.tokenizer.read_bytes(), TOKENIZER)
     except (OSError, UserError):
-        return  # reported as missing or changed already
+        return  # already reported as missing or changed
     for name, found in (("vocab_size", tokenizer.vocab_size), ("eos_id", tokenizer.eos_id)):
         if manifest.tokenizer[name] != found:
             yield f"{TOKENIZER}: {name} is {found}, the manifest has {manifest.tokenizer[name]}"
@@ -208,7 +208,7 @@ def _reject_problems(folder: ShardFolder, manifest: Manifest, tally: _Tally) -> 
 
 
 def _row_problems(manifest: Manifest, tally: _Tally) -> Iterator[str]:
-    """Yield a problem for each source that has rows which are not exactly one sample or one reject."""
+    """Yield a problem for each source in which some rows did not become exactly one sample or one reject."""
     for source, counts in tally.rows.items():
         for problem, count in (
             ("neither sample nor reject", (counts == 0).sum()),

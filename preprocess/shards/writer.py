@@ -1,4 +1,4 @@
-"""Writing and reading a shard, which is a tar with reproducible bytes, and computing the index rows of its samples."""
+"""Writing and reading the tar of a shard, and the index rows of its samples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class WrittenShard:
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> WrittenShard:
-    """Write the samples as a tar whose bytes depend on nothing else. If there are no samples, no file is left."""
+    """Write the samples to a tar. Equal samples give equal bytes. If there are no samples, there is no tar."""
     columns: dict[str, list[Any]] = {name: [] for name in [*INDEX_SCHEMA.names[1:], "picture_digest"]}
     with published(path) as file:
         for sample in samples:
