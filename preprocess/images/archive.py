@@ -94,7 +94,7 @@ def _decoded_name(member: zipfile.ZipInfo) -> str:
 
 
 class _Tar:
-    """Offsets and sizes of the members of an uncompressed tar, by normalised name. Links have those of their targets."""
+    """Offset and size of each member of an uncompressed tar, by normalised name. Links have those of their target."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
