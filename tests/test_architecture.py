@@ -143,7 +143,7 @@ def test_modules_import_only_from_lower_layers(package):
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_imports_are_absolute(path):
+def test_all_imports_in_the_packages_are_absolute(path):
     assert [module for module, dots in imports(path) if dots] == []
 
 
@@ -185,7 +185,7 @@ def test_no_file_in_tests_or_benchmarks_imports_conftest():
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=name_of)
-def test_each_package_stays_below_its_maximum_number_of_files(folder):
+def test_each_package_has_at_most_its_allowed_number_of_files(folder):
     assert len(list(folder.glob("*.py"))) <= MAX_FILES.get(name_of(folder), MAX_FILES_OF_A_PACKAGE)
 
 

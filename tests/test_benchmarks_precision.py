@@ -25,7 +25,7 @@ def test_the_distance_of_two_runs_averages_smoothed_losses_over_the_second_half(
     assert smoothed([1.0, 2.0, 3.0], width=2) == [1.0, 1.5, 2.5]
 
 
-def test_table_has_a_row_per_run_and_draw_writes_a_png(tmp_path):
+def test_the_precision_table_has_a_row_per_run_and_the_figure_is_written(tmp_path):
     curves = {"fp32": curve(0.0), "bf16": curve(0.2)}
     assert "| bf16 | 2.2000 | 0.5000 | 0.1050 | 100 | 1.5 |" in table(curves).splitlines()
     draw(curves, "title", tmp_path / "curves.png")

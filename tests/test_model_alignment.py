@@ -91,7 +91,7 @@ def test_the_alignment_loss_is_the_fp32_mean_squared_error_per_image() -> None:
 
 @pytest.mark.parametrize("fusion", ["cascade", "none"])
 @pytest.mark.parametrize("shift", [0, 1])
-def test_a_patch_influences_only_predictions_from_its_index_plus_the_shift_onwards(shift: int, fusion: str) -> None:
+def test_only_predictions_from_patch_index_plus_shift_onwards_depend_on_a_patch(shift: int, fusion: str) -> None:
     taps = alignment_of(CONFIG).taps if fusion == "cascade" else ()
     alignment = Alignment(with_alignment(CONFIG, shift=shift, fusion=fusion, taps=taps))
     before = states(len(taps) + 1)

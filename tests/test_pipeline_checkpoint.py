@@ -211,5 +211,5 @@ def test_damage_is_found_in_files_that_are_hashed_while_they_are_loaded(tmp_path
         (math.inf, -math.inf, False),
     ],
 )
-def test_probe_losses_agree_if_both_are_equal_or_both_are_nan(now, saved, agree):
+def test_probe_losses_agree_within_the_tolerance_or_if_both_are_inf_or_nan(now, saved, agree):
     assert losses_agree(now, saved, tolerance=1e-5) is agree

@@ -43,7 +43,7 @@ def test_launches_that_each_save_only_once_do_not_accumulate_checkpoints():
         (500, 3, 0, 100, 0),
     ],
 )
-def test_count_kept_forever_predicts_the_checkpoints_beyond_the_newest(
+def test_count_kept_forever_counts_the_kept_checkpoints_beyond_the_newest(
     every_steps, keep_last, keep_every, total_steps, forever
 ):
     config = CheckpointConfig(every_steps=every_steps, keep_last=keep_last, keep_every=keep_every)

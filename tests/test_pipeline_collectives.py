@@ -49,7 +49,9 @@ def os_error(code, path="/data/index.parquet"):
         ([OSError(errno.EIO, "Input/output error")], {}, RetryableError, ["Input/output error, on "]),
     ],
 )
-def test_errors_of_all_ranks_are_retryable_only_if_each_of_them_is(monkeypatch, errors, other_rank, kind, expected):
+def test_errors_of_several_ranks_are_combined_and_retryable_only_if_all_are(
+    monkeypatch, errors, other_rank, kind, expected
+):
     def gather(errors_by_rank, mine):
         errors_by_rank[:] = [mine, other_rank]
 

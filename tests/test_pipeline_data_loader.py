@@ -66,7 +66,7 @@ def test_two_ranks_together_load_the_same_samples_as_the_webdataset_reader(recip
     assert max(seen.values()) == 1
 
 
-def test_an_epoch_can_start_at_any_step(recipe_file, shards):
+def test_loading_from_a_later_step_gives_the_same_batch_as_the_whole_epoch(recipe_file, shards):
     data = train_data(recipe_file, shards)
     whole = list(data.from_step(0))
     late = next(iter(data.from_step(3)))

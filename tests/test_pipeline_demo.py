@@ -160,7 +160,7 @@ def others() -> set[psutil.Process]:
     return living_children()
 
 
-def test_the_kill_reaches_children_in_other_process_groups_and_keeps_the_log(
+def test_the_demos_kill_ends_children_in_other_process_groups_and_keeps_the_log(
     tmp_path: Path, others: set[psutil.Process]
 ) -> None:
     commands = Commands(tmp_path / "logs")

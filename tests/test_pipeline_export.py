@@ -123,7 +123,7 @@ def assert_one_line(done, message):
     assert message in line
 
 
-def test_a_prompt_is_a_prefix_of_the_training_tokens(shards, exported):
+def test_a_generation_prompt_is_a_prefix_of_the_training_tokens(shards, exported):
     tokenizer = load_tokenizer(exported)
     turns = [("human", "<image>\nWhich colour?"), ("gpt", "red"), ("human", "Sure?"), ("gpt", "Yes")]
     dialogue = [{"from": speaker, "value": value} for speaker, value in turns]

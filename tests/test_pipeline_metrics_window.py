@@ -146,7 +146,7 @@ def test_samples_and_tokens_of_a_batch_are_counted_by_source(shards):
     assert counts.rows.tolist() == [[0, 0], [0, 0]]
 
 
-def test_garbage_is_collected_only_after_every_fixed_number_of_steps():
+def test_garbage_is_collected_only_once_per_fixed_number_of_steps():
     import gc
 
     collected = []

@@ -30,7 +30,7 @@ def recipe_file(tmp_path):
     return path
 
 
-def test_overrides_take_precedence_over_the_recipe_file_and_that_over_defaults(recipe_file):
+def test_command_line_overrides_win_over_the_recipe_file_which_wins_over_defaults(recipe_file):
     recipe = load_recipe(recipe_file, ["optim.lr=5e-4", "data.shards=/else where", "steps=3"])
     assert recipe.optim.lr == 5e-4
     assert recipe.data.shards == "/else where"
@@ -82,7 +82,7 @@ def test_the_error_for_a_missing_required_key_names_the_key(tmp_path, rest, name
         load_recipe(path)
 
 
-def test_planning_leaves_absent_shards_and_run_folder_unset(recipe_file, tmp_path):
+def test_loading_for_planning_leaves_a_missing_run_folder_and_shards_unset(recipe_file, tmp_path):
     assert load_recipe(recipe_file, planning=True).data.shards == "/s"
     (tmp_path / "bare.toml").write_text('model = "tiny_v2"\n')
     recipe = load_recipe(tmp_path / "bare.toml", planning=True)

@@ -75,7 +75,7 @@ def test_the_time_ledger_assigns_every_second_to_exactly_one_category():
     assert ledger.goodput == pytest.approx(28 / 119)
 
 
-def test_a_save_and_a_stop_between_two_log_lines_advance_the_step():
+def test_save_and_stop_events_between_log_lines_advance_the_last_known_step():
     assert replay([*LINES[:3], event("save", 3, 124, seconds=1)]).step == 3
     assert replay([*LINES[:3], event("stopped", 3, 124)]).step == 3
 
@@ -92,7 +92,7 @@ def test_has_event_matches_the_name_and_the_step_of_an_event(tmp_path):
     assert not has_event(tmp_path, "heldout", 5)
 
 
-def test_the_history_of_each_launch_states_how_the_previous_launch_ended():
+def test_each_launch_in_the_history_states_how_the_previous_launch_ended():
     starts = replay(LINES).starts
     assert [(start.step, start.before) for start in starts] == [
         (0, ""),

@@ -215,7 +215,7 @@ def test_exactly_one_of_two_simultaneous_launches_is_refused(recipe_file, tmp_pa
         assert "another process trains here" in str(error)
 
 
-def test_an_error_on_the_main_rank_only_ends_all_ranks_without_a_traceback(recipe_file, shards, tmp_path):
+def test_an_error_on_the_main_rank_alone_ends_all_ranks_without_a_traceback(recipe_file, shards, tmp_path):
     (tmp_path / "file").touch()
     output = finish(fork_ranks(2, command(recipe_file, shards, tmp_path / "file/run")), code=1)
     assert "error: run.dir" in output

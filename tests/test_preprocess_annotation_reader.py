@@ -78,7 +78,7 @@ def test_a_parquet_file_with_fewer_rows_than_its_footer_declares_is_a_user_error
 
 
 @pytest.mark.parametrize("text", ["", " \n", "[]", " [ ] "])
-def test_an_empty_file_has_no_rows(tmp_path: Path, text: str) -> None:
+def test_an_empty_annotation_file_has_no_rows(tmp_path: Path, text: str) -> None:
     assert list(read_rows(write(tmp_path / "empty.json", text))) == []
 
 
@@ -238,7 +238,7 @@ def test_a_zstd_file_with_a_skippable_first_frame_is_read(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("codec", ["gzip", "zstd"])
-def test_parquet_inside_a_compressed_file_is_a_user_error(tmp_path: Path, codec: str) -> None:
+def test_a_parquet_file_inside_a_compressed_file_is_a_user_error(tmp_path: Path, codec: str) -> None:
     buffer = io.BytesIO()
     pq.write_table(pa.table({"id": ["a"]}), buffer)
     with pa.CompressedOutputStream(pa.OSFile(str(tmp_path / "rows"), "wb"), codec) as stream:
@@ -247,7 +247,7 @@ def test_parquet_inside_a_compressed_file_is_a_user_error(tmp_path: Path, codec:
         list(read_rows(tmp_path / "rows"))
 
 
-def test_a_zip_file_is_a_user_error(tmp_path: Path) -> None:
+def test_a_zip_file_given_as_annotations_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"rows\.json is a zip file. Unpack it: expected a JSON array"):
         list(read_rows(write(tmp_path / "rows.json", "PK\3\4...")))
 

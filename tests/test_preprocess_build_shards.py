@@ -327,7 +327,7 @@ def test_a_check_decodes_images_spread_over_each_source(
     )
 
 
-def test_weighted_rows_are_counted_and_verified(root: Path, tmp_path: Path) -> None:
+def test_a_set_built_with_source_weights_has_correct_counts_and_passes_verify(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root, tmp_path / "root")
     source = {"format": "llava", "annotations": "rows.json", "images": "photographs", "expected_rows": NUM_ROWS}
     sources = [source | {"name": "thinned", "weight": 0.25}, source | {"name": "repeated", "weight": 2}]

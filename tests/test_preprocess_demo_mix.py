@@ -130,7 +130,7 @@ def test_a_printed_word_fits_into_the_image() -> None:
         assert not ink[:, [0, -1]].any()
 
 
-def test_no_constant_answer_is_right_for_a_third_of_a_question_kind() -> None:
+def test_no_constant_answer_is_right_for_a_third_of_the_questions_of_a_kind() -> None:
     asked = [question for scene in itertools.islice(draw_scenes("balance"), 2000) for question in questions(scene)]
     for kind in {question.kind for question in asked}:
         counts = Counter(question.answer for question in asked if question.kind == kind)

@@ -105,7 +105,7 @@ def test_a_set_built_from_damaged_rows_passes_verification(built: Built, capsys:
 
 
 @pytest.mark.parametrize("flag", ["--compare-images", "--compare-pictures"])  # the second is the old name of the flag
-def test_an_unchanged_set_of_damaged_rows_is_not_rebuilt(
+def test_a_set_built_from_damaged_rows_is_not_rebuilt_if_nothing_changed(
     built: Built, flag: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = arguments(built.out.parent / "root", built.out, gpt_neox(), max_reject_ratio=1.0, workers=0)

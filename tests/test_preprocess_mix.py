@@ -69,7 +69,7 @@ def test_the_error_for_an_invalid_mix_is_one_line_that_names_the_key(tmp_path: P
     assert "\n" not in str(raised.value)
 
 
-def test_a_missing_mix_is_a_user_error(tmp_path: Path) -> None:
+def test_a_missing_mix_file_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.toml: no such mix; the ones that ship .* preprocess/mixes"):
         load_mix(tmp_path / "nowhere.toml")
 

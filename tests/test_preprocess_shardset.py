@@ -259,7 +259,7 @@ def test_the_preview_includes_rejects_of_every_reason_and_source(tmp_path: Path)
     assert len(chosen) == 50
 
 
-def test_info_prints_a_summary_of_the_set(intact: Path) -> None:
+def test_shardset_info_prints_a_summary_of_the_set(intact: Path) -> None:
     output = "\n".join(info(intact))
     assert "12 samples in 3 shards" in output
     assert "6 with an image (1 distinct), 6 text-only" in output

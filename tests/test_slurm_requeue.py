@@ -298,7 +298,7 @@ def test_a_job_fails_with_one_line_if_scontrol_requeue_always_fails(training):
 
 
 @concurrent
-def test_the_next_job_does_not_inherit_the_reason_of_a_cancelled_requeue(training):
+def test_a_new_job_does_not_inherit_the_restart_reason_of_a_cancelled_requeue(training):
     job = training.submit_and_wait_until_running()
     training.slurm.signal(job, "USR1")
     wait_until(lambda: training.slurm.job(job)["JobState"] == "PENDING", "the requeue")
@@ -309,7 +309,7 @@ def test_the_next_job_does_not_inherit_the_reason_of_a_cancelled_requeue(trainin
 
 
 @concurrent
-def test_two_jobs_cannot_train_in_one_run_folder(training):
+def test_a_second_job_in_the_run_folder_of_a_running_job_fails(training):
     first = training.submit_and_wait_until_running()
     assert f"job {first} is training in this folder" in training.assert_end(training.submit(), "FAILED", restarts=0)
     training.slurm.run("scancel", first)
