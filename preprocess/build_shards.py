@@ -28,7 +28,7 @@ EXAMPLES = """examples:
   preprocess/build_shards.py my.toml --model tiny_v2 --root raw --out shards --tokenizer my_tokenizer --check
   ray job submit --working-dir . -- python preprocess/build_shards.py MIX.toml --model emma_v2 --root /… --out /…
 
-The build runs on the Ray cluster that RAY_ADDRESS names. A Ray job sets RAY_ADDRESS itself. Without RAY_ADDRESS, the
+The build runs on the Ray cluster that RAY_ADDRESS names; inside a Ray job, Ray sets it. Without RAY_ADDRESS, the
 build starts Ray on this machine. --root and --out must name the same folders on every node.
 
 If a missing image has been added or a rejected image has been repaired, running the same command again rebuilds its
