@@ -99,7 +99,9 @@ def test_resuming_refuses_a_checkpoint_with_changed_probe_losses(recipe_file, sh
     assert "(relative tolerance 1e-05)" in done.stdout
     assert f"resuming from {oldest}" in done.stdout
     assert read_manifest(newest)["probe"] == probe
-    assert read_manifest(newest.with_name(f".doubted-{newest.name}"))["probe"] != probe, "the next saves deleted it"
+    assert read_manifest(newest.with_name(f".doubted-{newest.name}"))["probe"] != probe, (
+        "the refused checkpoint was deleted"
+    )
     ours, theirs = (full_state(folder / "checkpoints" / folder_name(STEPS)) for folder in (run, uninterrupted))
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
@@ -145,7 +147,7 @@ def small_disk(folder, megabytes):
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder], check=False)
     if mounted.returncode:
-        pytest.skip("may not mount a small file system here")
+        pytest.skip("no permission to mount a file system")
     try:
         yield folder
     finally:

@@ -80,7 +80,7 @@ def test_resuming_with_other_vision_towers_is_a_user_error(recipe_file, publishe
         load_recipe(recipe_file, [*given, f"weights.towers={published / name}"], planning=True)
         for name in ("towers", "other_towers")
     )
-    assert first.fingerprint() == other.fingerprint(), "a folder may move"
+    assert first.fingerprint() == other.fingerprint(), "the path of the folder must not change the fingerprint"
     record = tmp_path / "weights.json"
     check_towers_unchanged(record, make_towers(other))
     record.write_text(json.dumps({"llm": "random", "towers": make_towers(first).loaded}))

@@ -209,7 +209,9 @@ def test_a_run_that_starts_up_for_too_long_is_reported_as_dead(starting):
     assert state_later(starting, 300) == "starting"
     assert state_later(starting, 3 * 3600) == "dead: still starting after 3:00:00"
     starting.accept_start(5, {})
-    assert state_later(starting, 0) == "stopped", "now metrics.jsonl counts, whose last event is a stop"
+    assert state_later(starting, 0) == "stopped", (
+        "after acceptance, the state must be that of the last event in metrics.jsonl"
+    )
 
 
 def test_a_launch_writes_no_heartbeat_before_it_is_accepted(starting):
@@ -245,7 +247,9 @@ def test_the_status_shows_a_crash_during_start_up_and_in_the_training_loop(recip
 def test_the_status_table_shows_the_start_up_phases_of_the_last_launch(tmp_path):
     text = table(tmp_path, replay(LINES[:10]), now=208)
     assert "start-up of the last launch: 4.0 s (imports 1.0, checkpoint 3.0)\n" in text + "\n"
-    assert "start-up" not in table(tmp_path, replay(LINES[:9]), now=208), "older versions logged no phases"
+    assert "start-up" not in table(tmp_path, replay(LINES[:9]), now=208), (
+        "a launch without logged phases must show none"
+    )
 
 
 def test_a_nonfinite_loss_is_null_in_the_json_output_of_status(tmp_path):

@@ -190,7 +190,7 @@ def test_a_launch_in_a_run_folder_locked_by_another_process_is_refused(recipe_fi
             assert "another process trains here" in one_line(second, code=2)
     assert not (run / "metrics.jsonl").exists()
     refusals = [line.split("\t") for line in (run / "control/refused").read_text().splitlines()]
-    assert [job for job, _ in refusals] == ["77", "78"], "only the refused jobs"
+    assert [job for job, _ in refusals] == ["77", "78"], "only the refused jobs must be recorded"
     assert "another process trains here" in refusals[0][1]
 
 

@@ -197,7 +197,7 @@ def test_a_rank_still_ends_if_its_stacks_cannot_be_written_to_the_run_folder(wat
     assert end.value.code == ExitCode.RETRY
     errors = capfd.readouterr().err
     assert "error: rank 0 has ended; cannot write stacks to the run folder" in errors
-    assert "_end_process" in errors, "no stacks on stderr"
+    assert "_end_process" in errors, "the stacks were not printed to stderr instead"
 
 
 def test_a_file_system_error_is_not_mistaken_for_the_end_of_another_rank(watchdog, tmp_path, monkeypatch):

@@ -230,11 +230,11 @@ def test_the_soak_test_counts_a_kill_only_if_the_process_was_alive() -> None:
     assert soak_shards.kill_if_alive(victim.pid)
     while psutil.Process(victim.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
-    assert not soak_shards.kill_if_alive(victim.pid), "it is dead, and nobody has noticed yet"
+    assert not soak_shards.kill_if_alive(victim.pid), "a zombie process must not count as alive"
     victim.wait()
     nobody: Any = SimpleNamespace(workers=lambda name: [ended.pid], nodes=[ended])
     for kind in soak_shards.VICTIMS:
-        assert not soak_shards.kill(kind, nobody, ended), "the build was over"
+        assert not soak_shards.kill(kind, nobody, ended), "a kill after the end of the build must not count"
 
 
 def test_a_build_terminated_while_ray_starts_says_that_it_can_continue(root: Path, tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_compare_images_rebuilds_shards_with_a_replaced_image(root: Path, expect
     shutil.copytree(root, other)
     shutil.copytree(expected, tmp_path / "out")
     assert build_shards.main([*command(other, tmp_path / "out", workers=0), "--compare-images"]) == 0
-    assert contents(tmp_path / "out") == contents(expected), "the same images in another folder"
+    assert contents(tmp_path / "out") == contents(expected), "the same images in another folder must not change the set"
     shutil.copy(root / "photographs/camera.jpg", other / "photographs/text.jpg")
     assert build_shards.main(command(other, tmp_path / "out", workers=0)) == 0
     assert contents(tmp_path / "out") == contents(expected)

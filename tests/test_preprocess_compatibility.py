@@ -57,7 +57,7 @@ def test_rerunning_the_build_command_leaves_an_old_set_byte_identical(built_befo
     assert done.returncode == 0, done.stderr
     assert f"{built_before} is up to date: 14 samples in 2 shards, 2 of 16 rows rejected" in done.stdout
     assert hashes(built_before) == hashes(V0_1 / "shards")
-    assert write_times(built_before) == before, "written again"
+    assert write_times(built_before) == before, "files were written again"
     assert list(verify(built_before)) == []
 
 
@@ -77,7 +77,9 @@ def test_a_rebuilt_reject_list_has_the_new_wording_for_early_rejects_only(
     (built_before / "rejects.jsonl").unlink()
     assert build_shards.main(COMMAND) == 0
     details = [json.loads(line)["detail"] for line in (built_before / "rejects.jsonl").read_text().splitlines()]
-    assert details == ["images/gone.png", "in other words: conversations is []"], "shards are reused as they are"
+    assert details == ["images/gone.png", "in other words: conversations is []"], (
+        "reused shards must keep the old wording of their rejects"
+    )
     built = hashes(built_before)
     assert build_shards.main(COMMAND) == 0
     output = capsys.readouterr().out

@@ -48,7 +48,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 @pytest.mark.parametrize("row", range(len(DIRTY_ROWS)), ids=[dirty.kind for dirty in DIRTY_ROWS])
 def test_a_damaged_row_is_repaired_or_rejected_with_its_reason(built: Built, row: int) -> None:
     dirty = DIRTY_ROWS[row]
-    assert (row in built.rejects) != (row in built.samples), "neither or both"
+    assert (row in built.rejects) != (row in built.samples), "the row is neither a sample nor a reject, or it is both"
     if dirty.reason:
         assert built.rejects[row]["reason"] == dirty.reason, built.rejects[row]
         assert built.rejects[row]["detail"]

@@ -133,7 +133,9 @@ def test_reject_entries_are_written_to_disk_and_not_kept_in_memory(tmp_path: Pat
                 on_rows=lambda rows: None,
                 write_reject=file.write,
             )
-        assert tracemalloc.get_traced_memory()[1] < 8e6, "a megabyte of text is read at a time"
+        assert tracemalloc.get_traced_memory()[1] < 8e6, (
+            "rejects must not add to the megabyte of text that is read at a time"
+        )
     finally:
         tracemalloc.stop()
     assert work.rejects == {("bad", "missing_key"): 20_000}

@@ -64,7 +64,7 @@ def test_verify_reports_an_intact_set_as_intact(intact: Path, capsys: pytest.Cap
     assert main(["verify", str(intact)]) == 0
     assert "is intact: 12 samples" in capsys.readouterr().out
     assert (intact / "shard-00003.json").exists()
-    assert not (intact / "shard-00003.tar").exists(), "a shard without samples has no tar"
+    assert not (intact / "shard-00003.tar").exists(), "a shard without samples must have no tar"
 
 
 def test_verify_names_any_file_that_has_a_flipped_bit(intact: Path, copy: Path) -> None:
@@ -88,7 +88,7 @@ def test_loading_detects_a_flipped_bit_in_any_byte_of_the_manifest(copy: Path) -
         damaged[position] ^= 1 << position % 7
         path.write_bytes(damaged)
         try:
-            assert Manifest.load(copy).to_bytes() != damaged, f"byte {position} may be anything"
+            assert Manifest.load(copy).to_bytes() != damaged, f"a change of byte {position} was not detected"
         except UserError:
             continue
 
@@ -244,7 +244,7 @@ def test_the_preview_of_the_working_directory_is_written_next_to_it(
     monkeypatch.chdir(copy)
     assert main(["preview", "."]) == 0
     assert copy.with_name("copy-preview.html").is_file()
-    assert problems(copy) == [], "the page is written beside the set, not into it"
+    assert problems(copy) == [], "the page was written into the folder of the set"
 
 
 def test_the_preview_includes_rejects_of_every_reason_and_source(tmp_path: Path) -> None:
@@ -291,8 +291,8 @@ def test_the_preview_is_a_single_html_page_without_external_files(intact: Path, 
     assert sources
     assert all(source and source.startswith("data:image/jpeg;base64,") for source in sources)
     assert {about["href"] for _, about in page.tags if "href" in about} == {"#rejects"}
-    assert "ja<|endoftext|>" in page.marked, "supervised text is marked"
-    assert "&lt;b&gt;&amp;" in text, "markup in the data is escaped"
+    assert "ja<|endoftext|>" in page.marked, "supervised text is not marked"
+    assert "&lt;b&gt;&amp;" in text, "markup in the data is not escaped"
     assert text.count("picture_missing") == 4
 
 

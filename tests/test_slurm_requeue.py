@@ -52,7 +52,7 @@ def test_a_job_near_its_time_limit_saves_requeues_itself_and_resumes(training):
     # script handles signals. The second launch has a limit of two minutes, so that it ends before any signal.
     training.slurm.run("scontrol", "update", f"jobid={job}", "EndTime=now+70")
     log = training.assert_end(job, "COMPLETED", restarts=1)
-    assert "stopped at step" in log, "the second start overwrote the log of the first"
+    assert "stopped at step" in log, "the second launch overwrote the log of the first launch"
     assert training.outcome == "done"
     assert training.reasons == ["submitted", "warned of the time limit"]
 
@@ -136,7 +136,7 @@ def test_a_usr1_signal_while_manually_stopped_ranks_exit_does_not_requeue(traini
     wait_until(lambda: not (training.run / "control/stop").exists(), "the request to be removed")
     training.slurm.signal(job, "USR1")
     log = training.assert_end(job, "COMPLETED", restarts=0)
-    assert "SIGUSR1: asked" in log, "the signal came after the end of the job"
+    assert "SIGUSR1: asked" in log, "the signal was sent after the end of the job"
     assert "by hand" in log
     assert training.outcome == "stopped"
 

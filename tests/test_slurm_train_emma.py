@@ -148,9 +148,11 @@ def test_a_job_with_a_killed_rank_resumes_from_the_newest_checkpoint(slurm, subm
     assert "Traceback" not in slurm.log(job)
     [first, second] = [line.split("\t") for line in (run / "control/starts.tsv").read_text().splitlines()]
     assert (first[3], int(first[2])) == ("submitted", 0)
-    assert second[3] in ("rank 1 has ended", "crashed with exit code 137"), "the watchdog or srun notices first"
+    assert second[3] in ("rank 1 has ended", "crashed with exit code 137"), (
+        "expected the reason of the watchdog or of srun"
+    )
     assert int(second[2]) >= 2
-    assert steps_of(run).count(1) == 1, "training began again"
+    assert steps_of(run).count(1) == 1, "training started over at step 1"
     assert sorted(set(steps_of(run))) == list(range(1, STEPS + 1))
 
 

@@ -137,7 +137,7 @@ def one_build(out: Path, command: list[str], rng: random.Random, killed: Counter
                 victim = min(rng.sample(VICTIMS, len(VICTIMS)), key=lambda name: killed[name])
                 done, hit = one_life(cluster, command, victim, rng.uniform(2.0, 9.0))
                 again = {name for name, at in seen.items() if finished(out).get(name) != at}
-                assert not again, f"built again: {again}"
+                assert not again, f"finished shards were built again: {again}"
                 seen = finished(out)
                 killed[victim] += hit
                 print(f"{victim if hit else 'nobody'} killed, {len(seen)} shards finished", flush=True)

@@ -127,7 +127,9 @@ def serve(requests: socket.socket) -> list[str]:
     """
     for name in IMPORTED:
         __import__(name)
-    assert len(list(Path("/proc/self/task").iterdir())) == 1, "a thread would be missing in the forks"
+    assert len(list(Path("/proc/self/task").iterdir())) == 1, (
+        "the server must have one thread, because forks lack the other threads"
+    )
     gc.freeze()  # otherwise a garbage collection in a fork would copy the memory pages of all imported objects
     signal.signal(signal.SIGCHLD, reap)
     while True:

@@ -81,5 +81,5 @@ def write_talk(root: Path, num_rows: int) -> Path:
 def contents(out: Path) -> dict[str, str]:
     """Return the sha256 of every file of a shard set. Fail if work files of the build remain."""
     left = {path.name for path in ShardFolder(out).work.iterdir()}
-    assert left == {"lock"}, f"left behind: {left}"
+    assert left == {"lock"}, f"work files remain: {left}"
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir() if path.is_file()}
