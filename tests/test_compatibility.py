@@ -21,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def losses(metrics: Path) -> dict[int, tuple[float | None, ...]]:
-    """Return the losses and the gradient norm of each step; if a step was logged twice, those of the last time."""
+    """Return the losses and the gradient norm of each step. For a step logged twice, return the values logged last."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     keys = ("loss/total", "loss/text", "loss/align", "optim/grad_norm")
     return {line["step"]: tuple(line[key] for key in keys) for line in lines if "event" not in line}

@@ -34,7 +34,7 @@ def arguments(recipe_file, shards, run, *overrides):
 
 @pytest.fixture(scope="module")
 def uninterrupted(recipe_file, shards, tmp_path_factory):
-    """Train on one rank without interruption, with saves that block training."""
+    """Train on one rank without interruption, with saves that block training. Return the run folder."""
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
     done = fork_python("-m", "pipeline.train", *arguments(recipe_file, shards, run, "checkpoint.background=false"))
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Each rank gets its own GPU, or an error if there are too few. The variables are those that SLURM 22.05 sets."""
+"""Assignment of GPUs to ranks under SLURM and torchrun. The tests set the environment variables of SLURM 22.05."""
 
 import pytest
 import torch

@@ -231,7 +231,7 @@ def test_crashes_without_progress_are_limited_and_reported_in_one_line(training)
 
 @concurrent
 def test_jobs_whose_training_failed_or_was_refused_are_not_requeued(training):
-    """In the refused job, the exit code is that of a rank that srun killed, and not that of the rank that refused."""
+    """The refused job has the exit code of a rank that srun killed, and not the exit code of the rank that refused."""
     job = training.submit("end=failed")
     training.assert_end(job, "FAILED", restarts=0)
     assert training.slurm.job(job)["ExitCode"] == "3:0"

@@ -157,7 +157,7 @@ def hold_writes() -> threading.Event:
 
 
 def write_last(context: CheckpointContext) -> None:
-    """Make this rank wait to write its files until a whole checkpoint no longer fits into the free space."""
+    """Make this rank wait with its writes until the other ranks have used part of the space for the checkpoint."""
     write, deadline = context.snapshot.write, time.monotonic() + WAIT_S
 
     def wait_and_write(folder: Path, rank: int):
