@@ -242,7 +242,7 @@ def main() -> None:
         f"{recipe.model}, rank 0 of {args.ranks}, {recipe.config.vision.num_patches} + {text_tokens} tokens; ", end=""
     )
     print(f"{kernel_report(torch.device(device))}; {recipe.engine.ds_config}, {recipe.engine.precision}, ", end="")
-    print(f"segments of {recipe.engine.segment_layers}")
+    print(f"activation checkpoints in segments of {recipe.engine.segment_layers} layers")
     print(table(trials, args.memory_gib))
     if args.json:
         args.json.write_text(json.dumps([vars(trial) for trial in trials], indent=2))

@@ -128,7 +128,7 @@ def main() -> None:
         "overrides", nargs="*", metavar="key=value", help="recipe overrides; for a run only data.shards="
     )
     parser.add_argument("--untrained", action="store_true", help="export the initial model, before any training step")
-    parser.add_argument("--step", type=int, help="export this checkpoint (default: the newest intact one)")
+    parser.add_argument("--step", type=int, help="export this checkpoint (default: the newest intact checkpoint)")
     parser.add_argument(
         "--language-model",
         type=Path,

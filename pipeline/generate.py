@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("model", help="folder written by pipeline.export")
     parser.add_argument("--image", type=Path, help="image file to ask about")
     parser.add_argument("--prompt", help="one question; without it, start a dialogue in the terminal")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="limit of an answer (default %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="limit per answer (default %(default)s)")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )

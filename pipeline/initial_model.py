@@ -67,5 +67,5 @@ def check_towers_unchanged(record: Path, towers: Towers) -> None:
     if hashes != sorted(towers.loaded.values()):
         raise UserError(
             f"weights.towers: {', '.join(towers.loaded) or RANDOM}: not the files that the run began with ({record}). "
-            "Use those, or another run.dir to start a new run."
+            "Use the original files, or another run.dir to start a new run."
         )

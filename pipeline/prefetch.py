@@ -65,7 +65,7 @@ def language_model(recipe: Recipe, source: str, *, cached: bool = False) -> str:
     embedding = next((files[name] for name in files if "embedding" in name), None)
     if embedding is None or embedding.shape[0] != rows:
         found = "no embedding" if embedding is None else f"an embedding of {embedding.shape[0]} rows"
-        raise UserError(f"{folder}: found {found}, expected one of {rows} rows for model {recipe.model!r}")
+        raise UserError(f"{folder}: found {found}, expected an embedding of {rows} rows for model {recipe.model!r}")
     return _size(files.paths)
 
 

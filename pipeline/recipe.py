@@ -136,7 +136,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, planning: bo
 
     Args:
         path: TOML file; keys that it lacks have their defaults.
-        overrides: Values that replace the file's, as `optim.lr=1e-5`.
+        overrides: Values that replace those in the file, such as `optim.lr=1e-5`.
         planning: Whether `data.shards` and `run.dir` may be absent. A key that is absent is `UNSET`.
 
     Raises: UserError that names the key, what was found and what is valid.
@@ -169,7 +169,7 @@ def _override(table: dict[str, Any], override: str) -> None:
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
-            raise UserError(f"{override!r}: {section!r} holds a value, not further keys")
+            raise UserError(f"{override!r}: {section!r} is a value, not a section with keys")
     table[name] = parse_value(text)
 
 

@@ -1,4 +1,4 @@
-"""Status of a run, live or ended: its state and progress, and where its wall time went.
+"""Status of a running or ended run: its state, its progress, and what its wall time was spent on.
 
 python -m pipeline.status runs/v2
 python -m pipeline.status runs/v2 --json

@@ -107,7 +107,7 @@ def restore(
 
     Args:
         values: a flat tensor for each buffer index and each of KINDS.
-        updates: the number of updates that Adam has made; its bias correction depends on it.
+        updates: the number of updates that Adam has done, on which its bias correction depends.
     """
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:

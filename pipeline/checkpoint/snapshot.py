@@ -56,7 +56,7 @@ class Snapshot:
         return sum(buffer.master.nbytes for buffer in self.buffers) * len(KINDS)
 
     def take(self) -> float:
-        """Copy the current state to host memory. Return the number of updates that Adam has made."""
+        """Copy the current state to host memory. Return the number of updates that Adam has done."""
         for (index, kind), copy in self.memory.items():
             if (tensor := self._tensor(self.buffers[index], kind)) is None:
                 copy.zero_()

@@ -31,7 +31,7 @@ class BatchSources:
 
 
 class Sources:
-    """The sources in an index. `names` is sorted."""
+    """The source datasets of all samples in an index. `names` is sorted."""
 
     def __init__(self, index: Any):
         column = index.column("source")

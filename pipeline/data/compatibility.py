@@ -24,8 +24,8 @@ def check_shards_match_model(manifest: Manifest, recipe: Recipe) -> None:
     if manifest.tokenizer["vocab_size"] > config.llm.vocab_size:
         raise UserError(
             f"data.shards: {recipe.data.shards}: tokenizer {manifest.tokenizer['name']!r} has "
-            f"{manifest.tokenizer['vocab_size']} entries, model {recipe.model!r} embeds {config.llm.vocab_size}; "
-            f"build the shards with the model's own tokenizer"
+            f"{manifest.tokenizer['vocab_size']} entries, but model {recipe.model!r} has only "
+            f"{config.llm.vocab_size} embeddings; build the shards with the model's own tokenizer"
         )
 
 
@@ -39,5 +39,5 @@ def _check_tokenizer(manifest: Manifest, recipe: Recipe) -> None:
     if not matches:
         raise UserError(
             f"data.shards: {recipe.data.shards}: tokenized with {used['name']!r}, expected {expected!r}; build the "
-            f"shards with --tokenizer {expected}, or set data.tokenizer to a copy of the one used"
+            f"shards with --tokenizer {expected}, or set data.tokenizer to a copy of the tokenizer used"
         )

@@ -17,7 +17,7 @@ from pipeline.errors import RetryableError
 from pipeline.recipe import Recipe
 
 PREFETCH = 4  # micro-batches that each worker keeps ready
-EXIT_GRACE_S = 5.0  # how long to wait for a worker to exit after its connection broke, so that the error can name it
+EXIT_GRACE_S = 5.0  # time for a worker to exit after its connection broke, so that the error can name the worker
 WORKER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) ([^.]+)")  # torch's RuntimeError
 PIN_THREAD_DIED = "Pin memory thread exited unexpectedly"
 
@@ -66,7 +66,7 @@ class Workers:
     def close(self) -> None:
         """End the processes, even if the traceback of an error keeps this object alive.
 
-        Otherwise Python would wait for the workers forever at exit, because they ignore its SIGTERM.
+        Otherwise Python would wait for the workers forever at exit, because they ignore Python's SIGTERM.
         """
         self.batches = None
 

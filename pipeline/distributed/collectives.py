@@ -20,8 +20,8 @@ def collectively(ranks: Ranks, action: Callable[[], T]) -> T:
     Must be called on every rank.
 
     Raises:
-        UserError: if any rank raised one. The message lists the errors of all ranks.
-        RetryableError: if any rank failed, but no rank with a UserError.
+        UserError: if any rank raised a UserError or an OSError that the user can fix. The message lists the errors of all ranks.
+        RetryableError: if ranks failed, but all of them with transient errors.
     """
     [result] = run_checks(ranks, [action])
     return result

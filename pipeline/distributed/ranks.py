@@ -70,7 +70,7 @@ def _device(device: str, local_rank: int) -> torch.device:
     gpus = _count_local_gpus(ranks)
     if ranks > gpus:
         raise UserError(
-            f"{socket.gethostname()}: {ranks} ranks on {gpus} GPU(s), but each rank needs its own. "
+            f"{socket.gethostname()}: {ranks} ranks on {gpus} GPU(s), but each rank needs its own GPU. "
             f"Start one rank per GPU: sbatch --ntasks-per-node={gpus}, torchrun --nproc-per-node={gpus}."
         )
     # A task that SLURM has bound to one GPU finds only that GPU, as device 0.

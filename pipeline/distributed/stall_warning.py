@@ -17,7 +17,7 @@ def print_to_stderr(line: str) -> None:
 
 
 class StallWarning:
-    """Warns when an operation takes longer than `limit_s`: once while it is running, and once when it returns.
+    """Warns about an operation that takes longer than `limit_s`, once while it is running and once when it returns.
 
     Args:
         warn: Called with the text of each warning, also from a background thread.

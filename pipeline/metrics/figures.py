@@ -36,7 +36,7 @@ TEXT_COLOUR, ALIGN_COLOUR, WARNING_COLOUR = "#1f4e79", "#9c4a1a", "#d62728"
 
 
 def draw_run(history: History, path: Path) -> None:
-    """Draw the losses of a run, its restarts and spikes, and where its wall time went. Writes a PNG."""
+    """Draw the losses, restarts and spikes of a run, and what its wall time was spent on. Writes a PNG."""
     has_align = any(align is not None for _, align in history.losses.values())
     heights = [3, 2, 0.3] if has_align else [4, 0.3]
     figure = Figure(figsize=(10, 1.2 + sum(heights)), layout="constrained")

@@ -17,7 +17,7 @@ from typing import Any
 from model.errors import UserError
 
 STARTS = ("start", "resume")  # events that a launch logs when its training loop begins
-ENDS = ("done", "stopped")  # events of an orderly end
+ENDS = ("done", "stopped")  # events that a launch logs when it ends without an error
 SLOW_RANK_RATIO = 1.25  # a rank that takes this many times as long as the median rank is reported as slow
 TEXT_LOSS, SAMPLES = "loss/text/", "data/samples/"  # prefixes of keys that end with a source's name
 
