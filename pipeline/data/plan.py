@@ -18,7 +18,7 @@ FILLER = -1  # fills up the last batch of each modality; filler rows have no eff
 
 
 def count_steps(*, with_image: int, text_only: int, global_batch: int) -> int:
-    """Return the number of steps per epoch. Samples with an image and text-only samples fill separate global batches."""
+    """Return the number of steps per epoch. Samples with an image and text-only ones fill separate global batches."""
     return -(-with_image // global_batch) + -(-text_only // global_batch)
 
 

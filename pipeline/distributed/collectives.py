@@ -20,7 +20,7 @@ def collectively(ranks: Ranks, action: Callable[[], T]) -> T:
     Must be called on every rank.
 
     Raises:
-        UserError: if any rank raised a UserError or an OSError that the user can fix. The message lists the errors of all ranks.
+        UserError: if any rank failed with an error that the user can fix. The message lists the errors of all ranks.
         RetryableError: if ranks failed, but all of them with transient errors.
     """
     [result] = run_checks(ranks, [action])
