@@ -1,9 +1,10 @@
 # shellcheck shell=bash
-# Sourced by the other scripts here: prints --help, changes to the checkout, activates the Python environment.
+# The other scripts in this folder source this file. It prints --help, changes to the checkout and activates the Python
+# environment.
 #
 #   EMMA_ENV        a file to source, or a shell command such as 'module load cuda; conda activate emma'.
-#                   Default: the checkout's .venv (`make install`), otherwise the python in the PATH.
-#   EMMA_CONTAINER  a command prefix for every python, such as 'apptainer exec --nv /images/emma.sif'.
+#                   Default: the .venv that `make install` creates in the checkout, or else the python in the PATH.
+#   EMMA_CONTAINER  a prefix for every python command, such as 'apptainer exec --nv /images/emma.sif'.
 #   EMMA_SRUN       options for every srun, such as Pyxis's '--container-image=/images/emma.sqsh'.
 
 fail() {
@@ -18,7 +19,7 @@ fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 arguments=("$@")
-set -- # otherwise an activation script sees our arguments
+set -- # otherwise an activation script would see our arguments
 set +u # activation scripts of conda and modules read unset variables
 if [[ -f ${EMMA_ENV-} ]]; then
   # shellcheck disable=SC1090

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the fused kernels (mamba-ssm and causal-conv1d) from source for one GPU architecture, and installs them into
-# EMMA_ENV, the checkout's .venv or the active Python environment. Needs nvcc of the CUDA version of torch.
+# EMMA_ENV, the checkout's .venv or the active Python environment. Needs an nvcc of the CUDA version that torch uses.
 #
 #   slurm/install_kernels.sh [--arch SM] [--wheels DIR]
 #
@@ -11,9 +11,11 @@
 #   --arch SM      80 for A100 (default), 90 for H100 and H200
 #   --wheels DIR   keep the wheels in DIR; install them elsewhere with: pip install --no-deps DIR/*.whl
 #
-# `pip install` is not enough: the packages compile nine architectures, they must build against the installed torch, and
-# mamba-ssm requires packages that Mamba-1 and Mamba-2 never import. Without a network, set PIP_NO_INDEX=1 and
-# PIP_FIND_LINKS=DIR, where DIR contains the two source packages, einops and ninja.
+# `pip install` is not sufficient for three reasons: by default, the packages compile nine architectures; they must be
+# built against the installed torch; and mamba-ssm requires packages that Mamba-1 and Mamba-2 never import.
+#
+# Without network access, set PIP_NO_INDEX=1 and PIP_FIND_LINKS=DIR, where DIR contains the source packages of mamba-ssm
+# and causal-conv1d, and einops and ninja.
 set -euo pipefail
 
 arch=80 wheels=''
@@ -43,9 +45,10 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 wheels=${wheels:-$work/wheels}
 pip=("${python[@]}" -m pip --disable-pip-version-check)
-# FORCE_BUILD prevents the download of prebuilt wheels. SKIP_CUDA_BUILD is for `pip download`, which needs no kernels.
+# FORCE_BUILD prevents the download of prebuilt wheels. `unpack` sets SKIP_CUDA_BUILD, because `pip download` runs the
+# setup script but needs no kernels.
 export MAX_JOBS=${MAX_JOBS:-$(nproc)} MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE
-# The backward pass of causal-conv1d is one large file. From CUDA 12.1 on, nvcc can compile it on several cores.
+# The backward pass of causal-conv1d is one large file. Since CUDA 12.1, nvcc can compile a file on several cores.
 nvcc=$("${python[@]}" -c 'from torch.utils.cpp_extension import CUDA_HOME; print(f"{CUDA_HOME}/bin/nvcc")')
 [[ $("$nvcc" --help) != *--split-compile* ]] || export NVCC_APPEND_FLAGS="${NVCC_APPEND_FLAGS-} --split-compile=0"
 

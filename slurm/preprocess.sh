@@ -8,7 +8,7 @@
 #SBATCH --open-mode=append
 #
 # Builds shards under SLURM: starts a Ray cluster in the allocation and submits build_shards.py to it.
-# The same command continues an unfinished build: finished shards are not built again.
+# The same command continues an unfinished build, and does not build finished shards again.
 #
 #   sbatch slurm/preprocess.sh MIX.toml --model PRESET --root DIR --out DIR [options of build_shards.py]
 #
@@ -35,9 +35,9 @@ mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 port=$((26000 + 10 * (SLURM_JOB_ID % 600))) # ten ports per job, because several jobs may share a node
 dashboard=http://127.0.0.1:$((port + 1))
 submission=preprocess-$SLURM_JOB_ID
-scratch=/tmp/ray-$SLURM_JOB_ID # short, because paths of Ray's sockets have at most 107 characters
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since 22.05, srun does not inherit it
-# A token for this job, because other users of the node can reach the ports and could run code as this user.
+scratch=/tmp/ray-$SLURM_JOB_ID # short, because the path of a socket of Ray may have at most 107 characters
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since SLURM 22.05, srun does not inherit it
+# Ray requires this token. Without it, other users of the node could reach the ports and run code as this user.
 RAY_AUTH_TOKEN=$("${python[@]}" -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token
 
@@ -63,7 +63,7 @@ cluster=$!
 tear_down() {
   kill "$cluster" 2>/dev/null || true # srun then ends the step on all nodes
   wait "$cluster" || true
-  "${srun[@]}" --ntasks-per-node=1 rm -rf "$scratch" || true # fails in a cancelled job, which cannot start a step
+  "${srun[@]}" --ntasks-per-node=1 rm -rf "$scratch" || true # fails in a cancelled job, because it cannot start a step
 }
 trap tear_down EXIT
 

@@ -9,7 +9,8 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@600
 #
-# Trains a recipe under SLURM, with one task per GPU. The same command resumes. docs/slurm.md: when a job is requeued.
+# Trains a recipe under SLURM, with one task per GPU. The same command resumes. docs/slurm.md explains when a job is
+# requeued.
 #
 #   sbatch slurm/train_emma.sh RECIPE [key=value ...]
 #
@@ -32,10 +33,11 @@ source "$checkout/slurm/environment.sh"
 
 directive() { sed -n "s/^#SBATCH --$1=//p" "$0"; }
 
-# Requeueing this name requeues one task of an array. Requeueing the plain id of the last task would requeue them all.
+# In an array job, requeueing ARRAY_TASK requeues one task. SLURM_JOB_ID of the last task is the id of the whole array,
+# so requeueing that id would requeue all tasks.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-${SLURM_JOB_ID:-none}}
-export EMMA_JOB=$job # tells pipeline.train that this script removes old requests and reads control/refused
+export EMMA_JOB=$job # if set, pipeline.train leaves old requests to this script, and writes control/refused for it
 recipe=("${@//%a/${SLURM_ARRAY_TASK_ID-}}")
 run=$("${python[@]}" -m pipeline.recipe "${recipe[@]}" --get run.dir)
 control=$run/control stop=$run/control/stop starts=$run/control/starts.tsv
@@ -60,7 +62,8 @@ step_saved() {
   echo "$((10#${latest##*-}))"
 }
 
-# Print the number of earlier starts of this job, and how many of them in a row began at the step of this start.
+# Print two numbers: how often this job was launched before, and how many of the last launches in a row began at the
+# step of this launch.
 earlier_starts() {
   [[ -f $starts ]] || { echo 0 0; return; }
   awk -F '\t' -v job="$job" -v step="$step" \
@@ -76,7 +79,7 @@ rival() {
 }
 
 max_requeues=${MAX_REQUEUES:-20} max_fruitless=${MAX_FRUITLESS:-3}
-refuse_another_start() { # EARLIER FRUITLESS [WHY]: number of starts so far, and of those in a row at the same step
+refuse_another_start() { # EARLIER FRUITLESS [WHY]: number of launches so far, and of those in a row at the same step
   local then="${3:+: $3}; see the log, then submit again"
   (($1 <= max_requeues)) ||
     fail "$run: job $job was requeued $max_requeues times, the limit of MAX_REQUEUES$then"
@@ -110,14 +113,15 @@ mkdir -p "$control" || fail "$run: cannot be written; choose another run.dir"
 why=submitted
 [[ ! ${SLURM_RESTART_COUNT-} ]] || why='by SLURM: preempted, or a node was lost'
 [[ ! -f $control/requeued ]] || IFS=$'\t' read -r requeued because <"$control/requeued" || true
-[[ ${requeued-} != "$job" ]] || why=$because # otherwise it is the reason of a job that was cancelled
-rm -f "$control"/{stop,save,refused,requeued} # of the previous start; in a job, pipeline.train does not remove them
+[[ ${requeued-} != "$job" ]] || why=$because # otherwise the file is from a job that was cancelled
+rm -f "$control"/{stop,save,refused,requeued} # from the previous launch; pipeline.train does not remove them in a job
 printf '%s\t%s\t%s\t%s\n' "$(date -u +%FT%TZ)" "$job" "$step" "$why" >>"$starts"
 
 # -- Train ---------------------------------------------------------------------------------------------------------
 
-# SLURM signals only this script, which passes the request on as a file, because a signal to the ranks would also end
-# their helper processes. The file contains the signal's name, or nothing after a stop by hand. The first one counts.
+# SLURM sends the signal only to this script. The script passes the request to the ranks as a file, because a signal to
+# the ranks would also end their helper processes. The file contains the signal's name, or nothing if a person created
+# it. If there are several requests, the first one counts.
 warned='' interrupted=''
 ask_to_stop() {
   interrupted=1
@@ -131,14 +135,14 @@ trap 'ask_to_stop SIGTERM' TERM
 by_hand() { [[ -e $stop ]] && ! grep --quiet ^SIG "$stop"; }
 
 outcome_stamp() { stat --format='%i %y' "$run/outcome.json" 2>/dev/null || true; }
-before=$(outcome_stamp) # the file of an earlier start remains until training replaces it
+before=$(outcome_stamp) # the file of the previous launch remains until training replaces it
 
 "${command[@]}" &
 while :; do
   rc=0
   wait $! || rc=$?
   [[ $interrupted ]] || break
-  interrupted='' # a trap ended `wait`, while the ranks are still saving
+  interrupted='' # a trap ended `wait`, but the ranks are still saving
 done
 
 # -- Requeue? ------------------------------------------------------------------------------------------------------
@@ -161,9 +165,10 @@ job_field() {
 }
 
 # Requeue the job and exit, unless SLURM ends or requeues it itself, or the job may not start again.
-requeue() { # WHY STEP STEP_NOW: the reason, and the steps at which this start began and ended
-  # After scancel, the time limit or a preemption without grace time, the job is COMPLETING: it has ended for good, or
-  # SLURM requeues it. With grace time, SLURM signals only the ranks, and does not requeue a job that ends in time.
+requeue() { # WHY STEP STEP_NOW: the reason, and the steps at which this launch began and ended
+  # After scancel, the time limit or a preemption without grace time, the job is COMPLETING. Then it has ended for good,
+  # or SLURM requeues it. In a preemption with grace time, SLURM signals only the ranks, and does not requeue the job if
+  # it ends in time.
   local state
   state=$(job_field JobState) || exit
   [[ $state == RUNNING ]] || { echo "$1; the job is ${state:-unknown}, so it is not requeued" && exit "$rc"; }
@@ -181,7 +186,8 @@ preempted() {
   [[ $when == *[0-9]* ]]
 }
 
-# Whether a start of this job was refused. Other jobs are refused too, because this one trains here.
+# Return whether training refused a launch of this job. control/refused may also name other jobs, which were refused
+# because this job trains in the run folder.
 refused() { grep --quiet --no-messages "^$job"$'\t' "$control/refused"; }
 
 outcome='' reason=''
