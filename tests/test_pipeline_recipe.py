@@ -225,7 +225,7 @@ def test_resuming_an_old_checkpoint_with_a_new_recipe_key_set_is_a_user_error(
     new = with_new_keys(monkeypatch, old, **changes)
     assert new.identity() == merged(manifest["recipe"], settings)
     assert new.fingerprint() != manifest["fingerprint"]
-    with pytest.raises(UserError, match=re.escape(f"changed since: {difference}; give the old values")):
+    with pytest.raises(UserError, match=re.escape(f"saved with other settings: {difference}; use the old settings")):
         check_identity(OLD_RUN, manifest, identity_of(new, manifest))
 
 
