@@ -176,7 +176,7 @@ def test_a_run_whose_only_checkpoint_is_damaged_does_not_start_over(recipe_file,
     for _ in range(2):
         line = one_line(fork_python(*words), code=2)
         assert "holds no good checkpoint" in line
-        assert "move it away" in line
+        assert "move this folder away" in line
         assert not (run / "control/starting").exists()
 
 
