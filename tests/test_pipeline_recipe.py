@@ -61,7 +61,7 @@ MISTAKES = [
     (["model="], ["model is empty"]),
     (["engine.memory_gib=30", "engine.segment_layers=0"], ["engine.memory_gib has no effect"]),
     (["justakey"], ["write key=value"]),
-    (["model.name=x"], ["'model' holds a value"]),
+    (["model.name=x"], ["'model' is a value, not a section"]),
 ]
 
 
