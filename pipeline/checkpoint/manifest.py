@@ -26,7 +26,7 @@ class Identity:
     total_steps: int
 
     def must_match(self) -> dict[str, Any]:
-        """Return the manifest entries that must be equal for resuming, besides the fingerprint of the recipe."""
+        """Return the manifest entries that must be equal for resuming, in addition to the recipe's fingerprint."""
         return {"shards_sha256": self.shards_sha256, "total_steps": self.total_steps}
 
 

@@ -125,7 +125,7 @@ class ShardReader:
         return str(self.index.column("key")[row])
 
     def _open(self, shard: int) -> int:
-        """Return the open file of a shard. Reopen and hash it if it has been modified or replaced.
+        """Return the open file of a shard. If the shard was modified or replaced, reopen and hash its file.
 
         Raises: ValueError if its content differs from the manifest.
         """

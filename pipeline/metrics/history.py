@@ -225,7 +225,7 @@ def _replay_start(history: History, line: dict[str, Any]) -> None:
 
 
 def _replay_step(history: History, line: dict[str, Any], reached: int) -> None:
-    """Add the steps `reached + 1` to `line["step"]`. Steps that an earlier launch had done count as redone."""
+    """Add the steps `reached + 1` to `line["step"]`. Steps that an earlier launch has done count as redone."""
     step, count = line["step"], line["step"] - reached
     redone = max(0, min(step, max(history.losses, default=0)) - reached)
     waited = line["time/data_wait_s"] * count
