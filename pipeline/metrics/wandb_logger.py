@@ -55,7 +55,7 @@ class WandbLogger:
                 f"run `wandb sync {self.folder}/wandb/run-*` to upload the rest",
                 flush=True,
             )
-            # Exit handlers run in reverse order, so `_exit_now` runs before wandb's handler, which waits for the upload.
+            # Exit handlers run in reverse order, so `_exit_now` runs before wandb's, which waits for the upload.
             atexit.register(_exit_now)
 
     def _open(self) -> None:

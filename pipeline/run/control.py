@@ -27,8 +27,8 @@ class Control:
     def clear_unanswered(self) -> None:
         """Remove the requests that an earlier launch left unanswered. Main rank only.
 
-        In a batch job the requests are kept, because the batch script removes old requests itself, and may have written a
-        new one.
+        In a batch job the requests are kept, because the batch script removes old requests itself, and may have written
+        a new one.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if BATCH_SCRIPT not in os.environ:
