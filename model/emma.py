@@ -52,7 +52,7 @@ class Emma(nn.Module):
         predicting = hidden[:, max(num_visual - 1, 0) : -1]
         targets = targets[
             :, targets.shape[1] - predicting.shape[1] :
-        ]  # without image, the first token is not predicted
+        ]  # without an image, the first token is not predicted
         supervised = targets != IGNORE_INDEX
         logits = self.llm.head(predicting[supervised])  # only supervised positions, since logits need most memory
         nll = torch.zeros(targets.shape, device=targets.device)

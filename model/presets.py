@@ -103,7 +103,7 @@ def csm(full: EmmaConfig) -> EmmaConfig:
 
 
 def avf(full: EmmaConfig) -> EmmaConfig:
-    """Predict visual features instead of pixels, with the same weight per value (Table 5, row "+AVF")."""
+    """Predict visual features instead of pixels; a value keeps the loss weight of a pixel (Table 5, row "+AVF")."""
     width = full.vision.width
     return _with_alignment(full, target="features", num_values=width, weight=alignment_weight(width))
 

@@ -183,5 +183,5 @@ def step_totals(recipe: Recipe, batch: GlobalBatch) -> Totals:
 
 
 def text_weights(recipe: Recipe, batch: GlobalBatch) -> npt.NDArray[np.int64]:
-    """Return the divisor of each source's text loss in a global batch, [sources]: supervised tokens or samples."""
+    """Return the divisor of each source's text loss: its supervised tokens or its samples in the batch. [sources]"""
     return batch.sources.supervised_tokens if recipe.loss.text == "token" else batch.sources.samples

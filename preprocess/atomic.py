@@ -13,7 +13,7 @@ from typing import IO, Any
 
 
 class HashingFile:
-    """An append-only file that computes the sha256 of the data written to it. `published` closes it."""
+    """A write-only file that computes the sha256 of the data written to it. Opened and closed by `published`."""
 
     closed = False
 

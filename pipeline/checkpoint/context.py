@@ -40,5 +40,8 @@ class CheckpointContext:
 
     @property
     def sharding(self) -> dict[str, int]:
-        """Manifest entries that describe how the state is split into files. A run with other values reshards it."""
+        """Manifest entries that describe how the state is split into files.
+
+        A run with different values reshards the state.
+        """
         return {"world_size": self.ranks.world_size, "zero_stage": self.engine.zero_optimization_stage()}

@@ -84,7 +84,7 @@ class Resumer:
         mine = {name for name in files if _writing_rank(name) % self.ranks.world_size == self.ranks.rank}
         to_hash = {name: files[name] for name in sorted(mine | whole.keys())}
         self._on_every_rank(lambda: first_damage(folder, to_hash, into=whole))
-        self._on_every_rank(lambda: snapshot.read(folder, layout, but_for=whole))
+        self._on_every_rank(lambda: snapshot.read(folder, layout, already_read=whole))
         snapshot.restore(manifest["updates"])
         return manifest
 

@@ -86,11 +86,11 @@ class Snapshot:
         named = {self._matching_file(layout, index, kind): copy for (index, kind), copy in self.memory.items()}
         return {name: copy for name, copy in named.items() if name in files and files[name]["bytes"] == copy.nbytes}
 
-    def read(self, folder: Path, layout: Layout, *, but_for: Collection[str]) -> None:
-        """Fill the host copies from a checkpoint of any world size, except the copies that `but_for` already filled.
+    def read(self, folder: Path, layout: Layout, *, already_read: Collection[str]) -> None:
+        """Fill the host copies from a checkpoint of any world size, skipping those that are already filled.
 
         Args:
-            but_for: files that have been read into their host copies before.
+            already_read: names of files whose host copies are already filled.
 
         Raises: DamagedCheckpointError if values are missing; RetryableError if the file system fails.
         """
@@ -98,7 +98,7 @@ class Snapshot:
             tasks = [
                 pool.submit(read_into, copy, folder, kind, layout.reads(self.buffers[index].pieces))
                 for (index, kind), copy in self.memory.items()
-                if self._matching_file(layout, index, kind) not in but_for
+                if self._matching_file(layout, index, kind) not in already_read
             ]
             for task in tasks:
                 task.result()

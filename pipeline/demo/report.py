@@ -64,7 +64,7 @@ class Results:
 
     @property
     def train_samples_per_s(self) -> float:
-        """Samples per second of training steps, without start-up, saves and the steps repeated after the kill."""
+        """Samples per second of training steps, excluding start-up, saves and the steps repeated after the kill."""
         ledger = self.history.ledger
         return len(self.history.losses) * self.global_batch / (ledger.training + ledger.waiting_for_data)
 

@@ -90,7 +90,7 @@ class RunFolder:
     def record_failed_start(self, reason: str) -> None:
         """Record why this launch ended before its first step.
 
-        Only the first rank's reason is kept, because the other ranks fail as a consequence.
+        Only the reason of the first rank to fail is kept, because the other ranks fail as a consequence.
         """
         if self.starting_file.exists() and not self.starting_file.stat().st_size:
             self.starting_file.write_text(reason + "\n", encoding="utf-8")

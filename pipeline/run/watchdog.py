@@ -45,8 +45,8 @@ from pipeline.metrics.logger import append_event
 from pipeline.recipe import Recipe
 from pipeline.run.folder import RunFolder
 
-FIRST_STEPS = 8  # number of first steps, which are slow because of compilation and warm-up
-REMEMBERED_STEPS = 50  # number of last steps whose median time is the usual step time
+FIRST_STEPS = 8  # number of initial steps, which are slow because of compilation and warm-up
+REMEMBERED_STEPS = 50  # the usual step time is the median over this many most recent steps
 POLL_S = 1.0
 GRACE_S = 5.0  # delay of a rank's exit after it wrote its stacks, so that the other ranks can write their stacks
 # Seconds after the time limit at which a rank that could not end itself dumps its stacks to stderr. It exits after
@@ -100,7 +100,7 @@ class Watchdog:
     def __init__(self, run: RunFolder, ranks: Ranks):
         self.run, self.ranks, self.config = run, ranks, run.recipe.watchdog
         self.step, self.step_times = 0, deque[float](maxlen=REMEMBERED_STEPS)
-        self.active_s = 0.0  # seconds since this object was built, without suspensions of the job
+        self.active_s = 0.0  # seconds since this object was built, excluding time when the job was suspended
         self.closed = threading.Event()
 
     def __enter__(self) -> Watchdog:

@@ -114,7 +114,8 @@ def _is_current(task: ShardTask, sidecar: dict[str, Any]) -> bool:
 def reusable_manifest(request: BuildRequest, work: Worklist, tasks: Sequence[ShardTask]) -> Manifest | None:
     """Return the manifest of a finished set if the request would build the same set again, otherwise None.
 
-    Call this only if every shard can be reused. A different wording of the rejects' details does not matter.
+    Call this only if every shard can be reused.
+    The details of rejects are not compared, because their wording may change between versions.
     """
     folder = request.folder
     try:
