@@ -1,6 +1,7 @@
 """Shared fixtures: raw data, a shard set built by the real builder, a recipe and a SLURM cluster."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,8 @@ LONGEST_FILES = (
     "test_pipeline_presets.py",
 )
 
+# A shell ignores SIGINT in background jobs, and programs that tests interrupt would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["OMP_NUM_THREADS"] = "1"  # set before torch is imported, because several tests run in parallel
 
 
