@@ -224,7 +224,7 @@ class EmmaConfig:
         """Return the configuration of Mamba blocks outside the language model.
 
         Args:
-            kind: Version of the blocks. They have the published state size of this version. None: the language model's.
+            kind: Mamba version; None: the language model's. A different version has its published state size.
             d_model: Width of the blocks; None: the language model's.
         """
         d_model = d_model or self.llm.d_model

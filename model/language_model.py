@@ -95,7 +95,7 @@ class MambaStack(nn.Module):
         return hidden, residual
 
     def prefill(self, x: Tensor) -> tuple[Tensor, Cache]:
-        """Return the final state of the last position [b, d], and every layer's recurrent state after it."""
+        """Return the normed hidden state of the last position [b, d], and each layer's recurrent state after it."""
         hidden, residual, cache = x, None, []
         for layer in self.layers:
             hidden, residual, state = layer.prefill(hidden, residual)

@@ -62,7 +62,7 @@ def save_model(
     kept = replace(config, alignment=config.alignment if has_alignment else None)
     described = {"format": FORMAT, "model": dataclasses.asdict(kept), "extra": dict(extra)}
     with report_write_errors(folder):
-        (folder / CONFIG_FILE).unlink(missing_ok=True)  # written last, so that it marks a complete folder
+        (folder / CONFIG_FILE).unlink(missing_ok=True)  # deleted first and written last: it marks a complete folder
         _save_tensors(folder / MODEL_FILE, {name: tensor for name, tensor in state.items() if name != TIED})
         _save_tensors(folder / TOWERS_FILE, towers.state_dict())
         if tokenizer_json is not None:

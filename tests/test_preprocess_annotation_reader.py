@@ -168,7 +168,7 @@ NOT_ROWS = {
         OBJECT,
         "line 1 column 1: the file is a single object (more than 1000 characters, expected a JSON",
     ),
-    "an overlong line": ('{"id": 1}\n' + OBJECT, "line 2 column 1: the line is not a row (more than 1000"),
+    "an overlong line": ('{"id": 1}\n' + OBJECT, "line 2 column 1: the line is too long for a row (more than 1000"),
     "an overlong row of an array": (f"[{OBJECT}]", "line 1 column 2: a row has more than 1000 characters"),
 }
 

@@ -163,7 +163,7 @@ def test_truncating_long_text_before_tokenizing_gives_the_same_token_ids(
         assert left.tokens == all_ids.tokens[: len(left.tokens)]
 
 
-def test_text_that_the_tokenizer_mostly_removes_is_truncated_correctly(tmp_path: Path) -> None:
+def test_text_that_normalization_mostly_removes_is_cut_to_the_token_limit(tmp_path: Path) -> None:
     """For such a tokenizer, the length of a text says nothing about its number of token ids."""
     settings = json.loads(gpt_neox().data)
     settings["normalizer"] = {"type": "Replace", "pattern": {"Regex": "~+"}, "content": ""}

@@ -35,7 +35,7 @@ def checkout(tmp_path: Path) -> Path:
     ],
     ids=["default", "a file", "a shell command", "a container"],
 )
-def test_emma_env_selects_the_environment_and_emma_container_the_container(checkout, variables, entered):
+def test_emma_env_and_emma_container_select_environment_and_container(checkout, variables, entered):
     command = ["bash", "slurm/train_emma.sh", "recipe.toml"]
     environment = {"PATH": os.environ["PATH"], **variables}
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)

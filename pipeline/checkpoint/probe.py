@@ -22,8 +22,8 @@ from pipeline.engine import Engine
 from pipeline.recipe import Recipe
 from pipeline.step import forward
 
-# Relative tolerance. Another split of the batch, or another machine, adds in another order, which changes the rounding.
-# In bf16 rounding is coarser than in fp32.
+# Relative tolerance. A different batch split or machine changes the order of sums, and so the rounding. Rounding is
+# coarser in bf16 than in fp32.
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "autocast": 1e-2}
 
 

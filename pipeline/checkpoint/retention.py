@@ -15,9 +15,9 @@ def steps_to_keep(
 ) -> set[int]:
     """Choose the checkpoints to keep: the newest `keep_last` good ones, and the multiples of `keep_every` forever.
 
-    Checkpoints that are not in `good` may have been damaged since they were written. As long as there are fewer than
-    `keep_last` good ones, the newest `keep_last` others are kept too. If the disk lacks space, only as many others are
-    kept as good ones are missing.
+    Checkpoints that are not in `good` may have been damaged since they were written. While fewer than `keep_last` are
+    good, the newest `keep_last` of the others are kept too. If disk space is short, only enough others are kept to
+    make up `keep_last` in total.
 
     Args:
         steps: steps of all checkpoints.

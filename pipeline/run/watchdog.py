@@ -143,7 +143,7 @@ class Watchdog:
 
     @contextmanager
     def allow_time_to_finish(self) -> Iterator[None]:
-        """Allow `first_s` for the operations after the block, such as closing wandb, also after an error."""
+        """When the block ends, even with an error, allow `first_s` for what follows, such as closing wandb."""
         try:
             yield
         finally:

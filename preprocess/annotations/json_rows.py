@@ -167,10 +167,12 @@ def line_rows(text: TextWindow) -> Iterator[Any | Rejected]:
     while first := text.peek():
         end = text.line_end(MAX_ROW_CHARACTERS)
         if end is None:
-            subject = "the file is a single object" if first == "{" and text.line == 1 else "the line is not a row"
+            subject = (
+                "the file is a single object" if first == "{" and text.line == 1 else "the line is too long for a row"
+            )
             raise UserError(
                 f"{text.location()}: {subject} (more than {MAX_ROW_CHARACTERS} characters, expected {ROW_FORMATS}). "
-                "Extract the rows from it"
+                "Convert the file so that each row stands alone"
             )
         yield _parse_line(text.window[text.position : end], text.line)
         text.advance(end)

@@ -35,7 +35,7 @@ class _EvenSample:
 
 
 class Survey:
-    """A sample of each source's images. `write` collects it when the worklist is written to the survey."""
+    """A file-like sink for the worklist that keeps a sample of each source's images."""
 
     def __init__(self) -> None:
         self.images: dict[str, _EvenSample] = defaultdict(_EvenSample)
