@@ -185,7 +185,7 @@ PRESETS = make_presets(ABLATIONS)
 
 
 def preset(name: str) -> EmmaConfig:
-    """Return the model configuration of a preset. Raises: ValueError that lists the presets if there is none."""
+    """Return the model configuration of a preset. Raises: ValueError that lists all presets if `name` is unknown."""
     if name in PRESETS:
         return PRESETS[name]
     raise ValueError(f"no model preset {name!r}{did_you_mean(name, PRESETS)}; presets: {', '.join(PRESETS)}")

@@ -96,7 +96,7 @@ CHANGES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_set_is_rebuilt_if_a_reject_differs_in_more_than_its_wording(
+def test_a_set_is_rebuilt_if_a_rejected_row_changes(
     built_before: Path, change: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = built_before.parent / "raw/dialogues.json"

@@ -228,7 +228,7 @@ def test_less_than_one_percent_of_each_full_size_demo_source_is_damaged() -> Non
 # -- Tokenizer ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_demo_tokenizer_fits_the_model_and_has_gpt_neoxs_special_token_ids(tokenizer: Tokenizer) -> None:
+def test_the_demo_tokenizer_fits_the_model_and_has_the_ids_of_gpt_neox(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size <= preset(MODEL).llm.vocab_size
     assert tokenizer.eos_id == 0
     assert tokenizer.decode([0, 1], skip_special_tokens=False) == "<|endoftext|><|padding|>"

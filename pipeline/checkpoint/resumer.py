@@ -38,14 +38,15 @@ class Resumer:
         self.context, self.ranks, self.folder = context, context.ranks, context.folder
 
     def resume(self, steps: Sequence[int]) -> tuple[int, list[str]]:
-        """Load the newest good checkpoint. Return its step, or 0 if there are no checkpoints, and lines for the log.
+        """Load the newest good checkpoint: its files are undamaged, and it reproduces its probe losses.
+
+        Return its step and lines for the log. The step is 0 if there are no checkpoints.
 
         Args:
             steps: steps of the published checkpoints, as `list_steps` returns them. Must be the same on all ranks.
 
-        Raises on all ranks: UserError if there are checkpoints but none is good, or if the newest good one was saved
-        with other settings; RetryableError if the file system fails, or if no undamaged checkpoint reproduces its
-        probe losses.
+        Raises on all ranks: UserError if all checkpoints are damaged, or if the newest one was saved with other
+        settings; RetryableError if the file system fails, or if no undamaged checkpoint reproduces its probe losses.
         """
         report = broadcast_from_main(self.ranks, self._remove_leftovers)
         doubted = list[Path]()

@@ -17,7 +17,7 @@ BUILDER = 4  # raise it when the bytes of shards change for the same input, so t
 
 
 def write_worklist(request: BuildRequest) -> Worklist:
-    """Write the dialogues and the early rejects into the work folder."""
+    """Write the dialogues into the work folder, and the rows that are rejected before any image is read."""
     folder = request.folder
     with published(folder.dialogues) as dialogues, published(folder.early_rejects) as rejects:
         return make_worklist(
