@@ -7,7 +7,7 @@ import sys
 import types
 import typing
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -96,7 +96,11 @@ def parse_table(
 
     Raises: UserError that names the key, what was found and what is valid.
     """
-    return _Parser(may_be_unset=frozenset(may_be_unset), how_to_set=how_to_set).table(kind, table, where, prefix="")
+    parser = _Parser(may_be_unset=frozenset(may_be_unset), how_to_set=how_to_set)
+    parsed = parser.table(kind, table, where, prefix="")
+    if parser.absent:  # reported last, because a misspelt key explains more
+        raise UserError(parser.absent[0])
+    return parsed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +109,12 @@ class _Parser:
 
     may_be_unset: frozenset[str]
     how_to_set: str
+    absent: list[str] = field(default_factory=list)  # messages about required keys that are not set
 
     def table(self, kind: type[T], table: Mapping[str, Any], where: str, *, prefix: str) -> T:
         """Parse one table. `prefix` is the dotted prefix of its keys in messages."""
         hints = typing.get_type_hints(kind, include_extras=True)
-        known = {_key(hints[field.name], field.name): field for field in fields(typing.cast(Any, kind))}
+        known = {_key(hints[each.name], each.name): each for each in fields(typing.cast(Any, kind))}
         for key in table:
             if key not in known:
                 hint = did_you_mean(prefix + key, [prefix + valid for valid in known])
@@ -117,20 +122,20 @@ class _Parser:
                     f"{where}: unknown key {prefix + key!r}{hint}; valid keys here: {', '.join(sorted(known))}"
                 )
         values = {}
-        for key, field in known.items():
-            name, hint = prefix + key, hints[field.name]
+        for key, each in known.items():
+            name, hint = prefix + key, hints[each.name]
             if key in table:
-                values[field.name] = self.value(hint, table[key], where, name)
-            elif _is_required(field):
-                values[field.name] = self._absent(hint, where, name)
+                values[each.name] = self.value(hint, table[key], where, name)
+            elif _is_required(each):
+                values[each.name] = self._absent(hint, where, name)
         return kind(**values)
 
     def _absent(self, hint: Any, where: str, name: str) -> Any:
         if is_dataclass(hint):
             return self.table(typing.cast(type, hint), {}, where, prefix=f"{name}.")
-        if name in self.may_be_unset:
-            return UNSET
-        raise UserError(f"{where}: {name} is not set; {self.how_to_set.format(key=name)}")
+        if name not in self.may_be_unset:
+            self.absent.append(f"{where}: {name} is not set; {self.how_to_set.format(key=name)}")
+        return UNSET
 
     def value(self, hint: Any, value: Any, where: str, name: str) -> Any:
         """Check one value against the type of its field, and convert integers to floats and lists to tuples."""

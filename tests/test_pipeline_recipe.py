@@ -247,3 +247,9 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return old | {
         key: merged(old.get(key, {}), value) if isinstance(value, dict) else value for key, value in new.items()
     }
+
+
+def test_an_unknown_key_is_reported_before_a_required_key_that_is_not_set(tmp_path):
+    (tmp_path / "recipe.toml").write_text('model = "tiny_v2"')
+    with pytest.raises(UserError, match=r"unknown key 'optim\.lrr', did you mean 'optim\.lr'"):
+        load_recipe(tmp_path / "recipe.toml", ["optim.lrr=1"])
