@@ -25,7 +25,7 @@ import torch
 
 from model.config import IGNORE_INDEX
 from model.emma import Emma
-from model.errors import run_cli
+from model.errors import UserError, run_cli
 from model.kernels.dispatch import kernel_report
 from model.vision import Towers
 from pipeline.activation_memory import fit_kept_layers
@@ -232,6 +232,10 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements to this file")
     args = parser.parse_intermixed_args()
+    for option in ("ranks", "memory_gib", "text_tokens", "micro_batches"):
+        value = getattr(args, option)
+        if value is not None and min(value if isinstance(value, list) else [value]) <= 0:
+            raise UserError(f"--{option.replace('_', '-')}: found {value}, expected a number above 0")
     recipe = load_recipe(args.recipe, args.overrides, planning=True)
     share = max(1, recipe.optim.global_batch // args.ranks)
     sizes = args.micro_batches or [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= share]

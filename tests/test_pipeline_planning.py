@@ -51,3 +51,13 @@ def test_a_dry_run_reports_which_micro_batches_fit(recipe_file, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "largest that fits: 4" in done.stdout
     assert [trial["micro_batch"] for trial in json.loads(out.read_text())] == [1, 4]
+
+
+@pytest.mark.parametrize(
+    "words", [("--ranks", "0"), ("--memory-gib", "-1"), ("--text-tokens", "0"), ("--micro-batches", "4", "0")]
+)
+def test_a_dry_run_refuses_numbers_that_are_not_above_zero(recipe_file, words):
+    done = fork_python("-m", "pipeline.dry_run", recipe_file, *words)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {words[0]}: found ")
+    assert done.stderr.count("\n") == 1
