@@ -157,7 +157,7 @@ def scratch(ranks: Ranks, parent: Path) -> Iterator[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder on the disk to measure")
-    parser.add_argument("recipe", nargs="?", default="pipeline/recipes/emma_v2.toml", help="default: %(default)s")
+    parser.add_argument("recipe", nargs="?", default="pipeline/recipes/emma_v2.toml", help="default: emma_v2")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     args = parser.parse_intermixed_args()

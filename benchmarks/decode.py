@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from model.config import MambaConfig
+from model.errors import run_cli
 from model.kernels.decode_graph import DecodeGraph
 from model.language_model import MambaLM
 from model.presets import preset
@@ -209,4 +210,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -28,6 +28,7 @@ import psutil
 from PIL import Image
 
 from benchmarks.photographs import dialogue
+from model.errors import run_cli
 from preprocess.build_shards import PAPER_MIX
 from preprocess.demo.mix import train_tokenizer
 from preprocess.shards.folder import ShardFolder
@@ -177,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

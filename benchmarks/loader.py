@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.photographs import write_rows
 from benchmarks.preprocess import MODEL, command
+from model.errors import run_cli
 from pipeline.config import DataConfig, OptimConfig, RunConfig
 from pipeline.data.loader import TrainData
 from pipeline.distributed.ranks import Ranks
@@ -152,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

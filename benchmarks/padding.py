@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from model.errors import run_cli
 from model.presets import preset
 from pipeline.data.plan import FILLER, Ids, Plan
 from preprocess.shards.manifest import load_index
@@ -169,4 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from model.config import PUBLISHED_D_STATE, EmmaConfig
+from model.errors import run_cli
 from model.presets import PRESETS, paper_taps
 
 RECIPE = "pipeline/recipes/demo.toml"
@@ -132,4 +133,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--train"]:
         train_reduced(sys.argv[2:])
     else:
-        main()
+        run_cli(main)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.decode import mamba_ssm_twin, random_model, seconds_per_call
+from model.errors import run_cli
 from model.kernels.prefill_graph import PrefillGraph
 from model.language_model import MambaLM
 from model.presets import preset
@@ -75,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -34,6 +34,7 @@ from PIL import Image
 
 from benchmarks.photographs import write_rows
 from model.config import IGNORE_INDEX
+from model.errors import run_cli
 from model.presets import preset
 from preprocess import build_shards
 from preprocess.builder.build import build
@@ -353,4 +354,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

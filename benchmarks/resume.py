@@ -29,6 +29,7 @@ import psutil
 from safetensors.torch import save_file
 
 from benchmarks.photographs import dialogue, write_rows
+from model.errors import run_cli
 from model.presets import preset
 from model.vision import Towers
 from pipeline.recipe import load_recipe
@@ -216,7 +217,7 @@ def scratch(parent: Path) -> Iterator[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder on the disk to measure")
-    parser.add_argument("recipe", nargs="?", default="pipeline/recipes/emma_v2.toml", help="default: %(default)s")
+    parser.add_argument("recipe", nargs="?", default="pipeline/recipes/emma_v2.toml", help="default: emma_v2")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
     parser.add_argument("--ranks", type=int, default=2, help="number of ranks (default %(default)s)")
     parser.add_argument("--save-at", type=int, default=24, help="step of the save (default %(default)s)")
@@ -231,4 +232,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

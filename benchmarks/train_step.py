@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from model.errors import run_cli
+
 ZERO2 = "engine.ds_config=ds_configs/zero2.json"
 VARIANTS = {
     "V2 zero3, segments of 4": ("emma_v2", []),
@@ -79,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)
