@@ -160,7 +160,7 @@ def main() -> None:
         return
     history = read_history(args.run)
     if args.png:
-        from pipeline.metrics.figures import draw_run  # imports matplotlib, which takes a second
+        from pipeline.figures.curves import draw_run  # imports matplotlib, which takes a second
 
         draw_run(history, args.png)
     if args.json:

@@ -11,7 +11,7 @@ import torch
 
 from model.errors import UserError
 from pipeline.distributed.ranks import Ranks
-from pipeline.metrics.figures import draw_run
+from pipeline.figures.curves import draw_run
 from pipeline.metrics.history import has_event, read_history, replay
 from pipeline.recipe import load_recipe
 from pipeline.run.folder import RunFolder

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from pipeline.evaluation.exact_match import Question, score
-from pipeline.metrics.figures import AnsweredQuestion
+from pipeline.figures.curves import AnsweredQuestion
 from pipeline.metrics.history import History
 
 FIRST_STEPS, LAST_STEPS = 1, 20  # number of steps averaged into the first and the last loss

@@ -1,7 +1,4 @@
-"""Figures of a run: losses and wall time across restarts, and a grid of answered questions.
-
-This is the only module that imports matplotlib. The import is slow, so commands import this module only when they plot.
-"""
+"""Figures of a run: losses and wall time across restarts, and a grid of answered questions."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Web page on the local machine for asking a model about images."""

@@ -1,0 +1,1 @@
+"""Figures drawn with matplotlib. Only this package imports it, and commands import this package only to draw."""

@@ -1,0 +1,1 @@
+"""Feature maps of the language model's visual states, and images redrawn by the decoder."""
