@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from model.config import EmmaConfig, config_from_dict
 from model.emma import Emma
 from model.errors import UserError, first_line
+from model.hashing import file_sha256
 from model.tensors import load_into, open_published, open_tensors, report_write_errors
 from model.vision import Towers
 
@@ -90,6 +92,23 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
         extra=described["extra"],
         device=torch.device(device),
     )
+
+
+def weights_sha256(folder: str | Path) -> str:
+    """Return a sha256 that identifies the weights of an exported folder, for keys of caches and journals.
+
+    If the folder has one weight file, this is the file's sha256, as `sha256sum` prints it. If it has several, this is
+    the sha256 of their lines in the format of `sha256sum`, sorted by name. The files are read on every call, because a
+    recorded hash would be wrong after another program replaced the weights.
+
+    Raises: UserError if the folder has no weight files.
+    """
+    paths = sorted(Path(folder).glob("*.safetensors"))
+    if not paths:
+        raise UserError(f"{folder}: no weight files (*.safetensors). Give a folder that python -m pipeline.export wrote.")
+    hashes = [file_sha256(path) for path in paths]
+    lines = (f"{sha256}  {path.name}\n" for sha256, path in zip(hashes, paths, strict=True))
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def load_language_model(emma: Emma, source: str | Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from model.emma import Emma
 from model.errors import UserError
 from model.presets import PRESETS, preset
 from model.vision import Towers
-from model.weights import load_language_model, load_model, save_model
+from model.weights import load_language_model, load_model, save_model, weights_sha256
 
 
 def make(name: str, seed: int = 0) -> tuple[Emma, Towers]:
@@ -125,6 +125,18 @@ def test_loading_a_truncated_weight_file_is_a_user_error(tmp_path: Path) -> None
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"model\.safetensors: not a readable tensor file"):
         load_model(tmp_path)
+
+
+def test_weights_sha256_identifies_the_content_of_all_weight_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no weight files"):
+        weights_sha256(tmp_path)
+    save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors")
+    one = weights_sha256(tmp_path)
+    assert one == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    save_file({"b": torch.zeros(3)}, tmp_path / "towers.safetensors")
+    two = weights_sha256(str(tmp_path))
+    save_file({"b": torch.ones(3)}, tmp_path / "towers.safetensors")
+    assert len({one, two, weights_sha256(tmp_path)}) == 3
 
 
 @pytest.mark.parametrize("name", PRESETS)
