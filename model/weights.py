@@ -105,7 +105,9 @@ def weights_sha256(folder: str | Path) -> str:
     """
     paths = sorted(Path(folder).glob("*.safetensors"))
     if not paths:
-        raise UserError(f"{folder}: no weight files (*.safetensors). Give a folder that python -m pipeline.export wrote.")
+        raise UserError(
+            f"{folder}: no weight files (*.safetensors). Give a folder that python -m pipeline.export wrote."
+        )
     hashes = [file_sha256(path) for path in paths]
     lines = (f"{sha256}  {path.name}\n" for sha256, path in zip(hashes, paths, strict=True))
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(lines).encode()).hexdigest()
