@@ -7,6 +7,7 @@ that spells a special token is encoded as ordinary text. The end-of-text tokens 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,24 @@ TEMPLATES: dict[str, tuple[str | None, ...]] = {
 BETWEEN_TURNS = "\n"
 EMPTY_ANSWER = " "
 CHARACTERS_PER_TOKEN, MIN_SPARE_TOKENS = 16, 256
+
+NUL_OR_SURROGATE = re.compile("[\x00\ud800-\udfff]")
+
+
+def clean_text(text: str) -> str:
+    """Drop NUL characters and replace lone surrogates, which UTF-8 cannot encode, by U+FFFD.
+
+    Every text is cleaned before it is tokenized, both for training and for generation.
+    """
+    return NUL_OR_SURROGATE.sub(lambda match: "" if match[0] == "\x00" else "\ufffd", text)
+
+
+def clean_terminal_text(text: str) -> str:
+    """Clean a text from the command line, where Python represents undecodable bytes as lone surrogates.
+
+    The result is the same as if the bytes came from an annotation file.
+    """
+    return clean_text(text.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
 
 
 class Tokenizer:
@@ -159,7 +178,7 @@ def _encoded_turns(
     conversations: Conversation, template: str, tokenizer: Tokenizer, max_tokens: int | None
 ) -> Iterator[tuple[str, list[int]]]:
     for number, turn in enumerate(conversations):
-        text = turn["value"].replace(IMAGE_TOKEN, "").strip()
+        text = clean_text(turn["value"]).replace(IMAGE_TOKEN, "").strip()
         if turn["from"] == "gpt":
             yield "gpt", [*tokenizer.encode(text or EMPTY_ANSWER, max_exact=max_tokens), tokenizer.eos_id]
         else:

@@ -8,7 +8,7 @@ import tokenizers
 
 from model.errors import UserError
 from preprocess import prompts
-from preprocess.prompts import Tokenizer, encode_dialogue, encode_prompt, load_tokenizer
+from preprocess.prompts import Tokenizer, clean_terminal_text, encode_dialogue, encode_prompt, load_tokenizer
 from tests.support.golden_tokenizer import gpt_neox
 from tests.support.launch import run_python
 from tests.support.shard_builds import write_tokenizer
@@ -64,6 +64,26 @@ def test_both_templates_give_the_recorded_token_ids() -> None:
     base = encode_dialogue(dialogue, "base", gpt_neox(), 2048)
     assert zephyr.tokens == GOLDEN_ZEPHYR
     assert base.tokens == GOLDEN_BASE
+
+
+@pytest.mark.parametrize(
+    ("dirty", "clean"),
+    [
+        ("What\x00 is\x00 it?", "What is it?"),
+        ("\x00 What is it?\x00", "What is it?"),
+        ("<im\x00age>What is it?", "What is it?"),
+        ("What is \ud83d?", "What is \ufffd?"),
+    ],
+)
+def test_a_question_is_cleaned_as_in_training_before_it_is_tokenized(dirty: str, clean: str) -> None:
+    assert encode_prompt(turns(dirty), "zephyr", gpt_neox()) == encode_prompt(turns(clean), "zephyr", gpt_neox())
+
+
+@pytest.mark.parametrize(
+    "data", [b"caf\xc3\xa9 \xff?", b"\xe2\x82 cut", b"\xed\xa0\x80", "U+1F600 \U0001f600".encode()]
+)
+def test_undecodable_bytes_of_an_argument_become_the_same_text_as_in_a_file(data: bytes) -> None:
+    assert clean_terminal_text(data.decode("utf-8", "surrogateescape")) == data.decode("utf-8", "replace")
 
 
 def test_zephyr_prompt_ids_equal_those_of_the_whole_text_tokenized_at_once() -> None:

@@ -12,12 +12,10 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from preprocess.images.codec import IMAGE_SUFFIXES
-from preprocess.prompts import IMAGE_TOKEN
+from preprocess.prompts import IMAGE_TOKEN, NUL_OR_SURROGATE, clean_text
 from preprocess.rejects import Rejected
 
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
-
-_NUL_OR_SURROGATE = re.compile("[\x00\ud800-\udfff]")
 
 Format = Literal["llava", "lvis", "lrv"]
 Row = dict[str, Any]
@@ -115,17 +113,12 @@ def row_id(value: Any, *, source: str, row: int, row_format: Format) -> str:
     return clean_text(str(own)) if usable else f"{source}-{row}"
 
 
-def clean_text(text: str) -> str:
-    """Drop NUL characters and replace lone surrogates, which UTF-8 cannot encode, by U+FFFD."""
-    return _NUL_OR_SURROGATE.sub(lambda match: "" if match[0] == "\x00" else "\ufffd", text)
-
-
 def image_path(folder: str, name: str) -> str:
     """Return `folder/name` with forward slashes. Raises: Rejected if the name is absolute or contains ".."."""
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name):
         raise Rejected("picture_path_escapes", repr(name))
-    if _NUL_OR_SURROGATE.search(name):
+    if NUL_OR_SURROGATE.search(name):
         raise Rejected("picture_path_invalid", repr(name))
     return str(PurePosixPath(folder, path))
 
