@@ -14,7 +14,7 @@ from pathlib import Path
 
 from model.errors import run_cli
 from pipeline.evaluation.exact_match import ask, read_questions, report, score, shuffle_images, table
-from pipeline.inference.decoding import load
+from pipeline.inference.engine import load
 from preprocess.atomic import write_json
 
 

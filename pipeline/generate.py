@@ -11,9 +11,8 @@ import argparse
 from pathlib import Path
 
 from model.errors import UserError, run_cli
-from pipeline.inference.decoding import complete, load
+from pipeline.inference.engine import InferenceEngine, load
 from preprocess.images.codec import read_image_file
-from preprocess.prompts import encode_prompt
 
 
 def main() -> None:
@@ -30,13 +29,11 @@ def main() -> None:
         raise UserError(f"--max-new-tokens: found {args.max_new_tokens}, expected at least 1")
     model, tokenizer = load(args.model, args.device)
     image = read_image_file(args.image, model.config.vision.image_px) if args.image else None
-    turns: list[dict[str, str]] = []
+    dialogue = InferenceEngine(model, tokenizer).dialogue(image)
     for question in [args.prompt] if args.prompt is not None else iter(_ask_user, ""):
-        turns.append({"from": "human", "value": question})
-        prompt = encode_prompt(turns, model.config.template, tokenizer)
-        [reply] = complete(model, tokenizer, [prompt], [image], args.max_new_tokens)
-        turns.append({"from": "gpt", "value": reply})
-        print(reply, flush=True)
+        for piece in dialogue.ask(question, max_new_tokens=args.max_new_tokens):
+            print(piece, end="", flush=True)
+        print(flush=True)
 
 
 def _ask_user() -> str:

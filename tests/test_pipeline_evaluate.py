@@ -24,7 +24,7 @@ from pipeline.evaluation.exact_match import (
     shuffle_images,
     table,
 )
-from pipeline.inference.decoding import answer
+from pipeline.inference.engine import InferenceEngine
 from preprocess.images.codec import read_image_file
 from preprocess.prompts import load_tokenizer
 from tests.support.launch import fork_python
@@ -140,11 +140,11 @@ def test_batched_answers_equal_single_answers_in_the_order_of_the_questions(mode
     texts = ["Which?", "A rather long question, is it not?", "Which?", "Why?"]
     questions = [asked(f"{name}.png", question=text) for name, text in zip("abca", texts, strict=True)]
     batched = ask(model, tokenizer, questions, images, quiet=True)
-    px = model.config.vision.image_px
-    alone = [
-        answer(model, tokenizer, [q.question], [read_image_file(images / q.image, px)], max_new_tokens=16)[0].strip()
-        for q in questions
+    px, engine = model.config.vision.image_px, InferenceEngine(model, tokenizer)
+    requests = [
+        engine.request(q.question, read_image_file(images / q.image, px), max_new_tokens=16) for q in questions
     ]
+    alone = [engine.complete([request])[0].text for request in requests]
     assert batched == alone
     assert len(set(batched)) > 1
 

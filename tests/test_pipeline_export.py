@@ -13,7 +13,7 @@ from model.presets import preset
 from pipeline.checkpoint.folder import folder_name
 from pipeline.checkpoint.layout import full_state
 from pipeline.export import check_state, export_run
-from pipeline.inference.decoding import answer, load
+from pipeline.inference.engine import InferenceEngine, load
 from preprocess.prompts import encode_dialogue, encode_prompt, load_tokenizer
 from tests.support.launch import finish, fork_python, fork_ranks
 
@@ -140,8 +140,9 @@ def test_decoding_with_a_cache_equals_recomputing_the_whole_sequence(exported):
     noise = np.random.Generator(np.random.Philox(key=1)).integers(0, 256, (2, 100, 100, 3), np.uint8)
     questions = ["Which colour?", "Say 4", "Which colour?"]
     images = [noise[0], None, noise[1]]
-    found = answer(model, tokenizer, questions, images, max_new_tokens=12)
-    assert found == [recompute_all(model, tokenizer, q, p, 12) for q, p in zip(questions, images, strict=True)]
+    engine = InferenceEngine(model, tokenizer)
+    requests = [engine.request(q, image, max_new_tokens=12) for q, image in zip(questions, images, strict=True)]
+    assert [completion.text for completion in engine.complete(requests)] == [recompute_all(model, tokenizer, q, p, 12) for q, p in zip(questions, images, strict=True)]
 
 
 @torch.inference_mode()

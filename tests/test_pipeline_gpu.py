@@ -9,7 +9,7 @@ import torch
 from model.weights import load_model
 from pipeline.checkpoint.folder import list_steps
 from pipeline.data.shard_reader import ShardReader
-from pipeline.inference.decoding import answer
+from pipeline.inference.engine import InferenceEngine
 from pipeline.recipe import load_recipe
 from preprocess.prompts import load_tokenizer
 from tests.support.launch import finish, run_python, torchrun
@@ -87,11 +87,9 @@ def test_a_resumed_run_repeats_its_losses_and_answers_equally_on_cpu_and_gpu(bas
     assert done.returncode == 0, done.stderr
     image = ShardReader(base[2].removeprefix("data.shards=")).read(0)[1]
     tokenizer = load_tokenizer(str(tmp_path / "model"))
-    answers = [
-        answer(load_model(tmp_path / "model", device), tokenizer, ["Which colour?", "Say 3"], [image, None], 24)
-        for device in ("cpu", "cuda")
-    ]
-    assert answers[0] == answers[1]
+    engines = [InferenceEngine(load_model(tmp_path / "model", device), tokenizer) for device in ("cpu", "cuda")]
+    requests = [engines[0].request("Which colour?", image), engines[0].request("Say 3")]
+    assert engines[0].complete(requests) == engines[1].complete(requests)
 
 
 def test_a_stop_request_saves_and_ends_the_run(base, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.export import export_run
-from pipeline.inference.decoding import answer, load
+from pipeline.inference.engine import InferenceEngine, load
 from tests.support.launch import fork_python
 from tests.support.tiny_data import build_shards
 
@@ -41,6 +41,6 @@ def test_each_tiny_preset_trains_resumes_exports_and_generates_an_answer(recipe_
     assert aligned == (name != "tiny_cobra")
 
     export_run(run, out, step=None, with_alignment=False)
-    model, tokenizer = load(out, "cpu")
+    engine = InferenceEngine(*load(out, "cpu"))
     image = np.zeros((100, 100, 3), np.uint8)
-    assert len(answer(model, tokenizer, ["Which colour?"], [image], max_new_tokens=3)) == 1
+    assert len(engine.complete([engine.request("Which colour?", image, max_new_tokens=3)])) == 1

@@ -28,7 +28,7 @@ from pipeline.demo.ray_head import ray_head
 from pipeline.demo.report import SHEET_COLUMNS, Results, sample_answers, summary, table
 from pipeline.evaluation.exact_match import Question, ask, most_common_answers, read_questions, shuffle_images
 from pipeline.figures.curves import draw_answers, draw_run
-from pipeline.inference.decoding import load
+from pipeline.inference.engine import load
 from pipeline.metrics.history import read_history
 from pipeline.recipe import load_recipe
 from preprocess.atomic import write_json

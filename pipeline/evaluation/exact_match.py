@@ -15,7 +15,8 @@ import numpy as np
 
 from model.errors import UserError
 from model.weights import LoadedModel
-from pipeline.inference.decoding import complete
+from pipeline.inference.engine import InferenceEngine
+from pipeline.inference.requests import Request
 from preprocess.images.codec import read_image_file
 from preprocess.prompts import Tokenizer, encode_prompt
 
@@ -100,10 +101,7 @@ def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
 def ask(
     model: LoadedModel, tokenizer: Tokenizer, questions: Sequence[Question], images: Path, *, quiet: bool = False
 ) -> list[str]:
-    """Return the model's answers in the order of the questions, printing progress unless `quiet`.
-
-    Questions are sorted by length, so that prompts of equal length run as one batch without padding.
-    """
+    """Return the model's answers in the order of the questions, printing progress unless `quiet`."""
     prompts = [
         encode_prompt([{"from": "human", "value": question.question}], model.config.template, tokenizer)
         for question in questions
@@ -113,16 +111,16 @@ def ask(
     for question in questions:
         if question.image not in pixels:
             pixels[question.image] = read_image_file(images / question.image, image_px)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     progress = _Progress(len(prompts), quiet=quiet)
-    for start in range(0, len(order), BATCH):
-        rows = order[start : start + BATCH]
-        batch_images = [pixels[questions[i].image] for i in rows]
-        completions = complete(model, tokenizer, [prompts[i] for i in rows], batch_images, MAX_NEW_TOKENS)
-        for i, text in zip(rows, completions, strict=True):
-            answers[i] = text
-        progress.update(start + len(rows))
+    requests = (
+        Request(prompt=prompt, image=pixels[question.image], max_new_tokens=MAX_NEW_TOKENS)
+        for prompt, question in zip(prompts, questions, strict=True)
+    )
+    engine = InferenceEngine(model, tokenizer, max_batch=BATCH)
+    for done, (i, completion) in enumerate(engine.run(requests), 1):
+        answers[i] = completion.text
+        progress.update(done)
     return answers
 
 

@@ -1,1 +1,1 @@
-"""Inference with an exported model: loading and greedy decoding."""
+"""Inference with an exported model: the engine, its requests, and dialogues."""
