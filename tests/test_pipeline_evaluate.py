@@ -141,9 +141,7 @@ def test_batched_answers_equal_single_answers_in_the_order_of_the_questions(mode
     questions = [asked(f"{name}.png", question=text) for name, text in zip("abca", texts, strict=True)]
     batched = ask(model, tokenizer, questions, images, quiet=True)
     px, engine = model.config.vision.image_px, InferenceEngine(model, tokenizer)
-    requests = [
-        engine.request(q.question, read_image_file(images / q.image, px), max_new_tokens=16) for q in questions
-    ]
+    requests = [engine.request(q.question, read_image_file(images / q.image, px), max_new_tokens=16) for q in questions]
     alone = [engine.complete([request])[0].text for request in requests]
     assert batched == alone
     assert len(set(batched)) > 1

@@ -142,7 +142,9 @@ def test_decoding_with_a_cache_equals_recomputing_the_whole_sequence(exported):
     images = [noise[0], None, noise[1]]
     engine = InferenceEngine(model, tokenizer)
     requests = [engine.request(q, image, max_new_tokens=12) for q, image in zip(questions, images, strict=True)]
-    assert [completion.text for completion in engine.complete(requests)] == [recompute_all(model, tokenizer, q, p, 12) for q, p in zip(questions, images, strict=True)]
+    assert [completion.text for completion in engine.complete(requests)] == [
+        recompute_all(model, tokenizer, q, p, 12) for q, p in zip(questions, images, strict=True)
+    ]
 
 
 @torch.inference_mode()
