@@ -17,10 +17,13 @@ class Dialogue:
         self.complete, self.template, self.tokenizer, self.image = complete, template, tokenizer, image
         self.turns: list[dict[str, str]] = []
 
-    def ask(self, question: str, *, max_new_tokens: int = 256) -> Iterator[str]:
+    def ask(self, question: str, *, max_new_tokens: int = 256, stop: tuple[str, ...] = ()) -> Iterator[str]:
         """Ask the next question. Yield the answer in pieces of text as they are generated."""
         self.turns.append({"from": "human", "value": question})
         prompt = encode_prompt(self.turns, self.template, self.tokenizer)
-        completion = self.complete(Request(prompt=prompt, image=self.image, max_new_tokens=max_new_tokens))
+        request = Request(
+            prompt=prompt, image=self.image, max_new_tokens=max_new_tokens, stop=stop, draw=len(self.turns) // 2
+        )
+        completion = self.complete(request)
         self.turns.append({"from": "gpt", "value": completion.text})
         yield completion.text

@@ -94,7 +94,8 @@ class InferenceEngine:
     def _complete(self, request: Request, index: int) -> Completion:
         tokens: list[int] = []
         logits, cache = self.prefill(request)
-        key = torch.tensor([request_key(self.sampling.seed, index)], device=self.model.device)
+        draw = index if request.draw is None else request.draw
+        key = torch.tensor([request_key(self.sampling.seed, draw)], device=self.model.device)
         while len(tokens) < request.max_new_tokens:
             token = int(choose(logits, self.sampling, key, torch.full_like(key, len(tokens))))
             if token == self.tokenizer.eos_id:

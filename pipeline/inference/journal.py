@@ -1,10 +1,13 @@
 """Journal of answers: a JSONL file that keeps every computed answer, so that the same command resumes after a kill.
 
-The first line holds the key: everything that an answer depends on, besides its question. The other lines hold the
-answers:
+A line with a key starts a section. The key holds everything that an answer depends on, besides its question. The lines
+after it hold answers:
 
     {"format": 1, "key": {"weights_sha256": "…", "max_new_tokens": 64}}
     {"id": "…", "answer": "a red car"}
+
+A process reads only the sections with its own key. Therefore answers of different models or settings are never mixed,
+although they can be in one file.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ FORMAT = 1
 
 
 class Journal:
-    """Answers by the id of their question. Each answer is written to the file as soon as it is added.
+    """Answers with one key, by the id of their question. Each answer is written to the file as soon as it is added.
 
     A line that a killed process left incomplete at the end of the file is dropped. Only one process at a time can
     open a journal.
@@ -36,7 +39,7 @@ class Journal:
         key: Values that the answers depend on, such as the sha256 of the weights and the generation settings.
 
     Raises:
-        UserError: If the file has another key or is not a journal, or if another process uses it.
+        UserError: If the file is not a journal, or if another process uses it.
     """
 
     def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
@@ -81,46 +84,28 @@ class Journal:
             pass  # some network file systems have no locks
 
     def _read(self, key: dict[str, Any]) -> None:
-        """Read the answers, drop an incomplete last line, and write the first line of a new journal."""
+        """Read the answers of this key, drop an incomplete last line, and start a section if the last one is another.
+
+        The first line decides whether the file is a journal, so that no other file is changed.
+        """
         header = {"format": FORMAT, "key": key}
         self._file.seek(0)
         lines = self._file.readlines()
-        if not lines or (lines[0] != _encode(header) and _encode(header).startswith(lines[0])):
-            self._file.truncate(0)
-            self._append(header)
-            return
-        self._check_header(lines[0], key)
-        for number, line in enumerate(lines[1:], 2):
-            try:
-                row = json.loads(line if line.endswith(b"\n") else b"")
-                self.answers[row["id"]] = row["answer"]
-            except (ValueError, KeyError, TypeError):  # noqa: PERF203
-                if number < len(lines):
-                    raise self._not_a_journal(number) from None
+        section = None
+        for number, line in enumerate(lines, 1):
+            row = _parse(line)
+            if row is None and number == len(lines) and (number > 1 or _encode(header).startswith(line)):
                 self._file.truncate(sum(map(len, lines[:-1])))
-
-    def _check_header(self, line: bytes, key: dict[str, Any]) -> None:
-        try:
-            row = json.loads(line)
-            found_format, found_key = row["format"], dict(row["key"])
-        except (ValueError, KeyError, TypeError):
-            raise self._not_a_journal(1) from None
-        if found_format != FORMAT:
-            raise UserError(
-                f"{self.path}: found journal format {found_format}, expected {FORMAT}. Delete the file to start again."
-            )
-        if found_key != key:
-            names = sorted(name for name in {*found_key, *key} if found_key.get(name) != key.get(name))
-            found, expected = (", ".join(f"{name} {each.get(name)}" for name in names) for each in (found_key, key))
-            raise UserError(
-                f"{self.path}: holds answers of another model or of other settings (found {found}, expected {expected})"
-                ". Delete the file to start again, or name another one."
-            )
-
-    def _not_a_journal(self, number: int) -> UserError:
-        return UserError(
-            f"{self.path}, line {number}: not a line of an answer journal. Delete the file, or name another one."
-        )
+            elif row is None or (number == 1 and "key" not in row):
+                raise UserError(
+                    f"{self.path}, line {number}: not a line of an answer journal. Delete it, or name another file."
+                )
+            elif "key" in row:
+                section = row
+            elif section == header:
+                self.answers[row["id"]] = row["answer"]
+        if section != header:
+            self._append(header)
 
     def _append(self, row: dict[str, Any]) -> None:
         self._file.write(_encode(row))
@@ -129,3 +114,13 @@ class Journal:
 
 def _encode(row: dict[str, Any]) -> bytes:
     return json.dumps(row).encode() + b"\n"
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Return the row of a line, or None if the line is incomplete or does not belong to a journal."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    is_row = isinstance(row, dict) and row.keys() in ({"format", "key"}, {"id", "answer"})
+    return row if is_row and line.endswith(b"\n") else None

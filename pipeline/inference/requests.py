@@ -41,12 +41,15 @@ class Request:
     image             pixels at the model's size, which precede the prompt
     max_new_tokens    largest number of tokens to generate
     stop              strings that end the completion; the completion does not contain them
+    draw              number that selects the random numbers of the completion, besides the seed; None: the position of
+                      the request among the requests of the call
     """
 
     prompt: list[int]
     image: Pixels | None = None
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ()
+    draw: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
