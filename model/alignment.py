@@ -49,7 +49,11 @@ class Alignment(nn.Module):
         With `shift` 1, the state of the patch itself is left out.
         """
         levels = tuple(F.pad(level, (0, 0, self.shift, 0))[:, : level.shape[1]] for level in levels)
-        return self.out(self.decoder(self.narrow(self.fusion(levels)))[0])
+        return self.decode(self.fusion(levels))
+
+    def decode(self, fused: Tensor) -> Tensor:  # [b, n, d] -> [b, n, values]
+        """Predict the values of each patch from the fused states."""
+        return self.out(self.decoder(self.narrow(fused))[0])
 
 
 @torch.no_grad()

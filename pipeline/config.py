@@ -142,6 +142,12 @@ class EvaluateConfig:
     samples: Positive = 512
     """Number of samples to evaluate."""
 
+    draw_every_steps: Count = 0
+    """Steps between drawings of held-out images into the run folder; 0: none."""
+
+    draw_images: Positive = 4
+    """Number of held-out images to draw."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WatchdogConfig:

@@ -21,6 +21,7 @@ from pipeline.run.folder import RunFolder
 from pipeline.run.watchdog import Watchdog
 from pipeline.step import Requests, StepReport, Timings, optimizer_step, reduce_step
 from pipeline.validation import Validation
+from pipeline.visualization.held_out import HeldOutImages
 
 MAX_NONFINITE = 3  # consecutive steps without an update, after which the training has failed
 
@@ -34,6 +35,7 @@ class Loop:
     towers: Towers
     data: TrainData
     validation: Validation | None
+    drawings: HeldOutImages | None
     saver: Saver
     metrics: MetricsLogger
     watchdog: Watchdog
@@ -109,6 +111,8 @@ class Loop:
         # A stop must not wait for a validation. The next launch runs the validation that was missed.
         if not requests.stop and self._validation_due(step):
             self._validate(step)
+        if not requests.stop and self.drawings is not None and self.drawings.due(step):
+            self._draw(self.drawings, step)
 
     def _save_with(self, action: Callable[[], Saved | None]) -> None:
         """Run one phase of a save, and log the checkpoint that it published, if any."""
@@ -134,3 +138,12 @@ class Loop:
         with self.watchdog.allow_time_for("the validation"), self.metrics.exclude_time("heldout"):
             losses = self.validation.losses(self.engine, self.towers)
         self.metrics.log_validation(step, losses, seconds=time.monotonic() - began)
+
+    def _draw(self, drawings: HeldOutImages, step: int) -> None:
+        """Draw held-out images. The main rank writes the file while the other ranks wait in the next step."""
+        began = time.monotonic()
+        with self.watchdog.allow_time_for("the drawing"), self.metrics.exclude_time("heldout"):
+            maps = drawings.maps(self.engine, self.towers)
+            path = drawings.write(maps, step) if self.run_folder.ranks.is_main else None
+        if path:
+            self.metrics.log_drawing(step, path, seconds=time.monotonic() - began)

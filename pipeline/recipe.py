@@ -182,6 +182,10 @@ def _validate(recipe: Recipe, where: str) -> None:
             f"{where}: engine.memory_gib has no effect with engine.segment_layers=0, which turns recomputation off; "
             "leave one of them out"
         )
+    if recipe.evaluate.draw_every_steps and recipe.evaluate.shards is None:
+        raise UserError(
+            f"{where}: evaluate.draw_every_steps needs held-out images; set evaluate.shards, or leave the key out"
+        )
     try:
         preset(recipe.model)
     except ValueError as error:

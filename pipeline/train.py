@@ -46,6 +46,7 @@ from pipeline.run.out_of_memory import explain_out_of_memory
 from pipeline.run.preflight import preflight
 from pipeline.run.watchdog import Watchdog, set_collective_timeouts, time_limit
 from pipeline.validation import Validation
+from pipeline.visualization.held_out import HeldOutImages
 from pipeline.zero import check_partition
 
 RENDEZVOUS_S = 600.0  # time limit for all ranks to join
@@ -92,6 +93,8 @@ def train(run: RunFolder, ranks: Ranks, startup: StartupTimer) -> None:
     with Watchdog(run, ranks) as watchdog, explain_out_of_memory(recipe, ranks):
         data = collectively(ranks, lambda: TrainData(recipe, ranks))
         validation = collectively(ranks, lambda: Validation(recipe, ranks) if recipe.evaluate.shards else None)
+        held_out = validation.data if validation and recipe.evaluate.draw_every_steps else None
+        drawings = collectively(ranks, lambda: HeldOutImages(recipe, held_out) if held_out else None)
         data.start_workers(max(saved_steps, default=0))
         startup.phase_done("data")
         emma, towers, loaded = collectively(ranks, lambda: build_model(run, ranks, resume=bool(saved_steps)))
@@ -116,6 +119,7 @@ def train(run: RunFolder, ranks: Ranks, startup: StartupTimer) -> None:
                 towers=towers,
                 data=data,
                 validation=validation,
+                drawings=drawings,
                 saver=Saver(context, resumed_from=step),
                 metrics=metrics,
                 watchdog=watchdog,

@@ -41,7 +41,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"activation_memory", "checkpoint", "metrics", "validation"},
         {"figures"},
         {"visualization"},
-        {"chat", "evaluate", "generate", "latency"},
+        {"chat", "evaluate", "generate", "latency", "visualize"},
         {"describe", "dry_run", "export", "run", "status"},
         {"demo", "loop"},
         {"train"},

@@ -52,6 +52,21 @@ def test_a_validation_with_more_samples_than_exist_uses_each_sample_once(evaluat
     assert last["heldout/loss/text/squares"] == pytest.approx(last["heldout/loss/text"])
 
 
+def test_drawing_held_out_images_changes_no_loss_and_adds_the_images_to_wandb(evaluated, recipe_file, shards, tmp_path):
+    run = tmp_path / "run"
+    draw = [f"evaluate.shards={shards}", "evaluate.every_steps=4", "evaluate.samples=8", "evaluate.draw_every_steps=2"]
+    finish(fork_ranks(2, train_command(recipe_file, shards, run, f"steps={STEPS}", *draw, "log.wandb=offline")))
+    drawn = [line for line in lines(run) if line.get("event") == "images"]
+    assert [(line["step"], line["path"]) for line in drawn] == [(n, f"images/step-{n:08d}.png") for n in (2, 4, 6)]
+    assert sorted(path.name for path in (run / "images").iterdir()) == [f"step-{n:08d}.png" for n in (2, 4, 6)]
+    assert len(list(run.glob("wandb/offline-run-*/files/media/images/heldout/images_*.png"))) == 3
+    keys = ("loss/total", "loss/text", "loss/align", "optim/grad_norm")
+    with_drawings, without = (
+        [[line[key] for key in keys] for line in lines(folder) if "event" not in line] for folder in (run, evaluated[0])
+    )
+    assert with_drawings == without
+
+
 def documented(heading):
     """Return the keys in the first column of the table under a heading of docs/metrics.md."""
     text = (REPOSITORY / "docs/metrics.md").read_text()

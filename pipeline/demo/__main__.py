@@ -28,11 +28,14 @@ from pipeline.demo.ray_head import ray_head
 from pipeline.demo.report import SHEET_COLUMNS, Results, sample_answers, summary, table
 from pipeline.evaluation.exact_match import Question, ask, most_common_answers, read_questions, shuffle_images
 from pipeline.figures.curves import draw_answers, draw_run
+from pipeline.figures.maps import draw_models
 from pipeline.inference.engine import load
 from pipeline.metrics.history import read_history
 from pipeline.recipe import load_recipe
+from pipeline.visualization.states import default_layers, look_inside
 from preprocess.atomic import write_json
 from preprocess.demo.mix import HELD_OUT, MODEL, QUESTIONS, TOKENIZER, write_mix
+from preprocess.images.codec import read_image_file
 from preprocess.shards.folder import ShardFolder
 from preprocess.shards.manifest import Manifest
 
@@ -98,6 +101,7 @@ def demo(folder: Path) -> Results:
         export(commands, paths)
         questions = read_questions(paths.held_out / QUESTIONS)
         answers = answer(paths, questions)
+        draw_maps(paths, questions)
     return Results(
         seconds=timer.with_total(),
         samples=manifest.counts["samples"],
@@ -201,7 +205,7 @@ def _is_shown(line: str) -> bool:
 def export(commands: Commands, paths: DemoFolder) -> None:
     python = [sys.executable, "-m", "pipeline.export"]
     start: list[str | Path] = ["--untrained", RECIPE, paths.untrained, *overrides(paths)]
-    commands.run("export", [*python, paths.run, paths.model], _starts_with(paths.model))
+    commands.run("export", [*python, paths.run, paths.model, "--with-alignment"], _starts_with(paths.model))
     commands.run("export", [*python, *start], _starts_with(paths.untrained))
 
 
@@ -222,12 +226,21 @@ def answer(paths: DemoFolder, questions: Sequence[Question]) -> dict[str, Sequen
     }
 
 
+def draw_maps(paths: DemoFolder, questions: Sequence[Question]) -> None:
+    """Draw the trained model's visual states for the first held-out image with five shapes."""
+    image = next(question.image for question in questions if question.answer == "five")
+    model, _ = load(paths.model, "cpu")
+    pixels = read_image_file(paths.held_out / image, model.config.vision.image_px)
+    maps = look_inside(model, pixels, default_layers(model.config), tap="mixer", title="The demo's trained model")
+    draw_models([maps], paths.root / "maps.png")
+
+
 def finish(results: Results, paths: DemoFolder) -> None:
     """Write the report and print its table. Raises: UserError if the model did not learn."""
     write_json(paths.root / "summary.json", summary(results))
     draw_run(results.history, paths.root / "loss.png")
     draw_answers(sample_answers(results, paths.held_out), paths.root / "answers.png", columns=SHEET_COLUMNS)
-    print(f"\n{table(results)}\n\n{paths.root}: summary.json, loss.png, answers.png, model/ (ask it a question:")
+    print(f"\n{table(results)}\n\n{paths.root}: summary.json, loss.png, answers.png, maps.png, model/ (ask it:")
     print(f"  python -m pipeline.generate {paths.model} --image IMAGE --prompt QUESTION)", flush=True)
     if results.margin < MIN_MARGIN:
         raise UserError(

@@ -249,9 +249,10 @@ def _replay_event(history: History, event: str, line: dict[str, Any]) -> None:
     if event == "save":
         history.ledger.saving += line["seconds"]
         history.paused_s += line["seconds"]
-    elif event == "heldout":
+    elif event in ("heldout", "images"):
         history.ledger.evaluating += line["seconds"]
         history.paused_s += line["seconds"]
+    if event == "heldout":
         history.heldout[step] = _nan_if_null(line["heldout/loss/text"]), line["heldout/loss/align"]
         prefix = f"heldout/{TEXT_LOSS}"
         history.heldout_sources = {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}

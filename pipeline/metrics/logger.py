@@ -128,6 +128,12 @@ class MetricsLogger:
             # wandb accepts each step once, so a validation that the previous launch missed is logged at the next step.
             self.wandb.log(max(step, self.first_step + 1), losses)
 
+    def log_drawing(self, step: int, path: Path, *, seconds: float) -> None:
+        """Log a drawing of held-out images as an `images` event, and the image in wandb. Main rank only."""
+        self.log_event("images", step, path=path.relative_to(self.path.parent).as_posix(), seconds=round(seconds, 2))
+        if self.wandb is not None:
+            self.wandb.log_image(step, "heldout/images", path)
+
     def log_event(self, name: str, step: int, **facts: Any) -> None:
         """Log an event, such as a save or a spike, to `metrics.jsonl` and the console."""
         if self.ranks.is_main:

@@ -42,6 +42,14 @@ class WandbLogger:
         self.sent.append((step, {key: value for key, value in values.items() if value is not None}))
         self._try(lambda: self.run.log(self.sent[-1][1], step=step))
 
+    def log_image(self, step: int, key: str, path: Path) -> None:
+        """Log an image file under `key`."""
+        if self.run is None:
+            return
+        import wandb
+
+        self.log(step, {key: wandb.Image(str(path))})
+
     def finish(self, exit_code: int) -> None:
         """Close the run. Wait for the upload for at most `FINISH_S`."""
         if self.run is None:
