@@ -16,10 +16,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from model.config import Tap
 from model.errors import UserError, run_cli
 from model.weights import LoadedModel
 from pipeline.figures.maps import ImageMaps, draw_models
-from pipeline.inference.decoding import answer, load
+from pipeline.inference.engine import InferenceEngine, load
 from pipeline.visualization.page import write_page
 from pipeline.visualization.states import default_layers, look_inside, redraws_pixels
 from preprocess.images.codec import read_image_file
@@ -28,7 +29,7 @@ MAX_NEW_TOKENS = 128
 
 
 def visualize(
-    folder: Path, image: Path, *, layers: Sequence[int] | None, tap: str, question: str | None, device: str
+    folder: Path, image: Path, *, layers: Sequence[int] | None, tap: Tap, question: str | None, device: str
 ) -> ImageMaps:
     """Load a model and return its maps of an image file, with its answer to the question if there is one."""
     model, tokenizer = load(folder, device)
@@ -36,14 +37,11 @@ def visualize(
     chosen = default_layers(model.config) if layers is None else check_layers(layers, model, folder)
     if not redraws_pixels(model.config):
         print(f"{folder}: {_no_decoder(model)}, so the image is not redrawn", file=sys.stderr)
-    return look_inside(
-        model,
-        pixels,
-        chosen,
-        tap="residual" if tap == "residual" else "mixer",
-        title=str(folder),
-        answer=answer(model, tokenizer, [question], [pixels], MAX_NEW_TOKENS)[0] if question else "",
-    )
+    answer = ""
+    if question:
+        engine = InferenceEngine(model, tokenizer)
+        answer = engine.complete([engine.request(question, pixels, max_new_tokens=MAX_NEW_TOKENS)])[0].text
+    return look_inside(model, pixels, chosen, tap=tap, title=str(folder), answer=answer)
 
 
 def _no_decoder(model: LoadedModel) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from model.vision import Towers
 from model.weights import LoadedModel, load_model, save_model
 from pipeline.data.loader import TrainData
 from pipeline.distributed.ranks import Ranks
+from pipeline.engine import Engine
 from pipeline.initial_model import initial_model
 from pipeline.recipe import load_recipe
 from pipeline.visualization.held_out import HeldOutImages
@@ -32,8 +34,8 @@ VISION = CONFIG.vision
 def save(folder: Path, config=CONFIG) -> Path:
     torch.manual_seed(1)
     tokenizer = (write_byte_tokenizer(folder.parent / "tokenizer") / "tokenizer.json").read_text()
-    parts = {"state": Emma(config).state_dict(), "towers": Towers(config.vision), "tokenizer_json": tokenizer}
-    save_model(folder, config=config, extra={}, **parts)
+    state, towers = Emma(config).state_dict(), Towers(config.vision)
+    save_model(folder, config=config, state=state, towers=towers, tokenizer_json=tokenizer, extra={})
     return folder
 
 
@@ -86,7 +88,7 @@ def test_maps_equal_the_states_that_hooks_see_in_a_plain_forward_pass_with_text(
         layer._forward_hooks.clear()
     layers = [0, 2, 3]
     maps = look_inside(model, pixels, layers, tap=tap, title="m")
-    expected = [norms(seen[layer][0] if tap == "mixer" else sum(seen[layer])) for layer in layers]
+    expected = [norms(seen[layer][0] if tap == "mixer" else seen[layer][0] + seen[layer][1]) for layer in layers]
     assert list(maps.depths) == ["layer 0", "layer 2", "layer 3", "final"]
     for found, values in zip(maps.depths.values(), [*expected, norms(hidden)], strict=True):
         np.testing.assert_allclose(found, values, rtol=1e-5)
@@ -187,11 +189,12 @@ def test_drawings_during_training_show_what_the_exported_model_shows(recipe_file
     emma, towers, _ = initial_model(recipe)
     held_out = HeldOutImages(recipe, data)
     assert [step for step in range(1, 8) if held_out.due(step)] == [3, 6]
-    drawn = held_out.maps(PlainEngine(emma), towers)
+    drawn = held_out.maps(cast(Engine, PlainEngine(emma)), towers)
     model = LoadedModel(
         config=recipe.config, emma=emma, towers=towers, tokenizer=None, extra={}, device=torch.device("cpu")
     )
     assert len({maps.image.tobytes() for maps in drawn}) == 3
+    assert held_out.batch.pixels is not None
     for maps, pixels in zip(drawn, held_out.batch.pixels.permute(0, 2, 3, 1).numpy(), strict=True):
         expected = look_inside(model, pixels, held_out.layers, tap="mixer", title="m")
         assert maps.depths.keys() == expected.depths.keys()

@@ -86,7 +86,7 @@ def redraw(vision: VisionConfig, stage: str, values: Tensor, target: AlignTarget
     return [Redrawn(stage=stage, pixels=image, error=error) for image, error in zip(images, errors, strict=True)]
 
 
-def _predict_by_stage(alignment: Alignment, config: EmmaConfig, levels: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
+def _predict_by_stage(alignment: Alignment, config: EmmaConfig, levels: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """Return the decoder's prediction from the fused state before the first fusion block and after each block.
 
     The decoder was trained only on the fused state after the last block.
