@@ -1,10 +1,13 @@
-"""Measure exact match on held-out questions: the share of answers that equal the expected text.
+"""Evaluate a model: on a file of questions, or on the paper's benchmarks.
 
+python -m pipeline.evaluate MODEL --tasks all --data /data/benchmarks       # the paper's tables; the same command resumes
+python -m pipeline.evaluate MODEL --tasks pope mme --data /data/benchmarks --card
 python -m pipeline.evaluate MODEL runs/demo/raw/held_out/questions.jsonl --images runs/demo/raw/held_out
 python -m pipeline.evaluate MODEL QUESTIONS.jsonl --images DIR --json result.json
 python -m pipeline.evaluate MODEL QUESTIONS.jsonl --images DIR --shuffle-images 0     # does the model use the image?
 
-A line of the file is {"image": "0001.jpg", "question": "Which shape is it?", "answer": "circle", "kind": "shape"}.
+A file of questions is scored by exact match: the share of answers that equal the expected text. A line of the file is
+{"image": "0001.jpg", "question": "Which shape is it?", "answer": "circle", "kind": "shape"}.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from pathlib import Path
 
 from model.errors import run_cli
 from pipeline.evaluation.exact_match import ask, read_questions, report, score, shuffle_images, table
+from pipeline.evaluation.run_tasks import add_task_arguments, run_tasks, task_options
+from pipeline.figures.benchmarks import draw_benchmarks
 from pipeline.inference.engine import load
 from preprocess.atomic import write_json
 
@@ -21,15 +26,19 @@ from preprocess.atomic import write_json
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder written by pipeline.export")
-    parser.add_argument("questions", type=Path, help="JSONL file with the keys image, question, answer, kind")
-    parser.add_argument("--images", type=Path, required=True, help="folder that the `image` paths are relative to")
+    parser.add_argument("questions", type=Path, nargs="?", help="JSONL file with the keys image, question, answer, kind")
+    parser.add_argument("--images", type=Path, help="folder that the `image` paths are relative to")
     parser.add_argument("--shuffle-images", type=int, metavar="SEED", help="ask about wrong images, as a control")
     parser.add_argument("--shuffle-pictures", dest="shuffle_images", type=int, help=argparse.SUPPRESS)  # former name
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores and all answers to this file")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
+    add_task_arguments(parser)
     args = parser.parse_args()
+    if options := task_options(args):
+        run_tasks(options, draw_benchmarks)
+        return
     questions = read_questions(args.questions)
     if args.shuffle_images is not None:
         questions = shuffle_images(questions, args.shuffle_images)

@@ -16,6 +16,7 @@ LONGEST_FILES = (
     "test_slurm_train_emma.py",
     "test_slurm_preprocess.py",
     "test_preprocess_accidents.py",
+    "test_pipeline_benchmarks.py",
     "test_pipeline_train.py",
     "test_preprocess_build_shards.py",
     "test_pipeline_checkpoint.py",
