@@ -1,6 +1,6 @@
 """Evaluate a model: on a file of questions, or on the paper's benchmarks.
 
-python -m pipeline.evaluate MODEL --tasks all --data /data/benchmarks       # the paper's tables; the same command resumes
+python -m pipeline.evaluate MODEL --tasks all --data /data/benchmarks     # the paper's tables; it resumes
 python -m pipeline.evaluate MODEL --tasks pope mme --data /data/benchmarks --card
 python -m pipeline.evaluate MODEL runs/demo/raw/held_out/questions.jsonl --images runs/demo/raw/held_out
 python -m pipeline.evaluate MODEL QUESTIONS.jsonl --images DIR --json result.json
@@ -26,7 +26,9 @@ from preprocess.atomic import write_json
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder written by pipeline.export")
-    parser.add_argument("questions", type=Path, nargs="?", help="JSONL file with the keys image, question, answer, kind")
+    parser.add_argument(
+        "questions", type=Path, nargs="?", help="JSONL file with the keys image, question, answer, kind"
+    )
     parser.add_argument("--images", type=Path, help="folder that the `image` paths are relative to")
     parser.add_argument("--shuffle-images", type=int, metavar="SEED", help="ask about wrong images, as a control")
     parser.add_argument("--shuffle-pictures", dest="shuffle_images", type=int, help=argparse.SUPPRESS)  # former name

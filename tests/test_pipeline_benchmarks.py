@@ -48,7 +48,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (folder / "scenarios.json").write_text(json.dumps(scenarios))
     program = ("-m", "tests.programs.evaluate_benchmarks", folder / "scenarios.json")
-    done = run_python(*program, HF_HOME=str(folder / "cache"), CUDA_VISIBLE_DEVICES="", HF_ENDPOINT="http://127.0.0.1:1")
+    done = run_python(
+        *program, HF_HOME=str(folder / "cache"), CUDA_VISIBLE_DEVICES="", HF_ENDPOINT="http://127.0.0.1:1"
+    )
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -19,7 +19,7 @@ class Benchmark:
 
     Attributes:
         column: Name of its column in the paper.
-        stock: Task file of lmms-eval, below `lmms_eval/tasks`. A file in `TASKS` with this benchmark's name replaces it.
+        stock: Task file of lmms-eval, below `lmms_eval/tasks`. A file of this benchmark in `TASKS` replaces it.
         hub_id: Data set on the Hugging Face hub.
         config: Configuration of that data set.
         images_config: Configuration that holds the images, if it is another one.

@@ -29,7 +29,9 @@ def markdown(results: dict[str, Any]) -> str:
         result = results["benchmarks"][name]
         marks = "".join(MARKS[kind][0] for kind in benchmark.differs)
         used += [kind for kind in benchmark.differs if kind not in used]
-        paper = [f"{value:.1f} ({result['score'] - value:+.1f})" for value in benchmark.paper] or ["–"] * len(PAPER_MODELS)
+        paper = [f"{value:.1f} ({result['score'] - value:+.1f})" for value in benchmark.paper] or ["–"] * len(
+            PAPER_MODELS
+        )
         cells = [benchmark.column + marks, f"{result['score']:.1f}", *paper, f"{result['questions']}"]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "In brackets: this model's score minus the score that the paper reports."]

@@ -49,7 +49,9 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("benchmarks of the paper", "They need the extra [eval]. See docs/evaluation.md.")
     group.add_argument("--tasks", nargs="+", metavar="NAME", help=f"all, or some of: {', '.join(BENCHMARKS)}")
     group.add_argument("--data", type=Path, metavar="DIR", help="folder that pipeline.prefetch --benchmarks wrote")
-    group.add_argument("--out", type=Path, metavar="DIR", help="folder for answers and results (default: MODEL-evaluation)")
+    group.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for answers and results (default: MODEL-evaluation)"
+    )
     group.add_argument("--batch", type=int, default=64, metavar="N", help="questions answered together (default: 64)")
     group.add_argument("--card", action="store_true", help="also write the table into the model's README.md")
 
@@ -65,7 +67,9 @@ def task_options(args: argparse.Namespace) -> TaskOptions | None:
     if not args.tasks:
         return None
     if not args.data:
-        raise UserError("--tasks: give the folder of the data sets as --data DIR. pipeline.prefetch --benchmarks fills it")
+        raise UserError(
+            "--tasks: give the folder of the data sets as --data DIR. pipeline.prefetch --benchmarks fills it"
+        )
     if args.batch < 1:
         raise UserError(f"--batch: found {args.batch}, expected 1 or more")
     model = Path(args.model)
@@ -109,12 +113,14 @@ def _evaluate(options: TaskOptions, benchmarks: Sequence[Benchmark], sha256: str
     from pipeline.evaluation.lmms_model import EmmaModel
 
     path = options.out / "results.json"
-    results = _earlier_results(path, sha256) or {"model": str(options.model), "weights_sha256": sha256, "benchmarks": {}}
+    results = _earlier_results(path, sha256) or {
+        "model": str(options.model),
+        "weights_sha256": sha256,
+        "benchmarks": {},
+    }
     model = EmmaModel(str(options.model), batch_size=options.batch, device=ranks.device.type)
     for benchmark in benchmarks:
-        result = run_benchmark(
-            model, benchmark, options.data, options.out, weights_sha256=sha256, ranks=ranks
-        )
+        result = run_benchmark(model, benchmark, options.data, options.out, weights_sha256=sha256, ranks=ranks)
         if result:
             results["benchmarks"][benchmark.name] = result
             write_json(path, results)

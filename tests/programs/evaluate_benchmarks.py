@@ -28,8 +28,6 @@ from pipeline.inference.requests import Completion, Request
 from tests.support.tiny_benchmarks import grey_level
 
 harness.require_lmms_eval()
-import lmms_eval.evaluator  # noqa: E402, F401
-import lmms_eval.models  # noqa: E402
 
 from pipeline.evaluation import lmms_model, task_functions  # noqa: E402, F401
 

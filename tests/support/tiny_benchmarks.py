@@ -52,7 +52,9 @@ def vqav2() -> Rows:
         (people(*["two"] * 2, *["three"] * 8), "Two"),
         (people(*["red"] * 10), "blue"),
     ]
-    return [({"question_id": i, "question": "Which?", "answers": answers}, said) for i, (answers, said) in enumerate(rows)]
+    return [
+        ({"question_id": i, "question": "Which?", "answers": answers}, said) for i, (answers, said) in enumerate(rows)
+    ]
 
 
 def gqa() -> Rows:
@@ -105,7 +107,10 @@ def pope() -> Rows:
     """3 of 5: a full stop makes an answer wrong. Precision 2/3, recall 2/2."""
     rows = [("yes", "Yes"), ("no", "no"), ("yes", "Yes."), ("no", "yes"), ("yes", "yes")]
     return [
-        ({"id": str(i), "question_id": str(i), "question": "Is there a car?", "answer": truth, "category": "random"}, said)
+        (
+            {"id": str(i), "question_id": str(i), "question": "Is there a car?", "answer": truth, "category": "random"},
+            said,
+        )
         for i, (truth, said) in enumerate(rows)
     ]
 
@@ -168,19 +173,32 @@ def mme() -> Rows:
 
     A pair of questions about an image gets 100 × the share of right answers, and 100 more if both are right.
     """
-    rows = [("existence", "e1", "Yes", "Yes"), ("existence", "e1", "No", "no."), ("existence", "e2", "Yes", "yes, it is")]
+    rows = [
+        ("existence", "e1", "Yes", "Yes"),
+        ("existence", "e1", "No", "no."),
+        ("existence", "e2", "Yes", "yes, it is"),
+    ]
     rows += [("existence", "e2", "No", "yes"), ("OCR", "o1", "Yes", "y"), ("OCR", "o1", "No", "No")]
     rows += [("code_reasoning", "c1", "Yes", "no"), ("code_reasoning", "c1", "No", "maybe")]
     rows += [("code_reasoning", "c2", "Yes", "yes"), ("code_reasoning", "c2", "No", "yes")]
     return [
-        ({"question_id": pair, "question": "Is it? Please answer yes or no.", "answer": truth, "category": category}, said)
+        (
+            {"question_id": pair, "question": "Is it? Please answer yes or no.", "answer": truth, "category": category},
+            said,
+        )
         for category, pair, truth, said in rows
     ]
 
 
 def seed() -> Rows:
     """3 of 4 questions about images. The question about a video is not asked, although its answer would be right."""
-    rows = [("image", "A", "A"), ("image", "A", "A. red"), ("image", "B", "b"), ("image", "B", "C"), ("video", "D", "D")]
+    rows = [
+        ("image", "A", "A"),
+        ("image", "A", "A. red"),
+        ("image", "B", "b"),
+        ("image", "B", "C"),
+        ("video", "D", "D"),
+    ]
     return [
         (
             {"question_id": f"q{i}", "question": "Which?", "answer": truth, "data_type": kind}
