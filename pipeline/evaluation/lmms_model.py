@@ -89,7 +89,7 @@ class EmmaModel(lmms):
             asked = self._request(context, to_images(document), max_new_tokens=len(continuation))
             [value] = self.engine.log_likelihoods(asked, [continuation])
             greedy = self.engine.complete([asked])[0].tokens == continuation
-            results.append(GenerationResult(text=(-value, greedy)))  # type: ignore[arg-type]
+            results.append(GenerationResult(text=(-value, greedy)))
         return results
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
