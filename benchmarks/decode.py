@@ -28,37 +28,12 @@ from model.errors import run_cli
 from model.kernels.decode_graph import DecodeGraph
 from model.language_model import MambaLM
 from model.presets import preset
+from pipeline.latency.contender import bytes_per_step
+from pipeline.latency.mamba_ssm_loop import mamba_ssm_twin
+from pipeline.latency.timing import copy_bandwidth, seconds_per_call
 
 STATES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PROMPT, MIN_SECONDS = 16, 0.5
-
-
-def copy_bandwidth(size: int = 4 << 30) -> float:
-    """Return the bytes per second that a large copy on the GPU reads and writes."""
-    source = torch.randint(-128, 127, (size,), dtype=torch.int8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * size / seconds_per_call(lambda: target.copy_(source), at_least=0.2)
-
-
-def seconds_per_call(call: Callable[[], Any], at_least: float = MIN_SECONDS, rounds: int = 3) -> float:
-    """Return the median over `rounds` of the mean time of a call. Each round lasts about `at_least` seconds."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    begun = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    calls = max(3, int(at_least / (time.perf_counter() - begun)))
-    means = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        end.synchronize()
-        means.append(start.elapsed_time(end) / 1000 / calls)
-    return statistics.median(means)
+PROMPT = 16
 
 
 def kernels_per_call(call: Callable[[], Any]) -> int:
@@ -67,15 +42,6 @@ def kernels_per_call(call: Callable[[], Any]) -> int:
         call()
         torch.cuda.synchronize()
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
-
-
-def bytes_per_step(llm: MambaLM, batch: int, state_dtype: torch.dtype) -> int:
-    """Return the bytes that a step must transfer: every weight is read once, every state is read and written once."""
-    config, item = llm.config, llm.backbone.embedding.weight.element_size()
-    weights = sum(parameter.nbytes for parameter in llm.parameters())  # counts the tied head and embedding once
-    conv = llm.backbone.layers[0].mixer.conv1d.weight.shape[0] * (config.d_conv - 1) * item
-    ssm = config.d_inner * config.d_state * state_dtype.itemsize
-    return weights + 2 * batch * config.num_layers * (conv + ssm)
 
 
 def random_model(config: MambaConfig) -> MambaLM:
@@ -114,7 +80,7 @@ def eager_steps(llm: MambaLM, batch: int) -> tuple[Callable[[], Any], Callable[[
 
 def mamba_ssm_seconds(llm: MambaLM, batch: int, steps: int = 128) -> float:
     """Return the seconds per token of mamba_ssm's greedy loop: the time of a long generation minus a short one's."""
-    model = mamba_ssm_twin(llm)
+    model = mamba_ssm_twin(llm.config)
     prompt = torch.randint(llm.config.vocab_size, (batch, PROMPT), device="cuda")
 
     def generate(length: int) -> float:
@@ -128,28 +94,12 @@ def mamba_ssm_seconds(llm: MambaLM, batch: int, steps: int = 128) -> float:
     return statistics.median((generate(steps + 8) - generate(8)) / steps for _ in range(3))
 
 
-def mamba_ssm_twin(llm: MambaLM) -> Any:
-    from mamba_ssm.models.config_mamba import MambaConfig as PublishedConfig
-    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
-
-    own = llm.config
-    ssm: dict[str, Any] = {"d_state": own.d_state, "d_conv": own.d_conv, "expand": own.expand}
-    if own.kind == "mamba2":
-        ssm |= {"layer": "Mamba2", "headdim": own.head_dim, "ngroups": own.num_groups, "chunk_size": own.chunk_size}
-    published = PublishedConfig(
-        d_model=own.d_model, n_layer=own.num_layers, vocab_size=own.vocab_size, ssm_cfg=ssm, pad_vocab_size_multiple=8
-    )
-    twin = MambaLMHeadModel(published, device="cuda", dtype=torch.bfloat16)
-    twin.load_state_dict(llm.state_dict(), strict=True)
-    return twin
-
-
 def measure(llm: MambaLM, batch: int, state: str, bandwidth: float, only: str) -> list[dict[str, Any]]:
     """Return the table's rows for one model, batch size and state dtype.
 
     The baselines use their own state dtypes, so they are timed only once per model and batch size, together with fp32.
     """
-    ceiling = batch * bandwidth / bytes_per_step(llm, batch, STATES[state])
+    ceiling = batch * bandwidth / bytes_per_step(llm, llm.config, batch, STATES[state])
     timed: list[tuple[str, float, int | None]] = []
     step = fused_step(llm, batch, STATES[state])
     timed.append(("fused", seconds_per_call(step), kernels_per_call(step)))

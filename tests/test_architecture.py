@@ -48,20 +48,20 @@ LAYERS: dict[str, list[set[str]]] = {
     ],
 }
 
-# For each dependency, the only file or folder that may import it.
-DOORS = {
+# For each dependency, the only file or folder that may import it, or several of them.
+DOORS: dict[str, str | tuple[str, ...]] = {
     "causal_conv1d": "model/kernels/dispatch.py",
     "deepspeed": "pipeline/engine.py",
     "fsspec": "preprocess/remote_path.py",
     "gradio": "pipeline/chat/",
     "lmms_eval": "pipeline/evaluation/",
-    "mamba_ssm": "model/kernels/dispatch.py",
+    "mamba_ssm": ("model/kernels/dispatch.py", "pipeline/latency/mamba_ssm_loop.py"),
     "matplotlib": "pipeline/figures/",
     "psutil": "pipeline/demo/",
     "ray": "preprocess/builder/on_ray.py",
     "simplejpeg": "preprocess/images/codec.py",
     "timm": "model/vision.py",
-    "transformers": "model/transformers_layout.py",
+    "transformers": ("model/transformers_layout.py", "pipeline/latency/peers.py"),
     "triton": "model/kernels/",
     "wandb": "pipeline/metrics/wandb_logger.py",
     "webdataset": "preprocess/shards/writer.py",
