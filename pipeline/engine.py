@@ -130,7 +130,7 @@ def compose_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
 def _read_config(path: Path) -> dict[str, Any]:
     """Read and check a DeepSpeed JSON."""
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"engine.ds_config: {path}: not a readable DeepSpeed JSON: {error}") from None
     if not isinstance(config, dict):

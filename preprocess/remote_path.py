@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import os
+import unicodedata
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import fsspec
 
 from model.errors import UserError
+
+MAX_SPELLINGS = 32
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,33 @@ AnyPath = Path | RemotePath
 def parse_path(text: str) -> AnyPath:
     """Return a `RemotePath` if `text` is a URL, otherwise a `Path`."""
     return RemotePath(text) if "://" in text else Path(text)
+
+
+def with_slashes(path: str) -> str:
+    """Return a relative path with slashes for backslashes, and without `.` and doubled slashes."""
+    return str(PurePosixPath(path.replace("\\", "/")))
+
+
+def spellings(path: str) -> list[str]:
+    """Return the path as it is written, and its other spellings: with slashes for backslashes, and with each name that
+    has accents in its composed (NFC) and decomposed (NFD) form.
+    """
+    forms = [_unicode_forms(name) for name in with_slashes(path).split("/")]
+    paths = itertools.islice(itertools.product(*forms), MAX_SPELLINGS)
+    return list(dict.fromkeys([path, *map("/".join, paths)]))
+
+
+def _unicode_forms(name: str) -> list[str]:
+    return list(dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]))
+
+
+def find_file(root: AnyPath, path: str) -> AnyPath:
+    """Return the first spelling of `root / path` that is a file, or `root / path` itself if there is none."""
+    for spelling in spellings(path):
+        with contextlib.suppress(OSError, ValueError):  # opening the returned path raises the error again
+            if (root / spelling).is_file():
+                return root / spelling
+    return root / path
 
 
 def file_size(file: AnyPath) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from model.errors import UserError, did_you_mean
+from preprocess.file_kinds import HEAD_BYTES, recognise
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -58,13 +59,16 @@ def read_toml(path: Path, *, what: str, shipped: str) -> dict[str, Any]:
     Raises: UserError if the file cannot be read or is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a byte order mark
     except FileNotFoundError:
         raise UserError(f"{path}: no such {what}; the ones that ship with the project are in {shipped}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot read this {what} ({error.strerror}); give a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+        with path.open("rb") as file:
+            kind = recognise(file.read(HEAD_BYTES))
+        found = f"{error} (found {kind.name}, expected UTF-8 text)" if kind else error
+        raise UserError(f"{path}: not valid TOML: {found}") from None
 
 
 def parse_value(text: str) -> Any:

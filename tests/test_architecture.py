@@ -24,6 +24,7 @@ MODEL_MODULES_OF_PREPROCESS = {"model.config", "model.errors", "model.hashing", 
 # A module or subpackage may import only from itself and from the layers listed before its own layer.
 LAYERS: dict[str, list[set[str]]] = {
     "preprocess": [
+        {"file_kinds"},
         {"atomic", "prompts", "rejects", "remote_path", "strict_toml"},
         {"demo", "images"},
         {"annotations", "shards"},

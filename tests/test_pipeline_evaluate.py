@@ -1,6 +1,9 @@
 """Exact-match evaluation: question files, scores, the two control conditions, and the command."""
 
+import gzip
 import json
+import unicodedata
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -97,8 +100,35 @@ def test_the_error_for_a_malformed_question_names_its_line(tmp_path: Path, line:
         read_questions(path)
 
 
+def test_questions_are_read_with_the_rules_of_annotation_files(tmp_path: Path) -> None:
+    expected = [asked("a.jpg", question=f"One{separator}two") for separator in ("\u2028", "\x85")]
+    rows = [json.dumps(vars(question), ensure_ascii=False) for question in expected]
+    texts = {
+        "a byte order mark": "\ufeff" + "\n".join(rows),
+        "line ends of Windows": "\r\n".join(rows),
+        "an array": f"[{','.join(rows)}]",
+    }
+    for kind, text in texts.items():
+        (tmp_path / "questions.jsonl").write_text(text, encoding="utf-8", newline="")
+        assert read_questions(tmp_path / "questions.jsonl") == expected, kind
+    (tmp_path / "questions.jsonl").write_bytes(gzip.compress(texts["an array"].encode()))
+    assert read_questions(tmp_path / "questions.jsonl") == expected
+
+
+def test_a_question_image_is_found_under_every_spelling_that_a_build_accepts(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    (tmp_path / decomposed).mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / decomposed / f"{decomposed}.jpg")
+    expected = read_image_file(tmp_path / decomposed / f"{decomposed}.jpg", 8)
+    for name in (f"{composed}/{composed}.jpg", f".\\{decomposed}\\{decomposed}.jpg", f"{decomposed}\\{composed}.jpg"):
+        assert np.array_equal(read_image_file(tmp_path / name, 8), expected), name
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as archive:
+        archive.write(tmp_path / decomposed / f"{decomposed}.jpg", "sub\\1.jpg")
+    assert np.array_equal(read_image_file(tmp_path / "packed/sub/1.jpg", 8), expected)
+
+
 def test_a_missing_or_empty_question_file_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"none\.jsonl is missing"):
         read_questions(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="found no questions"):
@@ -201,5 +231,5 @@ def test_the_error_for_a_missing_question_image_names_the_file(
 ) -> None:
     path = tmp_path / "questions.jsonl"
     path.write_text(json.dumps(vars(asked("lost.png"))) + "\n")
-    with pytest.raises(UserError, match=r"lost\.png cannot be read"):
+    with pytest.raises(UserError, match=r"lost\.png cannot be used: the image file does not exist"):
         run_command(monkeypatch, model_folder, path, "--images", images)

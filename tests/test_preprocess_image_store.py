@@ -1,13 +1,18 @@
 """The image store: images in folders, zip archives and tar archives, and reject reasons."""
 
+import bz2
 import errno
+import gzip
 import io
+import lzma
 import tarfile
 import unicodedata
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Literal
 
+import pyarrow as pa
 import pytest
 
 from model.errors import UserError
@@ -160,6 +165,61 @@ def test_accented_names_in_zip_files_without_the_utf_8_flag_are_found(tmp_path: 
     write_zip(tmp_path / "p.zip", {"_" * len(name): b"image"})
     (tmp_path / "p.zip").write_bytes((tmp_path / "p.zip").read_bytes().replace(b"_" * len(name), name))
     assert ImageStore(tmp_path, {}).read("p/é.jpg") == b"image"
+
+
+@pytest.mark.parametrize("write", [write_zip, write_tar])
+@pytest.mark.parametrize("member", ["win\\sub\\a.jpg", ".\\win\\sub\\a.jpg", "/win/sub/a.jpg", "win//sub/./a.jpg"])
+def test_member_names_with_backslashes_and_redundant_parts_are_found(
+    tmp_path: Path, member: str, write: Callable[[Path, dict[str, bytes]], None]
+) -> None:
+    write(tmp_path / "win.bin", {member: b"image"})
+    store = ImageStore(tmp_path, {".\\win": "win.bin"})
+    assert store.has_folder("win\\sub")
+    assert (store.read("win/sub/a.jpg"), store.size("win/sub/a.jpg")) == (b"image", 5)
+
+
+def compress(codec: str, data: bytes) -> bytes:
+    return bytes(pa.compress(data, codec=codec, asbytes=True)) if codec == "zstd" else COMPRESSORS[codec](data)
+
+
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress}
+COMPRESSED = {
+    "named by the mix": ("gzip", "a.tar.gz", {"p": "a.tar.gz"}),
+    "named .tar by the mix": ("gzip", "a.tar", {"p": "a.tar"}),
+    "gzip named .tar": ("gzip", "p.tar", {}),
+    "gzip named .zip": ("gzip", "p.zip", {}),
+    "tar.gz beside": ("gzip", "p.tar.gz", {}),
+    "tgz beside": ("gzip", "p.tgz", {}),
+    "tar.bz2 beside": ("bzip2", "p.tar.bz2", {}),
+    "tar.xz beside": ("xz", "p.tar.xz", {}),
+    "tar.zst beside": ("zstd", "p.tar.zst", {}),
+}
+
+
+@pytest.mark.parametrize("kind", COMPRESSED)
+def test_the_error_for_a_compressed_tar_says_that_it_is_compressed(tmp_path: Path, kind: str) -> None:
+    codec, name, archives = COMPRESSED[kind]
+    write_tar(tmp_path / "plain", {"p/1.jpg": b"image"})
+    (tmp_path / name).write_bytes(compress(codec, (tmp_path / "plain").read_bytes()))
+    article = "an" if codec == "xz" else "a"
+    expected = f"{name} is {article} {codec} file, expected a zip or an uncompressed tar: unpack it into the folder p"
+    with pytest.raises(UserError, match=expected):
+        ImageStore(tmp_path, archives).has_folder("p")
+
+
+def test_the_error_for_an_archive_that_is_a_git_lfs_pointer_names_the_pointer(tmp_path: Path) -> None:
+    (tmp_path / "p.tar").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(UserError, match=r"p\.tar is a Git LFS pointer, .*: fetch the file itself with `git lfs pull`"):
+        ImageStore(tmp_path, {}).has_folder("p")
+
+
+def test_each_part_of_a_path_may_have_its_own_unicode_normal_form(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    (tmp_path / composed).mkdir()
+    (tmp_path / composed / f"{decomposed}.jpg").write_bytes(b"image")
+    for folder in (composed, decomposed):
+        for name in (composed, decomposed):
+            assert ImageStore(tmp_path, {}).read(f"{folder}/{name}.jpg") == b"image"
 
 
 def write_linked_tar(path: Path, links: dict[str, tuple[bytes, str]]) -> None:

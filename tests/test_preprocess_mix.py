@@ -74,6 +74,18 @@ def test_a_missing_mix_file_is_a_user_error(tmp_path: Path) -> None:
         load_mix(tmp_path / "nowhere.toml")
 
 
+def test_a_mix_may_begin_with_a_byte_order_mark_and_end_its_lines_as_on_windows(tmp_path: Path) -> None:
+    path = tmp_path / "mix.toml"
+    path.write_bytes(("\ufeff" + SOURCE).replace("\n", "\r\n").encode())
+    assert load_mix(path).sources == (Source(name="a", format="llava", annotations="a.json"),)
+
+
+def test_the_error_for_a_mix_in_utf_16_names_the_encoding(tmp_path: Path) -> None:
+    (tmp_path / "mix.toml").write_bytes(SOURCE.encode("utf-16"))
+    with pytest.raises(UserError, match=r"mix\.toml: not valid TOML: .*\(found UTF-16 text, expected UTF-8 text\)"):
+        load_mix(tmp_path / "mix.toml")
+
+
 def test_a_folder_given_as_a_mix_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read this mix \(Is a directory\); give a TOML file"):
         load_mix(tmp_path)

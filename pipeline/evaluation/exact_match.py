@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections import Counter, defaultdict
@@ -17,8 +16,10 @@ from model.errors import UserError
 from model.weights import LoadedModel
 from pipeline.inference.engine import InferenceEngine
 from pipeline.inference.requests import Request
+from preprocess.annotations.reader import rows_with_place
 from preprocess.images.codec import read_image_file
 from preprocess.prompts import Tokenizer, encode_prompt
+from preprocess.rejects import Rejected
 
 BATCH = 64
 MAX_NEW_TOKENS = 16
@@ -52,25 +53,19 @@ class Score:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Read a JSONL file of questions. Raises: UserError that names the line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"questions {path}: cannot be read ({error})") from None
-    questions = [_question(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    """Read a file of questions, which may have every format of an annotation file. Raises: UserError with the line."""
+    questions = [_question(row, f"{path}, {place}") for place, row in rows_with_place(path)]
     if not questions:
         raise UserError(f"{path}: found no questions, expected one JSON object per line")
     return questions
 
 
-def _question(line: str, where: str) -> Question:
+def _question(row: Any | Rejected, where: str) -> Question:
     keys = Question.__dataclass_fields__
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg})") from None
+    if isinstance(row, Rejected):
+        raise UserError(f"{where}: not JSON ({row.detail})")
     if not isinstance(row, dict) or any(not isinstance(row.get(key), str) for key in keys):
-        raise UserError(f"{where}: found {line.strip()[:80]}, expected an object with the strings {', '.join(keys)}")
+        raise UserError(f"{where}: found {str(row)[:80]}, expected an object with the strings {', '.join(keys)}")
     return Question(**{key: row[key] for key in keys})
 
 

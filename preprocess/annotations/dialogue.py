@@ -14,6 +14,7 @@ from typing import Any, Literal
 from preprocess.images.codec import IMAGE_SUFFIXES
 from preprocess.prompts import IMAGE_TOKEN, NUL_OR_SURROGATE, clean_text
 from preprocess.rejects import Rejected
+from preprocess.remote_path import with_slashes
 
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 
@@ -115,12 +116,12 @@ def row_id(value: Any, *, source: str, row: int, row_format: Format) -> str:
 
 def image_path(folder: str, name: str) -> str:
     """Return `folder/name` with forward slashes. Raises: Rejected if the name is absolute or contains ".."."""
-    path = PurePosixPath(name.replace("\\", "/"))
+    path = PurePosixPath(with_slashes(name))
     if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name):
         raise Rejected("picture_path_escapes", repr(name))
     if NUL_OR_SURROGATE.search(name):
         raise Rejected("picture_path_invalid", repr(name))
-    return str(PurePosixPath(folder, path))
+    return str(PurePosixPath(with_slashes(folder), path))
 
 
 def _parse_turn(value: Any) -> Turn:

@@ -16,7 +16,7 @@ MAX_FIRST_LINE_CHARACTERS = 1 << 20
 MAX_ROW_CHARACTERS = 64 << 20
 MAX_NUMBER_CHARACTERS = 32
 ROW_FORMATS = "a JSON array of rows, one row per line (JSONL), or Parquet"
-_WHITESPACE = " \t\r\n"
+_WHITESPACE = " \t\r\n\ufeff"  # files that were joined can have a byte order mark between rows
 _NESTED_TOO_DEEPLY, _TOO_MANY_DIGITS = "nested too deeply", "a number has too many digits"
 
 
@@ -113,16 +113,19 @@ def is_array(text: TextWindow) -> bool:
     return not text.peek_after(end) or any(isinstance(row, dict) for row in first)
 
 
-def array_rows(text: TextWindow) -> Iterator[Any]:
-    """Stream the elements of a JSON array. Raises: UserError with line and column if the JSON is broken."""
+def array_rows(text: TextWindow) -> Iterator[tuple[int, Any]]:
+    """Stream the elements of a JSON array, each with the number of the line that it starts in.
+
+    Raises: UserError with line and column if the JSON is broken.
+    """
     decoder = json.JSONDecoder()
     text.advance(text.position + 1)
     if text.peek() != "]":
-        yield _array_element(decoder, text)
+        yield text.line, _array_element(decoder, text)
         while text.peek() == ",":
             text.advance(text.position + 1)
             text.peek()
-            yield _array_element(decoder, text)
+            yield text.line, _array_element(decoder, text)
     if (character := text.peek()) != "]":
         raise _unexpected("',' or ']' after a row", character, text)
     text.advance(text.position + 1)
@@ -159,8 +162,10 @@ def _array_element(decoder: json.JSONDecoder, text: TextWindow) -> Any:
         return row
 
 
-def line_rows(text: TextWindow) -> Iterator[Any | Rejected]:
-    """Stream the rows of a JSONL file. A line of broken JSON becomes a `Rejected`.
+def line_rows(text: TextWindow) -> Iterator[tuple[int, Any | Rejected]]:
+    """Stream the rows of a JSONL file, each with its line number. A line of broken JSON becomes a `Rejected`.
+
+    Only newlines end a line: JSON strings may contain other line separators of Unicode, such as U+2028.
 
     Raises: UserError if a line has more than MAX_ROW_CHARACTERS.
     """
@@ -174,8 +179,19 @@ def line_rows(text: TextWindow) -> Iterator[Any | Rejected]:
                 f"{text.location()}: {subject} (more than {MAX_ROW_CHARACTERS} characters, expected {ROW_FORMATS}). "
                 "Convert the file so that each row stands alone"
             )
-        yield _parse_line(text.window[text.position : end], text.line)
+        line = text.window[text.position : end]
+        yield from ((text.line, row) for row in _parse_lines(line, text.line))
         text.advance(end)
+
+
+def _parse_lines(line: str, number: int) -> list[Any | Rejected]:
+    """Parse a line, which holds several rows if the file's lines end in a carriage return alone."""
+    row = _parse_line(line, number)
+    if isinstance(row, Rejected) and "\r" in line.rstrip():
+        rows = [_parse_line(part, number) for part in line.split("\r") if part.strip(_WHITESPACE)]
+        if not any(isinstance(each, Rejected) for each in rows):
+            return rows
+    return [row]
 
 
 def _parse_line(line: str, number: int) -> Any | Rejected:

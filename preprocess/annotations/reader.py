@@ -14,19 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model.errors import UserError
+from preprocess import file_kinds
 from preprocess.annotations.json_rows import ROW_FORMATS, TextWindow, array_rows, is_array, line_rows
 from preprocess.rejects import Rejected
 from preprocess.remote_path import AnyPath
 
-_PARQUET, _GZIP, _ZSTD = b"PAR1", b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-_CONTAINERS = {
-    _PARQUET: "a Parquet file",
-    _GZIP: "a gzip file",
-    _ZSTD: "a zstd file",
-    b"PK\3\4": "a zip file",
-    b"BZh": "a bzip2 file",
-    b"\xfd7zX": "an xz file",
-}
 _DAMAGE = (EOFError, zlib.error, pa.ArrowInvalid, UnicodeDecodeError, OSError)
 
 
@@ -37,8 +29,13 @@ def read_rows(path: AnyPath) -> Iterator[Any | Rejected]:
         UserError: If the file is missing or damaged, or if the disk or network fails. A JSON array with a broken row
             counts as damaged, because it is unknown where the next row begins.
     """
+    yield from (row for _, row in rows_with_place(path))
+
+
+def rows_with_place(path: AnyPath) -> Iterator[tuple[str, Any | Rejected]]:
+    """Stream rows as `read_rows` does, each with its place for messages, such as "line 3". Raises: UserError."""
     if not path.is_file():
-        raise UserError(f"annotation file {path} is missing; the mix names it relative to --root")
+        raise UserError(f"{path} is a folder, expected a file of rows" if path.is_dir() else f"{path} is missing")
     with path.open("rb") as opened:
         file = _FailureRecorder(opened)
         try:
@@ -71,28 +68,34 @@ class _FailureRecorder:
         return getattr(self._file, name)
 
 
-def _rows(file: Any, path: AnyPath) -> Iterator[Any | Rejected]:
-    magic = file.read(4)
+def _rows(file: Any, path: AnyPath) -> Iterator[tuple[str, Any | Rejected]]:
+    kind = _kind(file.read(file_kinds.HEAD_BYTES))
     file.seek(0)
-    if magic == _PARQUET:
-        yield from _parquet_rows(file)
+    if kind == "a Parquet file":
+        yield from ((f"row {number}", row) for number, row in enumerate(_parquet_rows(file), 1))
         return
-    stream = _decompressed(file, magic)
-    head = stream.read(4)
-    if container := next((name for start, name in _CONTAINERS.items() if head.startswith(start)), None):
+    stream = _decompressed(file, kind)
+    head = stream.read(file_kinds.HEAD_BYTES)
+    if found := file_kinds.recognise(head):
         inside = "" if stream is file else " inside a compressed file"
+        remedy = found.remedy or "unpack it"
         raise UserError(
-            f"{path} is {container}{inside}. Unpack it: expected {ROW_FORMATS}; JSON may be in gzip or zstd"
+            f"{path} is {found.name}{inside}, expected {ROW_FORMATS}; JSON may be in gzip or zstd. "
+            f"{remedy[0].upper()}{remedy[1:]}"
         )
     text = TextWindow(stream, path, head)
-    yield from array_rows(text) if is_array(text) else line_rows(text)
+    yield from ((f"line {line}", row) for line, row in (array_rows(text) if is_array(text) else line_rows(text)))
 
 
-def _decompressed(file: Any, magic: bytes) -> Any:
-    if magic.startswith(_GZIP):
+def _kind(head: bytes) -> str | None:
+    kind = file_kinds.recognise(head)
+    return kind and kind.name
+
+
+def _decompressed(file: Any, kind: str | None) -> Any:
+    if kind == "a gzip file":
         return gzip.open(file)
-    skippable_frame = magic[1:] == b"\x2a\x4d\x18" and magic[0] & 0xF0 == 0x50  # pzstd starts files with such a frame
-    if magic == _ZSTD or skippable_frame:
+    if kind == "a zstd file":
         return pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
     return file
 

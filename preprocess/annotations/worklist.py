@@ -20,7 +20,7 @@ from preprocess.annotations.mix import Mix, Source
 from preprocess.annotations.reader import read_rows
 from preprocess.images.store import ImageStore
 from preprocess.rejects import Reject, RejectCounts, Rejected
-from preprocess.remote_path import AnyPath
+from preprocess.remote_path import AnyPath, find_file
 
 ROWS_PER_PROGRESS_CALL = 1000
 MAX_FOLDERS_IN_MESSAGE = 5
@@ -132,7 +132,7 @@ def _weighted_rows(source: Source, root: AnyPath, work: Worklist) -> Iterator[An
 
     Copies of a row follow each other directly, so that their image is decoded only once.
     """
-    for row, value in enumerate(itertools.islice(read_rows(root / source.annotations), source.limit)):
+    for row, value in enumerate(itertools.islice(read_rows(find_file(root, source.annotations)), source.limit)):
         work.rows_read[source.name] += 1
         yield from itertools.repeat(value, source.times(row))
 

@@ -14,7 +14,7 @@ from preprocess.annotations.mix import Mix, load_mix
 from preprocess.builder.sample_encoder import SampleSettings
 from preprocess.images.store import ImageStore
 from preprocess.prompts import Tokenizer, load_tokenizer
-from preprocess.remote_path import AnyPath
+from preprocess.remote_path import AnyPath, find_file
 from preprocess.shards.folder import ShardFolder
 
 
@@ -109,8 +109,10 @@ def _check_root(mix: Mix, root: AnyPath) -> None:
 def _missing(mix: Mix, root: AnyPath) -> Iterator[str]:
     store = ImageStore(root, mix.archives)
     for source in mix.sources:
-        if not (root / source.annotations).is_file():
-            yield f"source {source.name!r}: annotation file {root / source.annotations} is missing"
+        annotations = find_file(root, source.annotations)
+        if not annotations.is_file():
+            state = "is a folder, expected a file" if annotations.is_dir() else "is missing"
+            yield f"source {source.name!r}: annotation file {annotations} {state}"
         if not store.has_folder(source.images or "."):
             yield f"source {source.name!r}: image folder {root / source.images} is missing"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import posixpath
 import tarfile
-import unicodedata
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -13,8 +12,9 @@ from pathlib import PurePosixPath
 from typing import IO
 
 from model.errors import UserError
+from preprocess.file_kinds import COMPRESSED, HEAD_BYTES, FileKind, recognise
 from preprocess.rejects import Rejected
-from preprocess.remote_path import AnyPath
+from preprocess.remote_path import AnyPath, spellings
 
 MAX_LINKS = 8
 
@@ -33,8 +33,10 @@ class Archive:
         try:
             self._contents: _Zip | _Tar = _Zip(file) if zipfile.is_zipfile(file) else _Tar(file)
         except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+            file.seek(0)
+            kind = recognise(file.read(HEAD_BYTES))
             file.close()
-            raise UserError(f"image archive {path} is damaged ({error}); download it again") from None
+            raise _unusable(path, folder, kind, error) from None
 
     def find(self, path: str) -> str | None:
         """Return the name of the member that holds the image, or None if there is none.
@@ -42,8 +44,8 @@ class Archive:
         The archive may hold the folder's content with or without the folder itself.
         """
         inside = PurePosixPath(path).relative_to(self.folder)
-        candidates = (str(inside), str(self.folder.name / inside), f"./{inside}")
-        names = (spelling for candidate in candidates for spelling in unicode_spellings(candidate))
+        candidates = (str(inside), str(self.folder.name / inside))
+        names = (spelling for candidate in candidates for spelling in spellings(candidate))
         return next((name for name in names if name in self._contents.members), None)
 
     def size(self, member: str) -> int:
@@ -63,15 +65,29 @@ def open_archive(path: AnyPath, folder: str) -> Archive:
     return Archive(path, folder)
 
 
-def unicode_spellings(path: str) -> list[str]:
-    """Return the path unchanged, with composed accents (NFC), and with decomposed accents (NFD), without duplicates."""
-    return list(dict.fromkeys([path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path)]))
+def _unusable(path: AnyPath, folder: str, kind: FileKind | None, error: Exception) -> UserError:
+    """Return the error about a file that is neither a zip nor an uncompressed tar, or a damaged one."""
+    if kind is None or kind.name in ("a zip file", "a tar file"):
+        return UserError(f"image archive {path} is damaged ({error}); download it again")
+    remedy = kind.remedy or "download it again"
+    if kind.name in COMPRESSED:
+        remedy = f"unpack it into the folder {folder}, or decompress it, because images are read from it in place"
+    return UserError(f"image archive {path} is {kind.name}, expected a zip or an uncompressed tar: {remedy}")
+
+
+def _normalised(name: str) -> str:
+    """Return the name of a member with slashes, because programs on Windows may write backslashes."""
+    return posixpath.normpath(name.replace("\\", "/")).lstrip("/")
 
 
 class _Zip:
+    """Members of a zip by normalised name."""
+
     def __init__(self, file: IO[bytes]) -> None:
         self._zip = zipfile.ZipFile(file)
-        self.members = {_decoded_name(member): member for member in self._zip.infolist()}
+        names = [(_decoded_name(member), member) for member in self._zip.infolist()]
+        self.members = {_normalised(name): member for name, member in names}
+        self.members |= {name: member for name, member in names if name in self.members}
 
     def read(self, name: str) -> bytes:
         return self._zip.read(self.members[name])
@@ -103,14 +119,14 @@ class _Tar:
         links: dict[str, str] = {}
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                name = posixpath.normpath(member.name)
+                name = _normalised(member.name)
                 if member.isfile():
                     self.members[name] = member.size, member.offset_data
                     links.pop(name, None)  # the last member of a name replaces earlier ones
                 elif member.islnk():
-                    links[name] = posixpath.normpath(member.linkname)
+                    links[name] = _normalised(member.linkname)
                 elif member.issym():
-                    links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+                    links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname.replace("\\", "/")))
         targets = _resolve_links(links)
         self.members |= {link: self.members[name] for link, name in targets.items() if name in self.members}
 

@@ -27,6 +27,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from model.errors import UserError
+from preprocess.images.store import ImageStore
 from preprocess.rejects import REASONS, Rejected
 
 try:
@@ -255,6 +256,7 @@ def codec_versions() -> str:
 def read_image_file(path: Path, image_px: int) -> Pixels:
     """Load an image file as uint8 [image_px, image_px, 3] for inference.
 
+    The file is found as a build finds it: with other spellings of its path, and in an archive in place of its folder.
     The image is encoded and decoded like the images of JPEG shards, so that the model sees the same JPEG artefacts as
     in training.
 
@@ -262,8 +264,11 @@ def read_image_file(path: Path, image_px: int) -> Pixels:
         UserError: If the file cannot be read or is not an image.
     """
     try:
-        return decode_rgb(encode_jpeg(resize_to_square(decode_rgb(path.read_bytes()), image_px)))
+        name = str(path) if path.exists() else str(path).replace("\\", "/")
+        data = ImageStore(Path("/"), {}).read(str(Path(name).absolute())[1:])
+        return decode_rgb(encode_jpeg(resize_to_square(decode_rgb(data), image_px)))
     except OSError as error:
         raise UserError(f"image {path} cannot be read: {error.strerror}") from None
     except Rejected as error:
-        raise UserError(f"image {path} cannot be used: {REASONS[error.reason]} ({error.detail})") from None
+        detail = f" ({error.detail})" if error.detail else ""
+        raise UserError(f"image {path} cannot be used: {REASONS[error.reason]}{detail}") from None

@@ -14,11 +14,13 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
-from preprocess.images.archive import Archive, open_archive, unicode_spellings
+from preprocess.images.archive import Archive, open_archive
 from preprocess.rejects import Rejected
-from preprocess.remote_path import AnyPath, RemotePath, file_size
+from preprocess.remote_path import AnyPath, RemotePath, file_size, find_file, spellings, with_slashes
 
 MAX_FILE_BYTES = 100_000_000
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")  # refused with advice
+ARCHIVE_SUFFIXES = (".zip", ".tar", *COMPRESSED_SUFFIXES)
 
 _INVALID_NAME = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
@@ -33,7 +35,8 @@ class ImageStore:
     """
 
     def __init__(self, root: AnyPath, archives: Mapping[str, str]) -> None:
-        self.root, self.archives = root, dict(archives)
+        self.root = root
+        self.archives = {with_slashes(folder): archive for folder, archive in archives.items()}
         self._archive_of_folder: dict[str, Archive | None] = {}
 
     def read(self, path: str) -> bytes:
@@ -49,7 +52,7 @@ class ImageStore:
                 raise Rejected("picture_missing", f"no such member of {archive.path.name}")
             _check_file_size(archive.size(member))
             return archive.read(member)
-        for spelling in unicode_spellings(path):
+        for spelling in spellings(path):
             try:
                 return self._read_file(spelling)
             except OSError as error:  # noqa: PERF203
@@ -75,13 +78,13 @@ class ImageStore:
         if archive := self._archive_for(_folder(path)):
             member = archive.find(path)
             return None if member is None else archive.size(member)
-        for spelling in unicode_spellings(path):
+        for spelling in spellings(path):
             with contextlib.suppress(OSError, ValueError):
                 return file_size(self.root / spelling)
         return None
 
     def has_folder(self, folder: str) -> bool:
-        return self._is_folder(folder) or self._archive_for(folder) is not None
+        return self._archive_for(with_slashes(folder)) is not None or self._is_folder(folder)
 
     def _archive_for(self, folder: str) -> Archive | None:
         """Return the archive that replaces the folder or one of its parents, or None if the folder exists."""
@@ -93,14 +96,14 @@ class ImageStore:
         if self._is_folder(folder):
             return None
         for ancestor in [folder, *map(str, PurePosixPath(folder).parents)]:
-            for spelling in unicode_spellings(ancestor):
-                for name in (self.archives.get(spelling), f"{spelling}.zip", f"{spelling}.tar"):
-                    if name and _exists((self.root / name).is_file):
-                        return open_archive(self.root / name, ancestor)
+            for spelling in spellings(ancestor):
+                for name in (self.archives.get(spelling), *(f"{spelling}{suffix}" for suffix in ARCHIVE_SUFFIXES)):
+                    if name and _exists((file := find_file(self.root, name)).is_file):
+                        return open_archive(file, ancestor)
         return None
 
     def _is_folder(self, folder: str) -> bool:
-        return any(_exists((self.root / spelling).is_dir) for spelling in unicode_spellings(folder))
+        return any(_exists((self.root / spelling).is_dir) for spelling in spellings(folder))
 
     def _read_file(self, path: str) -> bytes:
         file = self.root / path
