@@ -40,8 +40,7 @@ class FileKind:
 
 
 _KINDS = tuple(
-    (FileKind(name=name, remedy=remedy), re.compile(pattern, re.DOTALL))
-    for name, remedy, pattern in _PATTERNS
+    (FileKind(name=name, remedy=remedy), re.compile(pattern, re.DOTALL)) for name, remedy, pattern in _PATTERNS
 )
 
 

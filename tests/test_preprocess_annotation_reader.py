@@ -287,7 +287,9 @@ def test_a_parquet_file_inside_a_compressed_file_is_a_user_error(tmp_path: Path,
     pq.write_table(pa.table({"id": ["a"]}), buffer)
     with pa.CompressedOutputStream(pa.OSFile(str(tmp_path / "rows"), "wb"), codec) as stream:
         stream.write(buffer.getvalue())
-    with pytest.raises(UserError, match=r"is a Parquet file inside a compressed file, expected a JSON array .*\. Unpack it"):
+    with pytest.raises(
+        UserError, match=r"is a Parquet file inside a compressed file, expected a JSON array .*\. Unpack it"
+    ):
         list(read_rows(tmp_path / "rows"))
 
 

@@ -126,7 +126,9 @@ class _Tar:
                 elif member.islnk():
                     links[name] = _normalised(member.linkname)
                 elif member.issym():
-                    links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname.replace("\\", "/")))
+                    links[name] = posixpath.normpath(
+                        posixpath.join(posixpath.dirname(name), member.linkname.replace("\\", "/"))
+                    )
         targets = _resolve_links(links)
         self.members |= {link: self.members[name] for link, name in targets.items() if name in self.members}
 
