@@ -89,7 +89,7 @@ def _rows(file: Any, path: AnyPath) -> Iterator[tuple[str, Any | Rejected]]:
 
 def _kind(head: bytes) -> str | None:
     kind = file_kinds.recognise(head)
-    return kind and kind.name
+    return kind.name if kind else None
 
 
 def _decompressed(file: Any, kind: str | None) -> Any:
