@@ -3,23 +3,28 @@
 python -m pipeline.evaluate MODEL --tasks all --data /data/benchmarks     # the paper's tables; it resumes
 python -m pipeline.evaluate MODEL --tasks pope mme --data /data/benchmarks --card
 python -m pipeline.evaluate MODEL runs/demo/raw/held_out/questions.jsonl --images runs/demo/raw/held_out
-python -m pipeline.evaluate MODEL QUESTIONS.jsonl --images DIR --json result.json
+python -m pipeline.evaluate MODEL QUESTIONS.jsonl --images DIR --json result.json     # it resumes, too
 python -m pipeline.evaluate MODEL QUESTIONS.jsonl --images DIR --shuffle-images 0     # does the model use the image?
 
 A file of questions is scored by exact match: the share of answers that equal the expected text. A line of the file is
 {"image": "0001.jpg", "question": "Which shape is it?", "answer": "circle", "kind": "shape"}.
+Without "image", the question is asked as text alone. With --json or --journal, every answer is kept as soon as it is
+computed. A second call computes only the answers that are missing for this model, these questions and these images.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 
 from model.errors import run_cli
-from pipeline.evaluation.exact_match import ask, read_questions, report, score, shuffle_images, table
+from pipeline.evaluation.exact_match import MAX_NEW_TOKENS, ask, read_questions, report, score, shuffle_images, table
 from pipeline.evaluation.run_tasks import add_task_arguments, run_tasks, task_options
 from pipeline.figures.benchmarks import draw_benchmarks
-from pipeline.inference.engine import load
+from pipeline.inference.engine import InferenceEngine, load
+from pipeline.inference.journal import Journal, answer_key
+from pipeline.inference.questions import check_output_folder, find_images
 from preprocess.atomic import write_json
 
 
@@ -34,6 +39,9 @@ def main() -> None:
     parser.add_argument("--shuffle-pictures", dest="shuffle_images", type=int, help=argparse.SUPPRESS)  # former name
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores and all answers to this file")
     parser.add_argument(
+        "--journal", type=Path, metavar="FILE", help="file that keeps answers for a later call (default: JSON.journal)"
+    )
+    parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
     add_task_arguments(parser)
@@ -41,10 +49,16 @@ def main() -> None:
     if options := task_options(args):
         run_tasks(options, draw_benchmarks)
         return
+    check_output_folder("--json", args.json)
+    check_output_folder("--journal", args.journal)
     questions = read_questions(args.questions)
     if args.shuffle_images is not None:
         questions = shuffle_images(questions, args.shuffle_images)
-    answers = ask(*load(args.model, args.device), questions, args.images)
+    find_images(questions, args.images)  # report a missing image before the model is loaded
+    path = args.journal or (args.json and args.json.with_name(f"{args.json.name}.journal"))
+    engine = InferenceEngine(*load(args.model, args.device), max_batch=args.batch)
+    with Journal(path, answer_key(args.model, engine, MAX_NEW_TOKENS)) if path else contextlib.nullcontext() as journal:
+        answers = ask(engine, questions, args.images, journal=journal)
     scores = score(questions, answers)
     print(table(scores))
     if args.json:

@@ -1,4 +1,4 @@
-"""Shared fixtures: raw data, a shard set built by the real builder, a recipe and a SLURM cluster."""
+"""Shared fixtures: raw data, a shard set built by the real builder, a recipe, a tiny model and a SLURM cluster."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.slurm import SlurmCluster, missing_programs
 from tests.support.tiny_data import TINY_RECIPE, build_shards, write_raw_data
+from tests.support.tiny_model import save_tiny_model, write_images
 
 # The files that wait for SLURM or Ray run first, because other files can use the processors in the meantime.
 LONGEST_FILES = (
@@ -53,6 +54,17 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
     path.write_text(TINY_RECIPE)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny_model") / "m")
+
+
+@pytest.fixture(scope="session")
+def noise_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the images a.png, b.png and c.png."""
+    return write_images(tmp_path_factory.mktemp("noise_images"))
 
 
 @pytest.fixture(scope="session")

@@ -8,30 +8,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from model.emma import Emma
 from model.errors import UserError
-from model.presets import preset
-from model.vision import Towers
-from model.weights import load_model, save_model
 from pipeline.evaluate import main
 from pipeline.evaluation.exact_match import (
     Question,
     Score,
+    Scores,
     ask,
     most_common_answers,
     read_questions,
+    report,
     score,
     shuffle_images,
     table,
 )
-from pipeline.inference.engine import InferenceEngine
+from pipeline.inference.engine import InferenceEngine, load
+from pipeline.inference.questions import IMAGES_AHEAD, _stream_images, find_images
 from preprocess.images.codec import read_image_file
-from preprocess.prompts import load_tokenizer
-from tests.support.launch import fork_python
-from tests.support.tiny_data import write_byte_tokenizer
 
 
 def asked(image: str, kind: str = "colour", answer: str = "red", question: str = "What colour is it?") -> Question:
@@ -41,17 +36,26 @@ def asked(image: str, kind: str = "colour", answer: str = "red", question: str =
 def test_exact_match_is_counted_per_question_kind_and_over_all_questions() -> None:
     questions = [asked("a"), asked("b"), asked("c", "shape", "cross"), asked("d", "shape", "ring")]
     scores = score(questions, ["red", "blue", "cross", " ring\n"])
-    assert scores == {
-        "colour": Score(right=1, asked=2),
-        "shape": Score(right=2, asked=2),
-        "all": Score(right=3, asked=4),
-    }
-    assert scores["all"].exact_match == 0.75
+    assert scores == Scores(
+        by_kind={"colour": Score(right=1, asked=2), "shape": Score(right=2, asked=2)}, total=Score(right=3, asked=4)
+    )
+    assert scores.total.exact_match == 0.75
+
+
+def test_a_question_kind_named_all_is_counted_once_in_the_total() -> None:
+    questions = [asked("a", "all"), asked("b", "colour")]
+    scores = score(questions, ["blue", "red"])
+    assert scores.total == Score(right=1, asked=2)
+    rows = [line.split() for line in table(scores).splitlines()[1:]]
+    assert rows == [["all", "0", "1", "0.0%"], ["colour", "1", "1", "100.0%"], ["all", "1", "2", "50.0%"]]
+    result = report(scores, questions, ["blue", "red"])
+    assert result["exact_match"] == {"all": 0.5, "colour": 1.0}
+    assert result["exact_match_by_kind"] == {"all": 0.0, "colour": 1.0}
 
 
 @pytest.mark.parametrize("said", ["Red", "red.", "reddish", "", "dark red"])
 def test_a_nearly_correct_answer_counts_as_wrong(said: str) -> None:
-    assert score([asked("a")], [said])["all"].right == 0
+    assert score([asked("a")], [said]).total.right == 0
 
 
 def test_the_exact_match_table_ends_with_the_total() -> None:
@@ -72,7 +76,7 @@ def test_shuffling_gives_every_question_another_image_from_its_question_kind() -
     shuffled = shuffle_images(questions, seed=0)
     assert all(new.image != old.image for new, old in zip(shuffled, questions, strict=True))
     for kind in kinds:
-        before, after = (sorted(q.image for q in each if q.kind == kind) for each in (questions, shuffled))
+        before, after = (sorted(str(q.image) for q in each if q.kind == kind) for each in (questions, shuffled))
         assert before == after
     assert [(q.kind, q.question, q.answer) for q in shuffled] == [(q.kind, q.question, q.answer) for q in questions]
     assert shuffled == shuffle_images(questions, seed=0)
@@ -121,9 +125,11 @@ def test_a_question_image_is_found_under_every_spelling_that_a_build_accepts(tmp
     Image.new("RGB", (8, 8), "red").save(tmp_path / decomposed / f"{decomposed}.jpg")
     expected = read_image_file(tmp_path / decomposed / f"{decomposed}.jpg", 8)
     for name in (f"{composed}/{composed}.jpg", f".\\{decomposed}\\{decomposed}.jpg", f"{decomposed}\\{composed}.jpg"):
+        assert find_images([asked(name)], tmp_path)
         assert np.array_equal(read_image_file(tmp_path / name, 8), expected), name
     with zipfile.ZipFile(tmp_path / "packed.zip", "w") as archive:
         archive.write(tmp_path / decomposed / f"{decomposed}.jpg", "sub\\1.jpg")
+    assert find_images([asked("packed\\sub/1.jpg")], tmp_path)
     assert np.array_equal(read_image_file(tmp_path / "packed/sub/1.jpg", 8), expected)
 
 
@@ -138,40 +144,18 @@ def test_a_missing_or_empty_question_file_is_a_user_error(tmp_path: Path) -> Non
 # -- With a model ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = write_byte_tokenizer(folder / "tokenizer")
-    config = preset("tiny_v2")
-    torch.manual_seed(0)
-    tokenizer_json = (tokenizer / "tokenizer.json").read_text()
-    save_model(
-        folder / "m",
-        config=config,
-        state=Emma(config).state_dict(),
-        towers=Towers(config.vision),
-        tokenizer_json=tokenizer_json,
-        extra={},
-    )
-    return folder / "m"
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    noise = np.random.default_rng(0)
-    for name in "abc":
-        Image.fromarray(noise.integers(0, 255, (90, 120, 3), np.uint8)).save(folder / f"{name}.png")
-    return folder
-
-
-def test_batched_answers_equal_single_answers_in_the_order_of_the_questions(model_folder: Path, images: Path) -> None:
-    model, tokenizer = load_model(model_folder, torch.device("cpu"), torch.float32), load_tokenizer(model_folder)
+def test_batched_answers_equal_single_answers_in_the_order_of_the_questions(
+    tiny_model: Path, noise_images: Path
+) -> None:
+    engine = InferenceEngine(*load(tiny_model, "cpu"))
     texts = ["Which?", "A rather long question, is it not?", "Which?", "Why?"]
     questions = [asked(f"{name}.png", question=text) for name, text in zip("abca", texts, strict=True)]
-    batched = ask(model, tokenizer, questions, images, quiet=True)
-    px, engine = model.config.vision.image_px, InferenceEngine(model, tokenizer)
-    requests = [engine.request(q.question, read_image_file(images / q.image, px), max_new_tokens=16) for q in questions]
+    batched = ask(engine, questions, noise_images, quiet=True)
+    px = engine.model.config.vision.image_px
+    requests = [
+        engine.request(q.question, read_image_file(noise_images / str(q.image), px), max_new_tokens=16)
+        for q in questions
+    ]
     alone = [engine.complete([request])[0].text for request in requests]
     assert batched == alone
     assert len(set(batched)) > 1
@@ -183,15 +167,15 @@ def run_command(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> None:
 
 
 def test_the_evaluate_command_prints_a_table_and_writes_all_answers(
-    model_folder: Path,
-    images: Path,
+    tiny_model: Path,
+    noise_images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path, out = tmp_path / "questions.jsonl", tmp_path / "result.json"
     path.write_text("".join(json.dumps(vars(asked(f"{name}.png"))) + "\n" for name in "abc"))
-    run_command(monkeypatch, model_folder, path, "--images", images, "--json", out, "--shuffle-images", "0")
+    run_command(monkeypatch, tiny_model, path, "--images", noise_images, "--json", out, "--shuffle-images", "0")
     assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["all", "0", "3"]
     result = json.loads(out.read_text())
     assert result["exact_match"] == {"colour": 0.0, "all": 0.0}
@@ -202,34 +186,81 @@ def test_the_evaluate_command_prints_a_table_and_writes_all_answers(
 
 @pytest.mark.parametrize("option", ["--shuffle-images", "--shuffle-pictures"])
 def test_the_shuffle_flag_and_its_hidden_old_name_have_the_same_effect(
-    option, model_folder, images, tmp_path, monkeypatch, capsys
+    option, tiny_model, noise_images, tmp_path, monkeypatch, capsys
 ):
     path = tmp_path / "questions.jsonl"
     path.write_text(json.dumps(vars(asked("a.png"))) + "\n")
     with pytest.raises(UserError, match="share one image"):
-        run_command(monkeypatch, model_folder, path, "--images", images, option, "0")
+        run_command(monkeypatch, tiny_model, path, "--images", noise_images, option, "0")
     with pytest.raises(SystemExit):
         run_command(monkeypatch, "--help")
     assert (option in capsys.readouterr().out) == (option == "--shuffle-images")
 
 
-def test_an_unwritable_result_file_is_a_one_line_error_after_the_table(
-    model_folder: Path, images: Path, tmp_path: Path
+@pytest.mark.parametrize("option", ["--json", "--journal"])
+def test_a_missing_folder_for_a_result_is_reported_before_the_model_is_loaded(
+    option: str, noise_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, out = tmp_path / "questions.jsonl", tmp_path / "absent/result.json"
     path.write_text(json.dumps(vars(asked("a.png"))) + "\n")
-    done = fork_python("-m", "pipeline.evaluate", model_folder, path, "--images", images, "--json", out)
-    assert done.returncode == 2
-    assert "all" in done.stdout
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert str(out) in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+    with pytest.raises(UserError, match=rf"{option} .*absent/result.json: the folder .* does not exist"):
+        run_command(monkeypatch, tmp_path / "no_model", path, "--images", noise_images, option, out)
 
 
 def test_the_error_for_a_missing_question_image_names_the_file(
-    model_folder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, noise_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "questions.jsonl"
     path.write_text(json.dumps(vars(asked("lost.png"))) + "\n")
     with pytest.raises(UserError, match=r"lost\.png cannot be used: the image file does not exist"):
-        run_command(monkeypatch, model_folder, path, "--images", images)
+        run_command(monkeypatch, tiny_model, path, "--images", noise_images)
+
+
+def test_a_question_without_an_image_is_asked_as_text_and_needs_no_image_folder(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = tmp_path / "questions.jsonl", tmp_path / "result.json"
+    rows = [{"question": "Say 4", "answer": "4", "kind": "say", **image} for image in ({}, {"image": None})]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_command(monkeypatch, tiny_model, path, "--json", out)
+    engine = InferenceEngine(*load(tiny_model, "cpu"))
+    [expected] = engine.complete([engine.request("Say 4", max_new_tokens=16)])
+    assert [row["said"] for row in json.loads(out.read_text())["answers"]] == [expected.text] * 2
+
+
+def test_questions_with_images_and_no_image_folder_are_a_user_error(tmp_path, monkeypatch):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps(vars(asked("a.png"))) + "\n")
+    with pytest.raises(UserError, match="--images: not given, although the questions name 1 images"):
+        run_command(monkeypatch, tmp_path / "no_model", path)
+
+
+def test_the_reader_of_questions_tolerates_what_the_reader_of_annotations_tolerates(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    row = '{"image": "a.jpg", "question": "What\u2028is\\u0000 it\\ud800?", "answer": "a\\u0000b", "kind": "k\x85"}'
+    path.write_bytes(b"\xef\xbb\xbf" + row.encode() + b"\r\n\r\n" + row.encode().replace(b"it", b"\xff"))
+    first, second = read_questions(path)
+    assert (first.question, first.answer, first.kind) == ("What\u2028is it\ufffd?", "ab", "k\x85")
+    assert second.question == "What\u2028is \ufffd\ufffd?"
+
+
+@pytest.mark.parametrize("name", ["b.png", "a\x00.png", "\ud800.png", "x" * 300])
+def test_an_image_name_that_names_no_file_is_a_one_line_user_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="the image file does not exist") as raised:
+        find_images([asked(name)], tmp_path)
+    str(raised.value).encode()
+
+
+def test_images_are_decoded_shortly_before_they_are_needed_and_once_for_neighbours() -> None:
+    decoded: list[str] = []
+
+    def decode(name: str) -> np.ndarray:
+        decoded.append(name)
+        return np.zeros((1, 1, 3), np.uint8)
+
+    names = [None, *(f"{i // 2}" for i in range(4 * IMAGES_AHEAD))]
+    stream = _stream_images(names, decode)
+    assert next(stream) is None
+    assert len(decoded) <= IMAGES_AHEAD
+    assert sum(pixels is not None for pixels in stream) == 4 * IMAGES_AHEAD
+    assert sorted(decoded) == sorted(set(decoded))

@@ -29,7 +29,7 @@ from pipeline.demo.report import SHEET_COLUMNS, Results, sample_answers, summary
 from pipeline.evaluation.exact_match import Question, ask, most_common_answers, read_questions, shuffle_images
 from pipeline.figures.curves import draw_answers, draw_run
 from pipeline.figures.maps import draw_models
-from pipeline.inference.engine import load
+from pipeline.inference.engine import InferenceEngine, load
 from pipeline.metrics.history import read_history
 from pipeline.recipe import load_recipe
 from pipeline.visualization.states import default_layers, look_inside
@@ -216,13 +216,13 @@ def _starts_with(path: Path) -> Callable[[str], bool]:
 def answer(paths: DemoFolder, questions: Sequence[Question]) -> dict[str, Sequence[str]]:
     """Answer the questions with the trained model and with each control. Return the answers by name."""
     torch.set_num_threads(1)  # matrices this small run no faster on more threads
-    trained, untrained = (load(folder, "cpu") for folder in (paths.model, paths.untrained))
+    trained, untrained = (InferenceEngine(*load(folder, "cpu")) for folder in (paths.model, paths.untrained))
     print(f"  {len(questions)} questions about {len({q.image for q in questions})} images, answered three times")
     return {
-        "trained": ask(*trained, questions, paths.held_out),
-        "untrained": ask(*untrained, questions, paths.held_out),
+        "trained": ask(trained, questions, paths.held_out),
+        "untrained": ask(untrained, questions, paths.held_out),
         "commonest": most_common_answers(questions),
-        "shuffled": ask(*trained, shuffle_images(questions, seed=0), paths.held_out),
+        "shuffled": ask(trained, shuffle_images(questions, seed=0), paths.held_out),
     }
 
 
@@ -230,7 +230,7 @@ def draw_maps(paths: DemoFolder, questions: Sequence[Question]) -> None:
     """Draw the trained model's visual states for the first held-out image with five shapes."""
     image = next(question.image for question in questions if question.answer == "five")
     model, _ = load(paths.model, "cpu")
-    pixels = read_image_file(paths.held_out / image, model.config.vision.image_px)
+    pixels = read_image_file(paths.held_out / str(image), model.config.vision.image_px)
     maps = look_inside(model, pixels, default_layers(model.config), tap="mixer", title="The demo's trained model")
     draw_models([maps], paths.root / "maps.png")
 

@@ -44,8 +44,8 @@ class Results:
     questions: Sequence[Question]
     answers: dict[str, Sequence[str]]
 
-    def exact_match(self, who: str, kind: str = "all") -> float:
-        return score(self.questions, self.answers[who])[kind].exact_match
+    def exact_match(self, who: str) -> float:
+        return score(self.questions, self.answers[who]).total.exact_match
 
     @property
     def margin(self) -> float:
@@ -81,8 +81,7 @@ def summary(results: Results) -> dict[str, Any]:
         "exact_match": {who: round(results.exact_match(who), 4) for who in ("trained", *CONTROLS)},
         "exact_match_by_kind": {
             kind: round(each.exact_match, 4)
-            for kind, each in score(results.questions, results.answers["trained"]).items()
-            if kind != "all"
+            for kind, each in score(results.questions, results.answers["trained"]).by_kind.items()
         },
         "questions": len(results.questions),
         "killed_at_step": results.killed_at_step,
@@ -119,7 +118,7 @@ def sample_answers(results: Results, images: Path) -> list[AnsweredQuestion]:
     indices = _sample_by_kind(results.questions, SHEET_ROWS * SHEET_COLUMNS)
     return [
         AnsweredQuestion(
-            image=images / results.questions[i].image,
+            image=images / str(results.questions[i].image),
             question=results.questions[i].question,
             answer=results.answers["trained"][i],
             truth=results.questions[i].answer,

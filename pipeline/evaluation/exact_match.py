@@ -1,41 +1,27 @@
-"""Exact match: reading question files, answering in batches, control experiments, and scores by kind of question."""
+"""Exact match: question files with known answers, control experiments, and scores by kind of question."""
 
 from __future__ import annotations
 
 import random
-import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from model.errors import UserError
-from model.weights import LoadedModel
+from pipeline.inference import questions as question_files
 from pipeline.inference.engine import InferenceEngine
-from pipeline.inference.requests import Request
-from preprocess.annotations.reader import rows_with_place
-from preprocess.images.codec import read_image_file
-from preprocess.prompts import Tokenizer, encode_prompt
-from preprocess.rejects import Rejected
+from pipeline.inference.journal import Journal
 
-BATCH = 64
 MAX_NEW_TOKENS = 16
-REPORT_EVERY_S = 5.0
+TOTAL = "all"  # name of the total in tables and in the `exact_match` of a report
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """One line of a question file.
+class Question(question_files.Question):
+    """A question with its answer. Questions of one `kind` share a set of possible answers."""
 
-    image   path relative to the image folder
-    kind    groups the questions that share a set of possible answers
-    """
-
-    image: str
-    question: str
     answer: str
     kind: str
 
@@ -52,25 +38,25 @@ class Score:
         return self.right / self.asked
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Scores by kind of question, in order of the kinds, and over all questions."""
+
+    by_kind: dict[str, Score]
+    total: Score
+
+
 def read_questions(path: Path) -> list[Question]:
-    """Read a file of questions, which may have every format of an annotation file. Raises: UserError with the line."""
-    questions = [_question(row, f"{path}, {place}") for place, row in rows_with_place(path)]
-    if not questions:
-        raise UserError(f"{path}: found no questions, expected one JSON object per line")
-    return questions
-
-
-def _question(row: Any | Rejected, where: str) -> Question:
-    keys = Question.__dataclass_fields__
-    if isinstance(row, Rejected):
-        raise UserError(f"{where}: not JSON ({row.detail})")
-    if not isinstance(row, dict) or any(not isinstance(row.get(key), str) for key in keys):
-        raise UserError(f"{where}: found {str(row)[:80]}, expected an object with the strings {', '.join(keys)}")
-    return Question(**{key: row[key] for key in keys})
+    """Read a file of questions with known answers. Raises: UserError that names the row."""
+    keys = ("question", "answer", "kind")
+    return [
+        Question(image=row["image"], **{key: row[key] for key in keys})
+        for row in question_files.read_rows(path, required=keys)
+    ]
 
 
 def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
-    """Give every question the image of another question of its kind.
+    """Give every question that has an image the image of another question of its kind.
 
     This control shows how many questions the model answers correctly without the information in the image.
 
@@ -78,13 +64,14 @@ def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
     """
     by_kind: dict[str, list[int]] = defaultdict(list)
     for i, question in enumerate(questions):
-        by_kind[question.kind].append(i)
+        if question.image is not None:
+            by_kind[question.kind].append(i)
     shuffled = list(questions)
     for kind, members in by_kind.items():
-        images = sorted({questions[i].image for i in members})
+        images = sorted({str(questions[i].image) for i in members})
         random.Random(f"{seed} {kind}").shuffle(images)
         # Sort so that equal images are adjacent, then rotate by the longest run: no question keeps its own image.
-        members.sort(key=lambda i: images.index(questions[i].image))
+        members.sort(key=lambda i: images.index(str(questions[i].image)))
         longest = max(Counter(questions[i].image for i in members).values())
         if 2 * longest > len(members):
             raise UserError(f"--shuffle-images: {longest} of {len(members)} {kind!r} questions share one image")
@@ -94,57 +81,36 @@ def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
 
 
 def ask(
-    model: LoadedModel, tokenizer: Tokenizer, questions: Sequence[Question], images: Path, *, quiet: bool = False
+    engine: InferenceEngine,
+    questions: Sequence[Question],
+    images: Path | None,
+    *,
+    journal: Journal | None = None,
+    quiet: bool = False,
 ) -> list[str]:
-    """Return the model's answers in the order of the questions, printing progress unless `quiet`."""
-    prompts = [
-        encode_prompt([{"from": "human", "value": question.question}], model.config.template, tokenizer)
-        for question in questions
-    ]
-    image_px = model.config.vision.image_px
-    pixels: dict[str, np.ndarray] = {}
-    for question in questions:
-        if question.image not in pixels:
-            pixels[question.image] = read_image_file(images / question.image, image_px)
-    answers = [""] * len(prompts)
-    progress = _Progress(len(prompts), quiet=quiet)
-    requests = (
-        Request(prompt=prompt, image=pixels[question.image], max_new_tokens=MAX_NEW_TOKENS)
-        for prompt, question in zip(prompts, questions, strict=True)
+    """Return the model's answers in the order of the questions, and print progress unless `quiet`."""
+    answers = question_files.answer_questions(
+        engine,
+        questions,
+        question_files.find_images(questions, images),
+        max_new_tokens=MAX_NEW_TOKENS,
+        journal=journal,
+        quiet=quiet,
     )
-    engine = InferenceEngine(model, tokenizer, max_batch=BATCH)
-    for done, (i, completion) in enumerate(engine.run(requests), 1):
-        answers[i] = completion.text
-        progress.update(done)
-    return answers
+    return [answer.text for answer in answers]
 
 
-class _Progress:
-    """Progress line with rate and time left, printed every few seconds."""
-
-    def __init__(self, total: int, *, quiet: bool) -> None:
-        self.total, self.quiet = total, quiet
-        self.started = self.last_print = time.monotonic()
-
-    def update(self, done: int) -> None:
-        now = time.monotonic()
-        if self.quiet or (now - self.last_print < REPORT_EVERY_S and done < self.total):
-            return
-        self.last_print = now
-        rate = done / max(now - self.started, 1e-9)
-        print(f"  {done}/{self.total} questions  {rate:.1f}/s  {(self.total - done) / rate:.0f} s left", flush=True)
-
-
-def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Score]:
-    """Score exact match by kind, and under "all" over every question. Surrounding white space is ignored."""
+def score(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
+    """Score exact match. Surrounding white space is ignored."""
     right: Counter[str] = Counter()
     asked: Counter[str] = Counter()
     for question, answer in zip(questions, answers, strict=True):
-        for kind in (question.kind, "all"):
-            asked[kind] += 1
-            right[kind] += answer.strip() == question.answer.strip()
-    kinds = sorted(asked, key=lambda kind: (kind == "all", kind))
-    return {kind: Score(right=right[kind], asked=asked[kind]) for kind in kinds}
+        asked[question.kind] += 1
+        right[question.kind] += answer.strip() == question.answer.strip()
+    return Scores(
+        by_kind={kind: Score(right=right[kind], asked=asked[kind]) for kind in sorted(asked)},
+        total=Score(right=right.total(), asked=asked.total()),
+    )
 
 
 def most_common_answers(questions: Sequence[Question]) -> list[str]:
@@ -155,14 +121,22 @@ def most_common_answers(questions: Sequence[Question]) -> list[str]:
     return [counts[question.kind].most_common(1)[0][0] for question in questions]
 
 
-def table(scores: dict[str, Score]) -> str:
-    """Format scores as a text table with a row per kind."""
+def table(scores: Scores) -> str:
+    """Format scores as a text table with a row per kind, and a last row with the total."""
     lines = [f"{'kind':<12} {'right':>6} {'asked':>6} {'exact match':>12}"]
-    lines += [f"{kind:<12} {s.right:>6} {s.asked:>6} {s.exact_match:>12.1%}" for kind, s in scores.items()]
+    rows = [*scores.by_kind.items(), (TOTAL, scores.total)]
+    lines += [f"{kind:<12} {each.right:>6} {each.asked:>6} {each.exact_match:>12.1%}" for kind, each in rows]
     return "\n".join(lines)
 
 
-def report(scores: dict[str, Score], questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
-    """Return the content of the `--json` file: the scores, and every question with the model's answer."""
-    rows = [{**asdict(question), "said": answer} for question, answer in zip(questions, answers, strict=True)]
-    return {"exact_match": {kind: s.exact_match for kind, s in scores.items()}, "answers": rows}
+def report(scores: Scores, questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
+    """Return the content of the `--json` file: the scores, and every question with the model's answer.
+
+    In `exact_match`, "all" is the total, also if a kind has this name. `exact_match_by_kind` holds the kinds only.
+    """
+    by_kind = {kind: each.exact_match for kind, each in scores.by_kind.items()}
+    return {
+        "exact_match": {**by_kind, TOTAL: scores.total.exact_match},
+        "exact_match_by_kind": by_kind,
+        "answers": [{**asdict(question), "said": answer} for question, answer in zip(questions, answers, strict=True)],
+    }

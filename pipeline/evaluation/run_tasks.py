@@ -64,14 +64,14 @@ def task_options(args: argparse.Namespace) -> TaskOptions | None:
     if bool(args.tasks) == bool(args.questions):
         found = "both" if args.tasks else "neither"
         raise UserError(f"evaluate: found {found}, expected either a file of questions or --tasks. See --help")
+    if args.batch < 1:
+        raise UserError(f"--batch: found {args.batch}, expected 1 or more")
     if not args.tasks:
         return None
     if not args.data:
         raise UserError(
             "--tasks: give the folder of the data sets as --data DIR. pipeline.prefetch --benchmarks fills it"
         )
-    if args.batch < 1:
-        raise UserError(f"--batch: found {args.batch}, expected 1 or more")
     model = Path(args.model)
     out = args.out or model.absolute().with_name(f"{model.absolute().name}-evaluation")
     return TaskOptions(

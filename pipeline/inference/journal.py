@@ -16,11 +16,16 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from model.errors import UserError
+from model.weights import weights_sha256
+from pipeline.inference.engine import InferenceEngine
 
 FORMAT = 1
 
@@ -110,6 +115,27 @@ class Journal:
     def _append(self, row: dict[str, Any]) -> None:
         self._file.write(_encode(row))
         self._file.flush()
+
+
+def answer_key(
+    model_folder: str | Path,
+    engine: InferenceEngine,
+    max_new_tokens: int,
+    *,
+    stop: tuple[str, ...] = (),
+    state_dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Return a journal's key for the answers of an engine: the model's hashes, and everything that selects tokens."""
+    return {
+        "weights_sha256": weights_sha256(model_folder),
+        "tokenizer_sha256": engine.tokenizer.sha256,
+        "template": engine.model.config.template,
+        "dtype": str(next(engine.model.emma.parameters()).dtype),
+        "state_dtype": str(state_dtype),
+        **asdict(engine.sampling),
+        "max_new_tokens": max_new_tokens,
+        "stop": list(stop),
+    }
 
 
 def _encode(row: dict[str, Any]) -> bytes:
