@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.config import MambaConfig, Tap
-from model.mamba import Cache, MambaBlock, RMSNorm
+from model.mamba import Cache, MambaBlock, RMSNorm, State
 
 
 class Segment(NamedTuple):
@@ -94,11 +94,20 @@ class MambaStack(nn.Module):
             hidden, residual = layer(hidden, residual)
         return hidden, residual
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, Cache]:
-        """Return the normed hidden state of the last position [b, d], and each layer's recurrent state after it."""
+    def prefill(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Cache]:
+        """Return the normed hidden state of the last position [b, d], and each layer's recurrent state after it.
+
+        Args:
+            x: Embedded inputs [b, l, d].
+            mask: Which positions belong to a row's sequence [b, l]; the other positions are padding, which comes before
+                the sequence. Padding has no effect on the results. None: there is no padding.
+        """
+        if mask is not None:
+            mask = mask[..., None].to(x.dtype)
+            x = x * mask  # a layer then maps zeros to zeros, so padding stays zero in every layer
         hidden, residual, cache = x, None, []
         for layer in self.layers:
-            hidden, residual, state = layer.prefill(hidden, residual)
+            hidden, residual, state = layer.prefill(hidden, residual, mask)
             cache.append(state)
         last_residual = None if residual is None else residual[:, -1].contiguous()
         return self.norm_f(hidden[:, -1].contiguous(), last_residual)[0], cache
@@ -153,12 +162,26 @@ class MambaLM(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:  # [b, l, d] -> [b, l, d], [b, l, d] per tap
         return self.backbone(x, taps, tap)
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, Cache]:  # [b, l, d] -> [b, vocab]
-        hidden, cache = self.backbone.prefill(x)
+    def prefill(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Cache]:  # [b, l, d] -> [b, vocab]
+        """Return the logits after the last position and the states. `MambaStack.prefill` explains the mask."""
+        hidden, cache = self.backbone.prefill(x, mask)
         return self.head(hidden), cache
 
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:  # [b] -> [b, vocab]
         return self.head(self.backbone.step(self.embed(tokens), cache))
+
+    def empty_cache(self, batch: int, state_dtype: torch.dtype = torch.float32) -> Cache:
+        """Allocate states of sequences that have no position yet."""
+        config, weight = self.config, self.backbone.embedding.weight
+        ssm = (config.num_heads, config.head_dim) if config.kind == "mamba2" else (config.d_inner,)
+        shapes = [(layer.mixer.conv1d.in_channels, config.d_conv - 1) for layer in self.backbone.layers]
+        return [
+            State(
+                weight.new_zeros(batch, *conv),
+                weight.new_zeros(batch, *ssm, config.d_state, dtype=state_dtype),
+            )
+            for conv in shapes
+        ]
 
     @property
     def segment_layers(self) -> int:

@@ -53,8 +53,15 @@ class Mixer(nn.Module):
         """Compute `forward` by one fused CUDA kernel."""
         raise NotImplementedError
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, State]:
-        """Return the output of `forward` and the state after the last position."""
+    def prefill(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, State]:
+        """Return the output of `forward` and the state after the last position.
+
+        Args:
+            x: Inputs [b, l, d]. Positions of padding must be zero.
+            mask: 0 at positions of padding, 1 elsewhere, in the type of `x` [b, l, 1]. Padding comes before the row's
+                sequence. The convolution's output is multiplied by the mask, because the bias makes the output differ
+                from zero where all inputs are zero. Then the state and the output stay zero until the sequence begins.
+        """
         raise NotImplementedError
 
     def step(self, x: Tensor, state: State) -> Tensor:  # [b, d] -> [b, d]
@@ -112,14 +119,14 @@ class Mamba1Mixer(Mixer):
             delta_softplus=True,
         )
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, State]:
+    def prefill(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, State]:
         # For other sizes, the products of unaligned matrices would cost more than the avoided copies.
         if x.is_cuda and x.shape[0] * x.shape[1] % 8 == 0:
-            out, *states = mamba1_prefill(x, *self._weights())
+            out, *states = mamba1_prefill(x, *self._weights(), mask)
             return out, State(*states)
         x, z = self.in_proj(x).chunk(2, -1)  # [b, l, c]
         conv_state = dispatch.conv_state(x, self.config.d_conv)
-        x = dispatch.causal_conv(x, *self.conv_parameters)
+        x = _masked(dispatch.causal_conv(x, *self.conv_parameters), mask)
         y, ssm_state = dispatch.selective_scan(x, *self._scan_inputs(x), z, self.dt_proj.bias.float())
         return self.out_proj(y), State(conv_state, ssm_state)
 
@@ -178,10 +185,10 @@ class Mamba2Mixer(Mixer):
             norm_before_gate=False,
         )
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, State]:
+    def prefill(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, State]:
         z, xBC, dt = self._split_in_proj(x)
         conv_state = dispatch.conv_state(xBC, self.config.d_conv)
-        x, B, C = self._split_conv(dispatch.causal_conv(xBC, *self.conv_parameters))
+        x, B, C = self._split_conv(_masked(dispatch.causal_conv(xBC, *self.conv_parameters), mask))
         y, ssm_state = dispatch.ssd(x, dt, self.decay_rates, B, C, self.D, self.dt_bias, self.config.chunk_size)
         return self.out_proj(self.norm(y.flatten(-2), z)), State(conv_state, ssm_state)
 
@@ -199,6 +206,10 @@ class Mamba2Mixer(Mixer):
         groups = (self.config.num_groups, self.config.d_state)
         x, B, C = xBC.split([self.config.d_inner, math.prod(groups), math.prod(groups)], -1)
         return x.unflatten(-1, (-1, self.config.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
 
 
 MIXERS: dict[str, Callable[[MambaConfig], Mixer]] = {"mamba1": Mamba1Mixer, "mamba2": Mamba2Mixer}
@@ -255,9 +266,11 @@ class MambaBlock(nn.Module):
         normed, residual = self.norm(hidden, residual)
         return self.mixer(normed), residual
 
-    def prefill(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, State]:
+    def prefill(
+        self, hidden: Tensor, residual: Tensor | None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, State]:
         normed, residual = self.norm(hidden, residual)
-        branch, state = self.mixer.prefill(normed)
+        branch, state = self.mixer.prefill(normed, mask)
         return branch, residual, state
 
     def step(self, hidden: Tensor, residual: Tensor | None, state: State) -> tuple[Tensor, Tensor]:

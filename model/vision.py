@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import timm
@@ -43,8 +44,14 @@ class Tower(nn.Module):
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Scale uint8 pixels to [0, 1], and normalise them with the tower's mean and standard deviation."""
-        mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
+        mean, std = (_on_device(tuple(values), pixels.device)[:, None, None] for values in (self.mean, self.std))
         return ((pixels.float() / 255 - mean) / std).to(self.vit.patch_embed.proj.weight.dtype)
+
+
+@lru_cache
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Copy constants to a device once, because a CUDA graph cannot record a copy from the host's memory."""
+    return torch.tensor(values, device=device)
 
 
 class Towers(nn.Module):

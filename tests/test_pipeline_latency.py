@@ -1,5 +1,6 @@
 """Latency: cases and their order, the computed times, the file of rows, and the command on a CPU."""
 
+import itertools
 import json
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from model.errors import UserError
 from pipeline.latency import measure as measuring
 from pipeline.latency.cases import FIRST_BATCHES, Selection
+from pipeline.latency.contender import IMAGE, PROMPT, TOKEN
 from pipeline.latency.measure import Case, Effort, measure
 from pipeline.latency.results import Results
 from tests.support.launch import fork_python
@@ -18,26 +20,28 @@ CASE = Case(model="tiny_v2", implementation="ours", graph=False, state="fp32", b
 
 
 class Scripted:
-    """A contender that marks each token, and does nothing else."""
+    """A contender that does nothing but mark its phases, with a prefill in two parts."""
 
     bytes_per_step, prompt_tokens = 100, 7
 
     def answer(self, tokens: int, mark: Any) -> None:
-        for _ in range(tokens + 1):
-            mark()
+        for phase in [IMAGE, PROMPT, IMAGE, PROMPT, *[TOKEN] * (tokens - 1)]:
+            mark(phase)
 
 
 class ScriptedMarks:
-    """Marks at 10 ms for the image encoders, 20 ms for the rest of the first token, then 1, 2, 3, … ms per token."""
+    """Marks with 5 ms for each part of the image encoders, 10 ms for each prefill, then 1, 2, 3, … ms per token."""
 
     def __init__(self, device: torch.device) -> None:
-        self.count = -1
+        self.phases: list[str] = []
 
-    def __call__(self) -> None:
-        self.count += 1
+    def __call__(self, phase: str) -> None:
+        self.phases.append(phase)
 
-    def seconds(self) -> list[float]:
-        return [0.010, 0.020, *(0.001 * number for number in range(1, self.count - 1))]
+    def seconds(self) -> list[tuple[str, float]]:
+        numbers = itertools.count(1)
+        times = {IMAGE: lambda: 0.005, PROMPT: lambda: 0.010, TOKEN: lambda: next(numbers) / 1000}
+        return [(phase, times[phase]()) for phase in self.phases[1:]]
 
 
 def test_a_row_holds_the_times_of_each_phase_and_percentiles(monkeypatch):
@@ -117,18 +121,17 @@ def test_a_file_that_holds_no_rows_is_refused(tmp_path, content):
 
 
 def test_the_command_measures_models_and_peers_and_continues(tmp_path):
-    words = ["-m", "pipeline.latency", "tiny_v2", "--peers", "tiny_cobra", "tiny_phi2_siglip", "tiny_llama_clip"]
+    words = ["-m", "pipeline.latency", "tiny_v2", "--peers", "tiny_phi2_siglip", "tiny_llama_clip"]
     sizes = ["--batches", "1", "2", "--lengths", "8", "--tokens", "6", "--seconds", "0", "--device", "cpu"]
     files = ["--json", tmp_path / "rows.json", "--markdown", tmp_path / "table.md", "--figure", tmp_path / "speed.png"]
     first = fork_python(*words, *sizes, *files)
     assert first.returncode == 0, first.stderr
     assert "rows with CUDA graphs" in first.stdout
-    assert "12 of 12 rows to measure" in first.stdout
+    assert "9 of 9 rows to measure" in first.stdout
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row.get("error") for row in rows] == [None] * 12
+    assert [row.get("error") for row in rows] == [None] * 9
     assert {(row["model"], row["prompt_tokens"]) for row in rows} == {
         ("tiny_v2", 49 + 20),
-        ("tiny_cobra", 49 + 20),
         ("tiny_phi2_siglip", 64 + 20),
         ("tiny_llama_clip", 16 + 20),
     }
@@ -137,7 +140,7 @@ def test_the_command_measures_models_and_peers_and_continues(tmp_path):
     assert "| tiny_llama_clip (MobileVLM V2's size) | 2 | no | fp32 |" in table
     assert "| 6 tokens | 8 tokens |" in table
     second = fork_python(*words, *sizes, *files)
-    assert "0 of 12 rows to measure" in second.stdout
+    assert "0 of 9 rows to measure" in second.stdout
     drawn = fork_python("-m", "pipeline.latency", "--tokens", "6", *files)
     assert table in drawn.stdout
 

@@ -27,10 +27,10 @@ def test_a_peers_graph_chooses_the_same_tokens_as_its_plain_steps(name: str) -> 
     plain = TransformersPeer(model, batch=2, tokens=12, graph=False)
     plain.pixels, plain.text = graph.pixels, graph.text
     chosen: list[torch.Tensor] = []
-    graph.answer(12, lambda: chosen.append(graph.token[:, 0].clone()))
+    graph.answer(12, lambda phase: chosen.append(graph.token[:, 0].clone()))
     with torch.no_grad():
         prompt = torch.cat([model.embed_image(plain.pixels), model.llm.get_input_embeddings()(plain.text)], 1)
-        expected = plain.generate(prompt, 12, lambda: None)
+        expected = plain.generate(prompt, 12, lambda phase: None)
     assert torch.equal(torch.stack(chosen[1:], 1), expected)  # the first mark is that of the image encoders
 
 

@@ -11,16 +11,17 @@ dt_proj and the head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.kernels import decode
+from model.kernels.cuda_graph import capture
 from model.kernels.decode import Conv, Tile
 from model.language_model import MambaLM
-from model.mamba import Cache, Mamba1Mixer, Mamba2Mixer, MambaBlock
+from model.mamba import Cache, Mamba1Mixer, Mamba2Mixer, MambaBlock, State
 
 
 class Layer(NamedTuple):
@@ -52,6 +53,8 @@ class DecodeGraph:
         dependent_launch: Whether kernels start before the previous kernel ends (programmatic dependent launch); None:
             if the GPU supports it (compute capability 9.0).
         graph: Whether a step replays a CUDA graph. Without it, the kernels are launched one by one.
+        choose: Function that chooses the next tokens [b] from the logits [b, vocab], as part of the CUDA graph. None:
+            choose the tokens with the largest logits.
 
     Raises: ValueError if the model has more than one group.
     """
@@ -66,12 +69,14 @@ class DecodeGraph:
         state_dtype: torch.dtype = torch.float32,
         dependent_launch: bool | None = None,
         graph: bool = True,
+        choose: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.config = config = llm.config
         if config.kind == "mamba2" and config.num_groups != 1:
             raise ValueError(f"num_groups is {config.num_groups}; the fused decode step supports 1")
         weight = llm.backbone.embedding.weight.detach()
         self.embedding, self.final_norm = weight, llm.backbone.norm_f.weight.detach()
+        self.choose = choose
         self.batch, self.dtype, self.device = batch, weight.dtype, weight.device
         self.vectors = batch <= decode.MAX_VECTORS
         self.pdl = decode.supports_dependent_launch(self.device) if dependent_launch is None else dependent_launch
@@ -81,17 +86,22 @@ class DecodeGraph:
 
     # -- Public --------------------------------------------------------------------------------------------------------
 
+    @property
+    def cache(self) -> Cache:
+        """Views of the decoder's states, in the layout of a prefill's states."""
+        return [State(layer.conv.state.permute(1, 2, 0), layer.ssm_state) for layer in self.layers]
+
     def load(self, cache: Cache, rows: slice = slice(None)) -> None:
         """Copy the states that a prefill returned into the given rows of the batch."""
-        for layer, (conv, ssm) in zip(self.layers, cache, strict=True):
-            layer.conv.state[:, rows].copy_(conv.permute(2, 0, 1))
-            layer.ssm_state[rows].copy_(ssm)
+        for own, given in zip(self.cache, cache, strict=True):
+            own.conv[rows].copy_(given.conv)
+            own.ssm[rows].copy_(given.ssm)
 
     def step(self, tokens: Tensor | None = None) -> Tensor:
         """Advance each sequence by one token, and return the logits [b, vocab].
 
-        Afterwards, `self.tokens` [b] holds the index of the largest logit of each row. The next step overwrites the
-        logits and `self.tokens`.
+        Afterwards, `self.tokens` [b] holds the token that was chosen for each row. The next step overwrites the logits
+        and `self.tokens`.
 
         Args:
             tokens: Token of each sequence [b]; None: the tokens that the previous step chose.
@@ -161,15 +171,8 @@ class DecodeGraph:
             self.logits = self._zeros(config.vocab_size)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """Compile the kernels by running them once, record them as a CUDA graph, and reset the states to zero."""
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            self._run()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._run()
+        """Record a step as a CUDA graph, and reset the states to zero."""
+        graph, _ = capture(self._run, self.device)
         self.tokens.zero_()
         for layer in self.layers:
             layer.conv.state.zero_()
@@ -187,11 +190,15 @@ class DecodeGraph:
             run_layer(layer, next_norm)
         if self.sums is None:
             torch.mm(self.x, self.embedding.t(), out=self.logits)
-            decode.argmax(self.logits, None, self.tokens, self.pdl)
-            return
-        tile, best = self.tiles["head"], (self.best_value, self.best_index)
-        decode.project_vocabulary(self.embedding, self.x, self.sums, eps, self.logits, *best, tile, self.pdl)
-        decode.argmax(*best, self.tokens, self.pdl)
+            values, indices = self.logits, None
+        else:
+            tile, best = self.tiles["head"], (self.best_value, self.best_index)
+            decode.project_vocabulary(self.embedding, self.x, self.sums, eps, self.logits, *best, tile, self.pdl)
+            values, indices = best
+        if self.choose is None:
+            decode.argmax(values, indices, self.tokens, self.pdl)
+        else:
+            self.tokens.copy_(self.choose(self.logits))
 
     def _layers_with_next_norm(self) -> Iterator[tuple[Layer, Tensor]]:
         norms = [layer.norm for layer in self.layers[1:]] + [self.final_norm]

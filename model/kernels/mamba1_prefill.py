@@ -26,10 +26,12 @@ def mamba1_prefill(
     A: Tensor,
     D: Tensor,
     out_proj: Tensor,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output of the mixer for x [b, l, d], and its states after the last position.
 
-    The other arguments are the parameters of the mixer; dt_bias, A [c, k] and D must be fp32.
+    The mask [b, l, 1] is that of `model.mamba.Mixer.prefill`. The other arguments are the parameters of the mixer;
+    dt_bias, A [c, k] and D must be fp32.
 
     Returns: The output [b, l, d], the convolution's state [b, c, d_conv - 1], and the scan's fp32 state [b, c, k].
     """
@@ -39,6 +41,8 @@ def mamba1_prefill(
     x, z = xz.view(-1, batch, length).transpose(0, 1).chunk(2, 1)  # [b, c, l]
     conv_state = dispatch.conv_state(x.mT, conv_weight.shape[1])
     x = kernels.causal_conv1d_fn(x, conv_weight, conv_bias, activation="silu")
+    if mask is not None:
+        x = x * mask.mT
     low, B, C = (x.mT.reshape(batch * length, -1) @ x_proj.t()).split([rank, d_state, d_state], 1)
     dt = (dt_weight @ low.t()).view(-1, batch, length).transpose(0, 1)  # [b, c, l]
     B, C = (part.view(batch, length, d_state).mT.contiguous() for part in (B, C))

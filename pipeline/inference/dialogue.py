@@ -1,29 +1,82 @@
-"""Dialogue of several turns with a model, whose answers are streamed."""
+"""Dialogue of several turns, whose answers are streamed and whose state is kept between turns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from pipeline.inference.requests import Completion, Pixels, Request
+import torch
+
+from model.mamba import Cache
+from pipeline.inference.decoder import Decoder, Rows
+from pipeline.inference.prefill import Prefill
+from pipeline.inference.requests import Pixels, Request, Sampling
+from pipeline.inference.sampling import choose, request_key
+from pipeline.inference.text import TextStream
 from preprocess.prompts import Tokenizer, encode_prompt
 
 
 class Dialogue:
-    """Questions and answers about one image, or without an image."""
+    """Questions and answers about one image, or without an image.
+
+    The states after a question and after its answer are kept, so the next question costs its own tokens only. The model
+    sees the tokens that `encode_prompt` returns for the whole dialogue, as in training.
+
+    Finish or close the iterator of an answer before the next call to the engine.
+
+    Attributes:
+        turns: Questions and answers so far, as `encode_prompt` expects them.
+        saved: Pairs of tokens and the state after these tokens: after the last question, and after its answer.
+    """
 
     def __init__(
-        self, complete: Callable[[Request], Completion], template: str, tokenizer: Tokenizer, image: Pixels | None
+        self,
+        *,
+        prefill: Prefill,
+        decoder_for: Callable[[int], Decoder],
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        image: Pixels | None,
     ) -> None:
-        self.complete, self.template, self.tokenizer, self.image = complete, template, tokenizer, image
+        self.prefill, self.decoder_for = prefill, decoder_for
+        self.tokenizer, self.sampling, self.image = tokenizer, sampling, image
         self.turns: list[dict[str, str]] = []
+        self.saved: list[tuple[list[int], Cache]] = []
 
-    def ask(self, question: str, *, max_new_tokens: int = 256, stop: tuple[str, ...] = ()) -> Iterator[str]:
+    @torch.no_grad()
+    def ask(self, question: str, *, max_new_tokens: int = 256) -> Iterator[str]:
         """Ask the next question. Yield the answer in pieces of text as they are generated."""
         self.turns.append({"from": "human", "value": question})
-        prompt = encode_prompt(self.turns, self.template, self.tokenizer)
-        request = Request(
-            prompt=prompt, image=self.image, max_new_tokens=max_new_tokens, stop=stop, draw=len(self.turns) // 2
-        )
-        completion = self.complete(request)
-        self.turns.append({"from": "gpt", "value": completion.text})
-        yield completion.text
+        prompt = encode_prompt(self.turns, self.prefill.model.config.template, self.tokenizer)
+        decoder = self.decoder_for(1)
+        self._read_prompt(prompt, decoder)
+        self.saved = [(prompt, decoder.take([0]).cache)]
+        stream, tokens = TextStream(self.tokenizer), [int(decoder.tokens[0])]
+        seen = 0  # number of `tokens` that the state includes
+        try:
+            while tokens[-1] != self.tokenizer.eos_id:
+                yield stream.add(tokens[-1])
+                if len(tokens) == max_new_tokens:
+                    break
+                decoder.step()
+                seen += 1
+                tokens.append(int(decoder.tokens[0]))
+        finally:
+            self.saved.append((prompt + tokens[:seen], decoder.take([0]).cache))
+            answer = [token for token in tokens if token != self.tokenizer.eos_id]
+            self.turns.append({"from": "gpt", "value": self.tokenizer.decode(answer).strip()})
+
+    def _read_prompt(self, prompt: list[int], decoder: Decoder) -> None:
+        """Bring the decoder to the state after the prompt, and choose the first token of the answer."""
+        device = decoder.keys.device
+        key = torch.tensor([request_key(self.sampling.seed, len(self.turns))], device=device)
+        if not self.saved:
+            logits, cache = self.prefill([Request(prompt=prompt, image=self.image)])
+            tokens = choose(logits, self.sampling, key, torch.zeros_like(key))
+            decoder.put([0], Rows(cache=cache, tokens=tokens, keys=key, positions=torch.ones_like(key)))
+            return
+        # The state after the last answer is of no use if the answer's text has other tokens than the model generated,
+        # for example because it was cut off. The state after the last question always fits.
+        known, cache = [(tokens, cache) for tokens, cache in self.saved if prompt[: len(tokens)] == tokens][-1]
+        decoder.put([0], Rows(cache=cache, tokens=key, keys=key, positions=torch.zeros_like(key)))
+        for token in prompt[len(known) :]:
+            decoder.step(torch.full_like(decoder.tokens, token))

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from model.errors import UserError
-from model.mamba import Cache
+from model.mamba import Cache, State
 from model.weights import LoadedModel, load_model
+from pipeline.inference.decoder import Decoder, EagerDecoder, GraphDecoder, Rows
 from pipeline.inference.dialogue import Dialogue
+from pipeline.inference.prefill import Prefill, next_power_of_2
 from pipeline.inference.requests import Completion, Pixels, Request, Sampling
-from pipeline.inference.sampling import choose, request_key
+from pipeline.inference.scheduler import Scheduler
 from preprocess.prompts import Tokenizer, encode_prompt, load_tokenizer
 
 
@@ -53,6 +55,10 @@ class InferenceEngine:
         use_graphs: bool | None = None,
     ) -> None:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.max_batch, self.state_dtype = max_batch, state_dtype
+        self.use_graphs = model.device.type == "cuda" if use_graphs is None else use_graphs
+        self.prefill = Prefill(model, state_dtype=state_dtype, use_graphs=self.use_graphs)
+        self.decoders: dict[int, Decoder] = {}
 
     def request(self, question: str, image: Pixels | None = None, *, max_new_tokens: int = 64) -> Request:
         """Make the request that asks one question."""
@@ -69,51 +75,62 @@ class InferenceEngine:
         """Yield the index and the completion of each request as soon as the completion ends.
 
         Requests are read only when there is room for them, so their images need not be in memory together.
-        """
-        for index, request in enumerate(requests):
-            yield index, self._complete(request, index)
 
-    @torch.inference_mode()
+        Finish or close the iterator before the next call to the engine.
+        """
+        scheduler = Scheduler(
+            requests,
+            prefill=self.prefill,
+            decoder_for=self._decoder,
+            tokenizer=self.tokenizer,
+            sampling=self.sampling,
+            max_batch=self.max_batch,
+        )
+        return scheduler.run()
+
+    @torch.no_grad()
     def log_likelihoods(self, request: Request, continuations: Sequence[list[int]]) -> list[float]:
         """Return the log-probability of each continuation after the request's prompt, summed over its tokens."""
-        sums = []
-        for continuation in continuations:
-            logits, cache = self.prefill(request)
-            total = 0.0
-            for token in continuation:
-                total += float(logits[0].float().log_softmax(-1)[token])
-                logits = self.model.emma.decode(torch.tensor([[token]], device=self.model.device), cache)
-            sums.append(total)
+        sums: list[float] = []
+        logits, cache = self.prefill([request])
+        logits, cache = logits.clone(), [State(*(part.clone() for part in state)) for state in cache]
+        for start in range(0, len(continuations), self.max_batch):
+            sums += self._sum_log_likelihoods(logits, cache, continuations[start : start + self.max_batch])
         return sums
 
     def dialogue(self, image: Pixels | None = None) -> Dialogue:
         """Start a dialogue about an image, or without an image."""
-        return Dialogue(lambda request: self.complete([request])[0], self.model.config.template, self.tokenizer, image)
+        return Dialogue(
+            prefill=self.prefill,
+            decoder_for=self._decoder,
+            tokenizer=self.tokenizer,
+            sampling=self.sampling,
+            image=image,
+        )
 
-    @torch.inference_mode()
-    def _complete(self, request: Request, index: int) -> Completion:
-        tokens: list[int] = []
-        logits, cache = self.prefill(request)
-        draw = index if request.draw is None else request.draw
-        key = torch.tensor([request_key(self.sampling.seed, draw)], device=self.model.device)
-        while len(tokens) < request.max_new_tokens:
-            token = int(choose(logits, self.sampling, key, torch.full_like(key, len(tokens))))
-            if token == self.tokenizer.eos_id:
-                return Completion(tokens=tokens, text=self._text(tokens), finish_reason="stop")
-            tokens.append(token)
-            text = self._text(tokens) if request.stop else ""
-            found = [text.index(stop) for stop in request.stop if stop in text]
-            if found:
-                return Completion(tokens=tokens, text=text[: min(found)].strip(), finish_reason="stop")
-            logits = self.model.emma.decode(torch.tensor([[token]], device=self.model.device), cache)
-        return Completion(tokens=tokens, text=self._text(tokens), finish_reason="length")
+    def _sum_log_likelihoods(self, logits: Tensor, cache: Cache, continuations: Sequence[list[int]]) -> list[float]:
+        decoder, rows, device = self._decoder(len(continuations)), len(continuations), logits.device
+        rows_of_tokens = [*continuations, *([] for _ in range(decoder.batch - rows))]
+        lengths = torch.tensor([len(tokens) for tokens in rows_of_tokens], device=device)
+        longest = max(map(len, continuations))
+        tokens = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in rows_of_tokens], device=device)
+        keys = torch.zeros(rows, dtype=torch.int64, device=device)
+        repeated = [State(*(part.expand(rows, *part.shape[1:]) for part in state)) for state in cache]
+        decoder.put(range(rows), Rows(cache=repeated, tokens=keys, keys=keys, positions=keys))
+        logits = logits.expand(decoder.batch, -1)
+        sums = torch.zeros(decoder.batch, dtype=torch.float64, device=device)
+        for position, column in enumerate(tokens.unbind(1)):
+            each = logits.float().log_softmax(-1).gather(1, column[:, None])[:, 0]
+            sums += each.where(lengths > position, 0)
+            logits = decoder.step(column)
+        return sums[:rows].tolist()
 
-    def _text(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens).strip()
-
-    def prefill(self, request: Request) -> tuple[Tensor, Cache]:
-        """Return the logits [1, vocab] after the request's prompt, and the states."""
-        features, device = None, self.model.device
-        if request.image is not None:
-            features = self.model.towers(torch.from_numpy(request.image).permute(2, 0, 1)[None].to(device))
-        return self.model.emma.prefill(torch.tensor([request.prompt], device=device), features)
+    def _decoder(self, rows: int) -> Decoder:
+        """Return a decoder of at least `rows` rows, at most `max_batch`. Decoders are made once per batch size."""
+        batch = min(next_power_of_2(rows), self.max_batch)
+        if batch not in self.decoders:
+            llm = self.model.emma.llm
+            fused = self.use_graphs and (llm.config.kind == "mamba1" or llm.config.num_groups == 1)
+            decoder_class = GraphDecoder if fused else EagerDecoder
+            self.decoders[batch] = decoder_class(llm, batch, self.sampling, self.state_dtype)
+        return self.decoders[batch]

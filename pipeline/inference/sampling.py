@@ -39,9 +39,9 @@ def choose(logits: Tensor, sampling: Sampling, keys: Tensor, positions: Tensor) 
     if sampling.top_p < 1:  # keep a token if the more likely tokens have not reached top_p yet
         values = values * (cumulative - values < sampling.top_p * cumulative[:, -1:])
         cumulative = values.cumsum(-1)
-    # Inverse of the cumulative distribution. The threshold is below the last sum, because `uniform` is below 1.
+    # Inverse of the cumulative distribution. The threshold is always below the last sum.
     threshold = uniform(keys, positions)[:, None] * cumulative[:, -1:]
-    found = torch.searchsorted(cumulative, threshold, right=True).clamp(max=values.shape[-1] - 1)
+    found = torch.searchsorted(cumulative, threshold, right=True)
     return (found if tokens is None else tokens.gather(-1, found)).squeeze(-1)
 
 
@@ -63,4 +63,4 @@ def uniform(keys: Tensor, positions: Tensor) -> Tensor:
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):  # the finaliser of MurmurHash3
         bits = bits & LOW_32
         bits = (bits ^ (bits >> shift)) * factor
-    return ((bits & LOW_32) >> 8).float() / 2**24  # 24 bits, which fp32 represents exactly
+    return ((bits & LOW_32) >> 9).float() / 2**23  # with 23 bits, the product with a sum stays below the sum in fp32

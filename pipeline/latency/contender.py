@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from model.config import MambaConfig, VisionConfig
 
+Mark = Callable[[str], None]
+IMAGE, PROMPT, TOKEN, ALL_TOKENS = "image", "prompt", "token", "all tokens"
 QUESTION = "Describe this image in detail"  # the prompt of the paper's latency table
 TEXT_TOKENS = 20  # length of the text prompt where there is no tokenizer: this question and a chat template
 
@@ -24,11 +26,12 @@ class Contender(Protocol):
     bytes_per_step: int
     prompt_tokens: int
 
-    def answer(self, tokens: int, mark: Callable[[], None]) -> None:
+    def answer(self, tokens: int, mark: Mark) -> None:
         """Generate this number of tokens for every row of the batch, without stopping early.
 
-        Call `mark` after the image encoders, after the first token, and after each further token. An implementation
-        that cannot be interrupted after each token calls `mark` once after the last token instead.
+        Call `mark` with IMAGE after the image encoders, with PROMPT after the prompt, which gives the first token, and
+        with TOKEN after each further token. The rows may be prefilled in several parts. An implementation that cannot
+        be interrupted after each token calls `mark` once, with ALL_TOKENS, after the last token.
         """
 
 

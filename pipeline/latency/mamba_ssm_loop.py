@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
 from typing import Any
 
 import torch
 
 from model.config import MambaConfig
-from pipeline.latency.contender import TEXT_TOKENS, bytes_per_step
+from pipeline.latency.contender import ALL_TOKENS, PROMPT, TEXT_TOKENS, TOKEN, Mark, bytes_per_step
 
 
 def mamba_ssm_twin(own: MambaConfig) -> Any:
@@ -43,13 +43,13 @@ class MambaSsmLoop:
         cache = update_graph_cache(model, None, batch, self.prompt_tokens, length) if graph else None
         model._decoding_cache = cache
 
-    def answer(self, tokens: int, mark: Callable[[], None]) -> None:
-        mark()  # there are no image encoders
+    def answer(self, tokens: int, mark: Mark) -> None:
+        phases = itertools.chain([PROMPT], itertools.repeat(TOKEN))
         # The model is called for the prompt, and without the graph also for each token.
-        hook = self.model.register_forward_hook(lambda *_: mark())
+        hook = self.model.register_forward_hook(lambda *_: mark(next(phases)))
         try:
             self.model.generate(self.prompt, max_length=self.prompt_tokens + tokens, cg=self.graph)
         finally:
             hook.remove()
         if self.graph:
-            mark()
+            mark(ALL_TOKENS)

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from model.errors import UserError, first_line
-from pipeline.latency.contender import Contender
+from pipeline.latency.contender import ALL_TOKENS, IMAGE, PROMPT, TOKEN, Contender
 from pipeline.latency.timing import Marks, synchronize
 
 Implementation = Literal["ours", "transformers", "mamba_ssm"]
@@ -48,11 +48,11 @@ class Effort:
 
 
 class Times(NamedTuple):
-    """Seconds of one answer: image encoders, the rest of the first token, and between further tokens."""
+    """Seconds of one answer: image encoders, prefill, and each further token, or all further tokens together."""
 
     towers: float
     prefill: float
-    steps: list[float]  # only their sum, if the implementation does not tell the time of each token
+    steps: list[float]
 
 
 def measure(
@@ -74,7 +74,7 @@ def _measure(
 ) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    contender.answer(WARM_UP_TOKENS, lambda: None)
+    contender.answer(WARM_UP_TOKENS, lambda phase: None)
     warm = _one_answer(contender, WARM_UP_TOKENS, device)
     tokens = case.tokens if effort.repeats else _affordable_tokens(case.tokens, effort.seconds, warm)
     runs: list[Times] = []
@@ -111,10 +111,14 @@ def _measure(
 def _one_answer(contender: Contender, tokens: int, device: torch.device) -> Times:
     synchronize(device)
     marks = Marks(device)
-    marks()
+    marks("start")
     contender.answer(tokens, marks)
-    towers, prefill, *steps = marks.seconds()
-    return Times(towers, prefill, steps)
+    times = marks.seconds()
+    return Times(
+        towers=sum(seconds for phase, seconds in times if phase == IMAGE),
+        prefill=sum(seconds for phase, seconds in times if phase == PROMPT),
+        steps=[seconds for phase, seconds in times if phase in (TOKEN, ALL_TOKENS)],
+    )
 
 
 def _affordable_tokens(tokens: int, seconds: float, warm: Times) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from model.presets import PRESETS
 from model.vision import Towers
 from model.weights import LoadedModel
 from pipeline.inference.engine import load
-from pipeline.latency.contender import QUESTION, TEXT_TOKENS, bytes_per_step, random_images
+from pipeline.latency.contender import IMAGE, PROMPT, QUESTION, TEXT_TOKENS, TOKEN, Mark, bytes_per_step, random_images
 from preprocess.prompts import encode_prompt
 
 STATES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -79,18 +78,18 @@ class OwnParts:
                 self.prefill_graph = PrefillGraph(self.emma.llm, batch, self.prompt_tokens)
 
     @torch.no_grad()
-    def answer(self, tokens: int, mark: Callable[[], None]) -> None:
+    def answer(self, tokens: int, mark: Mark) -> None:
         features = self.towers(self.pixels)
-        mark()
+        mark(IMAGE)
         prompt = torch.cat(self.emma.embed(self.text, features), 1)
         logits, cache = (self.prefill_graph or self.emma.llm.prefill)(prompt)
         token = logits.argmax(-1)
         if self.decoder:
             self.decoder.load(cache)
-        mark()
+        mark(PROMPT)
         for number in range(tokens - 1):
             if self.decoder:
                 self.decoder.step(None if number else token)
             else:
                 token = self.emma.llm.decode(token, cache).argmax(-1)
-            mark()
+            mark(TOKEN)

@@ -9,7 +9,6 @@ such graphs, compiles for minutes. As in transformers, the prompt runs without a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from model.config import TowerConfig, VisionConfig
 from model.presets import SIGLIP
 from model.vision import Towers
-from pipeline.latency.contender import TEXT_TOKENS, random_images
+from pipeline.latency.contender import IMAGE, PROMPT, TEXT_TOKENS, TOKEN, Mark, random_images
 
 WARM_UPS = 3
 CLIP = TowerConfig(
@@ -132,22 +131,22 @@ class TransformersPeer:
             self.token = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
             self._capture()
 
-    def answer(self, tokens: int, mark: Callable[[], None]) -> None:
+    def answer(self, tokens: int, mark: Mark) -> None:
         with torch.no_grad():
             image = self.model.embed_image(self.pixels)
-            mark()
+            mark(IMAGE)
             prompt = torch.cat([image, self.model.llm.get_input_embeddings()(self.text)], 1)
             if self.graph is None:
                 self.generate(prompt, tokens, mark)
                 return
             self.cache.reset()
             self._step(inputs_embeds=prompt)
-            mark()
+            mark(PROMPT)
             for _ in range(tokens - 1):
                 self.graph.replay()
-                mark()
+                mark(TOKEN)
 
-    def generate(self, prompt: Tensor, tokens: int, mark: Callable[[], None]) -> Tensor:  # [b, tokens]
+    def generate(self, prompt: Tensor, tokens: int, mark: Mark) -> Tensor:  # [b, tokens]
         """Run `generate` of transformers, which stops after `tokens` tokens and has room for all."""
 
         def enough(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
@@ -186,17 +185,17 @@ class TransformersPeer:
             self._step(input_ids=self.token)
 
 
-def _marking_streamer(mark: Callable[[], None]) -> Any:
-    """Return a streamer that calls `mark` for each generated token, but not for the prompt, which comes first."""
+def _marking_streamer(mark: Mark) -> Any:
+    """Return a streamer that calls `mark` for each generated token. transformers first passes the prompt to it."""
     from transformers.generation.streamers import BaseStreamer
 
     class Marker(BaseStreamer):
-        prompt_seen = False
+        calls = 0
 
         def put(self, value: Any) -> None:
-            if self.prompt_seen:
-                mark()
-            self.prompt_seen = True
+            if self.calls:
+                mark(PROMPT if self.calls == 1 else TOKEN)
+            self.calls += 1
 
         def end(self) -> None:
             pass

@@ -17,13 +17,16 @@ def synchronize(device: torch.device) -> None:
 
 
 class Marks:
-    """Time marks of one run. On a GPU, a mark is an event in the current stream, so that marking does not wait."""
+    """Named time marks of one run. On a GPU, a mark is an event in the stream, so that marking does not wait."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.names: list[str] = []
         self._marks: list[Any] = []
 
-    def __call__(self) -> None:
+    def __call__(self, name: str) -> None:
+        """Mark the end of the phase `name`."""
+        self.names.append(name)
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -31,13 +34,15 @@ class Marks:
         else:
             self._marks.append(time.perf_counter())
 
-    def seconds(self) -> list[float]:
-        """Wait for the device, and return the time from each mark to the next one."""
+    def seconds(self) -> list[tuple[str, float]]:
+        """Wait for the device, and return each mark's name and the time since the mark before it."""
         synchronize(self.device)
         pairs = zip(self._marks, self._marks[1:], strict=False)
         if self.device.type == "cuda":
-            return [start.elapsed_time(end) / 1000 for start, end in pairs]
-        return [end - start for start, end in pairs]
+            times = [start.elapsed_time(end) / 1000 for start, end in pairs]
+        else:
+            times = [end - start for start, end in pairs]
+        return list(zip(self.names[1:], times, strict=True))
 
 
 def seconds_per_call(
@@ -59,11 +64,12 @@ def seconds_per_call(
     means = []
     for _ in range(rounds):
         marks = Marks(device)
-        marks()
+        marks("start")
         for _ in range(calls):
             call()
-        marks()
-        means.append(marks.seconds()[0] / calls)
+        marks("calls")
+        [(_, seconds)] = marks.seconds()
+        means.append(seconds / calls)
     return statistics.median(means)
 
 

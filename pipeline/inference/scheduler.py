@@ -1,0 +1,185 @@
+"""Continuous batching: rows that end leave the batch, and waiting requests take their place."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.inference.decoder import Decoder, Rows
+from pipeline.inference.prefill import Prefill
+from pipeline.inference.requests import Completion, FinishReason, Request, Sampling
+from pipeline.inference.sampling import choose, request_key
+from pipeline.inference.text import cut_at_stop, ends_with_stop
+from preprocess.prompts import Tokenizer
+
+LAG = 2  # steps that are launched on a GPU before the tokens of a step are read, so that the GPU never waits
+MAX_PREFILL_POSITIONS = 16_384  # bounds the memory of a prefill
+MIN_FREE_SHARE = (
+    8  # a prefill waits until one in this many rows is free, because prefills of few rows are slower per row
+)
+SHRINK = 4  # a smaller decoder takes over when at most one in this many rows is in use
+
+
+@dataclass(kw_only=True, eq=False)
+class _Row:
+    """A request in the batch.
+
+    slot        its row of the decoder
+    launched    number of tokens that were computed or whose computation was launched
+    """
+
+    index: int
+    request: Request
+    slot: int
+    launched: int = 0
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def add(self, token: int, tokenizer: Tokenizer) -> bool:
+        """Append a token. Return whether the completion ends here."""
+        if token == tokenizer.eos_id:
+            self.finish_reason = "stop"
+            return True
+        self.tokens.append(token)
+        if ends_with_stop(self.tokens, self.request.stop, tokenizer):
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self.request.max_new_tokens:
+            self.finish_reason = "length"
+        return self.finish_reason is not None
+
+    def completion(self, tokenizer: Tokenizer) -> Completion:
+        assert self.finish_reason is not None
+        text = cut_at_stop(tokenizer.decode(self.tokens), self.request.stop).strip()
+        return Completion(tokens=self.tokens, text=text, finish_reason=self.finish_reason)
+
+
+class _Arrival(NamedTuple):
+    """Tokens that are being copied to the host, and the rows for which they were computed."""
+
+    rows: list[_Row | None]
+    tokens: Tensor
+    copied: torch.cuda.Event | None
+
+
+class Scheduler:
+    """One run over a stream of requests.
+
+    Args:
+        requests: Requests, which are read when there is room for them.
+        prefill: Prefill of the model.
+        decoder_for: Returns a decoder of at least the given number of rows, or of `max_batch` rows.
+        tokenizer: Tokenizer of the model.
+        sampling: How the next token is chosen.
+        max_batch: Largest number of rows.
+    """
+
+    def __init__(
+        self,
+        requests: Iterable[Request],
+        *,
+        prefill: Prefill,
+        decoder_for: Callable[[int], Decoder],
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        max_batch: int,
+    ) -> None:
+        self.prefill, self.decoder_for = prefill, decoder_for
+        self.tokenizer, self.sampling = tokenizer, sampling
+        self.unread = enumerate(requests)
+        self.waiting: list[tuple[int, Request]] = []
+        self.arrivals: deque[_Arrival] = deque()
+        self._read(max_batch)
+        self.decoder = decoder_for(max(len(self.waiting), 1))
+        self.slots: list[_Row | None] = [None] * self.decoder.batch
+
+    @torch.no_grad()
+    def run(self) -> Iterator[tuple[int, Completion]]:
+        """Yield the index and the completion of each request as soon as the completion ends."""
+        while True:
+            self._admit()
+            if any(self.slots):
+                self.decoder.step()
+                self._expect(list(self.slots), self.decoder.tokens)
+            elif not self.arrivals:
+                return
+            yield from self._collect()
+
+    def _read(self, count: int) -> None:
+        """Read requests until `count` of them are waiting, or none is left."""
+        while len(self.waiting) < count and (item := next(self.unread, None)) is not None:
+            self.waiting.append(item)
+
+    def _admit(self) -> None:
+        """Prefill waiting requests into free rows."""
+        free = [slot for slot, row in enumerate(self.slots) if row is None]
+        if len(free) < max(len(self.slots) // MIN_FREE_SHARE, 1):
+            return
+        self._read(len(free))
+        if not self.waiting:
+            self._shrink()
+        self.waiting.sort(key=lambda item: self.prefill.length(item[1]))  # rows of one prefill need little padding
+        while self.waiting and free:
+            longest = self.prefill.length(self.waiting[min(len(free), len(self.waiting)) - 1][1])
+            count = min(len(free), max(MAX_PREFILL_POSITIONS // longest, 1))
+            group, self.waiting = self.waiting[:count], self.waiting[count:]
+            rows = [_Row(index=i, request=request, slot=free.pop(0)) for i, request in group]
+            for row in rows:
+                self.slots[row.slot] = row
+            self._start(rows)
+
+    def _start(self, rows: list[_Row]) -> None:
+        """Prefill new rows and choose their first tokens."""
+        logits, cache = self.prefill([row.request for row in rows])
+        keys = torch.tensor([request_key(self.sampling.seed, row.index) for row in rows], device=logits.device)
+        tokens = choose(logits, self.sampling, keys, torch.zeros_like(keys))
+        new = Rows(cache=cache, tokens=tokens, keys=keys, positions=torch.ones_like(keys))
+        self.decoder.put([row.slot for row in rows], new)
+        self._expect([*rows], tokens)
+
+    def _shrink(self) -> None:
+        """Move to a smaller decoder if few rows are left."""
+        rows = [row for row in self.slots if row is not None]
+        if not rows or SHRINK * len(rows) > self.decoder.batch:
+            return
+        smaller = self.decoder_for(len(rows))
+        smaller.put(range(len(rows)), self.decoder.take([row.slot for row in rows]))
+        self.decoder, self.slots = smaller, [None] * smaller.batch
+        for slot, row in enumerate(rows):
+            row.slot, self.slots[slot] = slot, row
+
+    def _expect(self, rows: list[_Row | None], tokens: Tensor) -> None:
+        """Begin to copy tokens to the host. Free the slots of rows that now have all their tokens."""
+        copied = None
+        if tokens.is_cuda:
+            host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            host.copy_(tokens, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        else:
+            host = tokens.clone()
+        self.arrivals.append(_Arrival(rows, host, copied))
+        for row in rows:
+            if row is not None:
+                row.launched += 1
+                if row.launched == row.request.max_new_tokens:
+                    self.slots[row.slot] = None
+
+    def _collect(self) -> Iterator[tuple[int, Completion]]:
+        """Add tokens that have arrived to their rows. Yield the completions that end."""
+        lag = LAG if self.decoder.keys.is_cuda and any(self.slots) else 0
+        while len(self.arrivals) > lag:
+            rows, tokens, copied = self.arrivals.popleft()
+            if copied is not None:
+                copied.synchronize()
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                if row is None or row.finish_reason is not None:  # tokens after the end are dropped
+                    continue
+                if row.add(token, self.tokenizer):
+                    if self.slots[row.slot] is row:
+                        self.slots[row.slot] = None
+                    yield row.index, row.completion(self.tokenizer)
