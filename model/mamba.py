@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from model.config import MambaConfig
-from model.kernels import dispatch
+from model.kernels import dispatch, mamba1_scan
+from model.kernels.mamba1_inner import mamba1_inner
 from model.kernels.mamba1_prefill import mamba1_prefill
 
 NO_WEIGHT_DECAY = ("A_log", "D", "dt_bias")
@@ -99,6 +100,11 @@ class Mamba1Mixer(Mixer):
         mark_no_weight_decay(self)
 
     def fused(self, x: Tensor) -> Tensor:
+        if dispatch.use_own_scan() and mamba1_scan.supports(
+            x, self.config.d_inner, self.config.d_state, self.config.dt_rank
+        ):
+            _, *weights = self._weights()
+            return mamba1_inner(self.in_proj(x), *weights)
         batch, length, _ = x.shape
         # The kernel wants time last. Multiplying by the weight from the left gives this layout without a copy.
         xz = self.in_proj.weight @ x.flatten(0, 1).t()  # [2c, b * l]

@@ -21,7 +21,9 @@ from model.errors import UserError
 from model.kernels import reference
 
 KERNELS = {
+    "causal_conv1d_bwd_function": "causal_conv1d.cpp_functions",
     "causal_conv1d_fn": "causal_conv1d",
+    "causal_conv1d_fwd_function": "causal_conv1d.cpp_functions",
     "causal_conv1d_update": "causal_conv1d",
     "layer_norm_fn": "mamba_ssm.ops.triton.layer_norm",
     "mamba_chunk_scan_combined": "mamba_ssm.ops.triton.ssd_combined",
@@ -47,6 +49,11 @@ def fused() -> SimpleNamespace:
             f"a tensor is on a GPU but the Mamba kernels cannot be imported ({error}): "
             "install them with slurm/install_kernels.sh, or run on the CPU"
         ) from error
+
+
+def use_own_scan() -> bool:
+    """Return whether Mamba-1 trains with `model.kernels.mamba1_scan`, unless EMMA_MAMBA1_SCAN selects mamba_ssm."""
+    return os.environ.get("EMMA_MAMBA1_SCAN") != "mamba_ssm"
 
 
 def kernel_report(device: torch.device | str) -> str:
