@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from model.config import MambaConfig
 from model.kernels import dispatch, mamba1_scan
 from model.kernels.mamba1_inner import mamba1_inner
-from model.kernels.mamba1_prefill import mamba1_prefill
 
 NO_WEIGHT_DECAY = ("A_log", "D", "dt_bias")
 
@@ -103,7 +102,8 @@ class Mamba1Mixer(Mixer):
         if dispatch.use_own_scan() and mamba1_scan.supports(
             x, self.config.d_inner, self.config.d_state, self.config.dt_rank
         ):
-            _, *weights = self._weights()
+            dt, constants = self.dt_proj, (self.dt_proj.bias.float(), self.decay_rates, self.D.float())
+            weights = (*self.conv_parameters, self.x_proj.weight, dt.weight, *constants, self.out_proj.weight)
             return mamba1_inner(self.in_proj(x), *weights)
         batch, length, _ = x.shape
         # The kernel wants time last. Multiplying by the weight from the left gives this layout without a copy.
@@ -126,10 +126,6 @@ class Mamba1Mixer(Mixer):
         )
 
     def prefill(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        # For other sizes, the products of unaligned matrices would cost more than the avoided copies.
-        if x.is_cuda and x.shape[0] * x.shape[1] % 8 == 0:
-            out, *states = mamba1_prefill(x, *self._weights(), mask)
-            return out, State(*states)
         x, z = self.in_proj(x).chunk(2, -1)  # [b, l, c]
         conv_state = dispatch.conv_state(x, self.config.d_conv)
         x = _masked(dispatch.causal_conv(x, *self.conv_parameters), mask)
@@ -141,18 +137,6 @@ class Mamba1Mixer(Mixer):
         x = dispatch.causal_conv_step(x, state.conv, *self.conv_parameters)
         y = dispatch.selective_scan_step(state.ssm, x, *self._scan_inputs(x), z, self.dt_proj.bias.float())
         return self.out_proj(y)
-
-    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return the parameters in the order of `mamba1_prefill`'s arguments."""
-        dt, constants = self.dt_proj, (self.dt_proj.bias.float(), self.decay_rates, self.D.float())
-        return (
-            self.in_proj.weight,
-            *self.conv_parameters,
-            self.x_proj.weight,
-            dt.weight,
-            *constants,
-            self.out_proj.weight,
-        )
 
     def _scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return dt (before its bias), A, B, C and D of the scan over x [..., c]."""

@@ -293,21 +293,6 @@ def test_loading_a_new_state_into_one_row_of_a_decode_graph_gives_its_logits() -
     assert_near(found[1:2], llm.decode(tokens[1:2, 20], other), 1e-4)
 
 
-@pytest.mark.parametrize("length", [1, 2, 64, 101])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_mamba1_prefill_kernel_equals_the_mixers_prefill_on_the_cpu(dtype: torch.dtype, length: int) -> None:
-    from model.kernels.mamba1_prefill import mamba1_prefill
-
-    mixer: Any = language_model("mamba1", dtype).backbone.layers[0].mixer
-    x, bias = normal(3, length, mixer.config.d_model, dtype=dtype), mixer.dt_proj.bias.float()
-    scan = (mixer.x_proj.weight, mixer.dt_proj.weight, bias, mixer.decay_rates, mixer.D.float())
-    weights: Any = (mixer.in_proj.weight, *mixer.conv_parameters, *scan, mixer.out_proj.weight)
-    parts = mamba1_prefill(x, *weights)
-    expected, state = mixer.to("cpu", torch.float32).prefill(x.cpu().float())
-    for found, oracle in zip(parts, (expected, *state), strict=True):
-        assert_near(found.cpu(), oracle, 1e-3 if dtype == torch.float32 else 2e-2)
-
-
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
 def test_logits_and_states_of_a_captured_prefill_equal_those_of_the_model(kind: str) -> None:
     from model.kernels.prefill_graph import PrefillGraph

@@ -22,4 +22,4 @@ def test_a_source_with_an_error_is_reported_with_its_line(tmp_path):
 
 
 def test_tensors_on_the_cpu_are_not_computed_by_the_cuda_kernels():
-    assert not mamba1_scan.supports(torch.zeros(1, 4, 8), channels=128, d_state=16, dt_rank=8)
+    assert not mamba1_scan.supports(torch.zeros(1, 4, 8), channels=128, d_state=16, offset=8)

@@ -90,3 +90,21 @@ def test_the_mixer_has_the_outputs_and_gradients_of_mamba_ssm(dtype, tolerance, 
         results[scan] = {"out": out.detach(), "x": leaf.grad, **gradients}
     for name, expected in results["mamba_ssm"].items():
         assert_near(results["own"][name], expected, tolerance, name)
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)], ids=str)
+def test_the_prefill_with_left_padding_equals_the_prefill_on_the_cpu(dtype, tolerance, padding):
+    torch.manual_seed(0)
+    config = replace(preset("emma_v1").llm, d_model=256)
+    mixer = Mamba1Mixer(config).to("cuda", dtype)
+    x, mask = torch.randn(3, 101, config.d_model, dtype=dtype, device="cuda"), None
+    if padding:
+        mask = (torch.arange(101, device="cuda") >= padding).to(dtype)[None, :, None].expand(3, -1, -1)
+        x = x * mask
+    with torch.inference_mode():
+        found, state = mixer.prefill(x, mask)
+    expected, expected_state = mixer.to("cpu", torch.float32).prefill(x[:, padding:].cpu().float())
+    assert_near(found[:, padding:].cpu(), expected, tolerance, "output")
+    assert_near(state.conv.cpu(), expected_state.conv, tolerance, "state of the convolution")
+    assert_near(state.ssm.cpu(), expected_state.ssm, tolerance, "state of the scan")

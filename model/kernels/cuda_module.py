@@ -6,6 +6,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +26,8 @@ class CudaKernel:
         self.function, self.shared_bytes = function, shared_bytes
         _check(_driver().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes))
 
-    def launch(
-        self, grid: tuple[int, int], threads: int, arguments: Sequence[ctypes._SimpleCData | ctypes.Structure]
-    ) -> None:
-        """Launch the kernel on PyTorch's current stream. Arguments must have the types of the kernel's parameters."""
+    def launch(self, grid: tuple[int, int], threads: int, arguments: Sequence[Any]) -> None:
+        """Launch the kernel on PyTorch's current stream with ctypes values of the types of its parameters."""
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         _check(

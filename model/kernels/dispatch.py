@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.errors import UserError
-from model.kernels import reference
+from model.kernels import mamba1_scan, reference
 
 KERNELS = {
     "causal_conv1d_bwd_function": "causal_conv1d.cpp_functions",
@@ -86,9 +86,9 @@ def gated_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) ->
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Compute `reference.causal_conv`."""
     if x.is_cuda:
-        # For this kernel, x is in the channels-last layout, which needs strides that are multiples of 8. A slice may
-        # have other strides, so it is copied.
-        return fused().causal_conv1d_fn(x.contiguous().mT, weight, bias, activation="silu").mT
+        # For this kernel, x is in the channels-last layout, which needs strides that are multiples of 8.
+        x = x if x.stride(0) % 8 == x.stride(1) % 8 == 0 else x.contiguous()
+        return fused().causal_conv1d_fn(x.mT, weight, bias, activation="silu").mT
     return reference.causal_conv(x, weight, bias)
 
 
@@ -113,6 +113,9 @@ def selective_scan(
     """Compute `reference.selective_scan`. On CUDA, the returned state carries no gradient."""
     if not x.is_cuda:
         return reference.selective_scan(x, dt, A, B, C, D, z, dt_bias)
+    if z is not None and not torch.is_grad_enabled() and mamba1_scan.supports(x, *A.shape, B.storage_offset()):
+        y, _, state = mamba1_scan.scan_forward(x, dt, z, B, C, A, D, dt_bias)
+        return y, state
     # The kernel needs time as the last axis, and the same type for all inputs.
     x, dt, B, C = (part.to(x.dtype).mT.contiguous() for part in (x, dt, B, C))
     z = None if z is None else z.mT.contiguous()

@@ -47,12 +47,16 @@ class _Inputs(ctypes.Structure):
     ]
 
 
-def supports(x: Tensor, channels: int, d_state: int, dt_rank: int) -> bool:
-    """Return whether the kernels can compute a mixer whose input has the device and type of `x`.
+def supports(x: Tensor, channels: int, d_state: int, offset: int) -> bool:
+    """Return whether the kernels can compute the scan.
 
-    B and C are slices that follow `dt_rank` values, and are loaded four values at a time.
+    Args:
+        x: Input of the scan or of its mixer, for the device and the type.
+        channels: Number of channels.
+        d_state: Number of states per channel.
+        offset: Position of B in a row of the tensor that it is a slice of. B and C are loaded four values at a time.
     """
-    sizes = d_state == STATES and channels % THREADS == 0 and dt_rank % 4 == 0
+    sizes = d_state == STATES and channels % THREADS == 0 and offset % 4 == 0
     return sizes and x.is_cuda and x.dtype in SUFFIXES and not torch.is_autocast_enabled()
 
 
@@ -106,6 +110,7 @@ def scan_backward(
 
 def _inputs(x: Tensor, dt: Tensor, z: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor) -> _Inputs:
     assert all(tensor.stride(-1) == 1 for tensor in (x, dt, z, B, C)) and B.stride() == C.stride()
+    assert B.stride(1) % 4 == 0
     assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in (A, D, dt_bias))
     strides = [stride for tensor in (x, dt, z, B) for stride in (tensor.stride(1), tensor.stride(0))]
     sizes = (x.shape[1], x.shape[2])
