@@ -113,7 +113,7 @@ def selective_scan(
     """Compute `reference.selective_scan`. On CUDA, the returned state carries no gradient."""
     if not x.is_cuda:
         return reference.selective_scan(x, dt, A, B, C, D, z, dt_bias)
-    if z is not None and not torch.is_grad_enabled() and mamba1_scan.supports(x, *A.shape, B.storage_offset()):
+    if z is not None and not torch.is_grad_enabled() and mamba1_scan.supports(x, A.shape[0], A.shape[1], B.storage_offset()):
         y, _, state = mamba1_scan.scan_forward(x, dt, z, B, C, A, D, dt_bias)
         return y, state
     # The kernel needs time as the last axis, and the same type for all inputs.
