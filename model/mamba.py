@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from model.config import MambaConfig
-from model.kernels import dispatch, mamba1_scan
-from model.kernels.mamba1_inner import mamba1_inner
+from model.kernels import dispatch
+from model.kernels.mamba1 import scan
+from model.kernels.mamba1.inner import mamba1_inner
 
 NO_WEIGHT_DECAY = ("A_log", "D", "dt_bias")
 
@@ -99,9 +100,7 @@ class Mamba1Mixer(Mixer):
         mark_no_weight_decay(self)
 
     def fused(self, x: Tensor) -> Tensor:
-        if dispatch.use_own_scan() and mamba1_scan.supports(
-            x, self.config.d_inner, self.config.d_state, self.config.dt_rank
-        ):
+        if dispatch.use_own_scan() and scan.supports(x, self.config.d_inner, self.config.d_state, self.config.dt_rank):
             dt, constants = self.dt_proj, (self.dt_proj.bias.float(), self.decay_rates, self.D.float())
             weights = (*self.conv_parameters, self.x_proj.weight, dt.weight, *constants, self.out_proj.weight)
             return mamba1_inner(self.in_proj(x), *weights)

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from model.kernels import mamba1_scan
 from model.kernels.cuda_module import compile_source
+from model.kernels.mamba1 import scan
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_the_scan_compiles_for_a100_and_h100(architecture):
-    code = compile_source(mamba1_scan.SOURCE, architecture)
+    code = compile_source(scan.SOURCE, architecture)
     for name in ("scan_forward", "scan_backward"):
-        assert all(f"{name}_{suffix}".encode() in code for suffix in mamba1_scan.SUFFIXES.values())
+        assert all(f"{name}_{suffix}".encode() in code for suffix in scan.SUFFIXES.values())
 
 
 def test_a_source_with_an_error_is_reported_with_its_line(tmp_path):
@@ -22,4 +22,4 @@ def test_a_source_with_an_error_is_reported_with_its_line(tmp_path):
 
 
 def test_tensors_on_the_cpu_are_not_computed_by_the_cuda_kernels():
-    assert not mamba1_scan.supports(torch.zeros(1, 4, 8), channels=128, d_state=16, offset=8)
+    assert not scan.supports(torch.zeros(1, 4, 8), channels=128, d_state=16, offset=8)

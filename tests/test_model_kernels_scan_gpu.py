@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels import mamba1_scan, reference
+from model.kernels import reference
+from model.kernels.mamba1.scan import scan_backward, scan_forward
 from model.mamba import Mamba1Mixer
 from model.presets import preset
 
@@ -53,10 +54,10 @@ def inputs(length: int, dtype: torch.dtype) -> dict[str, Tensor]:
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 261])
 def test_the_scan_and_all_its_gradients_equal_the_reference(length, dtype):
     given = inputs(length, dtype)
-    out, states, last_state = mamba1_scan.scan_forward(**given)
+    out, states, last_state = scan_forward(**given)
     grad = torch.randn_like(out)
     grad_z = torch.empty(2, length, 2 * CHANNELS, dtype=dtype, device="cuda")[..., CHANNELS:]
-    scan = mamba1_scan.scan_backward(grad, states, grad_z, **given)
+    scan = scan_backward(grad, states, grad_z, **given)
 
     leaves = {name: value.detach().float().requires_grad_() for name, value in given.items()}
     expected, expected_state = reference.selective_scan(**leaves)

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.errors import UserError
-from model.kernels import mamba1_scan, reference
+from model.kernels import reference
+from model.kernels.mamba1 import scan
 
 KERNELS = {
     "causal_conv1d_bwd_function": "causal_conv1d.cpp_functions",
@@ -52,7 +53,7 @@ def fused() -> SimpleNamespace:
 
 
 def use_own_scan() -> bool:
-    """Return whether Mamba-1 trains with `model.kernels.mamba1_scan`, unless EMMA_MAMBA1_SCAN selects mamba_ssm."""
+    """Return whether Mamba-1 trains with `model.kernels.mamba1.scan`, unless EMMA_MAMBA1_SCAN selects mamba_ssm."""
     return os.environ.get("EMMA_MAMBA1_SCAN") != "mamba_ssm"
 
 
@@ -113,8 +114,12 @@ def selective_scan(
     """Compute `reference.selective_scan`. On CUDA, the returned state carries no gradient."""
     if not x.is_cuda:
         return reference.selective_scan(x, dt, A, B, C, D, z, dt_bias)
-    if z is not None and not torch.is_grad_enabled() and mamba1_scan.supports(x, A.shape[0], A.shape[1], B.storage_offset()):
-        y, _, state = mamba1_scan.scan_forward(x, dt, z, B, C, A, D, dt_bias)
+    if (
+        z is not None
+        and not torch.is_grad_enabled()
+        and scan.supports(x, A.shape[0], A.shape[1], int(B.storage_offset()))
+    ):
+        y, _, state = scan.scan_forward(x, dt, z, B, C, A, D, dt_bias)
         return y, state
     # The kernel needs time as the last axis, and the same type for all inputs.
     x, dt, B, C = (part.to(x.dtype).mT.contiguous() for part in (x, dt, B, C))

@@ -1,4 +1,4 @@
-"""Selective scan of Mamba-1 on a GPU with channels last: launch of the CUDA kernels in mamba1_scan.cu.
+"""Selective scan of Mamba-1 on a GPU with channels last: launch of the CUDA kernels in scan.cu.
 
 Shapes, as in `model.kernels.reference.selective_scan`: x, dt, z [b, l, c]; A [c, k]; B, C [b, l, k]; D, dt_bias [c].
 x, dt, z, B and C have the same type (bf16 or fp32) and contiguous last axes; A, D and dt_bias are fp32 and contiguous.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.kernels.cuda_module import CudaKernel, load_kernel, pointer
 
-SOURCE = Path(__file__).with_name("mamba1_scan.cu")
+SOURCE = Path(__file__).with_name("scan.cu")
 STATES, THREADS, CHUNK, UNROLL = 16, 128, 32, 4  # same values as in the source
 WARPS = THREADS // 32
 BACKWARD_SHARED_BYTES = 4 * (STATES * THREADS * CHUNK // UNROLL + 2 * UNROLL * WARPS * 2 * STATES)

@@ -18,7 +18,7 @@
 
 #define FULL 0xffffffffu
 #define STATES 16
-#define THREADS 128 // same value in mamba1_scan.py, like PARTS * UNROLL
+#define THREADS 128 // same value in scan.py, like PARTS * UNROLL
 #define GROUP 4     // number of positions that the forward pass loads ahead
 #define UNROLL 4
 #define PARTS 8

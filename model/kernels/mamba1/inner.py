@@ -1,7 +1,7 @@
 """Training pass of a Mamba-1 mixer on a GPU with channels last, the counterpart of mamba_ssm's `mamba_inner_fn`.
 
 The scan of mamba_ssm has time as the last axis and a backward pass that is twice as slow as the backward pass of
-`model.kernels.mamba1_scan`. With channels last, no tensor is transposed between the scan and the matrix products.
+`model.kernels.mamba1.scan`. With channels last, no tensor is transposed between the scan and the matrix products.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.kernels import dispatch, mamba1_scan
+from model.kernels import dispatch
+from model.kernels.mamba1 import scan
 
 
 def mamba1_inner(
@@ -51,7 +52,7 @@ class _Mamba1Inner(torch.autograd.Function):
         x = _conv(xz, conv_weight, conv_bias)
         low = x.flatten(0, 1) @ x_proj.t()
         dt, B, C = _scan_inputs(low, dt_weight, x.shape)
-        out, states, _ = mamba1_scan.scan_forward(x, dt, xz.chunk(2, -1)[1], B, C, A, D, dt_bias)
+        out, states, _ = scan.scan_forward(x, dt, xz.chunk(2, -1)[1], B, C, A, D, dt_bias)
         ctx.save_for_backward(xz, low, states, conv_weight, conv_bias, x_proj, dt_weight, dt_bias, A, D, out_proj)
         return out @ out_proj.t()
 
@@ -65,18 +66,18 @@ class _Mamba1Inner(torch.autograd.Function):
         dt, B, C = _scan_inputs(low, dt_weight, x.shape)
         grad = grads[0].flatten(0, 1)
         grad_out = (grad @ out_proj).view(x.shape)
-        scan = mamba1_scan.scan_backward(grad_out, states, grad_z, x, dt, z, B, C, A, D, dt_bias)
+        gradients = scan.scan_backward(grad_out, states, grad_z, x, dt, z, B, C, A, D, dt_bias)
         # From here on, all tensors are matrices with a row per position of the batch, except in the convolution.
-        rank, grad_dt, grad_low = dt_weight.shape[1], scan.dt.flatten(0, 1), torch.empty_like(low)
+        rank, grad_dt, grad_low = dt_weight.shape[1], gradients.dt.flatten(0, 1), torch.empty_like(low)
         torch.mm(grad_dt, dt_weight, out=grad_low[:, :rank])
-        grad_low[:, rank:] = scan.BC.flatten(0, 1)
-        scan.x.flatten(0, 1).addmm_(grad_low, x_proj)
+        grad_low[:, rank:] = gradients.BC.flatten(0, 1)
+        gradients.x.flatten(0, 1).addmm_(grad_low, x_proj)
         _, grad_conv_weight, grad_conv_bias, *_ = dispatch.fused().causal_conv1d_bwd_function(
-            x_in.mT, conv_weight, conv_bias, scan.x.mT, None, None, None, grad_x_in.mT, False, True
+            x_in.mT, conv_weight, conv_bias, gradients.x.mT, None, None, None, grad_x_in.mT, False, True
         )
         grad_x_proj, grad_dt_weight = grad_low.t() @ x.flatten(0, 1), grad_dt.t() @ low[:, :rank]
-        grad_out_proj = grad.t() @ scan.out.flatten(0, 1)
-        projections = (grad_x_proj, grad_dt_weight, scan.dt_bias, scan.A, scan.D, grad_out_proj)
+        grad_out_proj = grad.t() @ gradients.out.flatten(0, 1)
+        projections = (grad_x_proj, grad_dt_weight, gradients.dt_bias, gradients.A, gradients.D, grad_out_proj)
         return grad_xz, grad_conv_weight, grad_conv_bias, *projections
 
 
