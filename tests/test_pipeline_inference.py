@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,10 +32,10 @@ def model(request: pytest.FixtureRequest) -> LoadedModel:
     return random_model(request.param)
 
 
-def random_model(name: str) -> LoadedModel:
+def random_model(name: str, **changes: Any) -> LoadedModel:
     """Build a small model that prefers printable characters. Noise in every parameter makes its answers differ."""
     config = preset(name)
-    config = replace(config, alignment=None, llm=replace(config.llm, num_layers=3, vocab_size=258))
+    config = replace(config, alignment=None, llm=replace(config.llm, num_layers=3, vocab_size=258, **changes))
     torch.manual_seed(0)
     emma = Emma(config).requires_grad_(False).eval()
     for parameter in emma.llm.parameters():

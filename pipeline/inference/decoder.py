@@ -15,6 +15,7 @@ from model.language_model import MambaLM
 from model.mamba import Cache, State
 from pipeline.inference.requests import Sampling
 from pipeline.inference.sampling import choose
+from pipeline.inference.transfer import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class Decoder:
 
     def put(self, slots: Sequence[int], rows: Rows) -> None:
         """Replace the rows `slots`."""
-        index = torch.tensor(slots, device=self.keys.device)
+        index = to_device(slots, self.keys.device)
         pairs = [(getattr(self, name), getattr(rows, name)) for name in ("tokens", "keys", "positions")]
         for own, given in zip(self.cache, rows.cache, strict=True):
             pairs += zip(own, given, strict=True)
@@ -70,7 +71,7 @@ class Decoder:
 
     def take(self, slots: Sequence[int]) -> Rows:
         """Copy the rows `slots`."""
-        index = torch.tensor(slots, device=self.keys.device)
+        index = to_device(slots, self.keys.device)
         return Rows(
             cache=[State(*(part[index] for part in state)) for state in self.cache],
             tokens=self.tokens[index],

@@ -15,6 +15,7 @@ from model.kernels.cuda_graph import CapturedFunction
 from model.mamba import Cache, State
 from model.weights import LoadedModel
 from pipeline.inference.requests import Request
+from pipeline.inference.transfer import to_device
 
 # Small batches use CUDA graphs, because their kernels run in less time than the host needs to launch them.
 MAX_GRAPH_POSITIONS, MAX_GRAPH_IMAGES = 8192, 8
@@ -54,6 +55,7 @@ class Prefill:
 
     def _embed(self, requests: Sequence[Request], batch: int, length: int) -> tuple[Tensor, Tensor]:
         """Return the embedded requests [batch, length, d], padded on the left, and the mask of `MambaLM.prefill`."""
+        device = self.model.device
         tokens = np.zeros((batch, length), np.int64)
         is_text, is_visual = np.zeros((2, batch, length), bool)
         for i, request in enumerate(requests):
@@ -61,18 +63,19 @@ class Prefill:
             tokens[i, start:] = request.prompt
             is_text[i, start:] = True
             is_visual[i, length - self.length(request) : start] = True
-        x = self.model.emma.llm.embed(self._to_device(tokens))
+        x = self.model.emma.llm.embed(to_device(tokens, device))
         images = [request.image for request in requests if request.image is not None]
         if images:
-            positions = self._to_device(np.flatnonzero(is_visual))
+            positions = to_device(np.flatnonzero(is_visual), device)
             x.flatten(0, 1).index_copy_(0, positions, self._visual_tokens(images).flatten(0, 1))
-        return x, self._to_device(is_text | is_visual)
+        return x, to_device(is_text | is_visual, device)
 
     def _visual_tokens(self, images: list[npt.NDArray[np.uint8]]) -> Tensor:  # [images, n, d]
+        device = self.model.device
         if self.graphs is None or len(images) > MAX_GRAPH_IMAGES:
-            return self._project(self._to_device(np.stack(images)))
+            return self._project(to_device(np.stack(images), device))
         padding = [images[0]] * (next_power_of_2(len(images)) - len(images))
-        return self.graphs(self._project, self._to_device(np.stack([*images, *padding])))[: len(images)]
+        return self.graphs(self._project, to_device(np.stack([*images, *padding]), device))[: len(images)]
 
     def _project(self, pixels: Tensor) -> Tensor:  # uint8 [b, height, width, 3] -> [b, n, d]
         emma = self.model.emma
@@ -91,11 +94,6 @@ class Prefill:
         if batch not in self.states:
             self.states[batch] = self.model.emma.llm.empty_cache(batch, self.state_dtype)
         return self.states[batch]
-
-    def _to_device(self, array: npt.NDArray[Any]) -> Tensor:
-        """Copy an array to the model's device without waiting for the device."""
-        tensor, device = torch.from_numpy(array), self.model.device
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class _Graphs:

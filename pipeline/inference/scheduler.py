@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from pipeline.inference.prefill import Prefill
 from pipeline.inference.requests import Completion, FinishReason, Request, Sampling
 from pipeline.inference.sampling import choose, request_key
 from pipeline.inference.text import cut_at_stop, ends_with_stop
+from pipeline.inference.transfer import HostCopy, to_device
 from preprocess.prompts import Tokenizer
 
 LAG = 2  # steps that are launched on a GPU before the tokens of a step are read, so that the GPU never waits
@@ -58,14 +58,6 @@ class _Row:
         return Completion(tokens=self.tokens, text=text, finish_reason=self.finish_reason)
 
 
-class _Arrival(NamedTuple):
-    """Tokens that are being copied to the host, and the rows for which they were computed."""
-
-    rows: list[_Row | None]
-    tokens: Tensor
-    copied: torch.cuda.Event | None
-
-
 class Scheduler:
     """One run over a stream of requests.
 
@@ -92,7 +84,7 @@ class Scheduler:
         self.tokenizer, self.sampling = tokenizer, sampling
         self.unread = enumerate(requests)
         self.waiting: list[tuple[int, Request]] = []
-        self.arrivals: deque[_Arrival] = deque()
+        self.arrivals: deque[tuple[list[_Row | None], HostCopy]] = deque()  # tokens, and the rows that they belong to
         self._read(max_batch)
         self.decoder = decoder_for(max(len(self.waiting), 1))
         self.slots: list[_Row | None] = [None] * self.decoder.batch
@@ -135,11 +127,11 @@ class Scheduler:
     def _start(self, rows: list[_Row]) -> None:
         """Prefill new rows and choose their first tokens."""
         logits, cache = self.prefill([row.request for row in rows])
-        keys = torch.tensor([request_key(self.sampling.seed, row.index) for row in rows], device=logits.device)
+        keys = to_device([request_key(self.sampling.seed, row.index) for row in rows], logits.device)
         tokens = choose(logits, self.sampling, keys, torch.zeros_like(keys))
         new = Rows(cache=cache, tokens=tokens, keys=keys, positions=torch.ones_like(keys))
-        self.decoder.put([row.slot for row in rows], new)
         self._expect([*rows], tokens)
+        self.decoder.put([row.slot for row in rows], new)
 
     def _shrink(self) -> None:
         """Move to a smaller decoder if few rows are left."""
@@ -154,15 +146,7 @@ class Scheduler:
 
     def _expect(self, rows: list[_Row | None], tokens: Tensor) -> None:
         """Begin to copy tokens to the host. Free the slots of rows that now have all their tokens."""
-        copied = None
-        if tokens.is_cuda:
-            host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            host.copy_(tokens, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
-        else:
-            host = tokens.clone()
-        self.arrivals.append(_Arrival(rows, host, copied))
+        self.arrivals.append((rows, HostCopy(tokens)))
         for row in rows:
             if row is not None:
                 row.launched += 1
@@ -173,9 +157,7 @@ class Scheduler:
         """Add tokens that have arrived to their rows. Yield the completions that end."""
         lag = LAG if self.decoder.keys.is_cuda and any(self.slots) else 0
         while len(self.arrivals) > lag:
-            rows, tokens, copied = self.arrivals.popleft()
-            if copied is not None:
-                copied.synchronize()
+            rows, tokens = self.arrivals.popleft()
             for row, token in zip(rows, tokens.tolist(), strict=True):
                 if row is None or row.finish_reason is not None:  # tokens after the end are dropped
                     continue
