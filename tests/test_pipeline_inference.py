@@ -14,6 +14,7 @@ from model.mamba import Cache, State
 from model.presets import preset
 from model.vision import Towers
 from model.weights import LoadedModel
+from pipeline.inference import scheduler
 from pipeline.inference.engine import InferenceEngine
 from pipeline.inference.requests import Completion, Request, Sampling
 from preprocess.prompts import Tokenizer, encode_prompt, load_tokenizer
@@ -102,8 +103,12 @@ def assert_equal_states(found: Cache, expected: Cache) -> None:
 # -- Batches -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("max_batch", [1, 2, 3, 64])
-def test_completions_do_not_depend_on_the_batch_size(model: LoadedModel, tokenizer: Tokenizer, max_batch: int) -> None:
+@pytest.mark.parametrize(("max_batch", "lag"), [(1, 0), (2, 2), (3, 0), (8, 2), (64, 0)])
+def test_completions_do_not_depend_on_the_batch_size(
+    model: LoadedModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, max_batch: int, lag: int
+) -> None:
+    """With a lag, as on a GPU, tokens are read after later steps have been launched."""
+    monkeypatch.setitem(scheduler.LAG, "cpu", lag)
     alone = InferenceEngine(model, tokenizer)
     requests = mixed_requests(alone) * 2
     expected = [alone.complete([request])[0] for request in requests]
@@ -118,8 +123,12 @@ def test_greedy_tokens_equal_those_of_recomputing_the_whole_sequence(model: Load
         assert teacher_forced(model, request, forced)[:-1].argmax(-1).equal(forced)
 
 
-def test_completions_end_at_the_end_of_text_token_and_free_their_place(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("lag", [0, 2])
+def test_completions_end_at_the_end_of_text_token_and_free_their_place(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, lag: int
+) -> None:
     """Give the end-of-text token a large logit at times, so that the rows end at different steps."""
+    monkeypatch.setitem(scheduler.LAG, "cpu", lag)
     model = random_model("tiny_v2")
     model.emma.llm.backbone.embedding.weight[tokenizer.eos_id] *= 1.5
     engine = InferenceEngine(model, tokenizer, max_batch=2)

@@ -3,7 +3,6 @@
 python -m pytest tests/test_pipeline_inference_gpu.py
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -29,9 +28,9 @@ pytestmark = [
 @pytest.fixture(autouse=True, scope="module")
 def exact_products() -> Iterator[None]:
     """Let Triton's kernels compute fp32 products in fp32, because tf32 would make results depend on the padding."""
-    before, os.environ["TRITON_F32_DEFAULT"] = os.environ.get("TRITON_F32_DEFAULT"), "ieee"
-    yield
-    os.environ["TRITON_F32_DEFAULT"] = before or ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_F32_DEFAULT", "ieee")
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,9 @@ from pipeline.inference.text import cut_at_stop, ends_with_stop
 from pipeline.inference.transfer import HostCopy, to_device
 from preprocess.prompts import Tokenizer
 
-LAG = 2  # steps that are launched on a GPU before the tokens of a step are read, so that the GPU never waits
-MAX_PREFILL_POSITIONS = 16_384  # bounds the memory of a prefill
+# Steps that are launched before the tokens of a step are read, so that a GPU never waits for the host.
+LAG = {"cuda": 2, "cpu": 0}
+MAX_PREFILL_ROWS, MAX_PREFILL_POSITIONS = 16, 16_384  # bound the memory of a prefill
 MIN_FREE_SHARE = (
     8  # a prefill waits until one in this many rows is free, because prefills of few rows are slower per row
 )
@@ -29,13 +30,11 @@ SHRINK = 4  # a smaller decoder takes over when at most one in this many rows is
 class _Row:
     """A request in the batch.
 
-    slot        its row of the decoder
     launched    number of tokens that were computed or whose computation was launched
     """
 
     index: int
     request: Request
-    slot: int
     launched: int = 0
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -117,32 +116,31 @@ class Scheduler:
         self.waiting.sort(key=lambda item: self.prefill.length(item[1]))  # rows of one prefill need little padding
         while self.waiting and free:
             longest = self.prefill.length(self.waiting[min(len(free), len(self.waiting)) - 1][1])
-            count = min(len(free), max(MAX_PREFILL_POSITIONS // longest, 1))
+            count = min(len(free), len(self.waiting), MAX_PREFILL_ROWS, max(MAX_PREFILL_POSITIONS // longest, 1))
             group, self.waiting = self.waiting[:count], self.waiting[count:]
-            rows = [_Row(index=i, request=request, slot=free.pop(0)) for i, request in group]
-            for row in rows:
-                self.slots[row.slot] = row
-            self._start(rows)
+            self._start([_Row(index=i, request=request) for i, request in group], free[:count])
+            free = free[count:]
 
-    def _start(self, rows: list[_Row]) -> None:
+    def _start(self, rows: list[_Row], slots: list[int]) -> None:
         """Prefill new rows and choose their first tokens."""
+        for slot, row in zip(slots, rows, strict=True):
+            self.slots[slot] = row
         logits, cache = self.prefill([row.request for row in rows])
         keys = to_device([request_key(self.sampling.seed, row.index) for row in rows], logits.device)
         tokens = choose(logits, self.sampling, keys, torch.zeros_like(keys))
         new = Rows(cache=cache, tokens=tokens, keys=keys, positions=torch.ones_like(keys))
         self._expect([*rows], tokens)
-        self.decoder.put([row.slot for row in rows], new)
+        self.decoder.put(slots, new)
 
     def _shrink(self) -> None:
         """Move to a smaller decoder if few rows are left."""
-        rows = [row for row in self.slots if row is not None]
-        if not rows or SHRINK * len(rows) > self.decoder.batch:
+        used = [slot for slot, row in enumerate(self.slots) if row is not None]
+        if not used or SHRINK * len(used) > self.decoder.batch:
             return
-        smaller = self.decoder_for(len(rows))
-        smaller.put(range(len(rows)), self.decoder.take([row.slot for row in rows]))
-        self.decoder, self.slots = smaller, [None] * smaller.batch
-        for slot, row in enumerate(rows):
-            row.slot, self.slots[slot] = slot, row
+        smaller = self.decoder_for(len(used))
+        smaller.put(range(len(used)), self.decoder.take(used))
+        rows = [self.slots[slot] for slot in used]
+        self.decoder, self.slots = smaller, rows + [None] * (smaller.batch - len(used))
 
     def _expect(self, rows: list[_Row | None], tokens: Tensor) -> None:
         """Begin to copy tokens to the host. Free the slots of rows that now have all their tokens."""
@@ -151,17 +149,20 @@ class Scheduler:
             if row is not None:
                 row.launched += 1
                 if row.launched == row.request.max_new_tokens:
-                    self.slots[row.slot] = None
+                    self._free(row)
+
+    def _free(self, row: _Row) -> None:
+        if row in self.slots:
+            self.slots[self.slots.index(row)] = None
 
     def _collect(self) -> Iterator[tuple[int, Completion]]:
         """Add tokens that have arrived to their rows. Yield the completions that end."""
-        lag = LAG if self.decoder.keys.is_cuda and any(self.slots) else 0
+        lag = LAG[self.decoder.keys.device.type] if any(self.slots) else 0
         while len(self.arrivals) > lag:
             rows, tokens = self.arrivals.popleft()
             for row, token in zip(rows, tokens.tolist(), strict=True):
                 if row is None or row.finish_reason is not None:  # tokens after the end are dropped
                     continue
                 if row.add(token, self.tokenizer):
-                    if self.slots[row.slot] is row:
-                        self.slots[row.slot] = None
+                    self._free(row)
                     yield row.index, row.completion(self.tokenizer)
