@@ -70,3 +70,11 @@ def test_streamed_pieces_join_to_the_whole_text(text: str) -> None:
     tokenizer = gpt_neox()
     stream = TextStream(tokenizer)
     assert "".join(map(stream.add, tokenizer.encode(text))) == text.lstrip()
+
+
+def test_streamed_text_ends_before_a_stop_string_that_spans_tokens() -> None:
+    tokenizer = gpt_neox()
+    for stop, expected, stopped in (((" naïve", "?"), "A café,", True), (("never", "naïve!"), "A café, naïve?", False)):
+        stream = TextStream(tokenizer, stop)
+        pieces = [stream.add(token) for token in tokenizer.encode("A café, naïve?") if not stream.stopped]
+        assert ("".join([*pieces, stream.end()]), stream.stopped) == (expected, stopped)

@@ -1,6 +1,6 @@
 """Choice of the next token: greedy, or sampled with temperature, top-k and top-p.
 
-A sampled token depends on the seed, the request's index and the token's position only, so that a request has the same
+A sampled token depends only on the seed, the request's number and the token's position, so a request has the same
 answer in any batch. Everything is computed on the device without synchronisation, so a CUDA graph can record it.
 """
 
@@ -16,9 +16,9 @@ from pipeline.inference.requests import Sampling
 LOW_32 = 0xFFFFFFFF
 
 
-def request_key(seed: int, index: int) -> int:
+def request_key(seed: int, draw: int) -> int:
     """Return the random key of a request, from which `uniform` derives the numbers of its positions."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:4])
+    return int.from_bytes(hashlib.sha256(f"{seed} {draw}".encode()).digest()[:4])
 
 
 def choose(logits: Tensor, sampling: Sampling, keys: Tensor, positions: Tensor) -> Tensor:

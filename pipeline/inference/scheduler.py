@@ -126,7 +126,8 @@ class Scheduler:
         for slot, row in zip(slots, rows, strict=True):
             self.slots[slot] = row
         logits, cache = self.prefill([row.request for row in rows])
-        keys = to_device([request_key(self.sampling.seed, row.index) for row in rows], logits.device)
+        draws = [row.index if row.request.draw is None else row.request.draw for row in rows]
+        keys = to_device([request_key(self.sampling.seed, draw) for draw in draws], logits.device)
         tokens = choose(logits, self.sampling, keys, torch.zeros_like(keys))
         new = Rows(cache=cache, tokens=tokens, keys=keys, positions=torch.ones_like(keys))
         self._expect([*rows], tokens)
