@@ -1,9 +1,11 @@
-"""Download the weights and the tokenizer that a recipe needs, so that compute nodes can run without network access.
+"""Download what compute nodes without network access need: the weights and the tokenizer of a recipe, or benchmarks.
 
     python -m pipeline.prefetch pipeline/recipes/emma_v2.toml
     python -m pipeline.prefetch pipeline/recipes/emma_v1.toml weights.llm=/models/zephyr      # checks the folder
+    python -m pipeline.prefetch --benchmarks /data/benchmarks                     # all data sets of pipeline.evaluate
+    python -m pipeline.prefetch --benchmarks /data/benchmarks pope mme
 
-Run it on a login node. Downloads go to the hub's cache (HF_HOME), which the compute nodes must share; set
+Run it on a login node. The parts of a recipe go to the hub's cache (HF_HOME), which the compute nodes must share; set
 HF_HUB_OFFLINE=1 there.
 """
 
@@ -17,6 +19,8 @@ from model.errors import UserError, run_cli
 from model.tensors import open_published
 from model.vision import HUB, Towers, hub_file
 from model.weights import hub_folder
+from pipeline.evaluation.benchmarks import choose
+from pipeline.evaluation.download import download
 from pipeline.flops import GIB
 from pipeline.initial_model import RANDOM, llm_source, tower_source
 from pipeline.recipe import Recipe, load_recipe
@@ -75,9 +79,18 @@ def _size(paths: list[Path]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="TOML file, such as pipeline/recipes/emma_v2.toml")
+    parser.add_argument("recipe", nargs="?", help="TOML file, such as pipeline/recipes/emma_v2.toml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, such as weights.llm=DIR")
+    parser.add_argument(
+        "--benchmarks", nargs="+", metavar=("DIR", "NAME"), help="folder for data sets, and their names (default: all)"
+    )
     args = parser.parse_args()
+    if bool(args.recipe) == bool(args.benchmarks):
+        raise UserError("prefetch: expected either a recipe or --benchmarks DIR. See --help")
+    if args.benchmarks:
+        folder, *names = args.benchmarks
+        download(choose(names or ["all"]), Path(folder))
+        return
     recipe = load_recipe(args.recipe, args.overrides, planning=True)
     parts = list(required_parts(recipe))
     missing = [error for error in (_download(*part) for part in parts) if error]

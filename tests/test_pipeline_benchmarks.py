@@ -5,15 +5,16 @@ in test_pipeline_benchmark_arguments.py.
 """
 
 import json
-import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.evaluation.benchmarks import BENCHMARKS
+from pipeline.inference.engine import InferenceEngine, load
 from tests.support.launch import run_python
-from tests.support.tiny_benchmarks import EXPECTED, TABLES, write_benchmarks
+from tests.support.tiny_benchmarks import EXPECTED, TABLES, grey_level, write_benchmarks
 from tests.support.tiny_model import save_tiny_model
 
 pytest.importorskip("lmms_eval", reason="needs the extra [eval]")
@@ -29,22 +30,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     resumed    the same command on two ranks, with the same folder of results
     again      some benchmarks once more, which writes the model card
     tiny       the tiny model with random weights
+    plugin     the tiny model through lmms-eval's own interface
     """
     folder = tmp_path_factory.mktemp("benchmarks")
     model, answers = save_tiny_model(folder / "model"), write_benchmarks(folder / "data")
     (model / "README.md").write_text("# The card\n")
 
-    def scenario(name: str, *words: str, scripted: bool = True, **more: int) -> dict:
+    def scenario(name: str, *words: str, scripted: bool = True, **more: int | None) -> dict:
         out = folder / ("scripted" if scripted else "tiny")
         words = (str(model), *words, "--data", str(folder / "data"), "--out", str(out), "--device", "cpu")
         log = {"log": str(folder / f"{name}.log"), "port": "29613", "answers": answers if scripted else None}
-        return {"words": words, "ranks": 1, "kill_after": None, **log, **more}
+        return {"words": words, "ranks": 1, "kill_after": None, "plugin": False, **log, **more}
 
     scenarios = [
         scenario("killed", "--tasks", "all", kill_after=KILL_AFTER),
         scenario("resumed", "--tasks", "all", ranks=2),
         scenario("again", "--tasks", "mme", "seed", "--card"),
         scenario("tiny", "--tasks", *TINY, scripted=False),
+        scenario("plugin", scripted=False, plugin=True),
     ]
     (folder / "scenarios.json").write_text(json.dumps(scenarios))
     program = ("-m", "tests.programs.evaluate_benchmarks", folder / "scenarios.json")
@@ -156,7 +159,22 @@ def test_a_figure_of_the_scores_is_written(folder):
 
 def test_a_tiny_model_runs_through_the_whole_chain(folder):
     assert codes(folder, "tiny") == [0], log(folder, "tiny")
-    scores = results(folder, "tiny")["benchmarks"]
-    assert list(scores) == list(TINY)
-    assert scores["vsr"]["score"] in (50.0, 25.0, 75.0), "one of the two words is chosen"
-    assert all(math.isfinite(result["score"]) for result in scores.values())
+    scores = {name: result["score"] for name, result in results(folder, "tiny")["benchmarks"].items()}
+    assert scores == {"pope": 0.0, "vsr": pytest.approx(50.0, abs=25.0)}, "random weights know two words of VSR only"
+
+
+def test_lmms_eval_finds_the_model_by_its_entry_point_and_compares_likelihoods(folder):
+    assert codes(folder, "plugin") == [0], log(folder, "plugin")
+    output = json.loads(log(folder, "plugin").splitlines()[-1])
+    assert output["results"]["pope"]["pope_accuracy,none"] == 0.0
+    truths = ["yes", "no", "yes", "no", "yes"]
+    model, tokenizer = load(folder / "model", "cpu")
+    engine, right = InferenceEngine(model, tokenizer), 0
+    for row, truth in enumerate(truths):
+        image = np.full((model.config.vision.image_px,) * 2 + (3,), grey_level(row), np.uint8)
+        asked = engine.request(f"Is there a car? #pope-{row}", image)
+        values = engine.log_likelihoods(asked, [tokenizer.encode(" yes"), tokenizer.encode(" no")])
+        found = [-value for [[value, _]] in output["loglikelihoods"][str(row)]]
+        assert found == pytest.approx(values, abs=0.05), "the image differs by JPEG artefacts only"
+        right += (values[0] > values[1]) == (truth == "yes")
+    assert output["results"]["likelihood"]["acc,none"] == right / len(truths)

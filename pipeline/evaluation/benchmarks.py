@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ class Benchmark:
 
     Attributes:
         column: Name of its column in the paper.
-        stock: Task file of lmms-eval, below `lmms_eval/tasks`. A file of this benchmark in `TASKS` replaces it.
+        stock: Task file of lmms-eval, below `lmms_eval/tasks`, or "" if it has none. If `TASKS` has a file with the
+            benchmark's name, that file is used instead.
         hub_id: Data set on the Hugging Face hub.
         config: Configuration of that data set.
         images_config: Configuration that holds the images, if it is another one.
@@ -48,13 +50,29 @@ class Benchmark:
         path = TASKS / f"{self.name}.yaml"
         return path if path.exists() else None
 
+    @property
+    def patterns(self) -> dict[str, str]:
+        """Patterns of the data set's files, on the hub and below `--data`/name.
+
+        The evaluated split has its own name as key, and the images of `images_config` have `IMAGES`.
+        """
+        patterns = {self.split: f"{self.config or 'data'}/{self.split}-*.parquet"}
+        return patterns | ({IMAGES: f"{self.images_config}/{self.split}-*.parquet"} if self.images_config else {})
+
     def files(self, data: Path) -> dict[str, list[Path]]:
-        """List the parquet files of the evaluated split, and under `IMAGES` those of the images' configuration."""
-        splits = (self.split, IMAGES) if self.images_config else (self.split,)
-        return {split: sorted((data / self.name).glob(f"{split}-*.parquet")) for split in splits}
+        """List the parquet files of the data set, by the keys of `patterns`."""
+        return {key: sorted((data / self.name).glob(pattern)) for key, pattern in self.patterns.items()}
+
+    def is_complete(self, data: Path) -> bool:
+        """Return whether all files exist. A name such as dev-00000-of-00003.parquet tells how many there are."""
+        numbers = (
+            re.search(r"-of-(\d+)\.parquet$", files[0].name) if files else None for files in self.files(data).values()
+        )
+        counts = [int(number[1]) if number else 1 for number in numbers]
+        return all(len(files) >= count for files, count in zip(self.files(data).values(), counts, strict=True))
 
 
-IMAGES = "images"  # the split under which the files of `images_config` are stored
+IMAGES = "images"
 HUB = "lmms-lab-encoder"
 EXACT_MATCH = ("exact_match,none",)
 BY_LETTER = ("gpt_eval_score,none",)  # the stock name; no GPT is asked
@@ -220,9 +238,9 @@ def choose(names: Sequence[str]) -> list[Benchmark]:
 
 def check_data(benchmarks: Sequence[Benchmark], data: Path) -> None:
     """Check that the files of the benchmarks exist. Raises: UserError that lists all benchmarks without files."""
-    missing = [benchmark.name for benchmark in benchmarks if not all(benchmark.files(data).values())]
+    missing = [benchmark.name for benchmark in benchmarks if not benchmark.is_complete(data)]
     if missing:
         raise UserError(
-            f"--data {data}: no parquet files of {', '.join(missing)}. Download them on a machine with internet "
-            f"access: python -m pipeline.prefetch --benchmarks {data} {' '.join(missing)}"
+            f"--data {data}: found no parquet files, or not all of them, of {', '.join(missing)}. Download them on a "
+            f"machine with internet access: python -m pipeline.prefetch --benchmarks {data} {' '.join(missing)}"
         )

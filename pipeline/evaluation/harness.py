@@ -133,6 +133,7 @@ def _evaluate(model: EmmaModel, config: dict[str, Any], out: Path, ranks: Ranks)
     if ranks.world_size > 1:
         dist.barrier()
     task = task or ConfigurableTask(config=config, model_name=MODEL_NAME)
+    _prepare_images(task)
     options = Namespace(output_path=str(out), process_with_media=False, reasoning_tags=None)
     return simple_evaluate(
         model=model,
@@ -143,3 +144,20 @@ def _evaluate(model: EmmaModel, config: dict[str, Any], out: Path, ranks: Ranks)
         cli_args=options,
         distributed_executor_backend="torchrun",
     )
+
+
+def _prepare_images(task: Any) -> None:
+    """Decode columns of image files as images, and leave these columns out of the documents without images.
+
+    lmms-eval does neither for files without the hub's column types, and not the latter for lists of images.
+    """
+    import datasets
+
+    for split, documents in task.dataset.items():
+        for name, kind in documents.features.items():
+            is_file = isinstance(kind, dict) and kind.keys() == {"bytes", "path"}
+            if is_file:
+                task.dataset[split] = task.dataset[split].cast_column(name, datasets.Image())
+            is_image = isinstance(getattr(kind, "feature", kind), datasets.Image)
+            if (is_file or is_image) and name in task.dataset_no_image[split].column_names:
+                task.dataset_no_image[split] = task.dataset_no_image[split].remove_columns(name)

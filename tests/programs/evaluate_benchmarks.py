@@ -3,12 +3,14 @@
     python -m tests.programs.evaluate_benchmarks SCENARIOS.json
 
 A scenario has the `words` of the command, the number of `ranks`, and the `log` file. If it has `answers`, these answers
-by mark replace those of the model (see tests.support.tiny_benchmarks); `kill_after` kills the process after a number of
-answers. The exit codes of the ranks are written to `log` with the suffix .codes.
+by mark replace those of the model (see tests.support.tiny_benchmarks). `kill_after` kills the process after a number of
+answers. With `plugin`, the model is used through lmms-eval's own interface. The exit codes of the ranks are written to
+`log` with the suffix .codes.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -24,10 +26,21 @@ import numpy as np
 from model.errors import run_cli
 from pipeline import evaluate
 from pipeline.evaluation import harness
+from pipeline.evaluation.benchmarks import BENCHMARKS
 from pipeline.inference.requests import Completion, Request
+from tests.support.launch import REPOSITORY
 from tests.support.tiny_benchmarks import grey_level
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 harness.require_lmms_eval()
+
+import lmms_eval.evaluator  # noqa: E402
+import lmms_eval.models  # noqa: E402
+from lmms_eval.api.task import ConfigurableTask  # noqa: E402
 
 from pipeline.evaluation import lmms_model, task_functions  # noqa: E402, F401
 
@@ -74,13 +87,40 @@ def run(scenario: dict[str, Any], rank: int) -> None:
         lmms_model.InferenceEngine = ScriptedEngine  # type: ignore[misc, assignment]
     sys.argv = ["pipeline.evaluate", *scenario["words"]]
     try:
-        run_cli(evaluate_and_count)
+        run_cli(use_as_plugin if scenario["plugin"] else evaluate_and_count)
     except SystemExit as end:
         sys.stdout.flush()
         os._exit(int(end.code or 0))
     except BaseException:
         traceback.print_exc()
         os._exit(1)
+
+
+def use_as_plugin() -> None:
+    """Evaluate the model by its name in lmms-eval, on POPE and on a task that compares log-likelihoods."""
+    model, data = sys.argv[1], Path(sys.argv[sys.argv.index("--data") + 1])
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    module, _, name = project["entry-points"]["lmms_eval.models"]["emma"].partition(":")
+    lmms_eval.models.MODEL_REGISTRY_V2.register_manifest(
+        getattr(importlib.import_module(module), name)(), overwrite=True
+    )
+
+    benchmark = BENCHMARKS["pope"]
+    config = harness.task_config(benchmark)
+    harness._add_files(config, benchmark.files(data))
+    likelihood = {key: config[key] for key in ("dataset_path", "dataset_kwargs", "test_split", "doc_to_visual")}
+    likelihood |= {"task": "likelihood", "output_type": "multiple_choice", "doc_to_text": "question"}
+    likelihood |= {"doc_to_choice": ["yes", "no"], "doc_to_target": "answer", "metric_list": [{"metric": "acc"}]}
+    output = lmms_eval.evaluator.simple_evaluate(
+        model="emma",
+        model_args=f"pretrained={model}",
+        batch_size="2",
+        device="cpu",
+        tasks=[ConfigurableTask(config=each, model_name="emma") for each in (config, likelihood)],
+        bootstrap_iters=0,
+    )
+    loglikelihoods = {sample["doc_id"]: sample["resps"] for sample in output["samples"]["likelihood"]}
+    print(json.dumps({"results": output["results"], "loglikelihoods": loglikelihoods}, default=float))
 
 
 def evaluate_and_count() -> None:

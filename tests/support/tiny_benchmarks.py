@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet as pq
 from PIL import Image
+
+from pipeline.evaluation.benchmarks import BENCHMARKS, IMAGES
 
 Rows = list[tuple[dict[str, Any], str]]  # columns of a row, and the scripted answer
 
@@ -226,8 +229,6 @@ def ai2d() -> Rows:
 
 TABLES = {table.__name__: table for table in (vqav2, gqa, vizwiz, textvqa, vsr, pope, hallusionbench, mmbench)}
 TABLES |= {table.__name__: table for table in (mmbench_cn, ccbench, mme, seed, scienceqa, ai2d)}
-SPLITS = {"vqav2": "validation", "gqa": "testdev", "vizwiz": "val", "textvqa": "validation"}
-SPLITS |= {"hallusionbench": "image", "mmbench": "dev", "mmbench_cn": "dev"}
 
 
 def write_benchmarks(folder: Path) -> dict[str, str]:
@@ -241,11 +242,15 @@ def write_benchmarks(folder: Path) -> dict[str, str]:
             text = "caption" if name == "vsr" else "question"
             image = {} if name == "gqa" else {"image": [_image(row)] if name == "seed" else _image(row)}
             documents.append({**document, text: f"{document[text]} {mark}", **image})
-        _write(folder / name / f"{SPLITS.get(name, 'test')}-00000-of-00001.parquet", documents)
-    _write(folder / "gqa" / "images-00000-of-00001.parquet", gqa_images())
+        split, *_ = BENCHMARKS[name].patterns
+        _write(folder, name, split, documents)
+    _write(folder, "gqa", IMAGES, gqa_images())
     return answers
 
 
-def _write(path: Path, documents: list[dict[str, Any]]) -> None:
+def _write(folder: Path, name: str, key: str, documents: list[dict[str, Any]]) -> None:
+    path = folder / name / BENCHMARKS[name].patterns[key].replace("*", "00000-of-00001")
     path.parent.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_list(documents).to_parquet(str(path))
+    table = datasets.Dataset.from_list(documents).with_format("arrow")[:]
+    # pipeline.prefetch writes VSR, and its file does not say that a column holds images.
+    pq.write_table(table.replace_schema_metadata(None) if name == "vsr" else table, path)

@@ -1,0 +1,66 @@
+"""Arguments of an evaluation on benchmarks: user errors that are reported before the model is loaded."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from model.errors import UserError
+from pipeline.evaluate import main
+from pipeline.evaluation.benchmarks import BENCHMARKS
+
+
+def evaluate(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> None:
+    monkeypatch.setattr("sys.argv", ["evaluate", *map(str, words)])
+    main()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Make a folder that has the files of POPE, and one of two files of MMBench."""
+    for path in ("pope/data/test-00000-of-00001.parquet", "mmbench/en/dev-00000-of-00002.parquet"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "found neither, expected either a file of questions or --tasks"),
+        (["questions.jsonl", "--tasks", "pope"], "found both, expected either"),
+        (["--tasks", "pope"], "give the folder of the data sets as --data DIR"),
+        (["--tasks", "popee", "--data", "."], "benchmark 'popee' is unknown, did you mean 'pope'"),
+        (["--tasks", "pope", "--data", ".", "--batch", "0"], "--batch: found 0, expected 1 or more"),
+    ],
+)
+def test_wrong_arguments_are_user_errors(monkeypatch, words, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(monkeypatch, "no-such-model", *words)
+
+
+def test_missing_and_incomplete_data_sets_are_named_before_the_model_is_loaded(monkeypatch, data):
+    with pytest.raises(UserError) as raised:
+        evaluate(monkeypatch, "no-such-model", "--tasks", "pope", "mmbench", "mme", "--data", data)
+    assert "not all of them, of mmbench, mme." in str(raised.value)
+    assert f"python -m pipeline.prefetch --benchmarks {data} mmbench mme" in str(raised.value)
+
+
+def test_without_lmms_eval_one_line_says_how_to_install_it(monkeypatch, data):
+    monkeypatch.setattr("pipeline.evaluation.harness.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install -e '.\[eval\]'"):
+        evaluate(monkeypatch, "no-such-model", "--tasks", "pope", "--data", data)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="needs the extra [eval]")
+@pytest.mark.parametrize("benchmark", [b for b in BENCHMARKS.values() if b.stock], ids=lambda b: b.name)
+def test_hub_id_configuration_and_split_are_those_of_the_stock_task(benchmark):
+    package = importlib.util.find_spec("lmms_eval")
+    path = Path(package.submodule_search_locations[0]) / "tasks" / benchmark.stock
+    lines = path.read_text().splitlines()
+    for included in [line.split(": ")[1] for line in lines if line.startswith("include:")]:
+        lines = [*path.with_name(included).read_text().splitlines(), *lines]
+    keys = ("dataset_path", "dataset_name", "test_split")
+    found = {key: value.strip().strip('"') for key, _, value in (line.partition(":") for line in lines) if key in keys}
+    expected = {"dataset_path": benchmark.hub_id, "test_split": benchmark.split}
+    assert found == expected | ({"dataset_name": benchmark.config} if benchmark.config else {})
