@@ -56,7 +56,8 @@ def test_without_lmms_eval_one_line_says_how_to_install_it(monkeypatch, data):
 @pytest.mark.parametrize("benchmark", [b for b in BENCHMARKS.values() if b.stock], ids=lambda b: b.name)
 def test_hub_id_configuration_and_split_are_those_of_the_stock_task(benchmark):
     package = importlib.util.find_spec("lmms_eval")
-    path = Path(package.submodule_search_locations[0]) / "tasks" / benchmark.stock
+    assert package and package.origin
+    path = Path(package.origin).parent / "tasks" / benchmark.stock
     lines = path.read_text().splitlines()
     for included in [line.split(": ")[1] for line in lines if line.startswith("include:")]:
         lines = [*path.with_name(included).read_text().splitlines(), *lines]

@@ -68,8 +68,8 @@ def hub() -> Iterator[Hub]:
 
 
 def prefetch(hub: Hub, folder: Path, *names: str):
-    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return run_python("-m", "pipeline.prefetch", "--benchmarks", folder, *names, **settings)
+    words = ("-m", "pipeline.prefetch", "--benchmarks", folder, *names)
+    return run_python(*words, HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
 
 
 def test_only_the_files_of_the_evaluated_split_and_configuration_are_downloaded(hub, tmp_path):
