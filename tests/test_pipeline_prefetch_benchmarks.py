@@ -68,7 +68,7 @@ def hub() -> Iterator[Hub]:
 
 
 def prefetch(hub: Hub, folder: Path, *names: str):
-    words = ("-m", "pipeline.prefetch", "--benchmarks", folder, *names)
+    words: list[str | Path] = ["-m", "pipeline.prefetch", "--benchmarks", folder, *names]
     return run_python(*words, HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
 
 
