@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="questions answered together (default: 64)")
     add_task_arguments(parser)
     args = parser.parse_args()
     if options := task_options(args):

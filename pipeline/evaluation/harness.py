@@ -72,16 +72,19 @@ def _add_files(config: dict[str, Any], files: dict[str, list[Path]]) -> None:
 
 
 def run_benchmark(
-    model: EmmaModel, benchmark: Benchmark, data: Path, out: Path, *, weights_sha256: str, ranks: Ranks
+    model: EmmaModel, benchmark: Benchmark, data: Path, out: Path, *, settings: dict[str, Any], ranks: Ranks
 ) -> dict[str, Any] | None:
     """Evaluate a benchmark. Must be called on every rank; returns the result on the main rank, and None on others.
 
-    The answers are kept in `out`/journal. A later call with the same weights and the same task continues.
+    The answers are kept in `out`/journal. A later call with the same settings and the same task continues.
+
+    Args:
+        settings: Key of the answers: the model's hashes, and how it generates.
     """
     config, files = task_config(benchmark), benchmark.files(data)
     version = task_version(config, files)
     _add_files(config, files)
-    key = {"weights_sha256": weights_sha256, "task": benchmark.name, "task_version": version}
+    key = {**settings, "task": benchmark.name, "task_version": version}
     with _journal(model, out / "journal", key, ranks):
         output = _evaluate(model, config, out, ranks)
     if output is None:
@@ -108,17 +111,16 @@ def _journal(model: EmmaModel, folder: Path, key: dict[str, Any], ranks: Ranks) 
     The number of ranks may differ from earlier calls. Therefore, the main rank reads all journals, and each rank then
     writes its own.
     """
-    name = f"{key['task']}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}"
     known: list[dict[str, Any]] = [{}]
     if ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob(f"{name}.*.jsonl"):
+        for path in folder.glob(f"{key['task']}.*.jsonl"):
             with Journal(path, key) as journal:
                 known[0] |= journal.answers
     if ranks.world_size > 1:
         dist.broadcast_object_list(known)
     model.known = known[0]
-    with Journal(folder / f"{name}.{ranks.rank}.jsonl", key) as model.journal:
+    with Journal(folder / f"{key['task']}.{ranks.rank}.jsonl", key) as model.journal:
         yield
     model.journal, model.known = None, {}
 

@@ -36,7 +36,7 @@ def markdown(results: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "In brackets: this model's score minus the score that the paper reports."]
     lines += [f"{MARKS[kind][0]} {MARKS[kind][1]}" for kind in used]
-    lines += [f"Weights: sha256 {results['weights_sha256']}."]
+    lines += [f"Weights: sha256 {results['settings']['weights_sha256']}."]
     return "\n".join(lines) + "\n"
 
 

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 
 from model.errors import UserError
-from model.weights import weights_sha256
 from pipeline.distributed.ranks import Ranks, find_ranks
 from pipeline.evaluation import report
 from pipeline.evaluation.benchmarks import BENCHMARKS, Benchmark, check_data, choose
 from pipeline.evaluation.harness import require_lmms_eval, run_benchmark
+from pipeline.inference.journal import answer_key
 from preprocess.atomic import publish, write_json
 
 RANKS_WAIT = timedelta(hours=24)  # a rank may have the longest answers
@@ -52,7 +52,6 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for answers and results (default: MODEL-evaluation)"
     )
-    group.add_argument("--batch", type=int, default=64, metavar="N", help="questions answered together (default: 64)")
     group.add_argument("--card", action="store_true", help="also write the table into the model's README.md")
 
 
@@ -61,11 +60,11 @@ def task_options(args: argparse.Namespace) -> TaskOptions | None:
 
     Raises: UserError if the command names both or neither, or if --data is missing.
     """
+    if args.batch < 1:
+        raise UserError(f"--batch: found {args.batch}, expected 1 or more")
     if bool(args.tasks) == bool(args.questions):
         found = "both" if args.tasks else "neither"
         raise UserError(f"evaluate: found {found}, expected either a file of questions or --tasks. See --help")
-    if args.batch < 1:
-        raise UserError(f"--batch: found {args.batch}, expected 1 or more")
     if not args.tasks:
         return None
     if not args.data:
@@ -90,14 +89,13 @@ def run_tasks(options: TaskOptions, draw: Callable[[dict[str, Any], Path], None]
     benchmarks = choose(options.names)
     check_data(benchmarks, options.data)
     require_lmms_eval()
-    sha256 = weights_sha256(options.model)
     ranks = find_ranks(options.device)
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     if ranks.world_size > 1:
         dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world_size, timeout=RANKS_WAIT)
     try:
-        results = _evaluate(options, benchmarks, sha256, ranks)
+        results = _evaluate(options, benchmarks, ranks)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -105,22 +103,25 @@ def run_tasks(options: TaskOptions, draw: Callable[[dict[str, Any], Path], None]
         _write(options, results, draw)
 
 
-def _evaluate(options: TaskOptions, benchmarks: Sequence[Benchmark], sha256: str, ranks: Ranks) -> dict[str, Any]:
+def _evaluate(options: TaskOptions, benchmarks: Sequence[Benchmark], ranks: Ranks) -> dict[str, Any]:
     """Evaluate the benchmarks one after the other. Results are saved after each, and added to those of earlier calls.
 
-    Results of other weights in the same folder are replaced.
+    Results of other weights or settings in the same folder are replaced.
     """
-    from pipeline.evaluation.lmms_model import EmmaModel
+    from pipeline.evaluation.lmms_model import DEFAULT_MAX_NEW_TOKENS, EmmaModel
 
+    model = EmmaModel(str(options.model), batch_size=options.batch, device=ranks.device.type)
+    settings = [answer_key(options.model, model.engine, DEFAULT_MAX_NEW_TOKENS) if ranks.is_main else {}]
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(settings)
     path = options.out / "results.json"
-    results = _earlier_results(path, sha256) or {
+    results = _earlier_results(path, settings[0]) or {
         "model": str(options.model),
-        "weights_sha256": sha256,
+        "settings": settings[0],
         "benchmarks": {},
     }
-    model = EmmaModel(str(options.model), batch_size=options.batch, device=ranks.device.type)
     for benchmark in benchmarks:
-        result = run_benchmark(model, benchmark, options.data, options.out, weights_sha256=sha256, ranks=ranks)
+        result = run_benchmark(model, benchmark, options.data, options.out, settings=settings[0], ranks=ranks)
         if result:
             results["benchmarks"][benchmark.name] = result
             write_json(path, results)
@@ -128,13 +129,13 @@ def _evaluate(options: TaskOptions, benchmarks: Sequence[Benchmark], sha256: str
     return results
 
 
-def _earlier_results(path: Path, sha256: str) -> dict[str, Any] | None:
-    """Return the results in the file if they belong to the same weights, otherwise None."""
+def _earlier_results(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the results in the file if they have the same weights and settings, otherwise None."""
     if not path.exists():
         return None
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        return results if results["weights_sha256"] == sha256 else None
+        return results if results["settings"] == settings else None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not a file of results. Delete it, or choose another folder with --out") from None
 

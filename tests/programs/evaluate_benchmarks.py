@@ -27,7 +27,7 @@ from model.errors import run_cli
 from pipeline import evaluate
 from pipeline.evaluation import harness
 from pipeline.evaluation.benchmarks import BENCHMARKS
-from pipeline.inference.requests import Completion, Request
+from pipeline.inference.requests import Completion, Request, Sampling
 from tests.support.launch import REPOSITORY
 from tests.support.tiny_benchmarks import grey_level
 
@@ -53,7 +53,7 @@ class ScriptedEngine:
     answered = 0
 
     def __init__(self, model: Any, tokenizer: Any, *, max_batch: int) -> None:
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer, self.sampling = model, tokenizer, Sampling()
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
         for index, request in reversed(list(enumerate(requests))):  # answers may come in any order
