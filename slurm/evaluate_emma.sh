@@ -43,7 +43,11 @@ export MASTER_PORT=$((20000 + SLURM_JOB_ID % 6000))        # below the ephemeral
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}         # since SLURM 22.05, srun does not inherit it
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
 
-bytes_of_answers() { find "$out/journal" -name '*.jsonl' -printf '%s\n' 2>/dev/null | awk '{ sum += $1 } END { print sum + 0 }'; }
+bytes_of_answers() {
+  local sizes
+  sizes=$(find "$out/journal" -name '*.jsonl' -printf '+%s' 2>/dev/null) || true # there is none at first
+  echo $((0$sizes))
+}
 
 # Each answer is in the journal as soon as it is computed, so the tasks can be ended at any time.
 why=''

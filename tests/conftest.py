@@ -15,6 +15,7 @@ from tests.support.tiny_model import save_tiny_model, write_images
 LONGEST_FILES = (
     "test_slurm_requeue.py",
     "test_slurm_train_emma.py",
+    "test_slurm_evaluate_emma.py",
     "test_slurm_preprocess.py",
     "test_preprocess_accidents.py",
     "test_pipeline_benchmarks.py",

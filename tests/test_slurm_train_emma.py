@@ -28,7 +28,7 @@ requeues     0 so far, at most 20
 """
 
 
-@pytest.mark.parametrize("script", ["train_emma", "preprocess", "install_kernels"])
+@pytest.mark.parametrize("script", ["train_emma", "preprocess", "install_kernels", "evaluate_emma"])
 def test_the_help_of_each_slurm_script_shows_examples_and_no_code(script):
     done = subprocess.run(["bash", f"slurm/{script}.sh", "--help"], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0
