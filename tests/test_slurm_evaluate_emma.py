@@ -30,11 +30,11 @@ def jobs(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> dict[
     (checkout / "pipeline").mkdir()
     (checkout / "pipeline/__init__.py").touch()
     shutil.copy(REPOSITORY / "tests/programs/slurm_evaluation.py", checkout / "pipeline/evaluate.py")
-    submitted = {}
+    submitted: dict[str, tuple[str, Path]] = {}
     for name, words in JOBS.items():
         out = tmp_path_factory.mktemp("out")
         options, arguments = ([w for w in words if w.startswith("--nodelist") == option] for option in (True, False))
-        command = (*TWO_TASKS, *options, SCRIPT, "models/v2", "--out", out, *arguments)
+        command: list[str | Path] = [*TWO_TASKS, *options, SCRIPT, "models/v2", "--out", out, *arguments]
         submitted[name] = slurm.submit(*command, checkout=checkout, MAX_REQUEUES="2"), out
     return submitted
 
