@@ -1,6 +1,7 @@
 """Arguments of an evaluation on benchmarks: user errors that are reported before the model is loaded."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from model.errors import UserError
 from pipeline.evaluate import main
 from pipeline.evaluation.benchmarks import BENCHMARKS
+from pipeline.evaluation.report import MARKS
+from tests.support.launch import REPOSITORY
 
 
 def evaluate(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> None:
@@ -65,3 +68,13 @@ def test_hub_id_configuration_and_split_are_those_of_the_stock_task(benchmark):
     found = {key: value.strip().strip('"') for key, _, value in (line.partition(":") for line in lines) if key in keys}
     expected = {"dataset_path": benchmark.hub_id, "test_split": benchmark.split}
     assert found == expected | ({"dataset_name": benchmark.config} if benchmark.config else {})
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS.values(), ids=lambda b: b.name)
+def test_the_documentation_names_data_split_and_differences_of_each_benchmark(benchmark):
+    text = (REPOSITORY / "docs/evaluation.md").read_text()
+    [row] = [line for line in text.splitlines() if line.startswith(f"| `{benchmark.name}` | {benchmark.hub_id} |")]
+    assert benchmark.split in row
+    assert [kind for kind, (mark, _) in MARKS.items() if mark in row] == list(benchmark.differs)
+    has_own_row = re.search(rf"^\|[^|]*`{benchmark.name}`[^|]*\| [^|]* \|$", text, re.MULTILINE)
+    assert bool(has_own_row) == bool(benchmark.own_task)
