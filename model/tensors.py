@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import pickle
+import stat
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model.errors import UserError, first_line
+from model.errors import UserError, first_line, oserror_remedy, oserror_text
 from model.hashing import file_sha256
 
 PUBLISHED_NAMES = (  # file names of transformers and mamba_ssm, whole or sharded, in order of preference
@@ -92,8 +94,12 @@ class _Safetensors(Mapping[str, Tensor]):
 
 
 def _open(path: Path) -> Mapping[str, Tensor]:
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
+    try:
+        path.open("rb").close()  # because safetensors reports a file that may not be read as missing
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise unreadable(error, path) from None
     try:
         if path.suffix == ".safetensors":
             return _Safetensors(path)
@@ -107,19 +113,26 @@ def _open(path: Path) -> Mapping[str, Tensor]:
         raise UserError(f"{path}: not a readable tensor file ({error})") from error
 
 
-def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str, tied: Collection[str] = ()) -> None:
+def unreadable(error: OSError, path: Path) -> UserError:
+    """Describe a file that exists but cannot be read."""
+    if isinstance(error, PermissionError):
+        return UserError(f"{path}: may not be read ({error.strerror}). Ask its owner for permission to read it.")
+    return UserError(f"{oserror_text(error, path)}. {(oserror_remedy(error) or 'try again').capitalize()}.")
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str, ignore: Collection[str] = ()) -> None:
     """Copy tensors into a module, whose state dict must have exactly the same names and shapes.
 
     Args:
         module: Module to load into.
         tensors: Tensors by their names in the module's state dict.
         source: Origin of the tensors, such as a path, for messages.
-        tied: Names of tensors that share their values with another tensor. They are ignored.
+        ignore: Names to ignore on both sides, such as of tensors that share their values with another tensor.
 
     Raises: UserError that names every missing, unexpected and mis-shaped tensor.
     """
-    own = {name: tensor for name, tensor in module.state_dict().items() if name not in tied}
-    problems = [f"unexpected {name}" for name in tensors if name not in own and name not in tied]
+    own = {name: tensor for name, tensor in module.state_dict().items() if name not in ignore}
+    problems = [f"unexpected {name}" for name in tensors if name not in own and name not in ignore]
     for name, tensor in own.items():
         given = tensors.get(name)
         if given is None:
@@ -143,3 +156,29 @@ def report_write_errors(folder: Path) -> Iterator[None]:
         raise UserError(
             f"{message}; free some space or choose another folder, and run the same command again"
         ) from None
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Write a safetensors file atomically, with the permissions that the umask allows.
+
+    safetensors itself gives its files to their owner only, whatever the umask is.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.touch()
+    mode = stat.S_IMODE(temporary.stat().st_mode)
+    try:
+        converted = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+        save_file(converted, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -32,6 +33,7 @@ class Tower(nn.Module):
         super().__init__()
         arguments = {**tower.overrides, "img_size": image_px, "depth": tower.num_blocks}
         self.vit = timm.create_model(tower.timm_name, num_classes=0, global_pool="", final_norm=False, **arguments)
+        self.name = tower.name
         self.mean, self.std = tower.mean, tower.std  # not buffers, because `to` would round these to bf16
 
     def forward(self, pixels: Tensor) -> Tensor:  # uint8 [b, 3, height, width] -> [b, n, channels]
@@ -41,6 +43,24 @@ class Tower(nn.Module):
     def patch_embedding(self, pixels: Tensor) -> Tensor:  # uint8 [b, 3, height, width] -> [b, n, channels]
         """Return the input of the first block for every patch, before the position embedding."""
         return self.vit.patch_embed(self.normalise(pixels))
+
+    def description(self) -> dict[str, Any]:
+        """Return the arguments of `ViT` in model/published/modeling_emma.py that build the same tower."""
+        block = self.vit.blocks[0]
+        return {
+            "name": self.name,
+            "width": self.vit.embed_dim,
+            "num_blocks": len(self.vit.blocks),
+            "num_heads": block.attn.num_heads,
+            "d_mlp": block.mlp.fc1.out_features,
+            "patch_px": self.vit.patch_embed.proj.kernel_size[0],
+            "num_patches": self.vit.pos_embed.shape[1],
+            "num_prefix_tokens": self.vit.num_prefix_tokens,
+            "layer_scale": hasattr(block.ls1, "gamma"),
+            "norm_eps": block.norm1.eps,
+            "mean": self.mean,
+            "std": self.std,
+        }
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Scale uint8 pixels to [0, 1], and normalise them with the tower's mean and standard deviation."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,20 +9,71 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.config import EmmaConfig, config_from_dict
 from model.emma import Emma
 from model.errors import UserError, first_line
-from model.hashing import file_sha256
-from model.tensors import load_into, open_published, open_tensors, report_write_errors
+from model.hashing import weights_sha256 as weights_sha256
+from model.tensors import (
+    PUBLISHED_NAMES,
+    TensorFiles,
+    load_into,
+    open_published,
+    open_tensors,
+    report_write_errors,
+    save_tensors,
+    unreadable,
+    write_text,
+)
+from model.transformers_layout import (
+    CONFIG_FILE,
+    FORMAT,
+    MODEL_FILE,
+    TokenIds,
+    exported_config,
+    our_name,
+    published_name,
+)
 from model.vision import Towers
 
-FORMAT = 1
-CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
-MODEL_FILE, TOWERS_FILE = "model.safetensors", "towers.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
+TOWERS_FILE = "towers.safetensors"  # only folders of format 1 have it
 TIED = "llm.lm_head.weight"  # tied to the embedding, so it is not stored
+PUBLISHED_CODE = Path(__file__).parent / "published"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedFolder:
+    """A saved model whose tensors are read only when they are accessed.
+
+    Attributes:
+        folder: Path of the folder.
+        config: Configuration of the model. It has no alignment if the model was saved without.
+        extra: Information about the origin of the model.
+        emma: Tensors of `Emma`, by their names in its state dict.
+        towers: Tensors of `Towers`, by their names in its state dict.
+    """
+
+    folder: Path
+    config: EmmaConfig
+    extra: dict[str, Any]
+    emma: TensorFiles
+    towers: TensorFiles
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Path of the tokenizer.json, or None if the model was saved without."""
+        path = self.folder / TOKENIZER_FILE
+        return path if path.exists() else None
+
+    def load_towers(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Towers:
+        """Load the vision towers. Raises: UserError if their tensors are missing or do not fit."""
+        with torch.device("meta"):
+            towers = Towers(self.config.vision)
+        towers.to(dtype).to_empty(device=device)
+        load_into(towers, self.towers, source=str(self.folder))
+        return towers.requires_grad_(False).eval()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +96,11 @@ def save_model(
     towers: Towers,
     tokenizer_json: str | None,
     extra: Mapping[str, Any],
+    ids: TokenIds | None = None,
+    dtype: torch.dtype = torch.float32,
+    files: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a folder that `load_model` reads.
+    """Write a folder that `load_model` and transformers read.
 
     Args:
         folder: Folder to write.
@@ -57,60 +109,63 @@ def save_model(
         towers: Vision towers.
         tokenizer_json: Content of the tokenizer.json to save; None: no tokenizer is saved.
         extra: Information about the origin of the model, which must be valid JSON.
+        ids: Ids of the tokenizer's special tokens; None: those of the GPT-NeoX-20B tokenizer.
+        dtype: Type of the saved tensors.
+        files: Contents of the other files that transformers needs, by name.
 
     Raises: UserError if the folder cannot be written.
     """
     has_alignment = any(name.startswith("alignment.") for name in state)
     kept = replace(config, alignment=config.alignment if has_alignment else None)
-    described = {"format": FORMAT, "model": dataclasses.asdict(kept), "extra": dict(extra)}
+    described = exported_config(kept, towers, ids or TokenIds(), dtype=dtype, extra=extra)
+    named = {**state, **towers.state_dict()}
+    tensors = {published_name(name): tensor for name, tensor in named.items() if name != TIED}
+    texts = {path.name: path.read_text(encoding="utf-8") for path in PUBLISHED_CODE.glob("*_emma.py")} | dict(
+        files or {}
+    )
+    if tokenizer_json is not None:
+        texts[TOKENIZER_FILE] = tokenizer_json
     with report_write_errors(folder):
         (folder / CONFIG_FILE).unlink(missing_ok=True)  # deleted first and written last: it marks a complete folder
-        _save_tensors(folder / MODEL_FILE, {name: tensor for name, tensor in state.items() if name != TIED})
-        _save_tensors(folder / TOWERS_FILE, towers.state_dict())
-        if tokenizer_json is not None:
-            _write(folder / TOKENIZER_FILE, tokenizer_json)
-        _write(folder / CONFIG_FILE, json.dumps(described, indent=2) + "\n")
+        for leftover in (*folder.glob("*.safetensors"), *(folder / name for name in PUBLISHED_NAMES)):
+            leftover.unlink(missing_ok=True)
+        save_tensors(folder / MODEL_FILE, tensors, dtype)
+        for name, text in texts.items():
+            write_text(folder / name, text)
+        write_text(folder / CONFIG_FILE, json.dumps(described, indent=2) + "\n")
+
+
+def open_exported(folder: Path) -> ExportedFolder:
+    """Open a folder that `save_model` wrote, in this or the previous format, or that transformers saved again.
+
+    Raises: UserError if its files are missing or damaged.
+    """
+    described = _read_config(folder)
+    if described["format"] == 1:
+        emma, towers = open_tensors(folder / MODEL_FILE), open_tensors(folder / TOWERS_FILE)
+    else:
+        files = open_published(folder)
+        names = {our_name(name): name for name in files}
+        towers = files.renamed({our: name for our, name in names.items() if our.startswith("towers.")})
+        emma = files.renamed({our: name for our, name in names.items() if not our.startswith("towers.")})
+    return ExportedFolder(folder=folder, config=described["model"], extra=described["extra"], emma=emma, towers=towers)
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
     """Load a model from a folder that `save_model` wrote. Raises: UserError if its files are missing or damaged."""
-    described = _read_config(folder)
-    config: EmmaConfig = described["model"]
+    exported = open_exported(folder)
     with torch.device("meta"):
-        emma, towers = Emma(config), Towers(config.vision)
-    parts: tuple[tuple[nn.Module, str], ...] = ((emma, MODEL_FILE), (towers, TOWERS_FILE))
-    for part, name in parts:
-        part.to(dtype).to_empty(device=device)
-        load_into(part, open_tensors(folder / name), source=str(folder / name), tied={TIED})
-        part.requires_grad_(False).eval()
-    tokenizer = folder / TOKENIZER_FILE
+        emma = Emma(exported.config)
+    emma.to(dtype).to_empty(device=device)
+    load_into(emma, exported.emma, source=str(folder), ignore={TIED})
     return LoadedModel(
-        config=config,
-        emma=emma,
-        towers=towers,
-        tokenizer=tokenizer if tokenizer.exists() else None,
-        extra=described["extra"],
+        config=exported.config,
+        emma=emma.requires_grad_(False).eval(),
+        towers=exported.load_towers(device, dtype),
+        tokenizer=exported.tokenizer,
+        extra=exported.extra,
         device=torch.device(device),
     )
-
-
-def weights_sha256(folder: str | Path) -> str:
-    """Return a sha256 that identifies the weights of an exported folder, for keys of caches and journals.
-
-    If the folder has one weight file, this is the file's sha256, as `sha256sum` prints it. If it has several, this is
-    the sha256 of their lines in the format of `sha256sum`, sorted by name. The files are read on every call, because a
-    recorded hash would be wrong after another program replaced the weights.
-
-    Raises: UserError if the folder has no weight files.
-    """
-    paths = sorted(Path(folder).glob("*.safetensors"))
-    if not paths:
-        raise UserError(
-            f"{folder}: no weight files (*.safetensors). Give a folder that python -m pipeline.export wrote."
-        )
-    hashes = [file_sha256(path) for path in paths]
-    lines = (f"{sha256}  {path.name}\n" for sha256, path in zip(hashes, paths, strict=True))
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def load_language_model(emma: Emma, source: str | Path) -> dict[str, Any]:
@@ -124,7 +179,7 @@ def load_language_model(emma: Emma, source: str | Path) -> dict[str, Any]:
     folder = Path(source) if Path(source).is_dir() else hub_folder(str(source))
     files = open_published(folder)
     names = {name.replace("backbone.embeddings.", "backbone.embedding."): name for name in files}
-    load_into(emma.llm, files.renamed(names), source=str(folder), tied={"lm_head.weight"})
+    load_into(emma.llm, files.renamed(names), source=str(folder), ignore={"lm_head.weight"})
     return {"source": str(source), "sha256": files.file_hashes()}
 
 
@@ -146,26 +201,18 @@ def hub_folder(name: str, *, cached: bool = False) -> Path:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    """Return what a config.json says about the model for `load_model`: format, model and extra."""
     path = folder / CONFIG_FILE
     try:
-        described = json.loads(path.read_text())
-        format_found, described["model"] = described["format"], config_from_dict(described["model"])
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        described = described.get("emma", described)  # in format 1, these were the only keys
+        found, model = described["format"], config_from_dict(described["model"])
+    except PermissionError as error:
+        raise unreadable(error, path) from None
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: not the configuration of a saved model ({error!r}); save one with python -m pipeline.export"
         ) from error
-    if format_found != FORMAT:
-        raise UserError(f"{path}: found format {format_found}, expected {FORMAT}; export the run again")
-    return described
-
-
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    temporary = path.with_suffix(".tmp")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-    temporary.replace(path)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    if found not in (1, FORMAT):
+        raise UserError(f"{path}: found format {found}, expected {FORMAT}; export the run again")
+    return {"format": found, "model": model, "extra": described["extra"]}

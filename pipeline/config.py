@@ -167,6 +167,9 @@ class WatchdogConfig:
 class WeightsConfig:
     """Pretrained weights. `random` stands for weights that are initialised from the seed."""
 
+    init: str | None = None
+    """Folder of an exported EMMA model to start from, which replaces both keys below; null: start from the preset's."""
+
     llm: str | None = None
     """Folder or hub id of the language model's weights; null: the preset's."""
 

@@ -22,7 +22,7 @@ from model.weights import hub_folder
 from pipeline.evaluation.benchmarks import choose
 from pipeline.evaluation.download import download
 from pipeline.flops import GIB
-from pipeline.initial_model import RANDOM, llm_source, tower_source
+from pipeline.initial_model import RANDOM, llm_source, open_init, tower_source
 from pipeline.recipe import Recipe, load_recipe
 from preprocess.prompts import load_tokenizer
 
@@ -34,6 +34,8 @@ def required_parts(recipe: Recipe) -> Iterator[tuple[str, str, Callable[[], str]
     """
     llm, towers = llm_source(recipe), tower_source(recipe)
     tokenizer = recipe.data.tokenizer or recipe.config.tokenizer
+    if recipe.weights.init:
+        yield "initial model", recipe.weights.init, lambda: _size(open_init(recipe).emma.paths)
     if llm:
         yield "language model", llm, lambda: language_model(recipe, llm)
     if towers == HUB:

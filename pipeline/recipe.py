@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 from model.config import AlignmentConfig, EmmaConfig, MambaConfig, TowerConfig, VisionConfig
 from model.errors import UserError, run_cli
+from model.hashing import weights_sha256
 from model.presets import preset
 from pipeline.config import (
     CheckpointConfig,
@@ -89,7 +90,13 @@ class Recipe:
             "precision": self.engine.precision,
             "architecture": _identity_of(self.config),
         }
+        if self.weights.init:
+            settings["init"] = self.init_sha256()
         return json.loads(json.dumps(settings))  # tuples become lists, as in a checkpoint's manifest
+
+    def init_sha256(self) -> str | None:
+        """Return the sha256 of the weights that `weights.init` gives, wherever their folder is now, or None."""
+        return weights_sha256(self.weights.init) if self.weights.init else None
 
     def memory_settings(self) -> dict[str, Any]:
         """Return the settings that determine how much memory a rank needs, apart from the number of ranks."""
@@ -150,13 +157,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, planning: bo
     return recipe
 
 
-def recipe_of_run(run: Path) -> Recipe:
-    """Load the resolved recipe that a run folder keeps. Raises: UserError if there is none."""
+def recipe_of_run(run: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Load the resolved recipe that a run folder keeps, with overrides. Raises: UserError if there is none."""
     path = run / "recipe.json"
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{run}: not a run folder: {error}") from None
+    for override in overrides:
+        _override(table, override)
     return parse_table(Recipe, table, str(path))
 
 
@@ -186,6 +195,8 @@ def _validate(recipe: Recipe, where: str) -> None:
         raise UserError(
             f"{where}: evaluate.draw_every_steps needs held-out images; set evaluate.shards, or leave the key out"
         )
+    if recipe.weights.init and (recipe.weights.llm or recipe.weights.towers):
+        raise UserError(f"{where}: weights.init gives the whole model, so leave out weights.llm and weights.towers")
     try:
         preset(recipe.model)
     except ValueError as error:

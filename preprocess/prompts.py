@@ -21,6 +21,8 @@ from model.errors import UserError, first_line
 IMAGE_TOKEN = "<image>"
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
+PADDING = ("<|padding|>", "<|pad|>", "<pad>", "[PAD]")
+
 Template = Literal["zephyr", "base"]
 Conversation = Sequence[Mapping[str, str]]  # alternating {"from": "human" | "gpt", "value": text}
 
@@ -75,13 +77,14 @@ class Tokenizer:
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        eos_ids = [vocabulary[token] for token in END_OF_TEXT if token in vocabulary]
-        if not eos_ids:
+        self.eos_token = next((token for token in END_OF_TEXT if token in vocabulary), "")
+        if not self.eos_token:
             raise UserError(
                 f"tokenizer {name} has no end-of-text token (expected one of {', '.join(END_OF_TEXT)}). "
                 "Use a tokenizer that has one"
             )
-        self.eos_id = eos_ids[0]
+        self.pad_token = next((token for token in PADDING if token in vocabulary), self.eos_token)
+        self.eos_id, self.pad_id = vocabulary[self.eos_token], vocabulary[self.pad_token]
 
     def encode(self, text: str, *, max_exact: int | None = None) -> list[int]:
         """Return the ids of a text.

@@ -15,6 +15,7 @@ from tests.support.launch import REPOSITORY
 PACKAGES = ("model", "preprocess", "pipeline")
 SOURCES = sorted(path for package in PACKAGES for path in (REPOSITORY / package).rglob("*.py"))
 OTHERS = sorted(path for folder in ("tests", "benchmarks") for path in (REPOSITORY / folder).rglob("*.py"))
+PUBLISHED = sorted((REPOSITORY / "model/published").glob("*_emma.py"))
 FOLDERS = sorted({path.parent for path in SOURCES})
 
 MAY_IMPORT = {"model": {"model"}, "preprocess": {"preprocess", "model"}, "pipeline": set(PACKAGES)}
@@ -40,6 +41,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"zero"},
         {"step"},
         {"activation_memory", "checkpoint", "metrics", "validation"},
+        {"publishing"},
         {"figures"},
         {"visualization"},
         {"chat", "evaluate", "generate", "latency", "visualize"},
@@ -62,7 +64,7 @@ DOORS: dict[str, str | tuple[str, ...]] = {
     "ray": "preprocess/builder/on_ray.py",
     "simplejpeg": "preprocess/images/codec.py",
     "timm": "model/vision.py",
-    "transformers": ("model/transformers_layout.py", "pipeline/latency/peers.py"),
+    "transformers": ("model/published/", "pipeline/latency/peers.py"),
     "triton": "model/kernels/",
     "wandb": "pipeline/metrics/wandb_logger.py",
     "webdataset": "preprocess/shards/writer.py",
@@ -146,9 +148,18 @@ def test_modules_import_only_from_lower_layers(package):
                 assert layer_of[imported] < layer_of[own], f"{name_of(path)} imports {name}"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+@pytest.mark.parametrize("path", sorted(set(SOURCES) - set(PUBLISHED)), ids=name_of)
 def test_all_imports_in_the_packages_are_absolute(path):
     assert [module for module, dots in imports(path) if dots] == []
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=name_of)
+def test_published_code_imports_only_torch_transformers_and_its_neighbours(path):
+    """These files are copied into exported folders, where transformers follows only imports of the form `.name`."""
+    assert {module for module, dots in imports(path) if dots} <= {other.stem for other in PUBLISHED}
+    assert {dots for _, dots in imports(path)} <= {0, 1}
+    top_level = {module.split(".")[0] for module, dots in imports(path) if not dots}
+    assert top_level - set(sys.stdlib_module_names) <= {"torch", "transformers"}
 
 
 def test_the_import_graph_of_our_modules_has_no_cycles():

@@ -13,7 +13,7 @@ from model.config import MambaConfig, MambaKind
 from model.language_model import MambaLM, plan_segments
 from model.mamba import NO_WEIGHT_DECAY, Mixer
 from model.presets import preset
-from model.transformers_layout import transformers_config
+from model.transformers_layout import TokenIds, transformers_config
 
 KINDS: tuple[MambaKind, ...] = ("mamba1", "mamba2")
 LENGTHS = (1, 7, 33, 64, 65)
@@ -44,9 +44,8 @@ def language_model(kind: MambaKind, **changes: Any) -> MambaLM:
 
 def transformers_twin(llm: MambaLM) -> Any:
     twins = {"mamba1": MambaForCausalLM, "mamba2": Mamba2ForCausalLM}
-    config = transformers_config(llm.config)
-    config.use_cache = False
-    twin = twins[llm.config.kind](config)
+    twin_class = twins[llm.config.kind]
+    twin = twin_class(twin_class.config_class(**transformers_config(llm.config, TokenIds()), use_cache=False))
     state = {theirs(name): tensor for name, tensor in llm.state_dict().items()}
     twin.load_state_dict(state, strict=True)
     return twin.train()

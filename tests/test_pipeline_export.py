@@ -69,11 +69,11 @@ def test_transformers_computes_equal_logits_with_the_exported_language_model(exp
 def test_export_accepts_moved_shards_and_refuses_other_shards(run, shards, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(shards, moved)
-    export_run(run, tmp_path / "a", step=None, with_alignment=False, shards=str(moved))
+    export_run(run, tmp_path / "a", step=None, with_alignment=False, overrides=[f"data.shards={moved}"])
     manifest = json.loads((moved / "manifest.json").read_text())
     (moved / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"not the shards that|is damaged"):
-        export_run(run, tmp_path / "b", step=None, with_alignment=False, shards=str(moved))
+        export_run(run, tmp_path / "b", step=None, with_alignment=False, overrides=[f"data.shards={moved}"])
 
 
 def test_export_with_alignment_keeps_the_alignment_module(run, tmp_path):

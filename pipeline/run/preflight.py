@@ -36,7 +36,7 @@ from pipeline.distributed.ranks import Ranks
 from pipeline.engine import compose_config
 from pipeline.errors import convert_oserrors
 from pipeline.flops import CHECKPOINT_BYTES, GIB, STATE_BYTES, count_parameters
-from pipeline.initial_model import llm_source, tower_source
+from pipeline.initial_model import llm_source, open_init, tower_source
 from pipeline.prefetch import language_model
 from pipeline.recipe import Recipe
 from pipeline.run.out_of_memory import out_of_memory_error
@@ -82,7 +82,7 @@ def preflight(recipe: Recipe, ranks: Ranks) -> list[str]:
     """
     checks: list[Check] = [check_communication, check_kernels, check_gpu_memory]
     if ranks.local_rank == 0:  # one rank per node, because the results of these checks depend only on the node
-        checks += [check_vision_towers, check_shared_memory, check_shards, check_held_out_shards]
+        checks += [check_vision_towers, check_initial_model, check_shared_memory, check_shards, check_held_out_shards]
     if ranks.is_main:
         checks += [check_language_model, check_deepspeed_config, check_checkpoint_space]
     context = Context(recipe=recipe, ranks=ranks)
@@ -141,6 +141,22 @@ def check_vision_towers(context: Context) -> str:
         for tower in context.recipe.config.vision.towers:
             tower_file(tower, source, cached=True)
     return ""
+
+
+def check_initial_model(context: Context) -> str:
+    """Check that the exported model of `weights.init` fits the preset and has the tokenizer of the shards."""
+    recipe = context.recipe
+    if recipe.weights.init is None:
+        return ""
+    exported, used = open_init(recipe), context.manifest.tokenizer
+    known = {exported.extra.get("tokenizer_sha256"), exported.tokenizer and file_sha256(exported.tokenizer)}
+    if used["sha256"] not in known:
+        raise UserError(
+            f"data.shards: {recipe.data.shards}: built with another tokenizer ({used['name']}) than the model of "
+            f"weights.init. Build the shards with the tokenizer of that model."
+        )
+    alignment = recipe.config.alignment is not None and exported.config.alignment is None
+    return f"starts from {recipe.weights.init}" + ", which has no decoder: the decoder starts untrained" * alignment
 
 
 def check_shared_memory(context: Context) -> str:
