@@ -62,6 +62,13 @@ def oserror_text(error: OSError, path: Path | str = "") -> str:
     return ": ".join(str(part) for part in (error.filename or path, error.strerror or error) if part)
 
 
+def read_error(error: OSError, path: Path | str) -> UserError:
+    """Describe a file that exists but cannot be read."""
+    if isinstance(error, PermissionError):
+        return UserError(f"{path}: may not be read ({error.strerror}). Ask its owner for permission to read it.")
+    return UserError(f"{oserror_text(error, path)}. {(oserror_remedy(error) or 'try again').capitalize()}.")
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of another package's error message, so that it can be part of a one-line message."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model.errors import UserError, first_line, oserror_remedy, oserror_text
+from model.errors import UserError, first_line, read_error
 from model.hashing import file_sha256
 
 PUBLISHED_NAMES = (  # file names of transformers and mamba_ssm, whole or sharded, in order of preference
@@ -99,7 +99,7 @@ def _open(path: Path) -> Mapping[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
-        raise unreadable(error, path) from None
+        raise read_error(error, path) from None
     try:
         if path.suffix == ".safetensors":
             return _Safetensors(path)
@@ -111,13 +111,6 @@ def _open(path: Path) -> Mapping[str, Tensor]:
         ) from error
     except Exception as error:  # for a damaged file, safetensors and torch raise exceptions of many types
         raise UserError(f"{path}: not a readable tensor file ({error})") from error
-
-
-def unreadable(error: OSError, path: Path) -> UserError:
-    """Describe a file that exists but cannot be read."""
-    if isinstance(error, PermissionError):
-        return UserError(f"{path}: may not be read ({error.strerror}). Ask its owner for permission to read it.")
-    return UserError(f"{oserror_text(error, path)}. {(oserror_remedy(error) or 'try again').capitalize()}.")
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str, ignore: Collection[str] = ()) -> None:

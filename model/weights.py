@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.config import EmmaConfig, config_from_dict
 from model.emma import Emma
-from model.errors import UserError, first_line
+from model.errors import UserError, first_line, read_error
 from model.hashing import weights_sha256 as weights_sha256
 from model.tensors import (
     PUBLISHED_NAMES,
@@ -23,7 +23,6 @@ from model.tensors import (
     open_tensors,
     report_write_errors,
     save_tensors,
-    unreadable,
     write_text,
 )
 from model.transformers_layout import (
@@ -208,7 +207,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         described = described.get("emma", described)  # in format 1, these were the only keys
         found, model = described["format"], config_from_dict(described["model"])
     except PermissionError as error:
-        raise unreadable(error, path) from None
+        raise read_error(error, path) from None
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: not the configuration of a saved model ({error!r}); save one with python -m pipeline.export"

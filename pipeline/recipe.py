@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from model.config import AlignmentConfig, EmmaConfig, MambaConfig, TowerConfig, VisionConfig
-from model.errors import UserError, run_cli
+from model.errors import UserError, read_error, run_cli
 from model.hashing import weights_sha256
 from model.presets import preset
 from pipeline.config import (
@@ -162,6 +162,8 @@ def recipe_of_run(run: Path, overrides: Sequence[str] = ()) -> Recipe:
     path = run / "recipe.json"
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
+    except PermissionError as error:
+        raise read_error(error, path) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{run}: not a run folder: {error}") from None
     for override in overrides:

@@ -9,12 +9,16 @@ import pytest
 import torch
 
 from model.emma import Emma
+from model.language_model import MambaLM
 from model.presets import preset
-from model.transformers_layout import TokenIds, exported_config, published_name
+from model.transformers_layout import TokenIds, exported_config, published_name, save_language_model
 from model.vision import Towers
 from model.weights import PUBLISHED_CODE, TIED, load_model
+from pipeline.publishing.tokenizer_files import language_model_files, token_ids
+from preprocess.prompts import load_tokenizer
 from tests.support.golden_tokenizer import gpt_neox
 from tests.support.published import CHECK, export_tiny, run_without_project, transformers_version, write_expected
+from tests.support.tiny_data import write_byte_tokenizer
 
 PRESETS = ("tiny_v1", "tiny_v2", "tiny_cobra_v2", "tiny_csm")
 OLDEST = "5.17.0"  # the oldest version that pyproject.toml allows; the installed version is the newest
@@ -89,3 +93,55 @@ def test_full_size_models_have_the_same_tensors_in_transformers(name, tmp_path):
     ours = {**emma.state_dict(), **towers.state_dict()}
     kept = {name: tensor for name, tensor in ours.items() if name != TIED and not name.startswith("alignment.")}
     assert found == {published_name(name): list(tensor.shape) for name, tensor in kept.items()}
+
+
+# -- The language model alone ------------------------------------------------------------------------------------------
+
+
+LANGUAGE_MODEL = """
+import sys, torch, transformers
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer
+expected = torch.load(sys.argv[1])
+for folder in map(Path, sys.argv[2:]):
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer.encode("Which colour is it?")
+    assert ids == expected["ids"], ids
+    found = model(input_ids=torch.tensor([ids]), use_cache=False).logits
+    torch.testing.assert_close(found, expected[folder.name], rtol=1e-4, atol=1e-4)
+    eos = [tokenizer.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id]
+    pad = [tokenizer.pad_token_id, model.config.pad_token_id, model.generation_config.pad_token_id]
+    assert (eos, pad) == ([2] * 3, [3] * 3), (eos, pad)
+    assert tokenizer.decode([2, ids[0]], skip_special_tokens=True) == tokenizer.decode(ids[:1])
+print("equal in transformers", transformers.__version__)
+"""
+
+
+@pytest.fixture(scope="module")
+def language_models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Export both kinds of language model with a tokenizer that ends texts with `</s>`, and write expected logits."""
+    root = tmp_path_factory.mktemp("language_models")
+    tokenizer = load_tokenizer(write_byte_tokenizer(root / "tokenizer", specials=("<unk>", "<s>", "</s>", "<pad>")))
+    files, ids = language_model_files(tokenizer, preset("tiny_v2")), token_ids(tokenizer)
+    tokens = tokenizer.encode("Which colour is it?")
+    expected: dict[str, object] = {"ids": tokens}
+    for name in ("tiny_v1", "tiny_v2"):
+        torch.manual_seed(0)
+        config = preset(name)
+        llm = MambaLM(config.llm)
+        save_language_model(root / name, config.llm, llm.state_dict(), ids=ids, files=files)
+        with torch.no_grad():
+            expected[name] = llm.head(llm(llm.embed(torch.tensor([tokens])))[0])
+    torch.save(expected, root / "expected.pt")
+    return [root / name for name in ("tiny_v1", "tiny_v2")]
+
+
+@pytest.mark.parametrize("number", ["4.57.6", None], ids=["4.57", "installed"])
+def test_the_exported_language_model_is_equal_in_transformers_4_and_5(language_models, version, number, tmp_path):
+    expected = language_models[0].parent / "expected.pt"
+    transformers = number and version(number)
+    done = run_without_project(LANGUAGE_MODEL, expected, *language_models, scratch=tmp_path, transformers=transformers)
+    assert_ok(done)
+    assert f"equal in transformers {number or '5.'}" in done.stdout
+    config = json.loads((language_models[1] / "config.json").read_text())
+    assert config["time_step_limit"] == [0.0, float("inf")]

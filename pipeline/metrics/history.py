@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from model.errors import UserError
+from model.errors import UserError, read_error
 
 STARTS = ("start", "resume")  # events that a launch logs when its training loop begins
 ENDS = ("done", "stopped")  # events that a launch logs when it ends without an error
@@ -131,6 +131,8 @@ def read_history(run: Path) -> History:
     """Read the history of a run folder. Raises: UserError if the folder holds no run."""
     try:
         text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    except PermissionError as error:
+        raise read_error(error, run / "metrics.jsonl") from None
     except OSError as error:
         raise UserError(f"{run}: no run found in this folder: {error}") from None
     lines = [line for line in map(_parse, text.splitlines()) if line is not None]

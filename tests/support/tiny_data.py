@@ -12,12 +12,14 @@ from tests.support.launch import run_python
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 200), "yellow": (220, 200, 40)}
 
 
-def write_byte_tokenizer(folder: Path) -> Path:
-    """Write a byte-level tokenizer in the published layout, with the two special tokens of GPT-NeoX at ids 0 and 1."""
-    specials = ["<|endoftext|>", "<|padding|>"]
+def write_byte_tokenizer(folder: Path, specials: tuple[str, ...] = ("<|endoftext|>", "<|padding|>")) -> Path:
+    """Write a byte-level tokenizer in the published layout, with special tokens before the bytes.
+
+    By default, these are the two special tokens of GPT-NeoX, at ids 0 and 1.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(specials + alphabet)}, merges=[]))
-    tokenizer.add_special_tokens(specials)
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([*specials, *alphabet])}, merges=[]))
+    tokenizer.add_special_tokens(list(specials))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     folder.mkdir(parents=True, exist_ok=True)
