@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from model.emma import Emma
 from model.errors import UserError
@@ -14,8 +15,15 @@ from pipeline.checkpoint.folder import folder_name
 from pipeline.checkpoint.layout import full_state
 from pipeline.export import check_state, export_run
 from pipeline.inference.engine import InferenceEngine, load
+from pipeline.metrics.history import read_history
+from pipeline.recipe import recipe_of_run
 from preprocess.prompts import encode_dialogue, encode_prompt, load_tokenizer
+from preprocess.shards.manifest import Manifest
 from tests.support.launch import finish, fork_python, fork_ranks
+from tests.support.privileges import OBEY_PERMISSIONS
+
+LIMITED = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2); "
+EXPORT = "runpy.run_module('pipeline.export', run_name='__main__')"
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +31,7 @@ def run(recipe_file, shards, tmp_path_factory):
     """Train on two ranks, so that the checkpoint is sharded. Return the run folder."""
     folder = tmp_path_factory.mktemp("run") / "run"
     program = ["-m", "pipeline.train", recipe_file, f"data.shards={shards}", f"run.dir={folder}", "steps=4"]
+    program += [f"evaluate.shards={shards}", "evaluate.every_steps=4", "evaluate.samples=8"]
     finish(fork_ranks(2, program))
     return folder
 
@@ -34,6 +43,13 @@ def exported(run, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     assert "step 4" in done.stdout
     return out
+
+
+def assert_one_line(done, message):
+    assert done.returncode == 2
+    [line] = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
 
 
 def test_a_checkpoint_contains_exactly_the_models_tensors(run):
@@ -76,6 +92,65 @@ def test_export_accepts_moved_shards_and_refuses_other_shards(run, shards, tmp_p
         export_run(run, tmp_path / "b", step=None, with_alignment=False, overrides=[f"data.shards={moved}"])
 
 
+def test_an_export_whose_shards_or_towers_are_missing_says_how_to_give_their_place(run, shards, tmp_path):
+    done = fork_python("-m", "pipeline.export", run, tmp_path / "out", "data.shards=gone")
+    assert_one_line(done, "no such folder; build it with preprocess/build_shards.py. If the shards of this run were")
+    assert "add data.shards=NEW_PLACE" in done.stderr
+    done = fork_python("-m", "pipeline.export", run, tmp_path / "out", f"data.shards={shards}", "weights.towers=gone")
+    assert_one_line(done, "If the towers' weights of this run were moved, add weights.towers=NEW_PLACE")
+    done = fork_python("-m", "pipeline.export", run, tmp_path / "out", "optim.lr=1")
+    assert_one_line(done, "Only data.shards, weights.towers, weights.init may be given")
+
+
+def test_every_exported_file_has_the_permissions_that_the_umask_allows(run, tmp_path):
+    program = f"import os, runpy; os.umask(0o027); {EXPORT}"
+    done = fork_python("-c", program, run, tmp_path / "model", "--language-model", tmp_path / "lm")
+    assert done.returncode == 0, done.stderr
+    files = [*(tmp_path / "model").iterdir(), *(tmp_path / "lm").iterdir()]
+    assert {path.suffix for path in files} >= {".safetensors", ".json", ".py", ".jinja", ".md"}
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {path.name: "0o640" for path in files}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_file_that_may_not_be_read_is_called_so(exported, tmp_path, name):
+    folder = tmp_path / "model"
+    shutil.copytree(exported, folder)
+    (folder / name).chmod(0)
+    program = OBEY_PERMISSIONS + "import runpy; runpy.run_module('pipeline.generate', run_name='__main__')"
+    done = fork_python("-c", program, folder, "--prompt", "x", "--device", "cpu")
+    assert done.returncode == 2
+    assert str(folder / name) in done.stderr
+    assert "may not be read" in done.stderr or "Permission denied" in done.stderr
+
+
+def test_bf16_halves_the_weights_and_rounds_each_of_them_once(run, exported, tmp_path):
+    export_run(run, tmp_path / "half", dtype=torch.bfloat16)
+    halves, whole = (load_file(folder / "model.safetensors") for folder in (tmp_path / "half", exported))
+    assert halves.keys() == whole.keys()
+    assert all(torch.equal(half, whole[name].bfloat16()) for name, half in halves.items())
+    assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_model_card_has_the_facts_of_the_run(run, shards, exported):
+    card = (exported / "README.md").read_text()
+    history = read_history(run)
+    text, align = history.losses[4]
+    for fact in (
+        "| steps done | 4 of 4 |",
+        f"| text loss at step 4 | {text:.4f} |",
+        f"| alignment loss at step 4 | {align:.4f} |" if align is not None else "| text loss",
+        f"| text loss on held-out samples at step 4 | {history.heldout[4][0]:.4f} |",
+        Manifest.load(shards).sha256,
+        "| squares | 35 |",
+        recipe_of_run(run).fingerprint(),
+        f"| torch | {torch.__version__.partition('+')[0]}",
+        "| language model | random weights | none |",
+        "AutoModelForImageTextToText.from_pretrained",
+        "For LoRA, choose the layers `in_proj`",
+    ):
+        assert fact in card, fact
+
+
 def test_export_with_alignment_keeps_the_alignment_module(run, tmp_path):
     export_run(run, tmp_path / "whole", step=None, with_alignment=True)
     model, _ = load(tmp_path / "whole", "cpu")
@@ -94,10 +169,6 @@ def test_exporting_a_damaged_checkpoint_is_a_user_error(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-LIMITED = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2); "
-EXPORT = "runpy.run_module('pipeline.export', run_name='__main__')"
-
-
 def test_a_full_disk_during_export_is_a_one_line_error_and_leaves_no_loadable_model(run, tmp_path):
     """Simulate the full disk with a limit on file sizes."""
     done = fork_python("-c", LIMITED + EXPORT, run, tmp_path / "out")
@@ -114,13 +185,6 @@ def test_exporting_an_unreadable_checkpoint_is_a_one_line_error(run, tmp_path):
     step = manifest.parent.name.removeprefix("step-")
     done = fork_python("-m", "pipeline.export", tmp_path / "run", tmp_path / "out", "--step", step)
     assert_one_line(done, "manifest.json")
-
-
-def assert_one_line(done, message):
-    assert done.returncode == 2
-    [line] = done.stderr.strip().splitlines()
-    assert line.startswith("error: ")
-    assert message in line
 
 
 def test_a_generation_prompt_is_a_prefix_of_the_training_tokens(shards, exported):
