@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -42,6 +42,10 @@ class InferenceEngine:
         sampling: How the next token is chosen.
         state_dtype: Type in which the states of the scans are kept; arithmetic is fp32.
         use_graphs: Whether to replay CUDA graphs; None: if the model is on a GPU and the graphs support it.
+
+    Attributes:
+        mark: Called during `run` with the phase that was just computed, or launched on a GPU: "image", "prompt" (the
+            prefill and the first token) or "token". `pipeline.latency` sets this attribute to measure the phases.
     """
 
     def __init__(
@@ -57,7 +61,10 @@ class InferenceEngine:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.max_batch, self.state_dtype = max_batch, state_dtype
         self.use_graphs = model.device.type == "cuda" if use_graphs is None else use_graphs
-        self.prefill = Prefill(model, state_dtype=state_dtype, use_graphs=self.use_graphs)
+        self.mark: Callable[[str], None] = lambda phase: None
+        self.prefill = Prefill(
+            model, state_dtype=state_dtype, use_graphs=self.use_graphs, mark=lambda phase: self.mark(phase)
+        )
         self.decoders: dict[int, Decoder] = {}
 
     def request(self, question: str, image: Pixels | None = None, *, max_new_tokens: int = 64) -> Request:
@@ -85,6 +92,7 @@ class InferenceEngine:
             tokenizer=self.tokenizer,
             sampling=self.sampling,
             max_batch=self.max_batch,
+            mark=self.mark,
         )
         return scheduler.run()
 

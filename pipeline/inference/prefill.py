@@ -30,10 +30,13 @@ class Prefill:
         model: Model to run.
         state_dtype: Type in which the states of the scans are returned.
         use_graphs: Whether small batches use CUDA graphs.
+        mark: Called with "image" after the visual tokens have been computed.
     """
 
-    def __init__(self, model: LoadedModel, *, state_dtype: torch.dtype, use_graphs: bool) -> None:
-        self.model, self.state_dtype = model, state_dtype
+    def __init__(
+        self, model: LoadedModel, *, state_dtype: torch.dtype, use_graphs: bool, mark: Callable[[str], None]
+    ) -> None:
+        self.model, self.state_dtype, self.mark = model, state_dtype, mark
         self.graphs = _Graphs() if use_graphs else None
         self.states: dict[int, Cache] = {}  # by batch size; all graphs of a batch size write the same states
 
@@ -68,6 +71,7 @@ class Prefill:
         if images:
             positions = to_device(np.flatnonzero(is_visual), device)
             x.flatten(0, 1).index_copy_(0, positions, self._visual_tokens(images).flatten(0, 1))
+            self.mark("image")
         return x, to_device(is_text | is_visual, device)
 
     def _visual_tokens(self, images: list[npt.NDArray[np.uint8]]) -> Tensor:  # [images, n, d]

@@ -67,6 +67,7 @@ class Scheduler:
         tokenizer: Tokenizer of the model.
         sampling: How the next token is chosen.
         max_batch: Largest number of rows.
+        mark: Called with "prompt" after a prefill and with "token" after a step.
     """
 
     def __init__(
@@ -78,9 +79,10 @@ class Scheduler:
         tokenizer: Tokenizer,
         sampling: Sampling,
         max_batch: int,
+        mark: Callable[[str], None],
     ) -> None:
         self.prefill, self.decoder_for = prefill, decoder_for
-        self.tokenizer, self.sampling = tokenizer, sampling
+        self.tokenizer, self.sampling, self.mark = tokenizer, sampling, mark
         self.unread = enumerate(requests)
         self.waiting: list[tuple[int, Request]] = []
         self.arrivals: deque[tuple[list[_Row | None], HostCopy]] = deque()  # tokens, and the rows that they belong to
@@ -95,6 +97,7 @@ class Scheduler:
             self._admit()
             if any(self.slots):
                 self.decoder.step()
+                self.mark("token")
                 self._expect(list(self.slots), self.decoder.tokens)
             elif not self.arrivals:
                 return
@@ -132,6 +135,7 @@ class Scheduler:
         new = Rows(cache=cache, tokens=tokens, keys=keys, positions=torch.ones_like(keys))
         self._expect([*rows], tokens)
         self.decoder.put(slots, new)
+        self.mark("prompt")
 
     def _shrink(self) -> None:
         """Move to a smaller decoder if few rows are left."""

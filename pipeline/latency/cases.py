@@ -42,7 +42,7 @@ class Selection:
         """Return the cases in the order of their importance.
 
         First the models at the first batch sizes, then what they are compared with, then the lengths, then the other
-        batch sizes. Last the lengths, and the second type of states, without the graph.
+        batch sizes. The remaining cases without the graph come last.
         """
         cases = list(dict.fromkeys(self._cases()))
         order = {subject: number for number, subject in enumerate(dict.fromkeys(map(_subject, cases)))}
@@ -52,11 +52,12 @@ class Selection:
         slow = self.graphs and not case.graph
         if case.tokens != self.tokens:
             return REST if slow else LENGTHS
-        if slow and case.implementation == "ours" and case.state != self.states[0]:
-            return REST
         if case.batch not in FIRST_BATCHES[case.implementation]:
-            return OTHER_BATCHES
-        return MODELS_FIRST if case.implementation == "ours" and case.model in self.models else PEERS_FIRST
+            return REST if slow else OTHER_BATCHES
+        ours = case.implementation == "ours"
+        if slow and ours and case.state != self.states[0]:
+            return REST
+        return MODELS_FIRST if ours and case.model in self.models else PEERS_FIRST
 
     def _cases(self) -> Iterator[Case]:
         graphs = (True, False) if self.graphs else (False,)

@@ -1,10 +1,12 @@
-"""Our models, from a preset with random weights or from an exported folder, run by the inference engine's parts."""
+"""Our models, from a preset with random weights or from an exported folder, run by the inference engine."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from model.config import EmmaConfig
@@ -13,12 +15,12 @@ from model.errors import UserError, did_you_mean
 from model.presets import PRESETS
 from model.vision import Towers
 from model.weights import LoadedModel
-from pipeline.inference.engine import load
-from pipeline.latency.contender import IMAGE, PROMPT, QUESTION, TEXT_TOKENS, TOKEN, Mark, bytes_per_step, random_images
-from preprocess.prompts import encode_prompt
+from pipeline.inference.engine import InferenceEngine, load
+from pipeline.inference.requests import Request
+from pipeline.latency.contender import QUESTION, TEXT_TOKENS, Mark, bytes_per_step
+from preprocess.prompts import END_OF_TEXT, Tokenizer, encode_prompt
 
 STATES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MAX_PREFILL_GRAPH = 8  # largest batch whose prefill waits for Python without a graph
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,40 +58,32 @@ def random_model(config: EmmaConfig, device: torch.device) -> LoadedModel:
     return LoadedModel(config=config, emma=emma, towers=towers, tokenizer=None, extra={}, device=device)
 
 
-class OwnParts:
-    """Image encoders, prefill and decoding step of our model, for one batch of images with the same question.
-
-    On a GPU, the step runs our kernels, with or without a CUDA graph.
-    """
+class EngineAnswers:
+    """Answers of the inference engine to one batch of requests, each about an image."""
 
     def __init__(self, own: OwnModel, *, batch: int, state: str, graph: bool) -> None:
-        self.emma, self.towers, config = own.loaded.emma, own.loaded.towers, own.loaded.config
-        self.pixels = random_images(config.vision, batch, own.loaded.device)
-        self.text = torch.tensor([own.prompt] * batch, device=own.loaded.device)
+        config, llm = own.loaded.config, own.loaded.emma.llm
         self.prompt_tokens = config.vision.num_patches + len(own.prompt)
-        self.bytes_per_step = bytes_per_step(self.emma.llm, config.llm, batch, STATES[state])
-        self.decoder = self.prefill_graph = None
-        if own.loaded.device.type == "cuda":
-            from model.kernels.decode_graph import DecodeGraph
-            from model.kernels.prefill_graph import PrefillGraph
+        self.bytes_per_step = bytes_per_step(llm, config.llm, batch, STATES[state])
+        self.engine = InferenceEngine(
+            own.loaded, _NEVER_STOPS, max_batch=batch, state_dtype=STATES[state], use_graphs=graph
+        )
+        noise = np.random.Generator(np.random.Philox(key=1))
+        shape = (config.vision.image_px, config.vision.image_px, 3)
+        self.images = [noise.integers(0, 256, shape, np.uint8) for _ in range(batch)]
+        self.prompt = own.prompt
 
-            self.decoder = DecodeGraph(self.emma.llm, batch, state_dtype=STATES[state], graph=graph)
-            if graph and batch <= MAX_PREFILL_GRAPH:
-                self.prefill_graph = PrefillGraph(self.emma.llm, batch, self.prompt_tokens)
-
-    @torch.no_grad()
     def answer(self, tokens: int, mark: Mark) -> None:
-        features = self.towers(self.pixels)
-        mark(IMAGE)
-        prompt = torch.cat(self.emma.embed(self.text, features), 1)
-        logits, cache = (self.prefill_graph or self.emma.llm.prefill)(prompt)
-        token = logits.argmax(-1)
-        if self.decoder:
-            self.decoder.load(cache)
-        mark(PROMPT)
-        for number in range(tokens - 1):
-            if self.decoder:
-                self.decoder.step(None if number else token)
-            else:
-                token = self.emma.llm.decode(token, cache).argmax(-1)
-            mark(TOKEN)
+        self.engine.mark = mark
+        self.engine.complete([Request(prompt=self.prompt, image=image, max_new_tokens=tokens) for image in self.images])
+
+
+def _tokenizer_that_never_stops() -> Tokenizer:
+    """Return a tokenizer whose end-of-text token no model generates. It decodes all tokens to empty text."""
+    model = {"type": "WordLevel", "vocab": {END_OF_TEXT[0]: 0}, "unk_token": END_OF_TEXT[0]}
+    tokenizer = Tokenizer(json.dumps({"version": "1.0", "model": model}).encode(), "none")
+    tokenizer.eos_id = -1
+    return tokenizer
+
+
+_NEVER_STOPS = _tokenizer_that_never_stops()

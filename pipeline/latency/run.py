@@ -14,7 +14,7 @@ from model.presets import PRESETS
 from pipeline.latency.contender import Contender
 from pipeline.latency.mamba_ssm_loop import MambaSsmLoop, mamba_ssm_twin
 from pipeline.latency.measure import Case, Effort, measure
-from pipeline.latency.own import OwnParts, open_model
+from pipeline.latency.own import EngineAnswers, open_model
 from pipeline.latency.peers import PEERS, PeerModel, TransformersPeer
 from pipeline.latency.report import label
 from pipeline.latency.results import Results, Row, environment
@@ -64,7 +64,7 @@ def _open(first: Case, device: torch.device) -> Callable[[Case], Contender]:
     _free_memory()
     if first.implementation == "ours":
         own = open_model(first.model, device)
-        return lambda case: OwnParts(own, batch=case.batch, state=case.state, graph=case.graph)
+        return lambda case: EngineAnswers(own, batch=case.batch, state=case.state, graph=case.graph)
     if first.implementation == "transformers":
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         peer = PeerModel(PEERS[first.model], device, dtype)
