@@ -96,7 +96,7 @@ def draw(rows: Sequence[Row], path: Path, *, card: str, tokens: int) -> None:
     measured = sorted((row for row in rows if "error" not in row), key=table_order)
     by_batch = curves([row for row in measured if row["tokens"] == tokens], "batch")
     by_length = curves([row for row in measured if row["batch"] == 1], "tokens")
-    draw_speed(by_batch, by_length, path, title=f"{card}, bf16 weights", tokens=tokens)
+    draw_speed(by_batch, by_length, path, title=card, tokens=tokens)
 
 
 def parse_args() -> argparse.Namespace:
