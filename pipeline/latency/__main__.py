@@ -2,7 +2,7 @@
 
     python -m pipeline.latency emma_v2 --markdown latency.md                # full size, random weights; needs a GPU
     python -m pipeline.latency models/v2 --peers --batches 1 64             # an exported model, without peers
-    python -m pipeline.latency emma_v2 emma_v1 --limit 400 --seconds 2      # again: measures what is missing
+    python -m pipeline.latency emma_v2 --limit 400 --seconds 2              # seven minutes; again: the missing rows
     python -m pipeline.latency --json latency.json --markdown latency.md    # print the rows of an earlier call
 
 A request is one image with "Describe this image in detail", answered by exactly 256 tokens. Presets and peers have
