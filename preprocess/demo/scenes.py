@@ -81,8 +81,8 @@ def draw_scenes(series: str) -> Iterator[Scene]:
 
 def draw_scene(rng: random.Random) -> Scene:
     colour = rng.choice(tuple(COLOURS))
-    paint = _shade(COLOURS[colour], 14, rng)
-    background = _shade(rng.choice(BACKGROUNDS), 8, rng)
+    paint = shade(COLOURS[colour], 14, rng)
+    background = shade(rng.choice(BACKGROUNDS), 8, rng)
     jitter = rng.randint(-JITTER_PX, JITTER_PX), rng.randint(-JITTER_PX, JITTER_PX)
     scene = Scene(background=background, colour=colour, paint=paint, jitter=jitter)
     kind = rng.choices(("single", "group", "word"), (0.45, 0.35, 0.2))[0]
@@ -94,7 +94,8 @@ def draw_scene(rng: random.Random) -> Scene:
     return replace(scene, shape=rng.choice(SHAPES), radius=rng.randint(*RADIUS_PX), cells=cells)
 
 
-def _shade(colour: Colour, spread: int, rng: random.Random) -> Colour:
+def shade(colour: Colour, spread: int, rng: random.Random) -> Colour:
+    """Return a random colour whose channels differ from those of `colour` by at most `spread`."""
     red, green, blue = (min(255, max(0, value + rng.randint(-spread, spread))) for value in colour)
     return red, green, blue
 
@@ -136,7 +137,7 @@ def render(scene: Scene) -> Image.Image:
             stroke_width=2,
         )
     for cell in scene.cells:
-        _draw_shape(pen, scene, cell_centre(scene, cell))
+        draw_shape(pen, scene.shape, cell_centre(scene, cell), scene.radius, scene.paint)
     return image
 
 
@@ -147,10 +148,11 @@ def cell_centre(scene: Scene, cell: Cell) -> tuple[float, float]:
     return left + (column + 0.5) * CELL_PX, top + (row + 0.5) * CELL_PX
 
 
-def _draw_shape(pen: ImageDraw.ImageDraw, scene: Scene, centre: tuple[float, float]) -> None:
-    (x, y), r, paint = centre, scene.radius, scene.paint
+def draw_shape(pen: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float], r: float, paint: Colour) -> None:
+    """Draw one of `SHAPES`, which is at most 2 · `r` pixels wide and high."""
+    x, y = centre
     box = (x - r, y - r, x + r, y + r)
-    match scene.shape:
+    match shape:
         case "circle":
             pen.ellipse(box, fill=paint)
         case "square":
