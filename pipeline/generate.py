@@ -108,8 +108,7 @@ def _answer_file(args: argparse.Namespace) -> None:
     questions = [Question(question=row["question"], image=row["image"]) for row in rows]
     images = find_images(questions, args.images)
     engine = _engine(args)
-    state_dtype = STATE_DTYPES[args.state_dtype]
-    key = answer_key(args.model, engine, args.max_new_tokens, stop=args.stop, state_dtype=state_dtype)
+    key = answer_key(args.model, engine, args.max_new_tokens, args.stop)
     with Journal(args.out.with_name(f"{args.out.name}.journal"), key) as journal:
         answers = answer_questions(
             engine, questions, images, max_new_tokens=args.max_new_tokens, stop=args.stop, journal=journal
@@ -130,7 +129,7 @@ def _converse(args: argparse.Namespace) -> None:
     for question in _read_questions() if args.prompt is None else [clean_terminal_text(args.prompt)]:
         pieces = dialogue.ask(question, max_new_tokens=args.max_new_tokens, stop=args.stop)
         if args.json:
-            print(json.dumps({"question": question, "answer": "".join(pieces)}), flush=True)
+            print(json.dumps({"question": question, "answer": "".join(pieces).strip()}), flush=True)
             continue
         for piece in pieces:
             print(piece, end="", flush=True)

@@ -97,14 +97,14 @@ def test_one_question_prints_the_engines_answer(generate, tiny_model: Path, nois
 
 
 def test_a_seed_repeats_a_sampled_answer_and_another_seed_changes_it(generate, tiny_model: Path) -> None:
-    words = [tiny_model, "--prompt", "Which?", "--temperature", "2", "--max-new-tokens", "12"]
+    words = [tiny_model, "--prompt", "Which?", "--temperature", "2", "--max-new-tokens", "40"]
     first = generate(*words, "--seed", "1")
     assert first == generate(*words, "--seed", "1")
     assert first != generate(*words, "--seed", "2")
 
 
 def test_top_k_without_a_temperature_samples(generate, tiny_model: Path) -> None:
-    words = [tiny_model, "--prompt", "Which?", "--max-new-tokens", "12"]
+    words = [tiny_model, "--prompt", "Which?", "--max-new-tokens", "40"]
     greedy = generate(*words)
     assert generate(*words, "--top-k", "1") == greedy
     assert generate(*words, "--top-k", "100", "--seed", "3") != greedy

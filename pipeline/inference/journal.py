@@ -21,8 +21,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from model.errors import UserError
 from model.weights import weights_sha256
 from pipeline.inference.engine import InferenceEngine
@@ -118,12 +116,7 @@ class Journal:
 
 
 def answer_key(
-    model_folder: str | Path,
-    engine: InferenceEngine,
-    max_new_tokens: int,
-    *,
-    stop: tuple[str, ...] = (),
-    state_dtype: torch.dtype = torch.float32,
+    model_folder: str | Path, engine: InferenceEngine, max_new_tokens: int, stop: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """Return a journal's key for the answers of an engine: the model's hashes, and everything that selects tokens."""
     return {
@@ -131,7 +124,7 @@ def answer_key(
         "tokenizer_sha256": engine.tokenizer.sha256,
         "template": engine.model.config.template,
         "dtype": str(next(engine.model.emma.parameters()).dtype),
-        "state_dtype": str(state_dtype),
+        "state_dtype": str(engine.state_dtype),
         **asdict(engine.sampling),
         "max_new_tokens": max_new_tokens,
         "stop": list(stop),
