@@ -1,5 +1,6 @@
 # Every target installs what it needs, so `make demo` and `make test` work on a fresh machine.
 PYTHON ?= python3
+EXTRAS ?= dev
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -10,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-install: $(INSTALLED)  ## create .venv and install the project in it (PYTHON=python3.12 selects the interpreter)
+install: $(INSTALLED)  ## create .venv and install the project in it (PYTHON=python3.12 EXTRAS=dev,eval)
 
 demo: $(INSTALLED)  ## run the whole chain on the CPU: data, shards, training, a kill, resuming, answers
 	@$(BIN)/python -m pipeline.demo
@@ -32,5 +33,5 @@ $(INSTALLED): pyproject.toml
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
 	  { echo "error: $(PYTHON) cannot create virtual environments; apt-get install python3-venv"; rm -rf $(VENV); exit 2; }
 	@echo "installing into $(VENV): about 6 GB with the CUDA libraries; this takes minutes"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	@touch $@

@@ -6,6 +6,7 @@ in test_pipeline_benchmark_arguments.py.
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from tests.support.launch import run_python
 from tests.support.tiny_benchmarks import EXPECTED, TABLES, grey_level, write_benchmarks
 from tests.support.tiny_model import save_tiny_model
 
-pytest.importorskip("lmms_eval", reason="needs the extra [eval]")
+pytestmark = pytest.mark.skipif(find_spec("lmms_eval") is None, reason="needs the extra [eval]")
 KILL_AFTER = 30
 TINY = ("pope", "vsr")
 

@@ -3,11 +3,13 @@
 import json
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tests.support.slurm import NODES, REPOSITORY, SlurmCluster
+from tests.support.tiny_benchmarks import write_benchmarks
 from tests.support.tiny_model import save_tiny_model
 
 SCRIPT = "slurm/evaluate_emma.sh"
@@ -90,10 +92,8 @@ def test_scancel_ends_an_evaluation_without_a_requeue(slurm, wait_until_answerin
     assert_end(slurm, job, "CANCELLED", restarts=0)
 
 
+@pytest.mark.skipif(find_spec("lmms_eval") is None, reason="needs the extra [eval]")
 def test_a_job_with_two_tasks_evaluates_a_model_on_a_benchmark(slurm, tmp_path):
-    pytest.importorskip("lmms_eval", reason="needs the extra [eval]")
-    from tests.support.tiny_benchmarks import write_benchmarks
-
     write_benchmarks(tmp_path / "data")
     model = save_tiny_model(tmp_path / "model")
     words = (model, "--tasks", "vsr", "--data", tmp_path / "data", "--device", "cpu")

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -249,6 +248,8 @@ def write_benchmarks(folder: Path) -> dict[str, str]:
 
 
 def _write(folder: Path, name: str, key: str, documents: list[dict[str, Any]]) -> None:
+    import datasets  # part of the extra [eval]
+
     path = folder / name / BENCHMARKS[name].patterns[key].replace("*", "00000-of-00001")
     path.parent.mkdir(parents=True, exist_ok=True)
     table = datasets.Dataset.from_list(documents).with_format("arrow")[:]
