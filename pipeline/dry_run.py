@@ -16,7 +16,7 @@ import argparse
 import json
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from pipeline.engine import Engine, build_engine, init_distributed
 from pipeline.flops import GIB, flops_per_sample
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.step import optimizer_step
+from pipeline.step_profile import StepProfile, profile_step
 from preprocess.shards.folder import ShardFolder
 from preprocess.shards.manifest import load_index
 from preprocess.strict_toml import UNSET
@@ -51,6 +52,7 @@ class Trial:
     step_s          seconds for forward, backward and update of one micro-batch; None if it ran out of memory
     *_gib           peak of allocated GPU memory in each phase
     useful_tflops   TFLOP/s, recomputation not counted
+    profile         GPU time of a further step, if asked for
     """
 
     micro_batch: int
@@ -60,13 +62,16 @@ class Trial:
     backward_gib: float = 0.0
     update_gib: float = 0.0
     useful_tflops: float = 0.0
+    profile: StepProfile | None = None
 
     @property
     def peak_gib(self) -> float:
         return max(self.forward_gib, self.backward_gib, self.update_gib)
 
 
-def try_sizes(recipe: Recipe, sizes: list[int], *, world_size: int, memory_gib: float, text_tokens: int) -> list[Trial]:
+def try_sizes(
+    recipe: Recipe, sizes: list[int], *, world_size: int, memory_gib: float, text_tokens: int, profile: bool = False
+) -> list[Trial]:
     """Try micro-batch sizes in the given order until one does not fit. Call this once per process."""
     ranks = fake_ranks(recipe, world_size)
     recipe = replace(recipe, optim=replace(recipe.optim, micro_batch=sizes[0], global_batch=sizes[0] * world_size))
@@ -79,7 +84,7 @@ def try_sizes(recipe: Recipe, sizes: list[int], *, world_size: int, memory_gib: 
     trials = []
     for size in sizes:
         batch = random_batch(recipe, size, text_tokens, world_size)
-        trials.append(try_size(engine, towers, recipe, batch, text_tokens))
+        trials.append(try_size(engine, towers, recipe, batch, text_tokens, profile=profile))
         if trials[-1].step_s is None:
             break
     return trials
@@ -102,7 +107,9 @@ def limit_memory(device: torch.device, gib: float) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
 
-def try_size(engine: Engine, towers: Towers, recipe: Recipe, batch: GlobalBatch, text_tokens: int) -> Trial:
+def try_size(
+    engine: Engine, towers: Towers, recipe: Recipe, batch: GlobalBatch, text_tokens: int, *, profile: bool = False
+) -> Trial:
     """Run several steps of one micro-batch. Return the median step time and the memory peak of each phase."""
     size = len(batch.micro_batches[0].tokens)
     peaks = {"forward": 0.0, "backward": 0.0, "update": 0.0}
@@ -116,6 +123,7 @@ def try_size(engine: Engine, towers: Towers, recipe: Recipe, batch: GlobalBatch,
                 optimizer_step(engine, towers, recipe, batch, lr=0.0)
             synchronize(engine.device)
             times.append(time.perf_counter() - begun)
+        profiled = profile_step(lambda: optimizer_step(engine, towers, recipe, batch, lr=0.0)) if profile else None
     except torch.OutOfMemoryError:
         return Trial(micro_batch=size, step_s=None)
     step_s = sorted(times[WARM_UP_STEPS:])[TIMED_STEPS // 2]
@@ -123,7 +131,7 @@ def try_size(engine: Engine, towers: Towers, recipe: Recipe, batch: GlobalBatch,
     flops = flops_per_sample(recipe.config, text_tokens, supervised, recipe.engine.segment_layers, kept)
     gib = {f"{phase}_gib": value for phase, value in peaks.items()}
     tflops = flops.useful * size / step_s / 1e12
-    return Trial(micro_batch=size, step_s=step_s, keep_layers=kept, useful_tflops=tflops, **gib)
+    return Trial(micro_batch=size, step_s=step_s, keep_layers=kept, useful_tflops=tflops, profile=profiled, **gib)
 
 
 class measured_phases:  # noqa: N801 (reads as a verb in its with statement)
@@ -213,10 +221,18 @@ def table(trials: list[Trial], memory_gib: float) -> str:
             f"{trial.forward_gib:17.1f}  {trial.backward_gib:8.1f}  {trial.update_gib:6.1f}"
         )
     fitting = [trial.micro_batch for trial in trials if trial.step_s is not None]
+    lines += [profile_line(trial) for trial in trials if trial.profile]
     lines.append(
         f"largest that fits: {max(fitting)}" if fitting else "none fits: recompute more layers, or use more ranks"
     )
     return "\n".join(lines)
+
+
+def profile_line(trial: Trial) -> str:
+    assert trial.profile is not None
+    kinds = ", ".join(f"{kind} {1000 * seconds:.0f}" for kind, seconds in trial.profile.seconds_by_kind.items())
+    busy, kernels = 1000 * trial.profile.busy_s, trial.profile.kernels
+    return f"micro-batch {trial.micro_batch}: {kernels} kernels run for {busy:.0f} ms: {kinds}"
 
 
 def main() -> None:
@@ -230,6 +246,7 @@ def main() -> None:
     parser.add_argument(
         "--micro-batches", type=int, nargs="+", help="sizes to try (default: 1, 2, 4, … up to global_batch / ranks)"
     )
+    parser.add_argument("--profile", action="store_true", help="also measure the GPU time of each kind of kernel")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements to this file")
     args = parser.parse_intermixed_args()
     for option in ("ranks", "memory_gib", "text_tokens", "micro_batches"):
@@ -240,7 +257,10 @@ def main() -> None:
     share = max(1, recipe.optim.global_batch // args.ranks)
     sizes = args.micro_batches or [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= share]
     text_tokens = longest_text(recipe, args.text_tokens)
-    trials = try_sizes(recipe, sizes, world_size=args.ranks, memory_gib=args.memory_gib, text_tokens=text_tokens)
+    if args.profile and not torch.cuda.is_available():
+        raise UserError("--profile: torch finds no GPU on this machine")
+    limits = {"memory_gib": args.memory_gib, "text_tokens": text_tokens}
+    trials = try_sizes(recipe, sizes, world_size=args.ranks, profile=args.profile, **limits)
     device = "cuda" if torch.cuda.is_available() and recipe.engine.device != "cpu" else "cpu"
     print(
         f"{recipe.model}, rank 0 of {args.ranks}, {recipe.config.vision.num_patches} + {text_tokens} tokens; ", end=""
@@ -249,7 +269,7 @@ def main() -> None:
     print(f"activation checkpoints in segments of {recipe.engine.segment_layers} layers")
     print(table(trials, args.memory_gib))
     if args.json:
-        args.json.write_text(json.dumps([vars(trial) for trial in trials], indent=2))
+        args.json.write_text(json.dumps([asdict(trial) for trial in trials], indent=2))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"build_shards", "shardset"},
     ],
     "pipeline": [
-        {"config", "errors", "flops", "inference"},
+        {"config", "errors", "flops", "step_profile", "inference"},
         {"distributed", "recipe"},
         {"data", "evaluation", "initial_model", "lr_schedule", "optimizer"},
         {"engine", "prefetch"},
