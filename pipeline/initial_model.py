@@ -55,7 +55,10 @@ def open_init(recipe: Recipe) -> ExportedFolder:
     Raises: UserError if there is no such model, or if its architecture is not that of the recipe's preset.
     """
     assert recipe.weights.init is not None
-    exported = open_exported(Path(recipe.weights.init))
+    try:
+        exported = open_exported(Path(recipe.weights.init))
+    except UserError as error:
+        raise UserError(f"weights.init: {error}") from None
     found, expected = _architecture(exported.config), _architecture(recipe.config)
     if exported.config.alignment is None or recipe.config.alignment is None:  # then no alignment is loaded
         found["alignment"] = expected["alignment"] = None
