@@ -1,4 +1,4 @@
-"""Compatibility with shard sets of version 0.1: reruns must not rebuild them, although messages have changed."""
+"""Compatibility with shard sets of version 0.1, and reruns of a build by the same version of the builder."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from preprocess import build_shards
+from preprocess.builder import plan
 from preprocess.rejects import Rejected
 from preprocess.shards.verify import verify
 from tests.support.launch import REPOSITORY
@@ -32,6 +33,12 @@ def built_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "shards"
 
 
+@pytest.fixture
+def _same_builder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the builder the version that built the old set."""
+    monkeypatch.setattr(plan, "BUILDER", 4)
+
+
 def hashes(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
 
@@ -50,17 +57,38 @@ def reword_every_reject(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Rejected, "__init__", reworded)
 
 
-def test_rerunning_the_build_command_leaves_an_old_set_byte_identical(built_before: Path) -> None:
-    before = write_times(built_before)
+def test_rerunning_the_build_command_replaces_an_old_set_and_says_so(built_before: Path) -> None:
     program = [sys.executable, str(REPOSITORY / "preprocess/build_shards.py"), *COMMAND]
+    checked = subprocess.run([*program, "--check"], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+    assert hashes(built_before) == hashes(V0_1 / "shards")
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"{built_before} is up to date: 14 samples in 2 shards, 2 of 16 rows rejected" in done.stdout
+    note = f"note: 2 of 2 shards in {built_before} were built by an earlier version, and a build replaces them"
+    assert note in checked.stdout
+    assert note in done.stdout
+    assert f"{built_before} is built: 14 samples in 2 shards, 2 of 16 rows rejected" in done.stdout
+    assert list(verify(built_before)) == []
+    tars = [name for name in hashes(built_before) if name.endswith(".tar")]
+    assert [hashes(built_before)[tar] for tar in tars] == [hashes(V0_1 / "shards")[tar] for tar in tars]
+    again = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert "is up to date" in again.stdout
+    assert "note: " not in again.stdout
+
+
+@pytest.mark.usefixtures("_same_builder")
+def test_rerunning_the_build_command_leaves_a_finished_set_byte_identical(
+    built_before: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = write_times(built_before)
+    assert build_shards.main(COMMAND) == 0
+    output = capsys.readouterr().out
+    assert f"{built_before} is up to date: 14 samples in 2 shards, 2 of 16 rows rejected" in output
     assert hashes(built_before) == hashes(V0_1 / "shards")
     assert write_times(built_before) == before, "files were written again"
-    assert list(verify(built_before)) == []
 
 
+@pytest.mark.usefixtures("_same_builder")
 def test_a_set_is_up_to_date_although_the_wording_of_rejects_has_changed(
     built_before: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,6 +98,7 @@ def test_a_set_is_up_to_date_although_the_wording_of_rejects_has_changed(
     assert hashes(built_before) == hashes(V0_1 / "shards")
 
 
+@pytest.mark.usefixtures("_same_builder")
 def test_a_rebuilt_reject_list_has_the_new_wording_for_early_rejects_only(
     built_before: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,6 +124,7 @@ CHANGES: dict[str, Any] = {
 }
 
 
+@pytest.mark.usefixtures("_same_builder")
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_set_is_rebuilt_if_a_rejected_row_changes(
     built_before: Path, change: str, capsys: pytest.CaptureFixture[str]
@@ -109,6 +139,7 @@ def test_a_set_is_rebuilt_if_a_rejected_row_changes(
     assert list(verify(built_before)) == []
 
 
+@pytest.mark.usefixtures("_same_builder")
 def test_a_set_is_rebuilt_if_another_row_is_rejected(
     built_before: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

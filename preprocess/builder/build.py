@@ -12,6 +12,7 @@ from preprocess.atomic import publish, published
 from preprocess.builder.finalise import ManifestInputs, publish_index, publish_manifest, publish_rejects
 from preprocess.builder.output_folder import (
     build_lock,
+    earlier_version_note,
     refuse_foreign_files,
     remove_leftovers,
     remove_manifest,
@@ -54,6 +55,8 @@ def check(request: BuildRequest) -> None:
     _refuse_too_many(request, work.rejects, work.rows, "a build lists them in rejects.jsonl before it reads any image")
     tasks = plan_tasks(request, work)
     missing = [task for task in tasks if not reusable_shard(task)]
+    for line in earlier_version_note(request.folder, missing):
+        print(line, flush=True)
     print(f"{len(tasks)} shards of {work.dialogues} dialogues, {len(missing)} of them to be built in {request.folder}")
 
 
@@ -91,6 +94,9 @@ def _reuse_or_build(request: BuildRequest, work: Worklist) -> tuple[Manifest, st
     if len(reused) == len(tasks) and (manifest := reusable_manifest(request, work, tasks)):
         _report_rejects(request, count_rejects(request.folder.rejects), work.rows)
         return manifest, "is up to date"
+    missing = [task for task, result in zip(tasks, found, strict=True) if result is None]
+    for note in earlier_version_note(request.folder, missing):
+        print(note, flush=True)
     return _build_set(request, work, tasks, reused), "is built"
 
 

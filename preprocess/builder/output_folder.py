@@ -17,7 +17,7 @@ from model.errors import UserError, oserror_remedy, oserror_text
 from model.hashing import file_sha256
 from preprocess.annotations.worklist import Worklist
 from preprocess.atomic import sync_folder
-from preprocess.builder.plan import set_spec_sha256
+from preprocess.builder.plan import earlier_specs, set_spec_sha256
 from preprocess.builder.request import BuildRequest
 from preprocess.builder.task import ShardResult, ShardTask, same_images
 from preprocess.images.store import ImageStore
@@ -99,6 +99,24 @@ def reusable_shard(task: ShardTask, *, compare_images: bool = False) -> ShardRes
         return ShardResult(
             name=task.name, dialogues=task.range.count, samples=sidecar["samples"], rejects=dict(rejects)
         )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def earlier_version_note(folder: ShardFolder, tasks: Sequence[ShardTask]) -> Iterator[str]:
+    """Yield a note if shards differ from the tasks only in the version of the builder."""
+    earlier = sum(_read_spec(task) in earlier_specs(task) for task in tasks)
+    if earlier:
+        yield (
+            f"note: {earlier} of {len(tasks)} shards in {folder} were built by an earlier version, and a build replaces "
+            "them: see CHANGELOG.md for what changes. A training on the old shards cannot continue on the new ones; give "
+            "another --out to keep the old shards"
+        )
+
+
+def _read_spec(task: ShardTask) -> str | None:
+    try:
+        return json.loads(task.sidecar.read_bytes())["spec_sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-from preprocess.annotations.worklist import Worklist, make_worklist
+from preprocess.annotations.worklist import DialogueRange, Worklist, make_worklist
 from preprocess.atomic import canonical_json, published
 from preprocess.builder.request import BuildRequest
+from preprocess.builder.sample_encoder import SampleSettings
 from preprocess.builder.task import ShardTask
 from preprocess.progress import LOG_EVERY_S
 
-BUILDER = 4  # raise it when the bytes of shards change for the same input, so that every shard is rebuilt
+BUILDER = 5  # raise it when the bytes of shards change for the same input, so that every shard is rebuilt
 
 
 def write_worklist(request: BuildRequest) -> Worklist:
@@ -36,7 +37,7 @@ def plan_tasks(request: BuildRequest, work: Worklist) -> list[ShardTask]:
     return [
         ShardTask(
             name=f"shard-{number:05d}",
-            spec_sha256=_sha256([BUILDER, asdict(settings), part.first, part.sha256]),
+            spec_sha256=_task_sha256(BUILDER, settings, part),
             range=part,
             settings=settings,
             folder=request.folder,
@@ -45,6 +46,15 @@ def plan_tasks(request: BuildRequest, work: Worklist) -> list[ShardTask]:
         )
         for number, part in enumerate(work.ranges)
     ]
+
+
+def earlier_specs(task: ShardTask) -> list[str]:
+    """Return the `spec_sha256` that earlier versions of the builder gave to the same task."""
+    return [_task_sha256(builder, task.settings, task.range) for builder in range(1, BUILDER)]
+
+
+def _task_sha256(builder: int, settings: SampleSettings, part: DialogueRange) -> str:
+    return _sha256([builder, asdict(settings), part.first, part.sha256])
 
 
 def set_spec_sha256(

@@ -7,26 +7,42 @@ transparency    Transparent pixels are blended with white, as a web page would s
 16 bits         Values are divided by 257. Wider integers and floating-point pixels are rejected.
 animations      The first frame is used.
 orientation     The image is rotated as its EXIF data says, or its XMP data if there is no EXIF data.
+metadata        All other metadata is ignored, even if it is damaged or too large for Pillow.
+missing data    A JPEG is rejected if parts of its data are missing, which decoders fill with grey, or overwritten.
 size            Every image is resized with bicubic antialiasing; the aspect ratio is not kept.
 
-If simplejpeg is installed, it decodes plain JPEGs, because it is faster than Pillow and gives the same pixels.
+If simplejpeg is installed, it decodes plain JPEGs, because it is faster than Pillow and gives the same pixels. It also
+reports overwritten data that Pillow does not notice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import io
 import re
 import warnings
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from model.errors import UserError
+from preprocess.images.jpeg_structure import (
+    OVERWRITTEN,
+    ZEROS,
+    find_damage,
+    has_huffman_codes,
+    with_extra_data,
+    with_other_end,
+)
+from preprocess.images.metadata import orientation, turn_upright, without_metadata
+from preprocess.images.png_structure import has_damaged_data
 from preprocess.images.store import ImageStore
 from preprocess.rejects import REASONS, Rejected
 
@@ -75,7 +91,15 @@ Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked instead, before any pixel
 Pixels = npt.NDArray[np.uint8]
 _TRUNCATED = ("truncated", "premature end", "not enough image data", "unexpected end")
 _OBJECT_ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>")  # removed from messages, because it differs from run to run
-_ORIENTATION_MARKS = (b"Exif\0", b"tiff:Orientation")  # EXIF, and its equivalent in an XMP packet
+_PROGRESSIVE_FRAME = b"\xff\xc2"
+_PREMATURE_END = "premature end of data segment"
+# libjpeg's warnings about missing and overwritten data. Others are harmless, such as extraneous bytes before the end.
+_JPEG_WARNINGS = {
+    "picture_truncated": re.compile(_PREMATURE_END),
+    "picture_corrupt": re.compile(
+        r"bad (Huffman|arithmetic) code|found marker .* instead of RST.*|\d+ extraneous bytes before marker 0xd[0-7]"
+    ),
+}
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -95,55 +119,87 @@ def detect_format(data: bytes) -> str:
     raise Rejected("picture_unknown_format", f"starts with {data[:8]!r}")
 
 
-def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """Decode an image file to RGB [h, w, 3]. Raises: Rejected if it is damaged or has more than `max_pixels`."""
+def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS, keep_damaged: bool = False) -> Pixels:
+    """Decode an image file to RGB [h, w, 3].
+
+    Args:
+        keep_damaged: Accept damage that decoders fill with grey, as builds of earlier versions did.
+
+    Raises:
+        Rejected: If the file is damaged or has more than `max_pixels`.
+    """
     name = detect_format(data)
-    if name == "jpg" and (pixels := _decode_plain_jpeg(data, max_pixels)) is not None:
-        return pixels
-    image_format = FORMATS[name]
+    pixels, warning = _decode_plain_jpeg(data, max_pixels) if name == "jpg" else (None, "")
+    if name == "jpg" and not keep_damaged:
+        pixels = _checked_jpeg(data, max_pixels, pixels, warning)
+    elif pixels is None:
+        pixels = _decode_with_pillow(data, name, max_pixels)
+    if name == "png" and not keep_damaged and has_damaged_data(data):
+        raise Rejected("picture_corrupt", "png: the checksum of its pixel data does not match")
+    return turn_upright(pixels, orientation(data, name))
+
+
+def _decode_plain_jpeg(data: bytes, max_pixels: int) -> tuple[Pixels | None, str]:
+    """Decode with simplejpeg. Return None, and the warning of simplejpeg, for any unusual or damaged file."""
+    if simplejpeg is None:
+        return None, ""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns about unusual files even if it decodes them correctly
-            with Image.open(io.BytesIO(data), formats=[image_format.pillow]) as image:
-                _check_pixel_count(image, int(max_pixels / image_format.memory_per_pixel))
-                return _decode_with_pillow(image)
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours not in ("YCbCr", "RGB", "Gray") or height * width > max_pixels:
+            return None, ""
+        return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True), ""
+    except MemoryError:
+        raise
+    except Exception as error:  # not only ValueError: an unknown chroma subsampling raises KeyError
+        return None, str(error)
+
+
+def _decode_with_pillow(data: bytes, name: str, max_pixels: int) -> Pixels:
+    """Decode as the file stores the pixels, except for TIFFs, which Pillow turns upright. Raises: Rejected."""
+    try:
+        return _load_with_pillow(data, name, max_pixels)
     except (Rejected, MemoryError):
         raise
     except Exception as error:  # decoders have no common base class for errors
         message = _OBJECT_ADDRESS.sub("", str(error))
-        truncated = any(sign in message.lower() for sign in _TRUNCATED)
-        raise Rejected("picture_truncated" if truncated else "picture_corrupt", f"{name}: {message}") from None
-
-
-def _decode_plain_jpeg(data: bytes, max_pixels: int) -> Pixels | None:
-    """Decode with simplejpeg. Return None for any unusual or damaged file, because Pillow reports errors better."""
-    if simplejpeg is None or any(mark in data for mark in _ORIENTATION_MARKS):
-        return None
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if colours not in ("YCbCr", "RGB") or height * width > max_pixels:
-            return None
-        return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True)
-    except MemoryError:
+        if (bare := without_metadata(data, name)) != data:
+            return _load_with_pillow(bare, name, max_pixels)
+    except (Rejected, MemoryError):
         raise
-    except Exception:  # not only ValueError: an unknown chroma subsampling raises KeyError
-        return None
+    except Exception:
+        pass  # the failure to decode the whole file is reported
+    truncated = any(sign in message.lower() for sign in _TRUNCATED)
+    raise Rejected("picture_truncated" if truncated else "picture_corrupt", f"{name}: {message}")
 
 
-def _decode_with_pillow(image: Image.Image) -> Pixels:
-    """Decode an image, and convert it to RGB in strips.
+def _load_with_pillow(data: bytes, name: str, max_pixels: int) -> Pixels:
+    with _open_with_pillow(data, name, max_pixels) as image:
+        width, height = image.size
+        pixels = np.empty((height, width, 3), np.uint8)
+        for rows, strip in _strips(image):
+            pixels[rows] = strip
+        return pixels
 
-    Converting the whole image at once would need memory for several copies of it.
-    """
-    image.load()
-    ImageOps.exif_transpose(image, in_place=True)
+
+@contextlib.contextmanager
+def _open_with_pillow(data: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
+    image_format = FORMATS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns about unusual files even if it decodes them correctly
+        with Image.open(io.BytesIO(data), formats=[image_format.pillow]) as image:
+            _check_pixel_count(image, int(max_pixels / image_format.memory_per_pixel))
+            image.load()
+            yield image
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[slice, Pixels]]:
+    """Convert an image to RGB in strips of rows. Converting it at once would need memory for several copies of it."""
     width, height = image.size
-    pixels = np.empty((height, width, 3), np.uint8)
     rows = max(1, STRIP_PIXELS // width)
     for top in range(0, height, rows):
         strip = image.crop((0, top, width, min(top + rows, height)))
-        pixels[top : top + rows] = np.asarray(_to_rgb(strip))
-    return pixels
+        yield slice(top, top + rows), np.asarray(_to_rgb(strip))
 
 
 def _check_pixel_count(image: Image.Image, max_pixels: int) -> None:
@@ -178,6 +234,66 @@ def _blend_with_white(image: Image.Image) -> Image.Image:
     background = Image.new("RGB", image.size, "white")
     background.paste(image, mask=image.getchannel("A"))
     return background
+
+
+# -- Damage that decoders hide ---------------------------------------------------------------------------------------
+
+
+def _checked_jpeg(data: bytes, max_pixels: int, pixels: Pixels | None, warning: str) -> Pixels:
+    """Return the pixels of a JPEG, unless parts of its data are missing or overwritten.
+
+    Args:
+        pixels: Pixels that simplejpeg decoded, or None.
+        warning: Warning of simplejpeg.
+
+    Raises: Rejected.
+    """
+    for reason, pattern in _JPEG_WARNINGS.items():
+        if match := pattern.search(warning):
+            raise Rejected(reason, f"jpg: {match[0]}")
+    if pixels is None:
+        return _decode_unusual_jpeg(data, max_pixels)
+    if ZEROS in data or _PROGRESSIVE_FRAME in data:  # other damage would have caused a warning
+        _reject_damaged_structure(data)
+    return pixels
+
+
+def _reject_damaged_structure(data: bytes) -> None:
+    if damage := find_damage(data):
+        raise Rejected("picture_corrupt" if damage == OVERWRITTEN else "picture_truncated", f"jpg: {damage}")
+
+
+def _decode_unusual_jpeg(data: bytes, max_pixels: int) -> Pixels:
+    """Decode with Pillow. Find damage that Pillow does not report by decoding changed copies of the file.
+
+    Checksums of the pixels are compared, because the memory of a worker does not suffice for two large images.
+
+    Raises: Rejected.
+    """
+    bare = without_metadata(data, "jpg") if has_huffman_codes(data) else b""
+    complete = _pixel_checksum(with_extra_data(bare), max_pixels)
+    pixels = _decode_with_pillow(data, "jpg", max_pixels)
+    _reject_damaged_structure(data)
+    checksum = zlib.crc32(pixels.data)
+    if complete not in (checksum, None):
+        raise Rejected("picture_truncated", f"jpg: {_PREMATURE_END}")
+    if ZEROS in bare and (other := with_other_end(bare)) and _pixel_checksum(other, max_pixels) == checksum:
+        raise Rejected("picture_corrupt", f"jpg: {OVERWRITTEN}")
+    return pixels
+
+
+def _pixel_checksum(jpeg: bytes, max_pixels: int) -> int | None:
+    """Return a checksum of the decoded pixels, or None if decoding fails."""
+    checksum = 0
+    try:
+        with _open_with_pillow(jpeg, "jpg", max_pixels) as image:
+            for _, strip in _strips(image):
+                checksum = zlib.crc32(np.ascontiguousarray(strip).data, checksum)
+    except MemoryError:
+        raise
+    except Exception:
+        return None
+    return checksum
 
 
 # -- Resizing --------------------------------------------------------------------------------------------------------
@@ -240,7 +356,7 @@ def decode_stored_image(data: bytes, image_px: int | None = None) -> Pixels:
     """
     if data[:6] == b"\x93NUMPY":
         return np.load(io.BytesIO(data), allow_pickle=False)
-    pixels = decode_rgb(data)
+    pixels = decode_rgb(data, keep_damaged=True)
     return pixels if image_px is None else resize_to_square(pixels, image_px)
 
 
