@@ -108,9 +108,9 @@ def earlier_version_note(folder: ShardFolder, tasks: Sequence[ShardTask]) -> Ite
     earlier = sum(_read_spec(task) in earlier_specs(task) for task in tasks)
     if earlier:
         yield (
-            f"note: {earlier} of {len(tasks)} shards in {folder} were built by an earlier version, and a build replaces "
-            "them: see CHANGELOG.md for what changes. A training on the old shards cannot continue on the new ones; give "
-            "another --out to keep the old shards"
+            f"note: {earlier} of {len(tasks)} shards in {folder} were built by an earlier version, and a build "
+            "replaces them: see CHANGELOG.md for what changes. A training on the old shards cannot continue on the "
+            "new ones; give another --out to keep the old shards"
         )
 
 
