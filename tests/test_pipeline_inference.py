@@ -15,6 +15,7 @@ from model.presets import preset
 from model.vision import Towers
 from model.weights import LoadedModel
 from pipeline.inference import scheduler
+from pipeline.inference.decoder import EagerDecoder
 from pipeline.inference.engine import InferenceEngine
 from pipeline.inference.requests import Completion, Request, Sampling
 from preprocess.prompts import Tokenizer, encode_prompt, load_tokenizer
@@ -210,6 +211,41 @@ def test_the_state_of_a_dialogue_is_that_of_its_whole_prompt(
         assert_equal_states(dialogue.saved[0][1], states)
         [alone] = engine.complete([Request(prompt=prompt, image=image, max_new_tokens=limit)])
         assert dialogue.turns[-1]["value"] == alone.text
+
+
+def test_a_second_question_costs_its_own_tokens_only(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = InferenceEngine(random_model("tiny_v2"), tokenizer)
+    steps: list[Tensor | None] = []
+    step = EagerDecoder.step
+
+    def record(self: EagerDecoder, tokens: Tensor | None = None) -> Tensor:
+        steps.append(tokens)
+        return step(self, tokens)
+
+    monkeypatch.setattr(EagerDecoder, "step", record)
+    dialogue = engine.dialogue()
+    answer = "".join(dialogue.ask("What do you see in this image?", max_new_tokens=6))
+    assert (len(answer), len(steps)) == (6, 5)
+    list(dialogue.ask("Why?", max_new_tokens=1))
+    first = engine.request("What do you see in this image?").prompt
+    prompt = encode_prompt(dialogue.turns[:-1], engine.model.config.template, tokenizer)
+    assert [int(tokens) for tokens in steps[5:] if tokens is not None] == prompt[
+        len(first) + 5 :
+    ]  # the steps have read 5 tokens of the answer
+
+
+def test_a_dialogue_goes_on_after_an_answer_that_was_not_read_to_its_end(
+    model: LoadedModel, tokenizer: Tokenizer
+) -> None:
+    engine = InferenceEngine(model, tokenizer)
+    dialogue = engine.dialogue()
+    answer = dialogue.ask("What do you see?")
+    seen = next(answer) + next(answer)
+    answer.close()
+    assert dialogue.turns[-1]["value"].startswith(seen)
+    found = "".join(dialogue.ask("Why?", max_new_tokens=9)).strip()
+    prompt = encode_prompt(dialogue.turns[:-1], model.config.template, tokenizer)
+    assert found == engine.complete([Request(prompt=prompt, max_new_tokens=9)])[0].text
 
 
 # -- Sampling ----------------------------------------------------------------------------------------------------------

@@ -61,11 +61,11 @@ def many_requests(engine: InferenceEngine) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("max_batch", [1, 8, 32])
+@pytest.mark.parametrize("max_batch", [1, 8])
 def test_greedy_tokens_of_batches_with_graphs_equal_one_by_one_in_fp32(
     model: LoadedModel, tokenizer: Tokenizer, max_batch: int
 ) -> None:
-    """24 requests with and without images. Batches of 8 and 32 rows end in a smaller decoder."""
+    """24 requests with and without images. The batch of 8 rows ends in a smaller decoder."""
     engine = InferenceEngine(model, tokenizer, max_batch=max_batch)
     requests = many_requests(engine)
     expected = plain(model, tokenizer).complete(requests)
@@ -88,7 +88,7 @@ def test_rows_that_end_at_the_end_of_text_token_are_replaced_by_waiting_requests
 
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(temperature=1.0), Sampling(temperature=1.0, top_k=20), Sampling(temperature=1.0, top_p=0.9, seed=3)],
+    [Sampling(temperature=1.0), Sampling(temperature=1.0, top_k=20, top_p=0.9, seed=3)],
     ids=str,
 )
 def test_sampled_tokens_of_batches_with_graphs_equal_one_by_one_in_fp32(
@@ -139,12 +139,9 @@ def test_log_likelihoods_with_graphs_equal_those_of_plain_pytorch(model: LoadedM
         assert engine.log_likelihoods(request, continuations) == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
-def test_bf16_models_with_fp32_or_bf16_states_complete_every_request(
-    tokenizer: Tokenizer, state_dtype: torch.dtype
-) -> None:
+def test_a_bf16_model_with_bf16_states_completes_every_request(tokenizer: Tokenizer) -> None:
     model = on_gpu(random_model("tiny_v2"), torch.bfloat16)
-    engine = InferenceEngine(model, tokenizer, state_dtype=state_dtype)
+    engine = InferenceEngine(model, tokenizer, max_batch=8, state_dtype=torch.bfloat16)
     requests = many_requests(engine)
     for request, completion in zip(requests, engine.complete(requests), strict=True):
         assert completion.finish_reason == "stop" or len(completion.tokens) == request.max_new_tokens

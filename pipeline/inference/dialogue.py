@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import torch
 
@@ -43,7 +43,9 @@ class Dialogue:
         self.saved: list[tuple[list[int], Cache]] = []
 
     @torch.no_grad()
-    def ask(self, question: str, *, max_new_tokens: int = 256, stop: tuple[str, ...] = ()) -> Iterator[str]:
+    def ask(
+        self, question: str, *, max_new_tokens: int = 256, stop: tuple[str, ...] = ()
+    ) -> Generator[str, None, None]:
         """Ask the next question. Yield the answer in pieces of text as they are generated.
 
         Args:
