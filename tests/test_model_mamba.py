@@ -116,6 +116,16 @@ def test_prefill_and_decoding_equal_the_full_forward_pass(kind: MambaKind, promp
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_logits_of_rows_with_padding_on_the_left_equal_those_of_transformers(kind: MambaKind) -> None:
+    llm = language_model(kind).requires_grad_(False)
+    tokens, padding = torch.randint(0, 96, (4, 45)), torch.tensor([[0], [7], [13], [44]])
+    mask = torch.arange(45) >= padding
+    found, _ = llm.prefill(llm.embed(tokens), mask)
+    expected = transformers_twin(llm)(input_ids=tokens, attention_mask=mask.long()).logits[:, -1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_decoding_updates_the_cache_in_place_without_changing_its_size(kind: MambaKind) -> None:
     llm = language_model(kind).requires_grad_(False)
     _, cache = llm.prefill(llm.embed(torch.randint(0, 96, (1, 5))))
