@@ -42,7 +42,7 @@ def main() -> None:
     if args.stage == "prepare":
         print(workspace.prepare(default_processes()))
     elif args.stage == "calibrate":
-        print(calibrate(workspace, args.variants, processes=args.processes, seconds=args.seconds))
+        calibrate(workspace, args.variants, processes=args.processes, seconds=args.seconds)
     elif args.stage == "search":
         runs = search_runs(args.size, tuple(args.variants))
         print(execute(workspace, runs, processes=args.processes, seconds=args.seconds))

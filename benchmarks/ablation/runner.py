@@ -19,6 +19,7 @@ import torch
 from benchmarks.ablation import data
 from benchmarks.ablation.configs import SEARCH_SEED, SIZES, VERSION, Run
 from benchmarks.ablation.measure import Trained, measure_answers, measure_probes, measure_reconstruction
+from benchmarks.ablation.report import accuracy
 from benchmarks.ablation.towers import ensure_towers, load_towers
 from benchmarks.ablation.train import Batches, start, train
 from model.errors import UserError, first_line
@@ -111,7 +112,8 @@ def _attempt(workspace: Workspace, run: Run, inputs: dict[str, str], until: floa
         record["attempts"][-1]["error"] = first_line(error)
     record["attempts"][-1]["ended"] = time.time()
     write_json(file, record)
-    print(f"{run.name}: {record['outcome']}", flush=True)
+    score = f", validation accuracy {accuracy(record['val']):.3f}, {record['seconds']} s" if "val" in record else ""
+    print(f"{run.name}: {record['outcome']}{score}", flush=True)
     return record["outcome"]
 
 
@@ -144,18 +146,16 @@ def _train_and_measure(workspace: Workspace, run: Run, key: str, until: float) -
     return results
 
 
-def calibrate(workspace: Workspace, variants: Sequence[str], *, processes: int, seconds: float) -> str:
-    """Measure the steps per second of `processes` equal trainings at once, and the time of the measurements."""
+def calibrate(workspace: Workspace, variants: Sequence[str], *, processes: int, seconds: float) -> None:
+    """Print the steps per second of `processes` equal trainings at once, and the time to answer the questions."""
     workspace.prepare(default_processes())
-    lines = [f"{'variant':<8} {'steps/s each':>12} {'s per run':>10} {'peak GiB each':>13} {'val answers s':>13}"]
+    print(f"{'variant':<8} {'steps/s each':>12} {'s per run':>10} {'peak GiB each':>13} {'val answers s':>13}")
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for variant in variants:
             timings = list(pool.map(_time_run, *zip(*[(workspace, variant, seconds)] * processes, strict=True)))
             rate, peak_gib, answers_s = (sum(column) / processes for column in zip(*timings, strict=True))
             run_s = SIZES[workspace.size].steps / rate
-            lines.append(f"{variant:<8} {rate:>12.1f} {run_s:>10.0f} {peak_gib:>13.2f} {answers_s:>13.1f}")
-            print(lines[-1], flush=True)
-    return "\n".join(lines)
+            print(f"{variant:<8} {rate:>12.1f} {run_s:>10.0f} {peak_gib:>13.2f} {answers_s:>13.1f}", flush=True)
 
 
 def _time_run(workspace: Workspace, variant: str, seconds: float) -> tuple[float, float, float]:

@@ -87,6 +87,8 @@ def train(progress: Progress, run: Run, towers: Towers, data: Batches, *, until:
         progress.step += 1
         if progress.step % CURVE_EVERY == 0 or progress.step == size.steps:
             progress.curve.append((progress.step, text.item(), None if align is None else align.item()))
+    if data.device.type == "cuda":
+        torch.cuda.synchronize()
     progress.seconds += time.monotonic() - began
     finished = progress.step == size.steps
     if save_to and not finished:
