@@ -4,6 +4,8 @@ import importlib.util
 import re
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from model.errors import UserError
@@ -23,7 +25,7 @@ def data(tmp_path: Path) -> Path:
     """Make a folder that has the files of POPE, and one of two files of MMBench."""
     for path in ("pope/data/test-00000-of-00001.parquet", "mmbench/en/dev-00000-of-00002.parquet"):
         (tmp_path / path).parent.mkdir(parents=True)
-        (tmp_path / path).touch()
+        pq.write_table(pa.table({"question": ["Which?"]}), tmp_path / path)
     return tmp_path
 
 
@@ -47,6 +49,13 @@ def test_missing_and_incomplete_data_sets_are_named_before_the_model_is_loaded(m
         evaluate(monkeypatch, "no-such-model", "--tasks", "pope", "mmbench", "mme", "--data", data)
     assert "not all of them, of mmbench, mme." in str(raised.value)
     assert f"python -m pipeline.prefetch --benchmarks {data} mmbench mme" in str(raised.value)
+
+
+def test_a_damaged_data_file_is_named_before_the_model_is_loaded(monkeypatch, data):
+    path = data / "pope/data/test-00000-of-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(UserError, match=f"{path}: not a whole parquet file"):
+        evaluate(monkeypatch, "no-such-model", "--tasks", "pope", "--data", data)
 
 
 def test_without_lmms_eval_one_line_says_how_to_install_it(monkeypatch, data):

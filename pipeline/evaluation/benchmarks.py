@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.errors import UserError, did_you_mean
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from model.errors import UserError, did_you_mean, first_line
 
 PAPER_MODELS = ("EMMA-V1", "EMMA-V2", "Cobra")
 TASKS = Path(__file__).parent / "tasks"
@@ -237,10 +240,20 @@ def choose(names: Sequence[str]) -> list[Benchmark]:
 
 
 def check_data(benchmarks: Sequence[Benchmark], data: Path) -> None:
-    """Check that the files of the benchmarks exist. Raises: UserError that lists all benchmarks without files."""
+    """Check that all files of the benchmarks exist and are parquet files.
+
+    Raises: UserError that names all benchmarks without files, or the first damaged file.
+    """
     missing = [benchmark.name for benchmark in benchmarks if not benchmark.is_complete(data)]
     if missing:
         raise UserError(
             f"--data {data}: found no parquet files, or not all of them, of {', '.join(missing)}. Download them on a "
             f"machine with internet access: python -m pipeline.prefetch --benchmarks {data} {' '.join(missing)}"
         )
+    for path in (path for benchmark in benchmarks for files in benchmark.files(data).values() for path in files):
+        try:
+            pq.read_metadata(path)
+        except pa.ArrowInvalid as error:
+            raise UserError(
+                f"{path}: not a whole parquet file ({first_line(error)}). Delete it and run pipeline.prefetch again"
+            ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,14 +42,17 @@ class EmmaModel(lmms):
     Args:
         pretrained: Folder written by pipeline.export.
         batch_size: Largest number of requests that are decoded together; lmms-eval passes a string.
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda" or a GPU such as "cuda:1". By default, each local rank takes the GPU of its number.
     """
 
     is_simple = True
 
     def __init__(self, pretrained: str, batch_size: int | str = 64, device: str = "auto", **_: Any) -> None:
         super().__init__()
-        self.loaded, self.tokenizer = load(pretrained, device.partition(":")[0])
+        kind, _, number = device.partition(":")
+        if kind != "cpu" and torch.cuda.is_available():
+            torch.cuda.set_device(int(number or os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        self.loaded, self.tokenizer = load(pretrained, kind)
         self.engine = InferenceEngine(self.loaded, self.tokenizer, max_batch=int(batch_size))
         self.journal: Journal | None = None
         self.known: dict[str, Any] = {}

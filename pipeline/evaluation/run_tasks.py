@@ -10,7 +10,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from model.errors import UserError
@@ -90,8 +89,6 @@ def run_tasks(options: TaskOptions, draw: Callable[[dict[str, Any], Path], None]
     check_data(benchmarks, options.data)
     require_lmms_eval()
     ranks = find_ranks(options.device)
-    if ranks.device.type == "cuda":
-        torch.cuda.set_device(ranks.device)
     if ranks.world_size > 1:
         dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world_size, timeout=RANKS_WAIT)
     try:
@@ -110,7 +107,7 @@ def _evaluate(options: TaskOptions, benchmarks: Sequence[Benchmark], ranks: Rank
     """
     from pipeline.evaluation.lmms_model import DEFAULT_MAX_NEW_TOKENS, EmmaModel
 
-    model = EmmaModel(str(options.model), batch_size=options.batch, device=ranks.device.type)
+    model = EmmaModel(str(options.model), batch_size=options.batch, device=str(ranks.device))
     settings = [answer_key(options.model, model.engine, DEFAULT_MAX_NEW_TOKENS) if ranks.is_main else {}]
     if ranks.world_size > 1:
         dist.broadcast_object_list(settings)
