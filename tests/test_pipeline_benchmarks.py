@@ -118,19 +118,19 @@ def test_two_ranks_continue_a_killed_evaluation_and_compute_each_answer_once(fol
 
 
 def test_results_are_the_same_before_and_after_the_kill(folder):
-    before = dict(re.findall(r"^(\w+) +(\d+\.\d)$", log(folder, "killed"), re.MULTILINE))
+    before = dict(re.findall(r"^(\w+) +score (\d+\.\d)$", log(folder, "killed"), re.MULTILINE))
     assert list(before)[:3] == ["vqav2", "gqa", "vizwiz"]
     assert before == {name: f"{EXPECTED[name]:.1f}" for name in before}
 
 
 def test_an_evaluation_that_is_repeated_computes_no_answer_again(folder):
     assert computed(folder, "again") == 0
-    assert "mme             350.0" in log(folder, "again")
+    assert "mme             score 350.0" in log(folder, "again")
     assert len(results(folder)["benchmarks"]) == len(BENCHMARKS), "results of other benchmarks must be kept"
 
 
 def test_progress_lines_show_the_rate_and_the_time_left(folder):
-    assert re.search(r"^mme +5/5 answers  \d+\.\d/s  0:00:00 left$", log(folder, "resumed"), re.MULTILINE)
+    assert re.search(r"^mme +5/5 questions  \d+\.\d/s  0:00:00 left$", log(folder, "resumed"), re.MULTILINE)
 
 
 # -- Reports -----------------------------------------------------------------------------------------------------------

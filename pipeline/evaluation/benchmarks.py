@@ -250,10 +250,15 @@ def check_data(benchmarks: Sequence[Benchmark], data: Path) -> None:
             f"--data {data}: found no parquet files, or not all of them, of {', '.join(missing)}. Download them on a "
             f"machine with internet access: python -m pipeline.prefetch --benchmarks {data} {' '.join(missing)}"
         )
-    for path in (path for benchmark in benchmarks for files in benchmark.files(data).values() for path in files):
-        try:
-            pq.read_metadata(path)
-        except pa.ArrowInvalid as error:
-            raise UserError(
-                f"{path}: not a whole parquet file ({first_line(error)}). Delete it and run pipeline.prefetch again"
-            ) from None
+    for benchmark in benchmarks:
+        for path in (path for files in benchmark.files(data).values() for path in files):
+            _check_file(path)
+
+
+def _check_file(path: Path) -> None:
+    try:
+        pq.read_metadata(path)
+    except pa.ArrowInvalid as error:
+        raise UserError(
+            f"{path}: not a whole parquet file ({first_line(error)}). Delete it and run pipeline.prefetch again"
+        ) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -38,7 +37,13 @@ def require_lmms_eval() -> None:
         raise UserError("--tasks: the package lmms-eval is not installed. Install it: pip install -e '.[eval]'")
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     huggingface_hub.constants.HF_HUB_OFFLINE = True  # it read the environment variable when it was imported
-    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # many bars per task would hide our progress
+    _hide_progress_bars()
+
+
+def _hide_progress_bars() -> None:
+    """Switch off every tqdm bar of this process, because lmms-eval and datasets show several for each task."""
+    init = tqdm.__init__
+    tqdm.__init__ = lambda self, *args, **options: init(self, *args, **{**options, "disable": True})
 
 
 def task_config(benchmark: Benchmark) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from pipeline.evaluation.progress import Progress
 from pipeline.inference.engine import InferenceEngine, load
 from pipeline.inference.journal import Journal
+from pipeline.inference.questions import AnswerProgress
 from pipeline.inference.requests import Pixels, Request
 from preprocess.images.codec import decode_rgb, encode_jpeg, resize_to_square
 from preprocess.prompts import encode_prompt
@@ -42,7 +42,7 @@ class EmmaModel(lmms):
     Args:
         pretrained: Folder written by pipeline.export.
         batch_size: Largest number of requests that are decoded together; lmms-eval passes a string.
-        device: "auto", "cpu", "cuda" or a GPU such as "cuda:1". By default, each local rank takes the GPU of its number.
+        device: "auto", "cpu", "cuda" or a GPU such as "cuda:1". Without a number, the local rank selects the GPU.
     """
 
     is_simple = True
@@ -69,7 +69,9 @@ class EmmaModel(lmms):
         answers = {i: answer for i, name in enumerate(ids) if (answer := self._known_answer(name)) is not None}
         answers |= {i: {"text": "", "tokens": 0} for i, request in enumerate(requests) if request.metadata.get(PADDING)}
         open_rows = [i for i in range(len(requests)) if i not in answers]
-        progress = Progress(requests[0].task_name, len(requests), done=len(answers), quiet=self.rank > 0)
+        progress = AnswerProgress(
+            len(requests), reused=len(answers), quiet=self.rank > 0, name=f"{requests[0].task_name:<14}"
+        )
         for i, answer in self._answers(requests, open_rows):
             answers[i] = answer
             if self.journal:

@@ -122,7 +122,7 @@ def _evaluate(options: TaskOptions, benchmarks: Sequence[Benchmark], ranks: Rank
         if result:
             results["benchmarks"][benchmark.name] = result
             write_json(path, results)
-            print(f"{benchmark.name:<15} {result['score']:.1f}", flush=True)
+            print(f"{benchmark.name:<14}  score {result['score']:.1f}", flush=True)
     return results
 
 

@@ -23,7 +23,8 @@ def draw_benchmarks(results: dict[str, Any], path: Path) -> None:
     for number, model in enumerate(PAPER_MODELS):
         bars[model] = [BENCHMARKS[name].paper[number] if BENCHMARKS[name].paper else 0.0 for name in names]
     for number, (model, scores) in enumerate(bars.items()):
-        heights = [score / (MME_POINTS_PER_PERCENT if name == "mme" else 1) for name, score in zip(names, scores, strict=True)]
+        units = [MME_POINTS_PER_PERCENT if name == "mme" else 1.0 for name in names]
+        heights = [score / unit for score, unit in zip(scores, units, strict=True)]
         places = [group + (number - 1.5) / 5 for group in range(len(names))]
         drawn = axes.bar(places, heights, 0.18, color=COLOURS.get(model, OWN_COLOUR), label=model)
         if model not in COLOURS:

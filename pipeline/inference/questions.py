@@ -208,14 +208,15 @@ class AnswerProgress:
         total: Number of questions.
         reused: Number of answers that were known at the start. They count as done, but not towards the rate.
         quiet: Print nothing.
+        name: What is printed before the numbers, such as the name of a benchmark.
     """
 
-    def __init__(self, total: int, *, reused: int = 0, quiet: bool = False) -> None:
-        self.total, self.reused, self.quiet = total, reused, quiet
+    def __init__(self, total: int, *, reused: int = 0, quiet: bool = False, name: str = "") -> None:
+        self.total, self.reused, self.quiet, self.name = total, reused, quiet, name
         self.started = self.last_print = time.monotonic()
         if not quiet:
             known = f", {reused} of them answered by an earlier call" if reused else ""
-            print(f"  {total} questions{known}", flush=True)
+            print(f"{name}  {total} questions{known}", flush=True)
 
     def update(self, done: int) -> None:
         now = time.monotonic()
@@ -224,4 +225,4 @@ class AnswerProgress:
         self.last_print = now
         rate = (done - self.reused) / max(now - self.started, 1e-9)
         left = format_duration((self.total - done) / rate)
-        print(f"  {done}/{self.total} questions  {rate:.1f}/s  {left} left", flush=True)
+        print(f"{self.name}  {done}/{self.total} questions  {rate:.1f}/s  {left} left", flush=True)

@@ -27,7 +27,8 @@ from model.errors import run_cli
 from pipeline import evaluate
 from pipeline.evaluation import harness
 from pipeline.evaluation.benchmarks import BENCHMARKS
-from pipeline.inference.requests import Completion, Request, Sampling
+from pipeline.inference.engine import InferenceEngine
+from pipeline.inference.requests import Completion, Request
 from tests.support.launch import REPOSITORY
 from tests.support.tiny_benchmarks import grey_level
 
@@ -45,15 +46,12 @@ from lmms_eval.api.task import ConfigurableTask  # noqa: E402
 from pipeline.evaluation import lmms_model, task_functions  # noqa: E402, F401
 
 
-class ScriptedEngine:
-    """Takes the place of the inference engine, and gives the scripted answer to each question."""
+class ScriptedEngine(InferenceEngine):
+    """Gives the scripted answer to each question."""
 
     answers: dict[str, str]
     kill_after: int | None = None
     answered = 0
-
-    def __init__(self, model: Any, tokenizer: Any, *, max_batch: int) -> None:
-        self.model, self.tokenizer, self.sampling = model, tokenizer, Sampling()
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
         for index, request in reversed(list(enumerate(requests))):  # answers may come in any order
