@@ -49,9 +49,9 @@ class EmmaModel(lmms):
 
     def __init__(self, pretrained: str, batch_size: int | str = 64, device: str = "auto", **_: Any) -> None:
         super().__init__()
-        kind, _, number = device.partition(":")
+        kind, colon, number = device.partition(":")
         if kind != "cpu" and torch.cuda.is_available():
-            torch.cuda.set_device(int(number or os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+            torch.cuda.set_device(int(number if colon else os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         self.loaded, self.tokenizer = load(pretrained, kind)
         self.engine = InferenceEngine(self.loaded, self.tokenizer, max_batch=int(batch_size))
         self.journal: Journal | None = None

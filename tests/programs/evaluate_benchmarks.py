@@ -82,7 +82,7 @@ def run(scenario: dict[str, Any], rank: int) -> None:
     os.dup2(log, 2)
     if scenario["answers"]:
         ScriptedEngine.answers, ScriptedEngine.kill_after = scenario["answers"], scenario["kill_after"]
-        lmms_model.InferenceEngine = ScriptedEngine  # type: ignore[misc, assignment]
+        lmms_model.InferenceEngine = ScriptedEngine  # type: ignore[misc]
     sys.argv = ["pipeline.evaluate", *scenario["words"]]
     try:
         run_cli(use_as_plugin if scenario["plugin"] else evaluate_and_count)
