@@ -51,7 +51,9 @@ class EmmaModel(lmms):
         super().__init__()
         kind, colon, number = device.partition(":")
         if kind != "cpu" and torch.cuda.is_available():
-            torch.cuda.set_device(int(number if colon else os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            torch.cuda.set_device(
+                int(number if colon else os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+            )
         self.loaded, self.tokenizer = load(pretrained, kind)
         self.engine = InferenceEngine(self.loaded, self.tokenizer, max_batch=int(batch_size))
         self.journal: Journal | None = None
