@@ -21,6 +21,7 @@ from preprocess.prompts import encode_dialogue, encode_prompt, load_tokenizer
 from preprocess.shards.manifest import Manifest
 from tests.support.launch import finish, fork_python, fork_ranks
 from tests.support.privileges import OBEY_PERMISSIONS
+from tests.support.published import check_published, write_expected
 
 LIMITED = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2); "
 EXPORT = "runpy.run_module('pipeline.export', run_name='__main__')"
@@ -70,16 +71,20 @@ def test_an_exported_model_has_the_trained_weights_except_for_the_alignment(run,
         assert torch.equal(tensor, state[name].to(tensor.dtype)), name
 
 
-def test_transformers_computes_equal_logits_with_the_exported_language_model(exported):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def test_transformers_computes_the_same_with_an_exported_checkpoint(run, tmp_path):
+    """Export with the fusion and the decoder, which transformers must ignore."""
+    export_run(run, tmp_path / "model", with_alignment=True)
+    write_expected(tmp_path / "model", load_tokenizer(tmp_path / "model"))
+    done = check_published(tmp_path / "model", scratch=tmp_path)
+    assert "model: equal in transformers" in done.stdout, done.stdout + done.stderr
 
-    model, tokenizer = load(exported, "cpu")
-    theirs = AutoModelForCausalLM.from_pretrained(exported.with_name("lm"))
-    tokens = torch.tensor([tokenizer.encode("Which colour is it?")])
-    expected = theirs(input_ids=tokens, use_cache=False).logits[:, -1]
-    found, _ = model.emma.prefill(tokens)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert AutoTokenizer.from_pretrained(exported.with_name("lm")).encode("Sure?") == tokenizer.encode("Sure?")
+
+def test_the_language_model_of_a_run_is_exported_with_the_tokenizer_of_the_shards(exported, shards):
+    folder = exported.with_name("lm")
+    assert (folder / "tokenizer.json").read_bytes() == (shards / "tokenizer.json").read_bytes()
+    found, whole = (load_file(path / "model.safetensors") for path in (folder, exported))
+    assert all(torch.equal(tensor, whole[f"language_model.{name}"]) for name, tensor in found.items())
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 0
 
 
 def test_export_accepts_moved_shards_and_refuses_other_shards(run, shards, tmp_path):

@@ -1,10 +1,12 @@
-"""Check exported folders with transformers alone: `python check_published.py EXPECTED FOLDER…`.
+"""Check exported folders with transformers alone: `python check_published.py FOLDER…`.
 
 The test that starts this program chooses the version of transformers by PYTHONPATH. The packages of this project cannot
-be imported. EXPECTED is a file that `tests.support.published.write_expected` wrote, with what this project computes.
+be imported. Next to each folder NAME, NAME.pt has what this project computes; tests/support/published.py writes it.
+The program prints a line for each folder: that its values are equal, or a traceback.
 """
 
 import sys
+import traceback
 from pathlib import Path
 
 TOLERANCE = 1e-4
@@ -23,7 +25,14 @@ sys.meta_path.insert(0, RefuseOurPackages())
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
-from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    LogitsProcessor,
+)
 
 REMOTE = {"trust_remote_code": True}
 
@@ -45,7 +54,7 @@ def chat(row):
     roles = {"human": "user", "gpt": "assistant"}
     contents = [[{"type": "text", "text": turn["value"]}] for turn in row["turns"]]
     if row["pixels"] is not None:
-        contents[0].insert(0, {"type": "image", "image": Image.fromarray(row["pixels"].numpy())})
+        contents[0].insert(0, {"type": "image", "image": Image.fromarray(row["pixels"])})
     return [
         {"role": roles[turn["from"]], "content": content} for turn, content in zip(row["turns"], contents, strict=True)
     ]
@@ -71,7 +80,7 @@ def forced_logits(model, inputs, tokens):
     return torch.stack(output.logits, 1)
 
 
-def check_folder(folder, rows):
+def check_whole_model(folder, rows):
     processor = AutoProcessor.from_pretrained(folder, **REMOTE)
     model, loading = AutoModelForImageTextToText.from_pretrained(folder, **REMOTE, output_loading_info=True)
     assert not any(loading[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading
@@ -118,11 +127,44 @@ def check_saving_again(folder, model, processor):
     assert all(torch.equal(tensor, reloaded[name]) for name, tensor in model.state_dict().items())
 
 
+def check_shapes(folder, shapes):
+    """Check the name and shape of every tensor of a model without weights."""
+    config = AutoConfig.from_pretrained(folder, **REMOTE)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, **REMOTE)
+    found = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found.pop("language_model.lm_head.weight")  # tied to the embedding
+    assert found == shapes, found.items() ^ shapes.items()
+
+
+def check_language_model(folder, expected):
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer.encode(expected["text"])
+    assert ids == expected["ids"], ids
+    found = model(input_ids=torch.tensor([ids]), use_cache=False).logits
+    torch.testing.assert_close(found, expected["logits"], rtol=TOLERANCE, atol=TOLERANCE)
+    for name in ("eos_token_id", "pad_token_id"):
+        assert [getattr(part, name) for part in (tokenizer, model.config, model.generation_config)] == [
+            expected[name]
+        ] * 3
+    end = expected["eos_token_id"]
+    assert tokenizer.decode([end, ids[0]], skip_special_tokens=True) == tokenizer.decode(ids[:1])
+
+
+CHECKS = {"whole": check_whole_model, "shapes": check_shapes, "language model": check_language_model}
+
+
 def main():
-    expected = torch.load(sys.argv[1], weights_only=False)
-    for folder in map(Path, sys.argv[2:]):
-        check_folder(folder, expected[folder.name])
-        print(f"{folder.name}: equal in transformers {transformers.__version__}")
+    failed = False
+    for folder in map(Path, sys.argv[1:]):
+        kind, expected = torch.load(f"{folder}.pt", weights_only=False)
+        try:
+            CHECKS[kind](folder, expected)
+            print(f"{folder.name}: equal in transformers {transformers.__version__}")
+        except Exception:  # so that the other folders are checked too
+            failed = True
+            print(f"{folder.name}: {traceback.format_exc()}")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
