@@ -19,7 +19,8 @@ from pathlib import Path
 from model.config import Tap
 from model.errors import UserError, run_cli
 from model.weights import LoadedModel
-from pipeline.figures.maps import ImageMaps, draw_models
+from pipeline.figures.image_maps import ImageMaps
+from pipeline.figures.maps import draw_models
 from pipeline.inference.engine import InferenceEngine, load
 from pipeline.visualization.page import write_page
 from pipeline.visualization.states import default_layers, look_inside, redraws_pixels

@@ -5,57 +5,20 @@ from __future__ import annotations
 import textwrap
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-Pixels = npt.NDArray[np.uint8]
-Magnitudes = npt.NDArray[np.float32]
+from pipeline.figures.image_maps import ImageMaps, Magnitudes, Pixels
 
 COLOURS = colormaps["inferno"]
 CLIPPED_PERCENT = 1  # share of the patches at each end of the colour scale, so that single outliers do not set it
 DARKEST = 0.12  # brightness of the patch with the smallest magnitude in `highlight`
 PANEL_INCHES = 1.9
 WRAP_COLUMNS = 24  # characters of a line of text in a panel
-
-
-@dataclass(frozen=True, kw_only=True)
-class Redrawn:
-    """An image that the decoder predicts from the fused states of a stage.
-
-    Attributes:
-        stage: Name of the stage.
-        pixels: The image [h, w, 3], drawn with the mean and the contrast of the original's patches.
-        error: Mean squared error of the predicted values, which is close to 1 if nothing is predicted.
-    """
-
-    stage: str
-    pixels: Pixels
-    error: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageMaps:
-    """Visual states of one model for one image.
-
-    Attributes:
-        title: Name of the model or of the image.
-        image: The part of the image that the vision towers see [h, w, 3].
-        depths: Magnitudes of the states on the grid of patches [rows, columns], by the name of the depth.
-        redrawn: The redrawn image of each fusion stage. Empty without a decoder of pixels.
-        answer: The model's answer to a question about the image, or "".
-    """
-
-    title: str
-    image: Pixels
-    depths: dict[str, Magnitudes]
-    redrawn: tuple[Redrawn, ...] = ()
-    answer: str = ""
 
 
 def heat_map(magnitudes: Magnitudes) -> Pixels:

@@ -20,7 +20,7 @@ from pipeline.data.batch import MicroBatch, collate
 from pipeline.data.loader import TrainData
 from pipeline.engine import Engine
 from pipeline.errors import convert_oserrors
-from pipeline.figures.maps import ImageMaps, draw_images
+from pipeline.figures.image_maps import ImageMaps
 from pipeline.recipe import Recipe
 from pipeline.step import forward
 from pipeline.visualization.states import forward_hooks, magnitudes, redraw, redraws_pixels, seen_part
@@ -95,6 +95,8 @@ class HeldOutImages:
 
     def write(self, maps: list[ImageMaps], step: int) -> Path:
         """Draw the maps into the run folder and return the path of the PNG. Main rank only."""
+        from pipeline.figures.maps import draw_images  # imports matplotlib, which takes a second
+
         path = Path(self.recipe.run.dir) / FOLDER / f"step-{step:08d}.png"
         with convert_oserrors(path):
             path.parent.mkdir(exist_ok=True)

@@ -11,7 +11,8 @@ from string import Template
 
 from PIL import Image
 
-from pipeline.figures.maps import ImageMaps, Magnitudes, Pixels, heat_map, highlight
+from pipeline.figures.image_maps import ImageMaps, Magnitudes, Pixels
+from pipeline.figures.maps import heat_map, highlight
 from preprocess.atomic import publish
 
 PAGE = Path(__file__).with_name("page.html")

@@ -13,7 +13,7 @@ from model.alignment import Alignment, AlignTarget, align_target, unpatchify
 from model.config import EmmaConfig, Tap, VisionConfig
 from model.presets import paper_taps
 from model.weights import LoadedModel
-from pipeline.figures.maps import ImageMaps, Magnitudes, Pixels, Redrawn
+from pipeline.figures.image_maps import ImageMaps, Magnitudes, Pixels, Redrawn
 
 
 def default_layers(config: EmmaConfig) -> list[int]:
