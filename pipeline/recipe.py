@@ -3,8 +3,8 @@
     python -m pipeline.recipe pipeline/recipes/emma_v2.toml optim.lr=1e-5            # print the resolved recipe
     python -m pipeline.recipe pipeline/recipes/emma_v2.toml --get run.dir            # print one value, for scripts
 
-The value of an override is parsed as TOML. If it is not valid TOML, it is used as text, so that paths need no quotes.
-`null` means no value.
+The value of an override is parsed as TOML. If the key holds text, or if the value is not valid TOML, the value is used as
+it is typed, so that a folder needs no quotes even if its name is a number or a date. `null` means no value.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pipeline.config import (
     WatchdogConfig,
     WeightsConfig,
 )
-from preprocess.strict_toml import Range, parse_table, parse_value, read_toml
+from preprocess.strict_toml import CommandLineValue, Range, parse_table, read_toml
 
 HOW_TO_SET = "put it into the recipe or add {key}=… to the command"
 NOT_IN_IDENTITY = ("data", "checkpoint", "engine", "log", "evaluate", "watchdog", "weights", "run")
@@ -178,10 +178,12 @@ def _override(table: dict[str, Any], override: str) -> None:
         raise UserError(f"{override!r} is not an override; write key=value, as in optim.lr=1e-5")
     *sections, name = key.split(".")
     for section in sections:
+        if isinstance(whole := table.get(section), CommandLineValue):  # set by an earlier override, such as optim={…}
+            table[section] = whole.parse()
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
             raise UserError(f"{override!r}: {section!r} is a value, not a section with keys")
-    table[name] = parse_value(text)
+    table[name] = CommandLineValue(text)
 
 
 def _validate(recipe: Recipe, where: str) -> None:

@@ -71,14 +71,24 @@ def read_toml(path: Path, *, what: str, shipped: str) -> dict[str, Any]:
         raise UserError(f"{path}: not valid TOML: {found}") from None
 
 
-def parse_value(text: str) -> Any:
-    """Parse a TOML value from the command line. The text "null" becomes None; text that is not TOML stays a string."""
-    if text == "null":
-        return None
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
+@dataclass(frozen=True)
+class CommandLineValue:
+    """Value of `key=value` on the command line. How its text is read depends on the type of the key."""
+
+    text: str
+
+    def parse(self, kind: Any = None) -> Any:
+        """Parse the text as TOML, or as None if it is "null". Text that is not TOML stays as it is.
+
+        If a key of type `kind` holds text, only a TOML string is parsed, so that `run.dir=20240501` is not a number.
+        """
+        if self.text == "null":
+            return None
+        try:
+            value = tomllib.loads(f"value = {self.text}")["value"]
+        except tomllib.TOMLDecodeError:
+            return self.text
+        return self.text if _holds_text(kind) and not isinstance(value, str) else value
 
 
 def parse_table(
@@ -144,6 +154,8 @@ class _Parser:
     def value(self, hint: Any, value: Any, where: str, name: str) -> Any:
         """Check one value against the type of its field, and convert integers to floats and lists to tuples."""
         kind, *constraints = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+        if isinstance(value, CommandLineValue):
+            value = value.parse(kind)
         origin, arguments = typing.get_origin(kind), typing.get_args(kind)
         if is_dataclass(kind) or origin is dict:
             if not isinstance(value, dict):
@@ -157,7 +169,9 @@ class _Parser:
             return tuple(self.table(row_kind, row, f"{where}: [[{name}]] {i}", prefix="") for i, row in rows)
         value = _converted(kind, value)
         if not _fits(kind, value):
-            raise UserError(f"{where}: {name}: found {value!r}, expected {_describe(kind)}")
+            found = list(value) if isinstance(value, tuple) else value  # as it is written in TOML
+            quotes = "" if isinstance(found, str | list | dict | None) or not _holds_text(kind) else ", in quotes"
+            raise UserError(f"{where}: {name}: found {found!r}, expected {_describe(kind)}{quotes}")
         for constraint in constraints:
             if isinstance(constraint, Range):
                 _check_range(constraint, value, where, name)
@@ -175,6 +189,13 @@ def _is_required(field: Field[Any]) -> bool:
 
 def _is_union(kind: Any) -> bool:
     return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+
+def _holds_text(kind: Any) -> bool:
+    """Return whether values of this type are text, such as `str`, `str | None` and `Literal["auto", "cpu"]`."""
+    if typing.get_origin(kind) is Literal:
+        return all(isinstance(option, str) for option in typing.get_args(kind))
+    return kind is str or (_is_union(kind) and any(map(_holds_text, typing.get_args(kind))))
 
 
 def _rows(value: Any, where: str, name: str) -> list[tuple[int, dict[str, Any]]]:

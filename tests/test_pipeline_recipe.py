@@ -39,6 +39,27 @@ def test_command_line_overrides_win_over_the_recipe_file_which_wins_over_default
     assert recipe.optim.clip == 1.0
 
 
+@pytest.mark.parametrize(
+    "text", ["20240501", "2024-05-01", "3", "true", "1e5", "inf", "nan", "0x10", "[1]", "{}", "3 # x", "12:30:00", "a=b"]
+)
+def test_the_text_of_an_override_is_taken_as_it_is_where_the_key_holds_text(recipe_file, text):
+    keys = ("run.dir", "data.shards", "data.tokenizer", "evaluate.shards", "weights.llm", "log.project")
+    recipe = load_recipe(recipe_file, [f"{key}={text}" for key in keys])
+    assert {str(asdict(recipe)[section][key]) for section, key in (name.split(".") for name in keys)} == {text}
+    assert all(isinstance(value, str) for value in (recipe.run.dir, recipe.data.tokenizer, recipe.weights.llm))
+
+
+def test_an_override_in_quotes_is_text_without_the_quotes_and_null_is_no_value(recipe_file):
+    assert load_recipe(recipe_file, ["run.dir='3'", 'data.shards="a b"']).data.shards == "a b"
+    assert load_recipe(recipe_file, ["run.dir='3'"]).run.dir == "3"
+    assert load_recipe(recipe_file, ["data.tokenizer=3", "data.tokenizer=null"]).data.tokenizer is None
+
+
+def test_an_override_can_set_a_whole_section_and_later_ones_can_change_its_keys(recipe_file):
+    recipe = load_recipe(recipe_file, ['data={shards = "/t", epochs = 5}', "data.epochs=3", "data.tokenizer=7"])
+    assert (recipe.data.shards, recipe.data.epochs, recipe.data.tokenizer) == ("/t", 3, "7")
+
+
 MISTAKES = [
     (["optim.lrr=1"], [": unknown key 'optim.lrr', did you mean 'optim.lr'; valid keys here: betas, clip, eps, "]),
     (["optmi.lr=1"], [": unknown key 'optmi', did you mean 'optim'; valid keys here: checkpoint, data, engine, "]),
@@ -52,8 +73,10 @@ MISTAKES = [
     (["engine.device=tpu"], [": engine.device: found 'tpu', expected one of 'auto', 'cpu', 'cuda'"]),
     (["model=tiny_v3"], ["no model preset 'tiny_v3'", "tiny_v2"]),
     (["optim=3"], [": optim: found 3, expected a table of keys"]),
-    (["optim.betas=[0.9]"], [": optim.betas: found (0.9,), expected a list of 2 float"]),
-    (["optim.betas=[true, 0.9]"], [": optim.betas: found (True, 0.9), expected a list of 2 float"]),
+    (["optim.betas=[0.9]"], [": optim.betas: found [0.9], expected a list of 2 float"]),
+    (["optim.betas=[true, 0.9]"], [": optim.betas: found [True, 0.9], expected a list of 2 float"]),
+    (["data={shards=3}"], [": data.shards: found 3, expected str, in quotes"]),
+    (["engine.device=1"], [": engine.device: found '1', expected one of 'auto', 'cpu', 'cuda'"]),
     (["run.dir="], ["run.dir is empty"]),
     (["data.shards=''"], ["data.shards is empty"]),
     (["engine.ds_config= "], ["engine.ds_config is empty"]),

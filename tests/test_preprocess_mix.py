@@ -28,7 +28,7 @@ MISTAKES = {
     "number for archives": ("archives = 3\n" + SOURCE, ": archives: found 3, expected a table of keys"),
     "list for a name": (
         SOURCE + "[[expected]]\nsources = [[3]]\nrows = 1",
-        "[[expected]] 1: sources: found ([3],), expected a list of str",
+        "[[expected]] 1: sources: found [[3]], expected a list of str",
     ),
     "unlike any key": (
         SOURCE + "zzz = 1",
