@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import errno
+import io
 import os
 import select
 import sys
@@ -80,8 +82,40 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f", did you mean {matches[0]!r}" if matches else ""
 
 
+def name_encoding_error(error: UnicodeEncodeError) -> UserError | None:
+    """Return the error to report if the locale cannot represent the name of a file, otherwise None."""
+    encoding = sys.getfilesystemencoding()
+    if error.encoding != encoding or encoding == "utf-8":
+        return None
+    return UserError(
+        f"{error.object!a}: the locale's encoding {encoding} cannot represent this name; set PYTHONUTF8=1, or a UTF-8 "
+        "locale such as LC_ALL=C.UTF-8"
+    )
+
+
+def accept_any_character() -> None:
+    """Make stdout and stderr write every character, as an escape such as \\xe9 if their encoding lacks it.
+
+    Bytes of a file name that Python could not decode are written unchanged, so that scripts can read the name.
+    """
+    codecs.register_error("any_character", _encode_one_character)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not the replacement that a test or a notebook has set
+            stream.reconfigure(errors="any_character")
+
+
+def _encode_one_character(error: UnicodeError) -> tuple[str | bytes, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    first = UnicodeEncodeError(error.encoding, error.object, error.start, error.start + 1, error.reason)
+    try:
+        return codecs.lookup_error("surrogateescape")(first)
+    except UnicodeEncodeError:
+        return codecs.lookup_error("backslashreplace")(first)
+
+
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a command and exit. Print a `CommandError` or an operating-system error as one line, without a traceback."""
+    accept_any_character()
     try:
         code = main() or ExitCode.OK
         sys.stdout.flush()
@@ -96,6 +130,10 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         code = _report(
             f"{oserror_text(error)}; {remedy or 'try again'}", ExitCode.USER_ERROR if remedy else ExitCode.RETRY
         )
+    except UnicodeEncodeError as error:
+        if (known := name_encoding_error(error)) is None:
+            raise
+        code = _report(str(known), known.exit_code)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         code = ExitCode.INTERRUPTED

@@ -125,7 +125,10 @@ def check_towers_unchanged(record: Path, towers: Towers) -> None:
     """
     if not record.exists():
         return
-    before = json.loads(record.read_text(encoding="utf-8"))["towers"]
+    try:
+        before = json.loads(record.read_text(encoding="utf-8"))["towers"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{record}: is damaged; delete it, so that this launch records its weights again") from None
     hashes = sorted(before.values()) if isinstance(before, dict) else []
     if hashes != sorted(towers.loaded.values()):
         raise UserError(

@@ -3,8 +3,8 @@
     python -m pipeline.recipe pipeline/recipes/emma_v2.toml optim.lr=1e-5            # print the resolved recipe
     python -m pipeline.recipe pipeline/recipes/emma_v2.toml --get run.dir            # print one value, for scripts
 
-The value of an override is parsed as TOML. If the key holds text, or if the value is not valid TOML, the value is used as
-it is typed, so that a folder needs no quotes even if its name is a number or a date. `null` means no value.
+The value of an override is parsed as TOML. If the key holds text, or if the value is not valid TOML, it is used as it
+is typed. Therefore a folder needs no quotes, even if its name is a number or a date. `null` means no value.
 """
 
 from __future__ import annotations

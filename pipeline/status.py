@@ -30,9 +30,7 @@ def state_of(run: Path, history: History, now: float) -> str:
     """
     if start := state_of_start(run, now):
         return start
-    outcome_file = run / "outcome.json"
-    if outcome_file.exists():
-        outcome = json.loads(outcome_file.read_text(encoding="utf-8"))
+    if outcome := _outcome(run / "outcome.json"):
         if outcome["outcome"] in ENDS:
             return f"{outcome['outcome']} {outcome['reason']}".strip()
         return history.last_event or f"{outcome['outcome']}: {outcome['reason']}"
@@ -41,11 +39,20 @@ def state_of(run: Path, history: History, now: float) -> str:
     return _running_or_dead(run / "control/alive", history, now)
 
 
+def _outcome(file: Path) -> dict[str, str]:
+    """Read the outcome and its reason. Return an empty dict if there is no outcome, or if its file is damaged."""
+    try:
+        outcome = json.loads(file.read_text(encoding="utf-8", errors="replace"))
+        return {name: str(outcome[name]) for name in ("outcome", "reason")}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def state_of_start(run: Path, now: float) -> str | None:
     """Return the state of a launch that has not reached the training loop, or None if there is no such launch."""
     mark = run / "control/starting"
     try:
-        failure, seconds = mark.read_text(encoding="utf-8").strip(), now - mark.stat().st_mtime
+        failure, seconds = mark.read_text(encoding="utf-8", errors="replace").strip(), now - mark.stat().st_mtime
     except FileNotFoundError:
         return None
     if failure:

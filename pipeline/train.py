@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from model.emma import Emma
+from model.errors import accept_any_character
 from model.vision import Towers
 from pipeline.activation_memory import fit_kept_layers
 from pipeline.checkpoint.context import CheckpointContext
@@ -53,6 +54,7 @@ RENDEZVOUS_S = 600.0  # time limit for all ranks to join
 
 
 def main() -> None:
+    accept_any_character()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a TOML file, such as those in pipeline/recipes")
     parser.add_argument(

@@ -16,7 +16,8 @@ if [[ ${1-} == -h || ${1-} == --help ]]; then # $0 is the script that sources th
   sed -n '/^#!/d; /^#SBATCH/d; /^#/!q; s/^# \{0,1\}//p' "$0"
   exit
 fi
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+unset CDPATH GREP_OPTIONS # with CDPATH, cd could change to another folder, and print its name
+builtin cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit
 
 arguments=("$@")
 set -- # otherwise an activation script would see our arguments

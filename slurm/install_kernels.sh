@@ -34,7 +34,8 @@ while (($#)); do
   esac
 done
 
-cd "$(dirname "$0")/.."
+unset CDPATH # otherwise cd could change to another folder
+builtin cd "$(dirname "$0")/.."
 source slurm/environment.sh
 
 "${python[@]}" -c 'import torch; assert torch.version.cuda' 2>/dev/null || fail "no torch with CUDA; run make install"

@@ -38,7 +38,13 @@ directive() { sed -n "s/^#SBATCH --$1=//p" "$0"; }
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-${SLURM_JOB_ID:-none}}
 export EMMA_JOB=$job # if set, pipeline.train leaves old requests to this script, and writes control/refused for it
-recipe=("${@//%a/${SLURM_ARRAY_TASK_ID-}}")
+recipe=("$@")
+if [[ ${SLURM_ARRAY_TASK_ID-} ]]; then
+  for word in "$@"; do # otherwise the task 3 would read sh3rds instead of sh%ards
+    [[ $word != *%a[[:alpha:]]* ]] || fail "$word: %a is the number of the array task, and a letter follows it; rename it"
+  done
+  recipe=("${@//%a/$SLURM_ARRAY_TASK_ID}")
+fi
 run=$("${python[@]}" -m pipeline.recipe "${recipe[@]}" --get run.dir)
 control=$run/control stop=$run/control/stop starts=$run/control/starts.tsv
 
@@ -55,11 +61,15 @@ command=("${srun[@]}" --label --kill-on-bad-exit=1 "${python[@]}" -m pipeline.tr
 
 # -- May this job start? Checked here as well as before a requeue, because SLURM requeues too (preemption, lost nodes) -
 
-# Print the step of the newest checkpoint, or 0.
+# Print the step of the newest checkpoint, or 0. Like training, look at the folders, because `latest` may be missing or
+# damaged.
 step_saved() {
-  local latest=step-0
-  [[ ! -f $run/checkpoints/latest ]] || latest=$(<"$run/checkpoints/latest")
-  echo "$((10#${latest##*-}))"
+  local manifest step=0
+  for manifest in "$run"/checkpoints/step-*/manifest.json; do
+    [[ -e $manifest && $manifest =~ /step-([0-9]{8,18})/manifest.json$ ]] || continue
+    ((10#${BASH_REMATCH[1]} <= step)) || step=$((10#${BASH_REMATCH[1]}))
+  done
+  echo "$step"
 }
 
 # Print two numbers: how often this job was launched before, and how many of the last launches in a row began at the
@@ -193,9 +203,10 @@ refused() { grep --quiet --no-messages "^$job"$'\t' "$control/refused"; }
 outcome='' reason=''
 if [[ -f $run/outcome.json && $(outcome_stamp) != "$before" ]]; then
   IFS=$'\t' read -r outcome step_now step_then reason < <("${python[@]}" -c 'import json, sys
-word = json.load(open(sys.argv[1]))
-print(*(str(word[key]).replace("\n", " ") for key in ("outcome", "step", "from_step", "reason")), sep="\t")
-' "$run/outcome.json")
+sys.stdout.reconfigure(errors="backslashreplace")
+word = json.load(open(sys.argv[1], encoding="utf-8", errors="replace"))
+print(*(" ".join(str(word[key]).split()) for key in ("outcome", "step", "from_step", "reason")), sep="\t")
+' "$run/outcome.json" 2>/dev/null) || true # a damaged file counts as no file
 fi
 if [[ ! $outcome ]] && { ((rc == 2 || rc == 3)) || refused; }; then outcome=refused; fi
 ((rc == 0)) && [[ ! $outcome ]] && fail "$run: training ended without outcome.json"

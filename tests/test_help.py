@@ -18,7 +18,7 @@ def test_the_commands_are_found():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_a_command_prints_its_usage(command):
-    done = fork_python("-m", command.removesuffix(".__main__"), "--help")
+def test_help_of_a_command_prints_its_usage_even_if_the_output_is_ascii(command):
+    done = fork_python("-m", command.removesuffix(".__main__"), "--help", PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: ")

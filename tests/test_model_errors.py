@@ -63,3 +63,34 @@ def test_from_oserror_returns_user_errors_and_retryable_errors_by_errno():
 def test_did_you_mean_suggests_a_similar_name_and_nothing_for_a_dissimilar_one():
     assert did_you_mean("optm", ["optim", "data"]) == ", did you mean 'optim'"
     assert did_you_mean("zzz", ["optim", "data"]) == ""
+
+
+PRINT = """
+import os, sys
+from model.errors import run_cli
+run_cli(lambda: print("é … \\u2028", os.fsdecode(b"caf\\xe9"), "\\ud800", flush=True))
+"""
+
+
+@pytest.mark.parametrize(
+    ("encoding", "expected"),
+    [
+        ("ascii", rb"\xe9 \u2026 \u2028 caf" + b"\xe9" + rb" \ud800"),
+        ("latin-1", b"\xe9 " + rb"\u2026 \u2028 caf" + b"\xe9" + rb" \ud800"),
+        ("utf-8", "é … \u2028 caf".encode() + b"\xe9" + rb" \ud800"),
+    ],
+)
+def test_run_cli_prints_characters_that_the_encoding_of_the_output_lacks(encoding, expected):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", PRINT], cwd=REPOSITORY, env=environment, capture_output=True)
+    assert (done.returncode, done.stderr, done.stdout) == (0, b"", expected + b"\n")
+
+
+def test_a_file_name_that_the_locale_cannot_represent_is_a_user_error():
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = run_python("-c", PROGRAM.format(body="open('caf\\xe9\\u2026')"), **ascii_locale)
+    assert done.returncode == ExitCode.USER_ERROR
+    assert done.stderr.startswith(
+        "error: 'caf\\xe9\\u2026': the locale's encoding ascii cannot represent this name; set "
+    )
+    assert done.stderr.count("\n") == 1

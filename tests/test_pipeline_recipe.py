@@ -40,7 +40,7 @@ def test_command_line_overrides_win_over_the_recipe_file_which_wins_over_default
 
 
 @pytest.mark.parametrize(
-    "text", ["20240501", "2024-05-01", "3", "true", "1e5", "inf", "nan", "0x10", "[1]", "{}", "3 # x", "12:30:00", "a=b"]
+    "text", ["20240501", "2024-05-01", "3", "true", "1e5", "inf", "nan", "0x10", "[1]", "{}", "3 # x", "12:30", "a=1"]
 )
 def test_the_text_of_an_override_is_taken_as_it_is_where_the_key_holds_text(recipe_file, text):
     keys = ("run.dir", "data.shards", "data.tokenizer", "evaluate.shards", "weights.llm", "log.project")

@@ -75,6 +75,32 @@ def test_the_time_ledger_assigns_every_second_to_exactly_one_category():
     assert ledger.goodput == pytest.approx(28 / 119)
 
 
+DAMAGE = [b"\xff\xfe\x00", b"123", b"null", b'{"st\xffep": 5, "time": 1}', b"[" * 9999, b'"a\xe2\x80\xa8b"']
+
+
+def test_status_skips_damaged_lines_and_reads_files_that_are_not_utf_8(tmp_path):
+    lines = [json.dumps(line).encode() + b"\n" for line in LINES]
+    damaged = [part for line, damage in zip(lines, DAMAGE * 3, strict=True) for part in (damage, b"\n", line)]
+    lost = b'{"event": "lost", "step": 6, "time": 220, "reason": "caf\xe9\xe2\x80\xa8"}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(damaged[:-1]) + lost + b'{"step": 7, "ti')
+    (tmp_path / "outcome.json").write_bytes(b'{"outcome": "lost\xff')
+    history = read_history(tmp_path)
+    assert history.losses == replay(LINES).losses
+    assert state_of(tmp_path, history, 300) == "lost: caf\ufffd\u2028"
+    assert has_event(tmp_path, "spike", 6)
+    (tmp_path / "control").mkdir()
+    (tmp_path / "control/starting").write_bytes(b"failed: caf\xe9\n")
+    assert state_of(tmp_path, history, 300) == "failed: caf\ufffd"
+    done = fork_python("-m", "pipeline.status", tmp_path, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "failed: caf\\ufffd, step 6 of 6" in done.stdout
+
+
+def test_status_reads_a_log_in_which_the_lines_of_the_launches_are_damaged():
+    history = replay([line for line in LINES if line.get("event") not in ("start", "resume")])
+    assert (history.step, history.losses) == (6, replay(LINES).losses)
+
+
 def test_save_and_stop_events_between_log_lines_advance_the_last_known_step():
     assert replay([*LINES[:3], event("save", 3, 124, seconds=1)]).step == 3
     assert replay([*LINES[:3], event("stopped", 3, 124)]).step == 3

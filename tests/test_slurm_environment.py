@@ -43,6 +43,23 @@ def test_emma_env_and_emma_container_select_environment_and_container(checkout, 
     assert done.stderr.strip().endswith(f"{entered}/python -m pipeline.recipe recipe.toml --get run.dir")
 
 
+@pytest.mark.parametrize("script", [path for path in SCRIPTS if "environment" not in path])
+@pytest.mark.parametrize("caller", ["checkout", "spool"])
+def test_each_script_changes_to_its_checkout_whatever_the_shell_does_with_cd(tmp_path, script, caller):
+    """A folder in CDPATH also has a folder slurm/, BASH_ENV redefines cd, and the path of the checkout has spaces."""
+    here, elsewhere = tmp_path / "my check out", tmp_path / "elsewhere"
+    for folder in (here, elsewhere):
+        shutil.copytree(REPOSITORY / "slurm", folder / "slurm")
+    (tmp_path / "bash_env").write_text("cd() { builtin cd /; }\n")
+    environment = {"PATH": os.environ["PATH"], "CDPATH": str(elsewhere), "BASH_ENV": str(tmp_path / "bash_env")}
+    environment |= {"EMMA_ENV": 'echo "in $PWD"; exit 7', "GREP_OPTIONS": "-v"}
+    if caller == "spool" and "install" not in script:  # SLURM runs a copy of a batch script
+        environment["SLURM_SUBMIT_DIR"] = str(here)
+        script = shutil.copy(here / script, tmp_path / "slurm_script")
+    done = subprocess.run(["bash", script], cwd=here, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (7, f"in {here}\n", "")
+
+
 def test_the_training_script_without_a_recipe_reports_an_error(checkout):
     done = subprocess.run(["bash", "slurm/train_emma.sh"], cwd=checkout, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: no recipe given; --help has examples\n")

@@ -1,8 +1,8 @@
 """Events that requeue a training job: the real batch script on a real SLURM cluster, with a stand-in for training.
 
 The stand-in, tests/programs/slurm_training.py, starts quickly and produces what the batch script reads: the files in
-control/, checkpoints/latest, outcome.json and the exit code. test_slurm_train_emma.py tests jobs with real training.
-All tests of this module run in parallel, because they spend most of their time waiting for SLURM.
+control/, checkpoints/step-*/manifest.json, outcome.json and the exit code. test_slurm_train_emma.py tests jobs with
+real training. All tests of this module run in parallel, because they spend most of their time waiting for SLURM.
 """
 
 import sys
@@ -155,7 +155,7 @@ def test_a_save_request_does_not_end_the_job(training):
     job = training.submit_and_wait_until_running()
     (training.run / "control/save").touch()
     wait_until(lambda: not (training.run / "control/save").exists(), "the save")
-    assert (training.run / "checkpoints/latest").exists()
+    assert list((training.run / "checkpoints").glob("step-*/manifest.json"))
     assert training.slurm.job(job)["JobState"] == "RUNNING"
     training.slurm.run("scancel", job)
 
@@ -204,6 +204,15 @@ def test_a_requeued_job_avoids_a_drained_node_and_survives_a_lost_node(training)
     training.assert_end(job, "COMPLETED", restarts=2)
     assert training.slurm.job(job)["NodeList"] == first
     assert training.reasons[1:] == ["warned of the time limit", "by SLURM: preempted, or a node was lost"]
+
+
+@concurrent
+def test_damaged_outcome_and_latest_files_count_as_a_crash_and_requeue_the_job(training):
+    (training.run / "checkpoints").mkdir(parents=True)
+    (training.run / "checkpoints/latest").touch()
+    log = training.assert_end(training.submit("end=garbage", "restarts=1"), "COMPLETED", restarts=1)
+    assert "crashed with exit code 1; requeued" in log
+    assert "Traceback" not in log
 
 
 @concurrent

@@ -63,6 +63,34 @@ def test_an_array_task_puts_its_number_into_the_recipe_and_requeues_only_itself(
     assert "scontrol requeue 4240_3\n" in plan
 
 
+PATTERNS = ("data.shards=/data/sh%ards", "run.dir=/runs/%j-%A-%x-%a")
+
+
+def test_percent_patterns_in_paths_are_kept_if_there_is_no_array(slurm):
+    plan = dry_run(slurm, "pipeline/recipes/emma_v2.toml", *PATTERNS, **ONE_NODE).stdout
+    assert "run folder   /runs/%j-%A-%x-%a," in plan
+    assert "'data.shards=/data/sh%ards' 'run.dir=/runs/%j-%A-%x-%a'" in plan
+
+
+def test_an_array_task_refuses_a_path_in_which_a_letter_follows_the_number(slurm):
+    plan = dry_run(slurm, "pipeline/recipes/emma_v2.toml", *PATTERNS, **TASK_OF_AN_ARRAY)
+    assert (plan.returncode, plan.stdout) == (2, "")
+    assert plan.stderr.startswith("error: data.shards=/data/sh%ards: %a is the number of the array task")
+
+
+@pytest.mark.parametrize("latest", [b"", b"\n", b"gar\0bage\xff", b"step-00000099", None], ids=repr)
+def test_the_step_of_a_run_is_that_of_its_newest_complete_checkpoint_folder(slurm, tmp_path, latest):
+    checkpoints = tmp_path / "checkpoints"
+    for step in ("00000004", "00000010"):
+        (checkpoints / f"step-{step}").mkdir(parents=True)
+        (checkpoints / f"step-{step}/manifest.json").touch()
+    (checkpoints / "step-00000012").mkdir()  # has no manifest
+    (checkpoints / "latest").mkdir() if latest is None else (checkpoints / "latest").write_bytes(latest)
+    plan = dry_run(slurm, "pipeline/recipes/emma_v2.toml", "data.shards=/data", f"run.dir={tmp_path}")
+    assert plan.stderr == ""
+    assert f"run folder   {tmp_path}, at step 10\n" in plan.stdout
+
+
 def test_the_emma_container_command_precedes_python(slurm):
     recipe = ("pipeline/recipes/emma_v2.toml", "data.shards=/data/shards", "run.dir=/runs/v2")
     plan = dry_run(slurm, *recipe, **ONE_NODE, EMMA_CONTAINER="env INSIDE=1").stdout

@@ -130,12 +130,11 @@ class History:
 def read_history(run: Path) -> History:
     """Read the history of a run folder. Raises: UserError if the folder holds no run."""
     try:
-        text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+        lines = list(_read_lines(run))
     except PermissionError as error:
         raise read_error(error, run / "metrics.jsonl") from None
     except OSError as error:
         raise UserError(f"{run}: no run found in this folder: {error}") from None
-    lines = [line for line in map(_parse, text.splitlines()) if line is not None]
     if not lines:
         raise UserError(f"{run}: metrics.jsonl has no complete line yet")
     try:
@@ -146,7 +145,9 @@ def read_history(run: Path) -> History:
 
 def has_event(run: Path, name: str, step: int) -> bool:
     """Return whether any launch of a run logged this event at this step."""
-    return any(line.get("event") == name and line["step"] == step for line in _read_lines(run))
+    with contextlib.suppress(FileNotFoundError):  # before the first launch
+        return any(line.get("event") == name and line.get("step") == step for line in _read_lines(run))
+    return False
 
 
 def has_stepped_with(run: Path, *, world_size: int, settings: dict[str, Any]) -> bool:
@@ -155,28 +156,28 @@ def has_stepped_with(run: Path, *, world_size: int, settings: dict[str, Any]) ->
     Only the settings that the launch logged are compared, because older versions logged fewer settings.
     """
     matches = False
-    for line in _read_lines(run):
-        if line.get("event") in STARTS:
-            logged = line.get("settings", {})
-            same = {key: settings.get(key) for key in logged} == logged
-            matches = same and line.get("world_size") == world_size
-        elif matches and ("event" not in line or line["event"] == "save"):
-            return True
+    with contextlib.suppress(FileNotFoundError):  # before the first launch
+        for line in _read_lines(run):
+            if line.get("event") in STARTS:
+                logged = line.get("settings", {})
+                same = {key: settings.get(key) for key in logged} == logged
+                matches = same and line.get("world_size") == world_size
+            elif matches and ("event" not in line or line["event"] == "save"):
+                return True
     return False
 
 
 def _read_lines(run: Path) -> Iterator[dict[str, Any]]:
-    with contextlib.suppress(FileNotFoundError):  # before the first launch
-        text = (run / "metrics.jsonl").read_text(encoding="utf-8")
-        yield from (line for line in map(_parse, text.splitlines()) if line is not None)
+    """Yield the lines of `metrics.jsonl`.
 
-
-def _parse(line: str) -> dict[str, Any] | None:
-    """Parse a line. Return None for an incomplete line, which a killed process can leave."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
+    Skip a line that is incomplete, which a killed process can leave, or that a failing disk has damaged.
+    """
+    with (run / "metrics.jsonl").open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for text in file:
+            with contextlib.suppress(ValueError, RecursionError):
+                line = json.loads(text)
+                if isinstance(line, dict) and not any("\ufffd" in key for key in line):
+                    yield line
 
 
 def replay(lines: list[dict[str, Any]]) -> History:
@@ -188,6 +189,7 @@ def replay(lines: list[dict[str, Any]]) -> History:
                 _replay_start(history, line)
                 reached = line["step"]
             case None:
+                reached = min(reached, line["step"] - 1)  # it is larger if the line of the launch is damaged
                 _replay_step(history, line, reached)
                 reached = line["step"]
             case event:

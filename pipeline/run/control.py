@@ -60,7 +60,7 @@ class Control:
     def stop_reason(self) -> str:
         """Return who requested the stop: "by hand", or "by SIG…" for a signal to the batch script or to this rank."""
         try:
-            requester = (self.folder / "stop").read_text(encoding="utf-8").strip()
+            requester = (self.folder / "stop").read_text(encoding="utf-8", errors="replace").strip()
         except FileNotFoundError:
             requester = self.signal_name or "SIGTERM"
         return f"by {requester}" if requester.startswith("SIG") else "by hand"
@@ -73,5 +73,5 @@ class Control:
         """
         job = os.environ.get(BATCH_SCRIPT)
         if job and self.folder.is_dir():
-            with (self.folder / "refused").open("a", encoding="utf-8") as file:
+            with (self.folder / "refused").open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{job}\t{reason}\n")

@@ -19,7 +19,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from model.errors import CommandError, ExitCode, UserError, first_line
+from model.errors import CommandError, ExitCode, UserError, first_line, name_encoding_error
 from pipeline.data.shard_reader import DamagedShardError
 from pipeline.data.workers import worker_death
 from pipeline.distributed.ranks import Ranks
@@ -42,6 +42,8 @@ def exit_after(error: Exception, recipe: Recipe | None, ranks: Ranks | None, run
     """End this process after an error. `recipe`, `ranks` and `run` are None if they were not built yet."""
     if isinstance(error, OSError) and error.filename and isinstance(known := from_oserror(error), UserError):
         error = known
+    elif isinstance(error, UnicodeEncodeError):
+        error = name_encoding_error(error) or error
     elif ranks and isinstance(error, RuntimeError) and (lost := worker_death(error, ranks)):
         error = lost
     if isinstance(error, CommandError):

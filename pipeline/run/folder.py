@@ -93,7 +93,7 @@ class RunFolder:
         Only the reason of the first rank to fail is kept, because the other ranks fail as a consequence.
         """
         if self.starting_file.exists() and not self.starting_file.stat().st_size:
-            self.starting_file.write_text(reason + "\n", encoding="utf-8")
+            self.starting_file.write_text(reason + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def _lock(path: Path) -> IO[str]:

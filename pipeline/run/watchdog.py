@@ -218,7 +218,8 @@ class Watchdog:
 
     def _write_stacks(self, reason: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"rank-{self.ranks.rank}.txt").open("w") as file:
+        path = self.folder / f"rank-{self.ranks.rank}.txt"
+        with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
             print(f"rank {self.ranks.rank}, {socket.gethostname()}, after step {self.step}: {reason}\n", file=file)
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
@@ -229,7 +230,7 @@ class Watchdog:
         The code is CRASHED if an outcome already exists, because then a rank has failed with an error of its own.
         """
         try:
-            with (self.folder / "reason.txt").open("x") as file:
+            with (self.folder / "reason.txt").open("x", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{reason}\n")
         except FileExistsError:
             return ExitCode.RETRY

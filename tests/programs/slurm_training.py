@@ -15,16 +15,16 @@ from pipeline.run.control import Control
 
 options = dict(word.split("=", 1) for word in sys.argv[2:])
 run, rank, end = Path(options["run.dir"]), int(os.environ["SLURM_PROCID"]), options.get("end", "")
-control, latest = Control(run), run / "checkpoints/latest"
+control, checkpoints = Control(run), run / "checkpoints"
 control.stop_on_signals()
-began = int(latest.read_text()[5:]) if latest.exists() else 0
+began = max((int(path.parent.name[5:]) for path in checkpoints.glob("step-*/manifest.json")), default=0)
 
 
 def checkpoint(step):
     if rank == 0:
-        latest.parent.mkdir(exist_ok=True)
-        latest.with_name("new").write_text(f"step-{step:08d}\n")
-        latest.with_name("new").replace(latest)
+        folder = checkpoints / f"step-{step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "manifest.json").touch()
 
 
 def finish(outcome, code, step, reason=""):
@@ -55,6 +55,10 @@ def main():
         if rank == 1 and end == "killed":
             time.sleep(0.3)
             os.kill(os.getpid(), signal.SIGKILL)
+        if end == "garbage":
+            checkpoint(step)
+            (run / "outcome.json").write_bytes(b"{\xff")
+            sys.exit(1)
         if end == "lost":
             finish("lost", 4, step, "step 2 took 900 s")
         if end == "failed":

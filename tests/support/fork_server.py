@@ -170,6 +170,8 @@ def start_program(request: dict, stdout: int, stderr: int, status: int) -> list[
         os.close(stderr)
     os.environ.clear()
     os.environ.update(request["environment"])
+    if encoding := os.environ.get("PYTHONIOENCODING"):  # Python itself reads it only at its start
+        sys.stdout.reconfigure(encoding=encoding, errors="strict")
     os.chdir(request["cwd"])
     if request["ranks"]:
         launch_ranks(request["ranks"])
