@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import io
 import json
 import os
 import runpy
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 REPOSITORY = Path(__file__).parents[2]
 IMPORTED = ("torch", "timm", "deepspeed", "deepspeed.runtime.zero.muon.original_muon", "tokenizers")
@@ -171,7 +172,7 @@ def start_program(request: dict, stdout: int, stderr: int, status: int) -> list[
     os.environ.clear()
     os.environ.update(request["environment"])
     if encoding := os.environ.get("PYTHONIOENCODING"):  # Python itself reads it only at its start
-        sys.stdout.reconfigure(encoding=encoding, errors="strict")
+        cast(io.TextIOWrapper, sys.stdout).reconfigure(encoding=encoding, errors="strict")
     os.chdir(request["cwd"])
     if request["ranks"]:
         launch_ranks(request["ranks"])
