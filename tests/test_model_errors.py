@@ -87,7 +87,9 @@ def test_run_cli_prints_characters_that_the_encoding_of_the_output_lacks(encodin
 
 
 def test_a_file_name_that_the_locale_cannot_represent_is_a_user_error():
-    done = run_python("-c", PROGRAM.format(body="open('caf\\xe9\\u2026')"), LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    done = run_python(
+        "-c", PROGRAM.format(body="open('caf\\xe9\\u2026')"), LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"
+    )
     assert done.returncode == ExitCode.USER_ERROR
     assert done.stderr.startswith(
         "error: 'caf\\xe9\\u2026': the locale's encoding ascii cannot represent this name; set "
