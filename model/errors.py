@@ -43,12 +43,14 @@ class UserError(CommandError, ValueError):
 OSERROR_REMEDIES = {  # errors that retrying does not fix
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.EFBIG: "raise the limit on file sizes",
     errno.EACCES: "ask its owner for permission, or choose another path",
     errno.EPERM: "ask its owner for permission, or choose another path",
     errno.EROFS: "choose a writable path",
     errno.ENOTDIR: "check the path",
     errno.EISDIR: "check the path",
+    errno.EOPNOTSUPP: "choose a path on another file system",
     errno.ELOOP: "check the path",
     errno.ENAMETOOLONG: "check the path",
 }

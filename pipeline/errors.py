@@ -43,13 +43,16 @@ def convert_oserrors(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def retryable_oserrors(path: Path | str) -> Iterator[None]:
-    """Convert an OSError inside the block to RetryableError, except FileNotFoundError.
+    """Convert an OSError inside the block to RetryableError, or to UserError if the user can fix the cause.
 
-    A missing file shows that the data is incomplete, whereas after any other error the state of the data is unknown.
+    FileNotFoundError is not converted. A missing file shows that the data is incomplete, whereas after any other error
+    the state of the data is unknown.
     """
     try:
         yield
     except FileNotFoundError:
         raise
     except OSError as error:
+        if isinstance(known := from_oserror(error, path), UserError):
+            raise known from error
         raise RetryableError(f"{path}: the file system of {socket.gethostname()} fails ({error})") from error

@@ -79,7 +79,6 @@ def main() -> None:
         if ranks.is_main and notes:
             print("\n".join(notes), flush=True)
         run = collectively(ranks, lambda: RunFolder(recipe, ranks))
-        run.control.stop_on_signals()
         startup.phase_done("preflight")
         train(run, ranks, startup)
     except Exception as error:
@@ -93,6 +92,7 @@ def train(run: RunFolder, ranks: Ranks, startup: StartupTimer) -> None:
     recipe = run.recipe
     saved_steps = broadcast_from_main(ranks, lambda: list_steps(run.folder / CHECKPOINTS))
     with Watchdog(run, ranks) as watchdog, explain_out_of_memory(recipe, ranks):
+        run.control.stop_on_signals()
         data = collectively(ranks, lambda: TrainData(recipe, ranks))
         validation = collectively(ranks, lambda: Validation(recipe, ranks) if recipe.evaluate.shards else None)
         held_out = validation.data if validation and recipe.evaluate.draw_every_steps else None

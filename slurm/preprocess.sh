@@ -40,6 +40,11 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since SLURM 22.05, srun do
 # Ray requires this token. Without it, other users of the node could reach the ports and run code as this user.
 RAY_AUTH_TOKEN=$("${python[@]}" -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token
+# Connect to these nodes directly, and not through the proxy that http_proxy names.
+addresses=$(getent hosts "${hosts[@]}" | tr -s ' \n' ,) || true
+no_proxy=${no_proxy-},${NO_PROXY-},localhost,127.0.0.1,::1,$(IFS=, && echo "${hosts[*]}"),$addresses
+[[ $no_proxy != *,\*,* ]] || no_proxy='*' # `*` has this meaning only if it stands alone
+export no_proxy NO_PROXY=$no_proxy
 
 # Runs on every node until the step ends. Arguments: PORT HEAD SCRATCH ray…
 # shellcheck disable=SC2016

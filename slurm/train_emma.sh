@@ -233,6 +233,7 @@ case $outcome in
     ;;
   *) # lost: the run crashed, or a watchdog ended it
     ! by_hand || { echo "stopped by hand, but lost before the save was finished; not requeued" && exit "$rc"; }
+    ((rc != 143)) || reason=${reason:-terminated before the first step}
     requeue "${reason:-crashed with exit code $rc}" "$step" "$(step_saved)"
     ;;
 esac

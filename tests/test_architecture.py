@@ -26,7 +26,7 @@ MODEL_MODULES_OF_PREPROCESS = {"model.config", "model.errors", "model.hashing", 
 LAYERS: dict[str, list[set[str]]] = {
     "preprocess": [
         {"file_kinds"},
-        {"atomic", "prompts", "rejects", "remote_path", "strict_toml"},
+        {"atomic", "prompts", "rejects", "remote_path", "socket_folder", "strict_toml"},
         {"demo", "images"},
         {"annotations", "shards"},
         {"progress"},

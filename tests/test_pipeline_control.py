@@ -4,13 +4,16 @@ import json
 import signal
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
 
 from pipeline.checkpoint.folder import list_steps
+from pipeline.metrics.history import History, read_history
 from pipeline.run.control import Control
-from tests.support.launch import REPOSITORY, finish
+from pipeline.status import state_of
+from tests.support.launch import REPOSITORY, finish, fork_ranks
 from tests.support.slurm import wait_until
 
 
@@ -75,3 +78,32 @@ def test_a_signal_to_all_processes_makes_the_run_save_and_stop(recipe_file, shar
     outcome = json.loads((run / "outcome.json").read_text())
     assert (outcome["outcome"], outcome["reason"]) == ("stopped", "by SIGUSR1")
     assert list_steps(run / "checkpoints") == [outcome["step"]]
+
+
+# Trains until it waits for data, and then receives SIGTERM. Rank 0 waits in compiled code, which delays Python's signal
+# handlers; the other rank waits in Python.
+WAIT = """
+import os, signal, sys, threading, torch.distributed as dist
+from pipeline import train
+from pipeline.data.loader import TrainData
+
+def wait(data, first):
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    dist.barrier() if data.ranks.is_main else threading.Event().wait()
+
+setattr(TrainData, sys.argv.pop(1), wait)
+train.main()
+"""
+
+
+@pytest.mark.parametrize("where", ["start_workers", "from_step"])
+def test_sigterm_ends_a_start_that_waits_before_its_first_step(recipe_file, shards, tmp_path, where):
+    program, run = tmp_path / "program.py", tmp_path / "run"
+    program.write_text(WAIT)
+    process = fork_ranks(2, [program, where, recipe_file, f"data.shards={shards}", f"run.dir={run}"])
+    output = finish(process, code=None, timeout=60)
+    assert output.count("stopped by SIGTERM before the first step of this launch") == 1
+    assert "Traceback" not in output and "error" not in output
+    assert not (run / "outcome.json").exists()
+    history = read_history(run) if where == "from_step" else History()
+    assert state_of(run, history, time.time()).startswith("stopped")

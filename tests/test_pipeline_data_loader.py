@@ -16,11 +16,12 @@ from model.config import IGNORE_INDEX, PAD_ID
 from model.errors import UserError
 from pipeline.data.loader import TrainData
 from pipeline.data.shard_reader import DamagedShardError, ShardReader
-from pipeline.data.workers import worker_death
+from pipeline.data.workers import prepare_sockets, worker_death
 from pipeline.distributed.ranks import Ranks
 from pipeline.recipe import load_recipe
+from preprocess import socket_folder
 from preprocess.images.codec import decode_stored_image
-from tests.support.launch import fork_python
+from tests.support.launch import fork_python, run_python
 
 
 def train_data(recipe_file, shards, world_size=1, rank=0, *overrides):
@@ -181,7 +182,7 @@ def test_an_error_in_a_dataloader_worker_is_raised_in_the_rank(recipe_file, shar
 SUSPEND_AND_KILL = """
 import psutil, signal, sys, time, torch
 from pipeline.data.loader import TrainData
-from pipeline.data.workers import worker_death
+from pipeline.data.workers import prepare_sockets, worker_death
 from pipeline.distributed.ranks import Ranks
 from pipeline.distributed.stall_warning import StallWarning
 from pipeline.recipe import load_recipe
@@ -216,6 +217,42 @@ def test_messages_name_the_dataloader_worker_that_hangs_or_is_killed(recipe_file
     assert warning.startswith(f"{where}: waiting for data from DataLoader worker {pid} (stopped) takes longer than")
     # torch raises different errors, depending on where the rank was when the worker died.
     assert re.match(rf"{where}: DataLoader worker {pid} (ended|exited|is killed by signal)", death)
+
+
+# Prints the number of samples of a step that a DataLoader worker has loaded.
+LOAD_A_STEP = """
+import sys, torch
+from pipeline.data.loader import TrainData
+from pipeline.distributed.ranks import Ranks
+from pipeline.recipe import load_recipe
+
+alone = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+data = TrainData(load_recipe(sys.argv[1], sys.argv[2:]), alone)
+print(next(data.from_step(0)).samples)
+"""
+
+
+def test_dataloader_workers_send_their_tensors_although_the_path_of_tmpdir_is_long(recipe_file, shards, tmp_path):
+    long = tmp_path / ("long" * 20)
+    long.mkdir()
+    overrides = (f"data.shards={shards}", "run.dir=none", "data.workers=1")
+    done = run_python("-c", LOAD_A_STEP, recipe_file, *overrides, TMPDIR=str(long))
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
+
+
+def test_preparing_sockets_without_a_usable_folder_is_a_user_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("long" * 30)))
+    monkeypatch.setattr(socket_folder, "ALTERNATIVES", ("/proc", "/dev/null"))
+    with pytest.raises(UserError, match=r"^no folder for sockets: .*longlong .*set TMPDIR to another folder$"):
+        prepare_sockets()
+
+
+def test_a_dataloader_worker_that_cannot_send_its_tensors_ends_with_an_error(recipe_file, shards):
+    remove = "data.start_workers(0); shutil.rmtree(multiprocessing.util.get_temp_dir())\n"
+    program = "import multiprocessing, shutil" + LOAD_A_STEP.replace("print(next", remove + "print(next")
+    done = fork_python("-c", program, recipe_file, f"data.shards={shards}", "run.dir=none", "data.workers=1")
+    assert "cannot send a micro-batch: FileNotFoundError" in done.stderr
+    assert re.search(r"RuntimeError: DataLoader worker \(pid\(?s?\)? ?\d+\) exited unexpectedly", done.stderr)
 
 
 def test_worker_death_returns_none_for_unrelated_errors():

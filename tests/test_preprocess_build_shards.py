@@ -1,6 +1,7 @@
 """Shard builds: identical bytes for any number of workers, reruns after changes, and checks without a build."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from preprocess.images.codec import codec_versions
 from preprocess.shards.manifest import Manifest, load_index
 from preprocess.shards.verify import verify
 from tests.support.golden_tokenizer import gpt_neox
-from tests.support.launch import run_python
+from tests.support.launch import REPOSITORY, run_python
 from tests.support.ray_cluster import RayCluster, ray_cluster
 from tests.support.shard_builds import (
     PHOTOGRAPHS,
@@ -31,6 +32,8 @@ from tests.support.shard_builds import (
 
 SCRIPT = "preprocess/build_shards.py"
 NUM_ROWS, SAMPLES_PER_SHARD = 240, 20
+PROXY = dict.fromkeys(("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
+PROXY["NO_PROXY"] = "example.org"
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +60,12 @@ def expected(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    with ray_cluster(tmp_path_factory.mktemp("ray")) as cluster:
-        yield cluster
+    """Run a Ray cluster in an environment with a proxy that does not exist."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in PROXY.items():
+            patch.setenv(name, value)
+        with ray_cluster(tmp_path_factory.mktemp("ray")) as cluster:
+            yield cluster
 
 
 def command(root: Path, out: Path, **options: Any) -> list[str]:
@@ -68,10 +75,25 @@ def command(root: Path, out: Path, **options: Any) -> list[str]:
 # -- The same bytes --------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Return a copy of the checkout in which a model lies that is larger than the largest upload of Ray."""
+    for name in ("model", "preprocess"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (".gitignore", ".rayignore"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    for folder in ("models/v2", "anything"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "model.safetensors").touch()
+        os.truncate(tmp_path / folder / "model.safetensors", 600 << 20)
+    return tmp_path
+
+
 def test_ray_jobs_with_and_without_an_uploaded_checkout_build_the_same_set(
-    cluster: RayCluster, root: Path, expected: Path, tmp_path: Path
+    cluster: RayCluster, root: Path, checkout: Path, expected: Path, tmp_path: Path
 ) -> None:
-    uploaded = cluster.submit("submit", "--working-dir", ".", "--", "python", SCRIPT, *command(root, tmp_path / "a"))
+    words = ("--", "python", SCRIPT, *command(root, tmp_path / "a"))
+    uploaded = cluster.submit("submit", "--working-dir", checkout, *words)
     assert uploaded.returncode == 0, uploaded.stdout + uploaded.stderr
     bare = cluster.submit("submit", "--", SCRIPT, *command(root, tmp_path / "b", workers=1))
     assert bare.returncode == 0, bare.stdout + bare.stderr
@@ -81,7 +103,11 @@ def test_ray_jobs_with_and_without_an_uploaded_checkout_build_the_same_set(
 
 
 def test_eight_ray_workers_build_the_same_set_as_one_process(root: Path, expected: Path, tmp_path: Path) -> None:
-    done = run_python(SCRIPT, *command(root, tmp_path / "out", workers=8), RAY_ADDRESS="")
+    """No file can be written into HOME, and sockets in TMPDIR would have too long a path."""
+    long = tmp_path / ("long" * 20)
+    long.mkdir()
+    hostile = {"RAY_ADDRESS": "", "HOME": "/dev/null", "TMPDIR": str(long), **PROXY}
+    done = run_python(SCRIPT, *command(root, tmp_path / "out", workers=8), timeout=120, **hostile)
     assert done.returncode == 0, done.stdout + done.stderr
     assert contents(tmp_path / "out") == contents(expected)
 

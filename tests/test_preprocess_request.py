@@ -31,10 +31,17 @@ def test_relative_paths_in_a_ray_job_with_an_uploaded_checkout_are_a_user_error(
     copy = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_1"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
-    words = [*command(root, tmp_path / "out"), "--root", "data/raw"]
-    assert exit_code_of(build_shards.main, words) == ExitCode.USER_ERROR
-    complaint = "--root data/raw is relative, but this job runs in a temporary copy. Give an absolute path"
-    assert complaint in capsys.readouterr().err
+    mix, *words = command(root, tmp_path / "out")
+    for relative, where in (
+        ([mix, *words, "--root", "data/raw"], "--root data/raw is relative"),
+        (["data/mix.toml", *words], "data/mix.toml is relative"),
+        ([mix, *words, "--tokenizer", "data/tokenizer"], "If data/tokenizer is a folder: it is relative"),
+        ([mix, *words, "--tokenizer", "./tokenizer.json"], "If ./tokenizer.json is a folder: it is relative"),
+    ):
+        assert exit_code_of(build_shards.main, relative) == ExitCode.USER_ERROR
+        output = capsys.readouterr().err
+        assert f"{where}, but this job runs in a temporary copy" in output
+        assert output.endswith("Give an absolute path\n")
 
 
 MISTAKES = {

@@ -117,18 +117,18 @@ class Resumer:
     def _on_every_rank(self, check: Callable[[], str | None]) -> None:
         """Run `check` on every rank. If any rank returns or raises damage, raise it on all ranks.
 
-        Raises: DamagedCheckpointError; RetryableError if a rank could not read its files.
+        Raises: DamagedCheckpointError; UserError or RetryableError if a rank could not read its files.
         """
-        finding: str | RetryableError | None
+        finding: str | UserError | RetryableError | None
         try:
             finding = check()
-        except (UserError, FileNotFoundError) as error:
+        except (DamagedCheckpointError, FileNotFoundError) as error:
             finding = str(error)
-        except RetryableError as error:
+        except (UserError, RetryableError) as error:
             finding = error
         findings: list[Any] = [None] * self.ranks.world_size
         dist.all_gather_object(findings, finding)
-        for failure in (each for each in findings if isinstance(each, RetryableError)):
+        for failure in (each for each in findings if isinstance(each, (UserError, RetryableError))):
             raise failure
         if distinct := dict.fromkeys(filter(None, findings)):
             raise DamagedCheckpointError("; ".join(distinct))

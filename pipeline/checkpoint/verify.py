@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from model.errors import UserError
 from model.hashing import file_sha256
-from pipeline.checkpoint.folder import DamagedCheckpointError
 from pipeline.checkpoint.layout import bytes_of
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.snapshot import BLOCK_BYTES, THREADS
@@ -22,7 +22,7 @@ def find_damage(folder: Path) -> str | None:
     """Verify every file of a checkpoint. Describe the damage or the read error, or return None if it is intact."""
     try:
         return first_damage(folder, read_manifest(folder)["files"])
-    except (DamagedCheckpointError, RetryableError) as error:
+    except (UserError, RetryableError) as error:
         return str(error)
 
 

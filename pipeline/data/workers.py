@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import multiprocessing.queues
+import multiprocessing.util
+import os
 import re
 import signal
 import socket
+import sys
+import tempfile
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.batch import MicroBatch
 from pipeline.distributed.processes import PROBLEM_STATES, process_state
 from pipeline.distributed.ranks import Ranks
-from pipeline.errors import RetryableError
+from pipeline.errors import CRASHED, RetryableError
 from pipeline.recipe import Recipe
+from preprocess.socket_folder import socket_folder
 
 PREFETCH = 4  # micro-batches that each worker keeps ready
 EXIT_GRACE_S = 5.0  # time for a worker to exit after its connection broke, so that the error can name the worker
 WORKER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) ([^.]+)")  # torch's RuntimeError
+SOCKET = "pymp-12345678/listener-12345678"  # name that multiprocessing gives to a socket, relative to TMPDIR
 PIN_THREAD_DIED = "Pin memory thread exited unexpectedly"
 
 
@@ -31,6 +38,8 @@ class Workers:
     def __init__(self, dataset: Dataset, items: range, recipe: Recipe, ranks: Ranks):
         self.ranks = ranks
         num_workers = recipe.data.workers
+        if num_workers:
+            prepare_sockets()
         loader = DataLoader(
             dataset,
             batch_size=None,
@@ -40,7 +49,7 @@ class Workers:
             # A fork of a process with threads (Gloo's, NCCL's) can hang, and a fork server would outlive a kill.
             multiprocessing_context="spawn" if num_workers else None,
             prefetch_factor=PREFETCH if num_workers else None,
-            worker_init_fn=_ignore_sigterm,
+            worker_init_fn=_prepare_worker,
         )
         # Workers and Python's resource tracker inherit the mask, so that a SIGUSR1 to the job does not end them. Only
         # the rank handles this signal.
@@ -88,6 +97,22 @@ class Workers:
         return item
 
 
+def prepare_sockets() -> None:
+    """Choose the folder in which DataLoader workers create the sockets that transfer their tensors.
+
+    If such a socket could not be created, for example because the path of TMPDIR is too long, the worker would only
+    print an error, and the rank would wait for its first micro-batch forever.
+
+    Raises: UserError if no folder can hold a socket.
+    """
+    previous = tempfile.tempdir
+    tempfile.tempdir = socket_folder(os.environ.get("TMPDIR") or "/tmp", SOCKET)
+    try:
+        multiprocessing.util.get_temp_dir()  # creates a folder in `tempfile.tempdir`; workers inherit its path
+    finally:
+        tempfile.tempdir = previous
+
+
 def worker_death(error: RuntimeError, ranks: Ranks) -> RetryableError | None:
     """Return the error to report if `error` means that a worker died, otherwise None.
 
@@ -115,6 +140,17 @@ def prefetched_bytes(recipe: Recipe) -> int:
     return recipe.data.workers * PREFETCH * recipe.optim.micro_batch * sample
 
 
-def _ignore_sigterm(worker: int) -> None:
-    """Ignore SLURM's preemption signal, because the rank still needs its workers until it has saved and stopped."""
+def _prepare_worker(worker: int) -> None:
+    """Prepare a worker process.
+
+    It ignores SLURM's preemption signal, because the rank still needs its workers until it has saved and stopped. It
+    ends if it cannot send a micro-batch. By default it would only print the error, and the rank would wait forever.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A private hook of multiprocessing. If a later version lacks the hook, the watchdog still ends the wait.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
+
+
+def _end_worker(error: Exception, item: object) -> NoReturn:
+    print(f"error: DataLoader worker {os.getpid()}: cannot send a micro-batch: {error!r}", file=sys.stderr, flush=True)
+    os._exit(CRASHED)

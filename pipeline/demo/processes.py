@@ -83,10 +83,17 @@ class Commands:
 def with_our_programs(environment: Mapping[str, str]) -> dict[str, str]:
     """Return this process's environment with added variables, and a PATH that finds this interpreter's programs first.
 
-    A command then runs the `python`, `ray` and `torchrun` that are installed beside this interpreter.
+    A command then runs the `python`, `ray` and `torchrun` that are installed beside this interpreter. It connects to
+    this machine directly, and not through the proxy that http_proxy names.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    return {**os.environ, "PATH": path, **environment}
+    return {**os.environ, "PATH": path, **_no_proxy_for_this_machine(), **environment}
+
+
+def _no_proxy_for_this_machine() -> dict[str, str]:
+    hosts = [host for name in ("no_proxy", "NO_PROXY") for host in os.environ.get(name, "").split(",") if host]
+    value = "*" if "*" in hosts else ",".join(dict.fromkeys([*hosts, "localhost", "127.0.0.1", "::1"]))
+    return {"no_proxy": value, "NO_PROXY": value}
 
 
 def _as_typed(words: Words) -> str:

@@ -7,6 +7,7 @@ process would receive it too, and exit.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Literal
 # Variable that the batch script sets to its job id. SLURM_JOB_ID would not do, because any shell inside an allocation
 # has it.
 BATCH_SCRIPT = "EMMA_JOB"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Control:
@@ -23,6 +25,7 @@ class Control:
     def __init__(self, run_dir: Path):
         self.folder = run_dir / "control"
         self.signal_name = ""  # first signal that this rank received
+        self._signal_numbers = -1  # pipe to which Python writes the number of each signal when the signal arrives
 
     def clear_unanswered(self) -> None:
         """Remove the requests that an earlier launch left unanswered. Main rank only.
@@ -45,11 +48,24 @@ class Control:
         script. No file is created for a signal, because a launcher also sends SIGTERM when another rank has died, and
         the file would look like a stop requested by hand.
         """
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        self._signal_numbers, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        for number in STOP_SIGNALS:
             signal.signal(number, self._remember_signal)
 
     def _remember_signal(self, number: int, _: object) -> None:
         self.signal_name = self.signal_name or signal.Signals(number).name
+
+    def received_signal(self) -> str:
+        """Return the name of the first signal that requested a stop, or "".
+
+        Another thread can call this while the main thread waits in compiled code, which delays the signal handlers.
+        """
+        with contextlib.suppress(OSError):  # no signal has arrived, or `stop_on_signals` was not called
+            for number in os.read(self._signal_numbers, 4096):
+                if number in STOP_SIGNALS:
+                    self._remember_signal(number, None)
+        return self.signal_name
 
     def stop_requested(self) -> bool:
         return bool(self.signal_name) or (self.folder / "stop").exists()

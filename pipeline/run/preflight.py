@@ -30,7 +30,7 @@ from pipeline.checkpoint.folder import CHECKPOINTS, REFUSED, find_leftovers, lis
 from pipeline.checkpoint.retention import count_kept_forever
 from pipeline.data.compatibility import check_shards_match_model
 from pipeline.data.plan import count_steps
-from pipeline.data.workers import prefetched_bytes
+from pipeline.data.workers import prefetched_bytes, prepare_sockets
 from pipeline.distributed.collectives import run_checks
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine import compose_config
@@ -80,7 +80,7 @@ def preflight(recipe: Recipe, ranks: Ranks) -> list[str]:
 
     Raises on all ranks: UserError with all problems of all ranks; RetryableError if all problems are transient.
     """
-    checks: list[Check] = [check_communication, check_kernels, check_gpu_memory]
+    checks: list[Check] = [check_communication, check_kernels, check_gpu_memory, check_worker_sockets]
     if ranks.local_rank == 0:  # one rank per node, because the results of these checks depend only on the node
         checks += [check_vision_towers, check_initial_model, check_shared_memory, check_shards, check_held_out_shards]
     if ranks.is_main:
@@ -171,6 +171,13 @@ def check_shared_memory(context: Context) -> str:
         )
         remedy = "give the container more shared memory (docker --shm-size), or lower data.workers"
         raise out_of_memory_error(recipe, ranks, problem, remedy)
+    return ""
+
+
+def check_worker_sockets(context: Context) -> str:
+    """Check that DataLoader workers can create the sockets that transfer their tensors to this rank."""
+    if context.recipe.data.workers:
+        prepare_sockets()
     return ""
 
 

@@ -13,7 +13,8 @@ What happens when a rank dies:
 4. `slurm/train_emma.sh` requeues the job, up to its limits. The next launch resumes from the newest checkpoint
    that verifies (`pipeline.checkpoint.resumer`), and repeats the steps after it.
 
-A rank that raises an error itself exits through `pipeline.run.failure`. Before the watchdog exists,
+A rank that receives SIGTERM before the first step of its launch exits at once, because there is nothing to save. A rank
+that raises an error itself exits through `pipeline.run.failure`. Before the watchdog exists,
 `time_limit` ends a launch that hangs. The main rank's watchdog also updates the heartbeat that `pipeline.status` reads.
 """
 
@@ -48,7 +49,7 @@ from pipeline.run.folder import RunFolder
 FIRST_STEPS = 8  # number of initial steps, which are slow because of compilation and warm-up
 REMEMBERED_STEPS = 50  # the usual step time is the median over this many most recent steps
 POLL_S = 1.0
-GRACE_S = 5.0  # delay of a rank's exit after it wrote its stacks, so that the other ranks can write their stacks
+GRACE_S = 5.0  # delay of a rank's exit, so that the other ranks can write their stacks first
 # Seconds after the time limit at which a rank that could not end itself dumps its stacks to stderr. It exits after
 # twice this time.
 STUCK_S = 60.0
@@ -186,6 +187,8 @@ class Watchdog:
                 self._end_process(f"{operation} takes longer than {limit_s:.0f} s{usual}{self._problem_ranks()}")
             if self._another_rank_ends():
                 self._end_process("another rank ends the run")
+            if not self.step_times and (name := self.run.control.received_signal()):
+                self._end_start(name)
             with contextlib.suppress(OSError):
                 self.run.heartbeat()
 
@@ -215,6 +218,22 @@ class Watchdog:
             code = ExitCode.RETRY
         time.sleep(GRACE_S)
         os._exit(code)
+
+    def _end_start(self, signal_name: str) -> NoReturn:
+        """Exit because of a signal before this launch has done a step. There is nothing to save.
+
+        No outcome is written, so the batch script treats the end as a crash, and requeues the job if it was preempted.
+        """
+        if self.ranks.is_main:
+            reason = f"by {signal_name} before the first step of this launch"
+            print(f"stopped {reason}", flush=True)
+            with contextlib.suppress(OSError):
+                if self.run.first_step is None:
+                    self.run.record_failed_start(f"stopped {reason}")
+                else:
+                    append_event(self.run.folder, "stopped", self.run.first_step, reason=reason)
+        time.sleep(GRACE_S)  # until the other ranks have seen the signal too, or they would report a dead rank
+        os._exit(ExitCode.TERMINATED)
 
     def _write_stacks(self, reason: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import ray
 from ray.exceptions import (
@@ -22,8 +25,11 @@ from model.errors import CommandError, UserError, first_line
 from preprocess.builder.sigterm import restore_sigterm_handler
 from preprocess.builder.task import ShardTask, build_shard, read_last_seen
 from preprocess.progress import Progress
+from preprocess.socket_folder import socket_folder
 
 RETRIES = 3  # per shard; a task is retried if its process dies or it raises OSError
+# Longest path of a socket in Ray's folder. The numbers stand for the time and the process id.
+_RAY_SOCKET = "ray/session_2000-01-01_00-00-00_000000_0000000/sockets/plasma_store"
 _WORKER_DEATHS = (WorkerCrashedError, OutOfMemoryError, NodeDiedError, LocalRayletDiedError)
 
 
@@ -94,12 +100,12 @@ def _cluster(workers: int | None) -> Iterator[None]:
             f"RAY_ADDRESS {address} is a job server: use `ray job submit`, or unset it to run on this machine"
         )
     try:
-        with restore_sigterm_handler():  # because Ray installs handlers that dump a stack or exit with 1
-            if address:
-                ray.init(logging_level="warning")
-            else:
-                ray.init(address="local", num_cpus=workers, include_dashboard=False, logging_level="warning")
-        yield
+        with contextlib.ExitStack() as stack:
+            options = {} if address else stack.enter_context(_local_options(workers))
+            stack.callback(ray.shutdown)
+            with restore_sigterm_handler():  # because Ray installs handlers that dump a stack or exit with 1
+                ray.init(logging_level="warning", **options)
+            yield
     except ConnectionError as error:
         raise UserError(
             f"no Ray cluster answers at RAY_ADDRESS {address} ({error}); correct it, or unset it to run on this machine"
@@ -112,5 +118,16 @@ def _cluster(workers: int | None) -> Iterator[None]:
         raise UserError(
             f"Ray failed ({first_line(error)}); finished shards are kept: run the same command again"
         ) from None
-    finally:
-        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _local_options(workers: int | None) -> Iterator[dict[str, Any]]:
+    """Return the options of `ray.init` that start Ray on this machine. It writes nothing into the home folder."""
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # otherwise Ray keeps one in the home folder
+    options: dict[str, Any] = {"address": "local", "num_cpus": workers, "include_dashboard": False}
+    usual = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    if (folder := socket_folder(usual, _RAY_SOCKET)) == usual:
+        yield options
+    else:
+        with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as own:
+            yield {**options, "_temp_dir": f"{own}/ray"}

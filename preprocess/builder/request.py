@@ -86,17 +86,29 @@ def _check_range(option: str, value: float, low: float, high: float) -> None:
         raise UserError(f"{option} is {value}, expected a number from {low} to {high}")
 
 
-def _refuse_relative_paths_in_copy(parsed: argparse.Namespace) -> None:
-    """Raise UserError for relative paths if this is a Ray job with --working-dir.
+def _runs_in_copy() -> bool:
+    """Return whether this is a Ray job with --working-dir.
 
-    Ray runs such a job in a copy of the working directory, and deletes this copy when the job ends.
+    Ray runs such a job in a copy of the working directory, and deletes this copy when the job ends. The copy lacks the
+    files that .rayignore and .gitignore exclude.
     """
-    if "/runtime_resources/working_dir_files/" in str(Path.cwd()):
-        for option, path in (("--root", parsed.root), ("--out", parsed.out)):
-            if not path.is_absolute():
-                raise UserError(
-                    f"{option} {path} is relative, but this job runs in a temporary copy. Give an absolute path"
-                )
+    return "/runtime_resources/working_dir_files/" in str(Path.cwd())
+
+
+def _refuse_relative_paths_in_copy(parsed: argparse.Namespace) -> None:
+    """Raise UserError for relative paths that a Ray job with --working-dir cannot use."""
+    if not _runs_in_copy():
+        return
+    for option, path in (("--root", parsed.root), ("--out", parsed.out)):
+        if not path.is_absolute():
+            raise UserError(
+                f"{option} {path} is relative, but this job runs in a temporary copy. Give an absolute path"
+            )
+    if not parsed.mix.is_absolute() and not parsed.mix.exists():
+        raise UserError(
+            f"{parsed.mix} is relative, but this job runs in a temporary copy, which lacks this mix because .rayignore "
+            "or .gitignore excludes it, or because it does not exist. Give an absolute path"
+        )
 
 
 def _check_root(mix: Mix, root: AnyPath) -> None:
@@ -121,7 +133,15 @@ def _find_tokenizer(parsed: argparse.Namespace, mix: Mix, config: EmmaConfig) ->
     name = parsed.tokenizer or mix.tokenizer or config.tokenizer
     if name is None:
         raise UserError(f"preset {config.name} has no default tokenizer: give --tokenizer, or `tokenizer` in the mix")
-    tokenizer = load_tokenizer(name)
+    try:
+        tokenizer = load_tokenizer(name)
+    except UserError as error:
+        if not _runs_in_copy() or Path(name).is_absolute():
+            raise
+        raise UserError(
+            f"{error}. If {name} is a folder: it is relative, but this job runs in a temporary copy. Give an absolute "
+            "path"
+        ) from None
     rows = config.llm.vocab_size
     if tokenizer.vocab_size > rows:
         raise UserError(
