@@ -58,6 +58,12 @@ def test_a_damaged_data_file_is_named_before_the_model_is_loaded(monkeypatch, da
         evaluate(monkeypatch, "no-such-model", "--tasks", "pope", "--data", data)
 
 
+def test_a_missing_model_card_is_reported_before_the_model_is_loaded(monkeypatch, data):
+    monkeypatch.setattr("pipeline.evaluation.run_tasks.require_lmms_eval", lambda: None)
+    with pytest.raises(UserError, match=r"--card: found no model card no-such-model/README\.md"):
+        evaluate(monkeypatch, "no-such-model", "--tasks", "pope", "--data", data, "--card")
+
+
 def test_without_lmms_eval_one_line_says_how_to_install_it(monkeypatch, data):
     monkeypatch.setattr("pipeline.evaluation.harness.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install -e '.\[eval\]'"):

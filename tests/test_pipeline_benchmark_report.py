@@ -38,7 +38,7 @@ def test_a_second_table_replaces_the_first_in_the_model_card(tmp_path):
 
 def test_a_missing_or_damaged_model_card_is_a_user_error(tmp_path):
     card = tmp_path / "README.md"
-    with pytest.raises(UserError, match="the model has no card"):
+    with pytest.raises(UserError, match="found no model card"):
         write_card(card, "table\n")
     card.write_text(f"{BEGIN}\nno end\n")
     with pytest.raises(UserError, match="Delete that line"):

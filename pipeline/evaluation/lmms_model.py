@@ -37,7 +37,7 @@ class EmmaModel(lmms):
 
     Attributes:
         journal: Keeps the answers; None: answers are not kept. Answers in the journal are not computed again.
-        known: Answers that other journals hold.
+        known: Answers that earlier calls computed, by the names that they have in journals.
 
     Args:
         pretrained: Folder written by pipeline.export.
@@ -124,11 +124,12 @@ class EmmaModel(lmms):
     def _open(self, request: Instance) -> Request:
         """Make the engine's request, and read its image, which happens when the engine has room for the request."""
         context, settings, to_images, number, task, split = request.args
+        stop = settings.get("until") or ()
         return self._request(
             context,
             to_images(self.task_dict[task][split][number]),
             max_new_tokens=int(settings.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)),
-            stop=tuple(settings.get("until", ())),
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
         )
 
     def _request(

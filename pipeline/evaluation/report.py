@@ -40,17 +40,20 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def read_card(path: Path) -> tuple[str, str]:
+    """Return the text of a model card before and after its table. Raises: UserError if there is no usable card."""
+    if not path.exists():
+        raise UserError(f"--card: found no model card {path}. Export the model again: python -m pipeline.export")
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    if not begin:
+        return f"{before.rstrip()}\n\n", ""
+    _, end, after = rest.partition(END + "\n")
+    if not end:
+        raise UserError(f"--card: found the line {BEGIN!r} without {END!r} in {path}. Delete that line")
+    return before, after
+
+
 def write_card(path: Path, table: str) -> None:
     """Write the table into a model card: replace the earlier table, or append a section. Raises: UserError."""
-    if not path.exists():
-        raise UserError(f"{path}: the model has no card. Export it again: python -m pipeline.export")
-    text = path.read_text(encoding="utf-8")
-    section = f"{BEGIN}\n## Benchmarks\n\n{table}{END}\n"
-    before, begin, rest = text.partition(BEGIN)
-    if begin:
-        _, end, after = rest.partition(END + "\n")
-        if not end:
-            raise UserError(f"{path}: found the line {BEGIN!r} without {END!r}. Delete that line")
-        publish(path, (before + section + after).encode())
-    else:
-        publish(path, f"{text.rstrip()}\n\n{section}".encode())
+    before, after = read_card(path)
+    publish(path, f"{before}{BEGIN}\n## Benchmarks\n\n{table}{END}\n{after}".encode())

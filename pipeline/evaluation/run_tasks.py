@@ -20,7 +20,8 @@ from pipeline.evaluation.harness import require_lmms_eval, run_benchmark
 from pipeline.inference.journal import answer_key
 from preprocess.atomic import publish, write_json
 
-RANKS_WAIT = timedelta(hours=24)  # a rank may have the longest answers
+CARD = "README.md"
+RANKS_WAIT = timedelta(hours=24)  # ranks wait for each other after each benchmark
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +84,14 @@ def run_tasks(options: TaskOptions, draw: Callable[[dict[str, Any], Path], None]
     Args:
         draw: Draws the figure of the results to a path.
 
-    Raises: UserError, before the model is loaded, if a benchmark is unknown or its data is missing.
+    Raises: UserError, before the model is loaded, if a benchmark is unknown, or if its data or the card is missing.
     """
     benchmarks = choose(options.names)
     check_data(benchmarks, options.data)
     require_lmms_eval()
-    ranks = find_ranks(options.device)
+    if options.card:
+        report.read_card(options.model / CARD)
+    ranks = find_ranks("cpu" if options.device == "cpu" else "auto")
     if ranks.world_size > 1:
         dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world_size, timeout=RANKS_WAIT)
     try:
@@ -107,16 +110,13 @@ def _evaluate(options: TaskOptions, benchmarks: Sequence[Benchmark], ranks: Rank
     """
     from pipeline.evaluation.lmms_model import DEFAULT_MAX_NEW_TOKENS, EmmaModel
 
-    model = EmmaModel(str(options.model), batch_size=options.batch, device=str(ranks.device))
+    model = EmmaModel(str(options.model), batch_size=options.batch, device=options.device)
     settings = [answer_key(options.model, model.engine, DEFAULT_MAX_NEW_TOKENS) if ranks.is_main else {}]
     if ranks.world_size > 1:
         dist.broadcast_object_list(settings)
     path = options.out / "results.json"
-    results = _earlier_results(path, settings[0]) or {
-        "model": str(options.model),
-        "settings": settings[0],
-        "benchmarks": {},
-    }
+    results = _earlier_results(path, settings[0])
+    results = results or {"model": str(options.model), "settings": settings[0], "benchmarks": {}}
     for benchmark in benchmarks:
         result = run_benchmark(model, benchmark, options.data, options.out, settings=settings[0], ranks=ranks)
         if result:
@@ -143,5 +143,5 @@ def _write(options: TaskOptions, results: dict[str, Any], draw: Callable[[dict[s
     publish(options.out / "results.md", table.encode())
     draw(results, options.out / "results.png")
     if options.card:
-        report.write_card(options.model / "README.md", table)
+        report.write_card(options.model / CARD, table)
     print(f"\n{table}\nwritten to {options.out}: results.json, results.md, results.png")
