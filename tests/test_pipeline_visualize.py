@@ -150,7 +150,7 @@ def test_the_errors_of_the_command_are_one_line(folder, image, tmp_path):
     (tmp_path / "text.png").write_text("not an image")
     cases = [
         ([folder, "--image", tmp_path / "text.png"], "text.png cannot be used"),
-        ([folder, "--image", tmp_path / "absent.png"], "absent.png cannot be read"),
+        ([folder, "--image", tmp_path / "absent.png"], "absent.png cannot be used"),
         ([folder, "--image", image, "--layers", "4"], f"--layers: {folder} has no layer 4 (expected 0 to 3)"),
         ([folder, "--image", image, "--layers", "-1"], "has no layer -1"),
         ([tmp_path, "--image", image], "not the configuration of a saved model"),
