@@ -10,10 +10,13 @@ import torch
 from model.errors import UserError
 from pipeline.latency import measure as measuring
 from pipeline.latency.cases import FIRST_BATCHES, Selection
-from pipeline.latency.contender import IMAGE, PROMPT, TOKEN
+from pipeline.latency.contender import IMAGE, PROMPT, QUESTION, TOKEN
 from pipeline.latency.measure import Case, Effort, measure
+from pipeline.latency.own import EngineAnswers, open_model
 from pipeline.latency.results import Results
+from preprocess.prompts import load_tokenizer
 from tests.support.launch import fork_python
+from tests.support.tiny_model import save_tiny_model
 
 CPU = torch.device("cpu")
 CASE = Case(model="tiny_v2", implementation="ours", graph=False, state="fp32", batch=2, tokens=5)
@@ -72,6 +75,17 @@ def test_a_case_that_cannot_run_gives_a_row_with_the_reason():
     row = measure(CASE, missing, Effort(seconds=0.0), CPU, bandwidth=1.0)
     assert row["error"] == "No module named 'mamba_ssm'"
     assert row["model"] == "tiny_v2"
+
+
+def test_a_model_that_only_ends_its_text_still_answers_with_all_tokens(tmp_path):
+    own = open_model(str(save_tiny_model(tmp_path / "model")), CPU)
+    own.loaded.emma.llm.backbone.embedding.weight.zero_()  # all logits are equal, so token 0 is chosen: the end of text
+    answers = EngineAnswers(own, batch=2, state="fp32", graph=False)
+    phases: list[str] = []
+    answers.answer(6, phases.append)
+    assert phases == [IMAGE, PROMPT, *[TOKEN] * 5]
+    assert answers.prompt_tokens == 49 + len(own.prompt)
+    assert QUESTION in load_tokenizer(tmp_path / "model").decode(own.prompt)
 
 
 def test_the_first_cases_are_batches_1_and_64_of_the_model_then_those_of_peers():
