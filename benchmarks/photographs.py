@@ -59,11 +59,11 @@ def _words(rng: np.random.Generator, count: int) -> str:
     return " ".join(WORDS[i] for i in rng.integers(0, len(WORDS), count))
 
 
-def write_rows(root: Path, images: int, rows_per_image: int) -> list[dict[str, object]]:
+def write_rows(root: Path, images: int, rows_per_image: int, words: int = 40) -> list[dict[str, object]]:
     """Write images, an annotation file and a mix under `root`. Return the rows of the file."""
     names = [f"images/{path.name}" for path in write_photographs(root / "images", images)]
     rows: list[dict[str, object]] = [
-        {"id": str(i), "image": names[i // rows_per_image], "conversations": dialogue(i)}
+        {"id": str(i), "image": names[i // rows_per_image], "conversations": dialogue(i, words=words)}
         for i in range(images * rows_per_image)
     ]
     (root / "rows.json").write_text(json.dumps(rows))

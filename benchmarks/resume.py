@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,14 @@ TIMEOUT_S = 600.0
 Line = dict[str, Any]
 
 
-def build_set(folder: Path, model: str) -> Path:
-    """Build shards about photographs."""
+def build_set(folder: Path, model: str, *, images: int = NUM_IMAGES, rows_per_image: int = 1, words: int = 40) -> Path:
+    """Build shards about photographs. Each of the three answers of a row has this number of words."""
     root = folder / "root"
-    write_rows(root, NUM_IMAGES, rows_per_image=1)
+    write_rows(root, images, rows_per_image, words)
     with contextlib.redirect_stdout(io.StringIO()):
         train_tokenizer((turn["value"] for i in range(200) for turn in dialogue(i)), root / "tokenizer")
-    words = [root / "mix.toml", "--model", model, "--root", root, "--out", folder / "shards", "--workers", 0]
-    code = build_shards.main([str(word) for word in [*words, "--tokenizer", root / "tokenizer"]])
+    command = [root / "mix.toml", "--model", model, "--root", root, "--out", folder / "shards", "--workers", 0]
+    code = build_shards.main([str(word) for word in [*command, "--tokenizer", root / "tokenizer"]])
     assert code == 0, f"the shards were not built: exit code {code}"
     return folder / "shards"
 
@@ -64,13 +64,20 @@ def write_towers(folder: Path, model: str) -> Path:
 
 
 class TrainingProcess:
-    """One launch of the training command. As a context manager, it kills the training at the end of the block."""
+    """One launch of the training command. As a context manager, it kills the training at the end of the block.
 
-    def __init__(self, command: list[str], run: Path, ranks: int):
+    Args:
+        command: Recipe and overrides.
+        run: Run folder.
+        ranks: Number of ranks on this machine.
+        program: Module to launch, and its arguments before the recipe.
+    """
+
+    def __init__(self, command: list[str], run: Path, ranks: int, program: Sequence[str] = ("pipeline.train",)):
         self.run, self.seen = run, len(lines(run))
         self.launched, self.log = time.time(), (run.parent / "log.txt").open("a")
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
-        words = [sys.executable, *launcher, "--rdzv-endpoint=localhost:0", "-m", "pipeline.train", *command]
+        words = [sys.executable, *launcher, "--rdzv-endpoint=localhost:0", "-m", *program, *command]
         self.process = subprocess.Popen(words, stdout=self.log, stderr=subprocess.STDOUT)
 
     def __enter__(self) -> TrainingProcess:
@@ -179,7 +186,7 @@ def lose_a_rank(training: TrainingProcess) -> dict[str, Any]:
     """Kill the last rank. Return the seconds until the other ranks have ended, and the outcome of the run."""
     ranks = training.ranks
     begun = time.monotonic()
-    max(ranks, key=lambda process: int(process.environ()["RANK"])).kill()
+    max(ranks, key=lambda process: process.pid).kill()  # the launcher starts the ranks in order
     psutil.wait_procs(ranks, timeout=TIMEOUT_S)
     took = time.monotonic() - begun
     training.process.wait(timeout=TIMEOUT_S)
