@@ -118,8 +118,9 @@ class Scheduler:
             self._shrink()
         self.waiting.sort(key=lambda item: self.prefill.length(item[1]))  # rows of one prefill need little padding
         while self.waiting and free:
-            longest = self.prefill.length(self.waiting[min(len(free), len(self.waiting)) - 1][1])
-            count = min(len(free), len(self.waiting), MAX_PREFILL_ROWS, max(MAX_PREFILL_POSITIONS // longest, 1))
+            count = min(len(free), len(self.waiting), MAX_PREFILL_ROWS)
+            longest = self.prefill.length(self.waiting[count - 1][1])
+            count = min(count, max(MAX_PREFILL_POSITIONS // longest, 1))
             group, self.waiting = self.waiting[:count], self.waiting[count:]
             self._start([_Row(index=i, request=request) for i, request in group], free[:count])
             free = free[count:]
