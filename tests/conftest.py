@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +37,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the slowest test files first, so that no processor is idle at the end."""
     first = {name: position for position, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: first.get(item.path.name, len(first)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail a test that is skipped, unless it needs a GPU, if FAIL_ON_SKIP is 1, because CI must run all other tests."""
+    report = yield
+    if report.skipped and os.environ.get("FAIL_ON_SKIP") == "1" and item.get_closest_marker("gpu") is None:
+        report.outcome = "failed"
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,11 @@ from tests.support.launch import REPOSITORY
 PACKAGES = ("model", "preprocess", "pipeline", "ds_configs")
 BUILD_FILES = ("pyproject.toml", "README.md", "LICENSE")
 # Modules that need a package of an optional extra
-NEEDS = {"pipeline.evaluation.lmms_model": "lmms_eval", "pipeline.evaluation.task_functions": "lmms_eval"}
+NEEDS = {
+    "pipeline.chat.page": "gradio",
+    "pipeline.evaluation.lmms_model": "lmms_eval",
+    "pipeline.evaluation.task_functions": "lmms_eval",
+}
 IMPORT_ALL_AND_DESCRIBE = """
 import importlib, sys
 from pathlib import Path

@@ -3,10 +3,11 @@
 python -m pipeline.chat models/v2
 python -m pipeline.chat models/v2 --port 8080 --temperature 0.7
 
-Besides the answers, the page shows the magnitude of the model's visual states. It also shows the redrawn image if
-the folder has the decoder, which python -m pipeline.export RUN MODEL --with-alignment keeps. The page needs the extra [web],
-but no internet. Only this machine can open it. Before you open it on another machine, forward the port from there:
-ssh -L 7860:localhost:7860 MACHINE
+Besides the answers, the page shows the magnitude of the model's visual states. It also shows the redrawn image, if the
+folder has the decoder (python -m pipeline.export RUN MODEL --with-alignment).
+
+The page needs the extra [web], but no internet. Only this machine can open it. Before you open it on another machine,
+forward the port from there: ssh -L 7860:localhost:7860 MACHINE
 """
 
 from __future__ import annotations
