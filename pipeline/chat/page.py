@@ -63,7 +63,7 @@ def build_page(engine: InferenceEngine, *, title: str, max_new_tokens: int) -> g
             return
         dialogue = dialogue or engine.dialogue()
         turns = [*turns, {"role": "user", "content": question}, {"role": "assistant", "content": ""}]
-        with contextlib.closing(dialogue.ask(question, max_new_tokens=max_new_tokens)) as pieces:  # type: ignore[type-var]
+        with contextlib.closing(dialogue.ask(question, max_new_tokens=max_new_tokens)) as pieces:
             for piece in pieces:
                 turns[-1]["content"] += piece
                 yield "", dialogue, turns
