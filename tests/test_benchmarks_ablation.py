@@ -214,13 +214,16 @@ def test_runs_with_other_data_or_settings_have_other_files():
     assert run.key(inputs) == replace(run).key(dict(inputs))
 
 
-def test_runs_with_different_data_are_not_reported_together(workspace, tmp_path):
+def test_runs_with_different_data_are_not_reported_together(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
-    for number in range(2):
-        record = {"version": configs.VERSION, "run": {"size": "micro"}, "inputs": {"data": str(number)}}
-        (tmp_path / f"runs/{number}.json").write_text(json.dumps(record))
+    run, folder = search_runs("micro")[0], runner.Workspace(folder=tmp_path, size="micro")
+    for inputs in ({"data": "a"}, {"data": "b"}):
+        record = {"run": vars(run), "inputs": inputs}
+        (tmp_path / f"runs/{run.key(inputs)}.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="different data or towers"):
-        runner.Workspace(folder=tmp_path, size="micro").results()
+        folder.results()
+    monkeypatch.setattr(configs, "VERSION", configs.VERSION + 1)
+    assert folder.results() == ([], 2)
 
 
 # -- Report ------------------------------------------------------------------------------------------------------------

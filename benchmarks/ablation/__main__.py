@@ -48,7 +48,7 @@ def main() -> None:
         print(execute(workspace, runs, processes=args.processes, seconds=args.seconds))
     elif args.stage == "test":
         best = {
-            name: run for name, run in best_settings(workspace.results(), args.size).items() if name in args.variants
+            name: run for name, run in best_settings(workspace.results()[0], args.size).items() if name in args.variants
         }
         if missing := set(args.variants) - set(best):
             raise UserError(
@@ -57,7 +57,8 @@ def main() -> None:
         runs = final_runs(best, args.seeds)
         print(execute(workspace, runs, processes=args.processes, seconds=args.seconds))
     else:
-        print(report(workspace.results(), args.size))
+        records, others = workspace.results()
+        print(report(records, args.size, others=others))
 
 
 if __name__ == "__main__":

@@ -75,8 +75,12 @@ def paired_difference(values: Sequence[float]) -> str:
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
-def report(records: Sequence[Record], size: str) -> str:
-    """Return the whole report."""
+def report(records: Sequence[Record], size: str, *, others: int) -> str:
+    """Return the whole report.
+
+    Args:
+        others: Number of run files that are not in the tables.
+    """
     done = [record for record in records if record["outcome"] == "done"]
     by_variant: ByVariant = {}
     for variant in VARIANTS:
@@ -84,6 +88,8 @@ def report(records: Sequence[Record], size: str) -> str:
         if final:
             by_variant[variant] = {record["run"]["seed"]: record for record in final}
     parts = ["## Runs", _runs_table(records), "## Search", _search_table(done, size)]
+    if others:
+        parts.insert(2, f"{others} other runs were started, with another size or before the program changed.")
     if by_variant:
         parts += ["## Test questions", _scores_table(by_variant)]
         for other in filter(by_variant.__contains__, (BASELINE, "emma")):

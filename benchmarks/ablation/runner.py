@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.ablation import data
-from benchmarks.ablation.configs import SEARCH_SEED, SIZES, VERSION, Run
+from benchmarks.ablation.configs import SEARCH_SEED, SIZES, Run
 from benchmarks.ablation.measure import Trained, measure_answers, measure_probes, measure_reconstruction
 from benchmarks.ablation.report import accuracy
 from benchmarks.ablation.towers import ensure_towers, load_towers
@@ -59,13 +59,18 @@ class Workspace:
     def partial(self, key: str) -> Path:
         return self.folder / "partial" / f"{key}.pt"
 
-    def results(self) -> list[dict[str, Any]]:
-        """Return the files of all runs that were ever started with this version of the program."""
-        found = [json.loads(path.read_text()) for path in sorted((self.folder / "runs").glob("*.json"))]
-        found = [each for each in found if each["version"] == VERSION and each["run"]["size"] == self.size]
-        if len({json.dumps(each["inputs"], sort_keys=True) for each in found}) > 1:
+    def results(self) -> tuple[list[dict[str, Any]], int]:
+        """Return the files of all runs of this size, and the number of other files.
+
+        Other files are of another size, or were written before the sizes or the program changed.
+        """
+        paths = sorted((self.folder / "runs").glob("*.json"))
+        records = {path.stem: json.loads(path.read_text()) for path in paths}
+        ours = [record for key, record in records.items() if Run(**record["run"]).key(record["inputs"]) == key]
+        ours = [record for record in ours if record["run"]["size"] == self.size]
+        if len({json.dumps(record["inputs"], sort_keys=True) for record in ours}) > 1:
             raise UserError(f"{self.folder}/runs: the runs have different data or towers. Move some of them away.")
-        return found
+        return ours, len(records) - len(ours)
 
 
 def execute(workspace: Workspace, runs: Sequence[Run], *, processes: int, seconds: float) -> dict[str, int]:
@@ -93,7 +98,7 @@ def default_processes() -> int:
 def _attempt(workspace: Workspace, run: Run, inputs: dict[str, str], until: float) -> str:
     """Start or continue one run, and record the attempt in its file before and after. Return the outcome."""
     file = workspace.file(key := run.key(inputs))
-    record: dict[str, Any] = {"version": VERSION, "run": asdict(run), "inputs": inputs, "outcome": "started"}
+    record: dict[str, Any] = {"run": asdict(run), "inputs": inputs, "outcome": "started"}
     if file.exists():
         record = json.loads(file.read_text())
     record.setdefault("attempts", [])
