@@ -34,14 +34,16 @@ def markdown(rows: Sequence[Row], environment: dict[str, Any], tokens: int) -> s
     batches = sorted((row for row in rows if row["tokens"] == tokens), key=table_order)
     measured = [row for row in batches if "error" not in row]
     lengths = [row for row in sorted(rows, key=table_order) if row["batch"] == 1 and "error" not in row]
-    parts = [f"{environment['card']}; {versions}."]
+    parts = [f"Machine: {environment['card']}; {versions}."]
     if bandwidths := sorted({f"{row['bandwidth'] / 1e12:.2f}" for row in measured}):
-        parts[0] += f" Copy bandwidth {' and '.join(bandwidths)} TB/s."
+        parts[0] += f" Copy bandwidth: {' and '.join(bandwidths)} TB/s."
     if protocol := [_paper_cells(row) for row in measured if _is_protocol(row)]:
-        parts.append(_table(PAPER_HEAD, protocol))
-    parts.append(_table(BATCH_HEAD, [_batch_cells(row) for row in batches]))
+        parts += ["The protocol of the paper's Tab. 4, and the paper's rows on an A100:", _table(PAPER_HEAD, protocol)]
+    if batches:
+        head = f"Answers of {tokens} tokens to a question about an image:"
+        parts += [head, _table(BATCH_HEAD, [_batch_cells(row) for row in batches])]
     if len({row["tokens"] for row in lengths}) > 1:
-        parts.append(_length_table(lengths))
+        parts += ["Tokens per second at batch 1, by length of the answer:", _length_table(lengths)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -77,7 +79,8 @@ def _batch_cells(row: Row) -> list[str]:
     rates = [f"{row['tokens_per_s']:.0f}", f"{row['decode_tokens_per_s']:.0f}", f"{row['share']:.0%}"]
     peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
     cells = [f"{value:.1f}" for value in times] + ["" if value is None else f"{value:.3f}" for value in per_token]
-    return [*head, *cells, f"{row['answer_s']:.3f}", *rates, peak, str(row["repeats"])]
+    fewer = f" × {row['measured_tokens']} tokens" if row["measured_tokens"] < row["tokens"] else ""
+    return [*head, *cells, f"{row['answer_s']:.3f}", *rates, peak, f"{row['repeats']}{fewer}"]
 
 
 def _length_table(rows: Sequence[Row]) -> str:
