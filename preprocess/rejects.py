@@ -21,6 +21,7 @@ REASONS = {
     "no_answer": "no question is followed by an answer",
     "no_supervised_token": "the token limit cuts off every answer",
     "image_token_without_picture": "the text contains <image>, but the row has no image",
+    "other_media": "the row refers to an image, video or audio in a way that is not supported",
     "several_pictures": "the row has more than one image",
     "picture_path_escapes": "the image path is absolute, or leaves its folder through '..' or a link",
     "picture_path_invalid": "the image path is not a valid file name",

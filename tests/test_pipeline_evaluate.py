@@ -95,6 +95,14 @@ def test_shuffling_is_a_user_error_if_most_questions_of_a_kind_share_one_image()
         ('["a"]', "line 2: found .*, expected an object"),
         ('{"image": "a.jpg", "question": "Q", "answer": 4, "kind": "k"}', "line 2: found .*, expected an object"),
         ('{"image": "a.jpg", "question": "Q", "kind": "k"}', "line 2: found .*, expected an object"),
+        (
+            '{"images": ["a.jpg"], "question": "Q", "answer": "A", "kind": "k"}',
+            "line 2: .* no `image`, but .* 'images'",
+        ),
+        (
+            '{"question": "<|image_1|> Q", "answer": "A", "kind": "k"}',
+            "line 2: .* no `image`, but the text holds <.image",
+        ),
     ],
 )
 def test_the_error_for_a_malformed_question_names_its_line(tmp_path: Path, line: str, complaint: str) -> None:

@@ -178,6 +178,30 @@ def test_inference_reads_an_image_with_odd_metadata_as_a_build_does(tmp_path: Pa
     assert np.array_equal(read_image_file(tmp_path / "odd.png", 32), read_image_file(tmp_path / "plain.png", 32))
 
 
+NOT_IMAGES = {
+    "Git LFS pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+        "a Git LFS pointer: .*git lfs pull",
+    ),
+    "HTML page": (b"<!DOCTYPE html><html>", "an HTML or XML page: download it again"),
+    "zip": (b"PK\x03\x04", "a zip file: unpack it"),
+    "text": (b"hello world", "starts with b'hello wo'"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_IMAGES)
+def test_the_reject_for_a_file_that_is_no_image_names_what_was_found(kind: str) -> None:
+    data, detail = NOT_IMAGES[kind]
+    with pytest.raises(Rejected, match=f"picture_unknown_format: {detail}"):
+        decode_rgb(data)
+
+
+def test_damaged_originals_in_shards_of_earlier_versions_are_still_decoded() -> None:
+    jpeg = encode("JPEG", PHOTOGRAPH, quality=90)
+    half = DAMAGE["cut in half and closed"](jpeg)
+    assert np.array_equal(codec.decode_stored_image(half), np.asarray(Image.open(io.BytesIO(half))))
+
+
 # -- Missing data ------------------------------------------------------------------------------------------------------
 
 

@@ -1,12 +1,14 @@
 """Notes about sources whose number of rows differs from the number in the mix."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from preprocess import build_shards
+from tests.support.dirty_rows import conversation
 from tests.support.golden_tokenizer import gpt_neox
-from tests.support.shard_builds import arguments, write_mix, write_talk
+from tests.support.shard_builds import arguments, talk_row, write_mix, write_talk
 
 NUM_ROWS = 240
 SOURCE = {"name": "p", "format": "llava", "annotations": "rows.json"}
@@ -45,6 +47,19 @@ def test_a_note_reports_each_source_whose_row_count_differs_from_the_mix(
     assert build_shards.main([*arguments(root, tmp_path / "out", gpt_neox()), "--check"]) == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
     assert printed == [f"note: {note}" for _, lines in notes.values() for note in lines]
+
+
+def test_a_note_counts_text_only_rows_that_may_refer_to_an_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["plain", "the <video> tag", "a[image]", "see ![car](car.jpg)", 'write <img src="a.jpg">', "[IMG] or not"]
+    rows = [talk_row(0) | {"conversations": conversation(text, "A")} for text in [*texts[:-1], "is " + texts[-1]]]
+    write_mix(tmp_path / "root", [SOURCE])
+    (tmp_path / "root/rows.json").write_text(json.dumps(rows))
+    for options in (["--check"], ["--workers", "0"]):
+        assert build_shards.main([*arguments(tmp_path / "root", tmp_path / "out", gpt_neox()), *options]) == 0
+        note = "source 'p': 4 text-only rows contain a tag such as <video>, [IMG] or <img src>; they are kept as text"
+        assert f"note: {note}\n" in capsys.readouterr().out
 
 
 def test_a_note_reports_a_wrong_total_row_count_of_several_sources(

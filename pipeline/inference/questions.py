@@ -17,6 +17,7 @@ from model.errors import UserError
 from pipeline.inference.engine import InferenceEngine
 from pipeline.inference.journal import Journal
 from pipeline.inference.requests import FinishReason, Pixels, Request
+from preprocess.annotations.other_media import find_reference
 from preprocess.annotations.reader import rows_with_place
 from preprocess.images.codec import read_image_file
 from preprocess.images.store import ImageStore
@@ -80,6 +81,8 @@ def _checked_row(row: Any, where: str, required: Sequence[str]) -> dict[str, Any
         raise UserError(f"{where}: `image` is {json.dumps(image, default=str)[:80]}, expected a file name or null")
     if image is None and IMAGE_TOKEN in row["question"]:
         raise UserError(f"{where}: the question contains {IMAGE_TOKEN}, but the row has no `image`. Add one.")
+    if image is None and (reference := find_reference(row, [row["question"]])):
+        raise UserError(f"{where}: the row has no `image`, but {reference}. Name its image under `image`.")
     return {**row, "image": image, **{key: clean_text(row[key]) for key in required}}
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
+from preprocess.annotations.other_media import find_reference
 from preprocess.images.codec import IMAGE_SUFFIXES
 from preprocess.prompts import IMAGE_TOKEN, NUL_OR_SURROGATE, clean_text
 from preprocess.rejects import Rejected
@@ -102,6 +103,8 @@ def to_dialogue(value: Any, *, source: str, row: int, row_format: Format, image_
     turns = _alternate(turns)
     if name is None and any(IMAGE_TOKEN in turn.text for turn in turns):
         raise Rejected("image_token_without_picture", "the text holds <image>, the row no picture")
+    if name is None and (reference := find_reference(value, [turn.text for turn in turns])):
+        raise Rejected("other_media", reference)
     image = None if name is None else image_path(image_folder, name)
     dialogue_id = row_id(value, source=source, row=row, row_format=row_format)
     return Dialogue(source=source, row=row, id=dialogue_id, image=image, turns=tuple(turns))

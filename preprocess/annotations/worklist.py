@@ -17,6 +17,7 @@ from typing import Any
 from model.errors import UserError
 from preprocess.annotations.dialogue import Dialogue, row_id, to_dialogue
 from preprocess.annotations.mix import Mix, Source
+from preprocess.annotations.other_media import has_mention
 from preprocess.annotations.reader import read_rows
 from preprocess.images.store import ImageStore
 from preprocess.rejects import Reject, RejectCounts, Rejected
@@ -54,6 +55,7 @@ class Worklist:
         rows_read: Number of rows read from the annotation file of each source. A limit can leave rows unread.
         rejects: Number of rejected rows by source and reason.
         folders: For each source, the number of rows by image folder.
+        mentions: Number of text-only rows of each source that contain a tag such as <video>.
     """
 
     ranges: list[DialogueRange] = field(default_factory=list)
@@ -61,6 +63,7 @@ class Worklist:
     rows_read: Counter[str] = field(default_factory=Counter)
     rejects: RejectCounts = field(default_factory=Counter)
     folders: dict[str, Counter[str]] = field(default_factory=dict)
+    mentions: Counter[str] = field(default_factory=Counter)
 
     @property
     def dialogues(self) -> int:
@@ -124,6 +127,8 @@ def _lines(
                 continue
             if dialogue.image:
                 folders[dialogue.image.rpartition("/")[0] or "."] += 1
+            elif has_mention(turn.text for turn in dialogue.turns):
+                work.mentions[name] += 1
             yield _to_line(dialogue)
 
 
@@ -164,7 +169,17 @@ def check_feasible(work: Worklist, store: ImageStore, max_reject_ratio: float) -
             )
 
 
-def row_count_notes(mix: Mix, work: Worklist) -> Iterator[str]:
+def notes(mix: Mix, work: Worklist) -> Iterator[str]:
+    """Yield the notes about unexpected numbers of rows, and about rows that may refer to images or videos."""
+    yield from _row_count_notes(mix, work)
+    for source, rows in work.mentions.items():
+        yield (
+            f"note: source {source!r}: {rows} text-only rows contain a tag such as <video>, [IMG] or <img src>; "
+            "they are kept as text"
+        )
+
+
+def _row_count_notes(mix: Mix, work: Worklist) -> Iterator[str]:
     """Yield a note for each source whose number of rows differs from the number that the mix expects.
 
     If a limit left rows unread, the total is unknown. Such a source gets a note only if it has too many rows already.

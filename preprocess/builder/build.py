@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from model.hashing import file_sha256
-from preprocess.annotations.worklist import Worklist, check_feasible, make_worklist, row_count_notes
+from preprocess.annotations.worklist import Worklist, check_feasible, make_worklist, notes
 from preprocess.atomic import publish, published
 from preprocess.builder.finalise import ManifestInputs, publish_index, publish_manifest, publish_rejects
 from preprocess.builder.output_folder import (
@@ -48,8 +48,7 @@ def check(request: BuildRequest) -> None:
     work = make_worklist(
         request.mix, request.root, samples_per_shard=request.samples_per_shard, write=survey.write, on_rows=row_logger()
     )
-    notes = row_count_notes(request.mix, work)
-    for line in [*survey.report(request.mix, work, store), *notes, *summary_lines(work.rejects)]:
+    for line in [*survey.report(request.mix, work, store), *notes(request.mix, work), *summary_lines(work.rejects)]:
         print(line, flush=True)
     check_feasible(work, store, request.max_reject_ratio)
     _refuse_too_many(request, work.rejects, work.rows, "a build lists them in rejects.jsonl before it reads any image")
@@ -70,7 +69,7 @@ def build(request: BuildRequest) -> Manifest:
     with build_lock(folder):
         remove_leftovers(folder)
         work = write_worklist(request)
-        for note in row_count_notes(request.mix, work):
+        for note in notes(request.mix, work):
             print(note, flush=True)
         check_feasible(work, ImageStore(request.root, request.mix.archives), request.max_reject_ratio)
         try:

@@ -33,6 +33,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from model.errors import UserError
+from preprocess.file_kinds import HEAD_BYTES, recognise
 from preprocess.images.jpeg_structure import (
     OVERWRITTEN,
     ZEROS,
@@ -116,7 +117,8 @@ def detect_format(data: bytes) -> str:
     for name, image_format in FORMATS.items():
         if image_format.magic.match(data):
             return name
-    raise Rejected("picture_unknown_format", f"starts with {data[:8]!r}")
+    kind = recognise(data[:HEAD_BYTES])
+    raise Rejected("picture_unknown_format", f"{kind.name}: {kind.remedy}" if kind else f"starts with {data[:8]!r}")
 
 
 def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS, keep_damaged: bool = False) -> Pixels:

@@ -274,6 +274,41 @@ TEXT_ROWS = [
     DirtyRow(
         "<image> without an image", text_row(("human", "<image>\nQ"), ("gpt", "A")), "image_token_without_picture"
     ),
+    *(
+        DirtyRow(kind, {"conversations": conversation("Q", "A")} | keys, "other_media")
+        for kind, keys in {
+            "images without <image>": {"images": ["good.jpg"]},
+            "video": {"video": "a.mp4"},
+            "image under another key": {"Image_Path": "good.jpg"},
+            "number of an image": {"image_id": 262148},
+            "bytes of an image": {"images": [{"bytes": "aGk=", "path": None}]},
+            "image of a turn": {
+                "conversations": [{"from": "human", "value": "Q", "image": "good.jpg"}, *conversation("Q", "A")[1:]]
+            },
+        }.items()
+    ),
+    *(
+        DirtyRow(kind, text_row(("human", text), ("gpt", "A")), "other_media")
+        for kind, text in {
+            "image path in a tag": "<img>a.jpg</img>\nQ",
+            "numbered image tag": "Look: <|image_1|> Q",
+            "image placeholder": "<image_placeholder> Q",
+            "<video> at the start": "<video>\nQ",
+            "[IMG] at the end": "Q [IMG]",
+        }.items()
+    ),
+    DirtyRow(
+        "<video> within a text",
+        text_row(("human", "Explain <video> and <img src='a'>, and a[img]"), ("gpt", "A")),
+        text=f"In: Explain <video> and <img src='a'>, and a[img]\nOut: A{END}",
+        text_only=True,
+    ),
+    DirtyRow(
+        "empty images",
+        text_row(("human", "Q"), ("gpt", "A"), images=[], video=None, num_images=0, has_image=False),
+        text=PLAIN,
+        text_only=True,
+    ),
     DirtyRow(
         "image without <image>",
         {"image": "good.jpg", "conversations": conversation("Q", "A")},
