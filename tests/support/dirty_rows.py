@@ -233,6 +233,22 @@ END = "<|endoftext|>"
 PLAIN = f"In: Q\nOut: A{END}"
 LONG = "word " * 3000
 
+OTHER_KEYS: list[tuple[str, str, Any]] = [
+    ("images without <image>", "images", ["good.jpg"]),
+    ("video", "video", "a.mp4"),
+    ("image under another key", "Image_Path", "good.jpg"),
+    ("number of an image", "image_id", 262148),
+    ("bytes of an image", "images", [{"bytes": "aGk=", "path": None}]),
+    ("image of a turn", "conversations", [conversation("Q")[0] | {"image": "good.jpg"}, *conversation("Q", "A")[1:]]),
+]
+OTHER_TAGS = {
+    "image path in a tag": "<img>a.jpg</img>\nQ",
+    "numbered image tag": "Look: <|image_1|> Q",
+    "image placeholder": "<image_placeholder> Q",
+    "<video> at the start": "<video>\nQ",
+    "[IMG] at the end": "Q [IMG]",
+}
+
 TEXT_ROWS = [
     DirtyRow("broken JSON", '{"id": "broken JSON", "conversations": [}', "broken_json"),
     DirtyRow("number with too many digits", f'{{"id": {"1" * 5000}}}', "broken_json"),
@@ -275,28 +291,10 @@ TEXT_ROWS = [
         "<image> without an image", text_row(("human", "<image>\nQ"), ("gpt", "A")), "image_token_without_picture"
     ),
     *(
-        DirtyRow(kind, {"conversations": conversation("Q", "A")} | keys, "other_media")
-        for kind, keys in {
-            "images without <image>": {"images": ["good.jpg"]},
-            "video": {"video": "a.mp4"},
-            "image under another key": {"Image_Path": "good.jpg"},
-            "number of an image": {"image_id": 262148},
-            "bytes of an image": {"images": [{"bytes": "aGk=", "path": None}]},
-            "image of a turn": {
-                "conversations": [{"from": "human", "value": "Q", "image": "good.jpg"}, *conversation("Q", "A")[1:]]
-            },
-        }.items()
+        DirtyRow(kind, {"conversations": conversation("Q", "A"), key: value}, "other_media")
+        for kind, key, value in OTHER_KEYS
     ),
-    *(
-        DirtyRow(kind, text_row(("human", text), ("gpt", "A")), "other_media")
-        for kind, text in {
-            "image path in a tag": "<img>a.jpg</img>\nQ",
-            "numbered image tag": "Look: <|image_1|> Q",
-            "image placeholder": "<image_placeholder> Q",
-            "<video> at the start": "<video>\nQ",
-            "[IMG] at the end": "Q [IMG]",
-        }.items()
-    ),
+    *(DirtyRow(kind, text_row(("human", text), ("gpt", "A")), "other_media") for kind, text in OTHER_TAGS.items()),
     DirtyRow(
         "<video> within a text",
         text_row(("human", "Explain <video> and <img src='a'>, and a[img]"), ("gpt", "A")),
