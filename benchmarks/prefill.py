@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.decode import random_model
 from model.errors import run_cli
-from model.kernels.prefill_graph import PrefillGraph
+from model.kernels.cuda_graph import CapturedFunction
 from model.language_model import MambaLM
 from model.presets import preset
 from pipeline.latency.mamba_ssm_loop import mamba_ssm_twin
@@ -35,7 +35,7 @@ def ways(llm: MambaLM, x: Tensor) -> dict[str, Callable[[], Any]]:
     Args:
         x: embeddings of the prompts, [batch, positions, width].
     """
-    graph = PrefillGraph(llm, *x.shape[:2])
+    graph = CapturedFunction(llm.prefill, x)
     return {"eager": lambda: llm.prefill(x), "graph": lambda: graph(x)}
 
 

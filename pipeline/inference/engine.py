@@ -127,10 +127,11 @@ class InferenceEngine:
         decoder.put(range(rows), Rows(cache=repeated, tokens=keys, keys=keys, positions=keys))
         logits = logits.expand(decoder.batch, -1)
         sums = torch.zeros(decoder.batch, dtype=torch.float64, device=device)
-        for position, column in enumerate(tokens.unbind(1)):
-            each = logits.float().log_softmax(-1).gather(1, column[:, None])[:, 0]
+        for position in range(longest):
+            if position:
+                logits = decoder.step(tokens[:, position - 1])
+            each = logits.float().log_softmax(-1).gather(1, tokens[:, position, None])[:, 0]
             sums += each.where(lengths > position, 0)
-            logits = decoder.step(column)
         return sums[:rows].tolist()
 
     def _decoder(self, rows: int) -> Decoder:

@@ -19,11 +19,12 @@ from preprocess.prompts import Tokenizer
 
 # Steps that are launched before the tokens of a step are read, so that a GPU never waits for the host.
 LAG = {"cuda": 2, "cpu": 0}
-MAX_PREFILL_ROWS, MAX_PREFILL_POSITIONS = 16, 16_384  # bound the memory of a prefill
-MIN_FREE_SHARE = (
-    8  # a prefill waits until one in this many rows is free, because prefills of few rows are slower per row
-)
-SHRINK = 4  # a smaller decoder takes over when at most one in this many rows is in use
+# Bounds on the memory of a prefill.
+MAX_PREFILL_ROWS, MAX_PREFILL_POSITIONS = 16, 16_384
+# A prefill waits until one in this many rows is free, because a prefill of few rows takes longer per row.
+MIN_FREE_SHARE = 8
+# A smaller decoder takes over when at most one in this many rows is in use.
+SHRINK = 4
 
 
 @dataclass(kw_only=True, eq=False)
