@@ -20,7 +20,7 @@ from tests.support.tiny_model import save_tiny_model
 
 pytestmark = pytest.mark.skipif(find_spec("lmms_eval") is None, reason="needs the extra [eval]")
 KILL_AFTER = 30
-TINY = ("pope", "vsr")
+TINY = ("mme", "vsr")
 
 
 @pytest.fixture(scope="module")
@@ -161,13 +161,13 @@ def test_a_figure_of_the_scores_is_written(folder):
 def test_a_tiny_model_runs_through_the_whole_chain(folder):
     assert codes(folder, "tiny") == [0], log(folder, "tiny")
     scores = {name: result["score"] for name, result in results(folder, "tiny")["benchmarks"].items()}
-    assert scores == {"pope": 0.0, "vsr": pytest.approx(50.0, abs=25.0)}, "random weights know two words of VSR only"
+    assert scores == {"mme": 0.0, "vsr": pytest.approx(50.0, abs=25.0)}, "random weights know two words of VSR only"
 
 
 def test_lmms_eval_finds_the_model_by_its_entry_point_and_compares_likelihoods(folder):
     assert codes(folder, "plugin") == [0], log(folder, "plugin")
     output = json.loads(log(folder, "plugin").splitlines()[-1])
-    assert output["results"]["pope"]["pope_accuracy,none"] == 0.0
+    assert output["results"]["mme"]["mme_perception_score,none"] == 0.0
     truths = ["yes", "no", "yes", "no", "yes"]
     model, tokenizer = load(folder / "model", "cpu")
     engine, right = InferenceEngine(model, tokenizer), 0

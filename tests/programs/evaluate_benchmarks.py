@@ -26,7 +26,7 @@ import numpy as np
 from model.errors import run_cli
 from pipeline import evaluate
 from pipeline.evaluation import harness
-from pipeline.evaluation.benchmarks import BENCHMARKS
+from pipeline.evaluation.benchmarks import BENCHMARKS, Benchmark
 from pipeline.inference.engine import InferenceEngine
 from pipeline.inference.requests import Completion, Request
 from tests.support.launch import REPOSITORY
@@ -95,7 +95,7 @@ def run(scenario: dict[str, Any], rank: int) -> None:
 
 
 def use_as_plugin() -> None:
-    """Evaluate the model by its name in lmms-eval, on POPE and on a task that compares log-likelihoods."""
+    """Evaluate the model by its name in lmms-eval, on MME and on a task that compares log-likelihoods."""
     model, data = sys.argv[1], Path(sys.argv[sys.argv.index("--data") + 1])
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     module, _, name = project["entry-points"]["lmms_eval.models"]["emma"].partition(":")
@@ -103,10 +103,8 @@ def use_as_plugin() -> None:
         getattr(importlib.import_module(module), name)(), overwrite=True
     )
 
-    benchmark = BENCHMARKS["pope"]
-    config = harness.task_config(benchmark)
-    harness._add_files(config, benchmark.files(data))
-    likelihood = {key: config[key] for key in ("dataset_path", "dataset_kwargs", "test_split", "doc_to_visual")}
+    mme, pope = (_task(BENCHMARKS[name], data) for name in ("mme", "pope"))
+    likelihood = {key: pope[key] for key in ("dataset_path", "dataset_kwargs", "test_split", "doc_to_visual")}
     likelihood |= {"task": "likelihood", "output_type": "multiple_choice", "doc_to_text": "question"}
     likelihood |= {"doc_to_choice": ["yes", "no"], "doc_to_target": "answer", "metric_list": [{"metric": "acc"}]}
     output = lmms_eval.evaluator.simple_evaluate(
@@ -114,11 +112,17 @@ def use_as_plugin() -> None:
         model_args=f"pretrained={model}",
         batch_size="2",
         device="cpu",
-        tasks=[ConfigurableTask(config=each, model_name="emma") for each in (config, likelihood)],
+        tasks=[ConfigurableTask(config=each, model_name="emma") for each in (mme, likelihood)],
         bootstrap_iters=0,
     )
     loglikelihoods = {sample["doc_id"]: sample["resps"] for sample in output["samples"]["likelihood"]}
     print(json.dumps({"results": output["results"], "loglikelihoods": loglikelihoods}, default=float))
+
+
+def _task(benchmark: Benchmark, data: Path) -> dict[str, Any]:
+    config = harness.task_config(benchmark)
+    harness._add_files(config, benchmark.files(data))
+    return config
 
 
 def evaluate_and_count() -> None:
