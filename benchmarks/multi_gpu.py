@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -60,8 +61,9 @@ class Host:
     images: int
 
     def command(self, kind: str, run: Path, *settings: str) -> list[str]:
-        """Return recipe and overrides of a training. Build shards and towers if they do not exist yet."""
-        recipe, data, towers = self.recipes[kind], self.folder / f"data-{kind}", self.folder / f"towers-{kind}"
+        """Return recipe and overrides of a new run. Build shards and towers if they do not exist yet."""
+        shutil.rmtree(run, ignore_errors=True)  # of an earlier call of the same stage
+        recipe, data, towers = self.recipes[kind], self.folder / f"data-{kind}", self.folder / "towers"
         model = load_recipe(recipe, self.overrides, planning=True).model
         if not (data / "shards/manifest.json").exists():
             data.mkdir(parents=True, exist_ok=True)

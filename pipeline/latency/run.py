@@ -53,11 +53,7 @@ def measure_missing(
 def _opener(first: Case, device: torch.device) -> Callable[[Case], Contender]:
     """Return a function that prepares a case of the model of `first`. It opens the model when it is first called."""
     opened = cache(lambda: _open(first, device))
-
-    def make(case: Case) -> Contender:
-        return opened()(case)
-
-    return make
+    return lambda case: opened()(case)
 
 
 def _open(first: Case, device: torch.device) -> Callable[[Case], Contender]:
