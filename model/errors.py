@@ -78,6 +78,12 @@ def first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
 
 
+def hub_error_text(error: BaseException) -> str:
+    """Return the first line of an error of the Hugging Face hub's client, with advice if it cannot write its cache."""
+    is_local = isinstance(error, OSError) and error.filename and (oserror_remedy(error) or error.errno == errno.ENOENT)
+    return first_line(error) + "; set HF_HOME to a folder that can be written" * bool(is_local)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `, did you mean 'x'` for the known name that is most similar to `name`, or "" if no name is similar."""
     matches = difflib.get_close_matches(name, list(known), n=1)

@@ -13,7 +13,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from model.config import TowerConfig, VisionConfig
-from model.errors import UserError, first_line
+from model.errors import UserError, hub_error_text
 from model.tensors import load_into, open_tensors
 
 RANDOM_SEED = 20250  # fixed, because towers with random weights are not trained and must be equal in every run
@@ -175,6 +175,6 @@ def hub_file(tower: TowerConfig, *, cached: bool = False) -> Path:
         return Path(hf_hub_download(repository, "model.safetensors", local_files_only=cached))
     except Exception as error:  # the hub client raises exceptions of many types
         raise UserError(
-            f"tower {tower.name}: cannot download {repository} from the hub ({first_line(error)}); "
+            f"tower {tower.name}: cannot download {repository} from the hub ({hub_error_text(error)}); "
             "download it on a machine with network access first: python -m pipeline.prefetch RECIPE"
         ) from error

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.config import EmmaConfig, config_from_dict
 from model.emma import Emma
-from model.errors import UserError, first_line, read_error
+from model.errors import UserError, hub_error_text, read_error
 from model.hashing import weights_sha256 as weights_sha256
 from model.tensors import (
     PUBLISHED_NAMES,
@@ -194,7 +194,7 @@ def hub_folder(name: str, *, cached: bool = False) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=cached))
     except Exception as error:  # the hub client raises exceptions of many types
         raise UserError(
-            f"language model {name!r}: not a folder, and cannot be downloaded from the hub ({first_line(error)}); "
+            f"language model {name!r}: not a folder, and cannot be downloaded from the hub ({hub_error_text(error)}); "
             "give a folder, or download it on a machine with network access first: python -m pipeline.prefetch RECIPE"
         ) from error
 

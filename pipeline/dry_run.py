@@ -3,7 +3,7 @@
     python -m pipeline.dry_run pipeline/recipes/emma_v2.toml --ranks 8 --memory-gib 39
     python -m pipeline.dry_run pipeline/recipes/emma_v1.toml --micro-batches 8 16 32 engine.segment_layers=4
     python -m pipeline.dry_run pipeline/recipes/emma_v2.toml --micro-batches 16 engine.memory_gib=36
-    python -m pipeline.dry_run pipeline/recipes/demo.toml --ranks 2 engine.device=cpu          # try it on a CPU
+    python -m pipeline.dry_run pipeline/recipes/emma_v2.toml model=tiny_v2 engine.device=cpu   # rehearse on a CPU
 
 A fake process group replaces the other ranks, so memory and computation are those of one real rank, communication takes
 no time, and the computed values are meaningless. If the recipe's shards exist, every text is as long as their longest
@@ -33,7 +33,7 @@ from pipeline.data.batch import GlobalBatch, MicroBatch
 from pipeline.data.by_source import BatchSources
 from pipeline.distributed.ranks import Ranks, find_ranks
 from pipeline.engine import Engine, build_engine, init_distributed
-from pipeline.flops import GIB, flops_per_sample
+from pipeline.flops import GIB, count_parameters, flops_per_sample
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.step import optimizer_step
 from pipeline.step_profile import StepProfile, profile_step
@@ -43,6 +43,7 @@ from preprocess.strict_toml import UNSET
 
 SUPERVISED_SHARE = 0.5  # assumed share of the text tokens that are supervised
 WARM_UP_STEPS, TIMED_STEPS = 2, 3
+MAX_CPU_PARAMETERS = 200_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,19 @@ def fake_ranks(recipe: Recipe, world_size: int) -> Ranks:
     ranks = find_ranks(recipe.engine.device)
     init_distributed(ranks, fake=True)
     return ranks
+
+
+def refuse_full_size_on_cpu(recipe: Recipe) -> None:
+    """Raise UserError for a large model without a GPU, because it would take hours and say nothing about a GPU."""
+    device = "cuda" if torch.cuda.is_available() and recipe.engine.device != "cpu" else "cpu"
+    parameters = count_parameters(recipe.config).trainable
+    if device == "cpu" and parameters > MAX_CPU_PARAMETERS:
+        tiny = f"tiny_{recipe.model.removeprefix('emma_')}"
+        found = "engine.device is cpu" if recipe.engine.device == "cpu" else "torch finds no GPU"
+        raise UserError(
+            f"{recipe.model} has {parameters / 1e9:.1f} billion trainable parameters, but {found}; run this command on "
+            f"a GPU node, or rehearse it on the CPU with a tiny model: add model={tiny} engine.device=cpu"
+        )
 
 
 def limit_memory(device: torch.device, gib: float) -> None:
@@ -254,6 +268,7 @@ def main() -> None:
         if value is not None and min(value if isinstance(value, list) else [value]) <= 0:
             raise UserError(f"--{option.replace('_', '-')}: found {value}, expected a number above 0")
     recipe = load_recipe(args.recipe, args.overrides, planning=True)
+    refuse_full_size_on_cpu(recipe)
     share = max(1, recipe.optim.global_batch // args.ranks)
     sizes = args.micro_batches or [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= share]
     text_tokens = longest_text(recipe, args.text_tokens)

@@ -16,7 +16,7 @@ from typing import Literal
 import huggingface_hub
 import tokenizers
 
-from model.errors import UserError, first_line
+from model.errors import UserError, hub_error_text
 
 IMAGE_TOKEN = "<image>"
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
@@ -132,7 +132,7 @@ def _download(hub_id: str) -> bytes:
         return Path(path).read_bytes()
     except Exception as error:  # being offline, an unknown id and a private repository raise unrelated classes
         raise UserError(
-            f"tokenizer {hub_id!r} is neither a folder with a tokenizer.json nor on the hub ({first_line(error)}). "
+            f"tokenizer {hub_id!r} is neither a folder with a tokenizer.json nor on the hub ({hub_error_text(error)}). "
             "Without network access, download it on another machine and give its folder"
         ) from None
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from model.errors import CommandError, ExitCode, UserError, did_you_mean, oserror_remedy
-from pipeline.errors import RetryableError, from_oserror
+from pipeline.errors import RetryableError, from_oserror, retryable_oserrors
 from tests.support.launch import REPOSITORY, run_python
 
 PROGRAM = "from model.errors import *; from pipeline.errors import *; run_cli(lambda: {body})"
@@ -60,6 +60,16 @@ def test_from_oserror_returns_user_errors_and_retryable_errors_by_errno():
     assert issubclass(RetryableError, CommandError)
 
 
+def test_errors_that_no_retry_can_fix_are_user_errors_and_missing_files_stay_as_they_are():
+    for permanent in (errno.EACCES, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EMFILE, errno.EROFS):
+        with pytest.raises(UserError), retryable_oserrors("checkpoints"):
+            raise OSError(permanent, "?", "f")
+    with pytest.raises(RetryableError), retryable_oserrors("checkpoints"):
+        raise OSError(errno.EIO, "?", "f")
+    with pytest.raises(FileNotFoundError), retryable_oserrors("checkpoints"):
+        raise FileNotFoundError(errno.ENOENT, "?", "f")
+
+
 def test_did_you_mean_suggests_a_similar_name_and_nothing_for_a_dissimilar_one():
     assert did_you_mean("optm", ["optim", "data"]) == ", did you mean 'optim'"
     assert did_you_mean("zzz", ["optim", "data"]) == ""
@@ -94,4 +104,13 @@ def test_a_file_name_that_the_locale_cannot_represent_is_a_user_error():
     assert done.stderr.startswith(
         "error: 'caf\\xe9\\u2026': the locale's encoding ascii cannot represent this name; set "
     )
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_hub_cache_that_cannot_be_written_is_one_line_that_names_hf_home():
+    load = "from preprocess.prompts import load_tokenizer; from model.errors import run_cli; "
+    done = run_python("-c", load + "run_cli(lambda: load_tokenizer('a/b'))", HOME="/dev/null", HF_HUB_OFFLINE="0")
+    assert done.returncode == ExitCode.USER_ERROR
+    assert done.stderr.startswith("error: tokenizer 'a/b' is neither a folder")
+    assert "set HF_HOME to a folder that can be written" in done.stderr
     assert done.stderr.count("\n") == 1

@@ -13,7 +13,7 @@ from PIL import Image
 
 from model.errors import UserError
 from pipeline.demo.__main__ import RECIPE, DemoFolder, empty_folder, finish, overrides, train_until
-from pipeline.demo.processes import Commands, kill_process_tree
+from pipeline.demo.processes import Commands, kill_process_tree, with_our_programs
 from pipeline.demo.report import CONTROLS, Results, summary, table
 from pipeline.evaluation.exact_match import Question
 from pipeline.metrics.history import History, Ledger, Start
@@ -204,3 +204,20 @@ def test_killing_a_process_that_has_already_ended_is_no_error() -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     assert kill_process_tree(process.pid) == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, "localhost,127.0.0.1,::1"),
+        ({"NO_PROXY": "a.org,localhost", "no_proxy": "b.org"}, "b.org,a.org,localhost,127.0.0.1,::1"),
+        ({"no_proxy": "*"}, "*"),
+    ],
+)
+def test_commands_of_the_demo_reach_this_machine_without_a_proxy(monkeypatch, before, after):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    environment = with_our_programs({})
+    assert environment["no_proxy"] == environment["NO_PROXY"] == after

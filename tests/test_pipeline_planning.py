@@ -54,6 +54,26 @@ def test_a_dry_run_reports_which_micro_batches_fit(recipe_file, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["emma_v2.toml"], "emma_v2 has 3.1 billion trainable parameters, but torch finds no GPU"),
+        (
+            ["emma_v1.toml", "engine.device=cpu"],
+            "emma_v1 has 3.2 billion trainable parameters, but engine.device is cpu",
+        ),
+        (["emma_v2.toml", "model=cobra_v2"], "cobra_v2 has 2.8 billion trainable parameters, but torch finds no GPU"),
+    ],
+)
+def test_a_dry_run_at_full_size_without_a_gpu_says_how_to_rehearse(words, found):
+    done = fork_python("-m", "pipeline.dry_run", f"pipeline/recipes/{words[0]}", *words[1:])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {found}; run this command on a GPU node")
+    assert done.stderr.count("\n") == 1
+    advice = done.stderr.rpartition("add ")[2].split()
+    assert load_recipe(f"pipeline/recipes/{words[0]}", advice, planning=True).engine.device == "cpu"
+
+
+@pytest.mark.parametrize(
     "words", [("--ranks", "0"), ("--memory-gib", "-1"), ("--text-tokens", "0"), ("--micro-batches", "4", "0")]
 )
 def test_a_dry_run_refuses_numbers_that_are_not_above_zero(recipe_file, words):

@@ -21,9 +21,12 @@ def submit(slurm, raw_mix, tmp_path):
 
 
 def test_a_preprocessing_job_builds_a_complete_shard_set(slurm, submit, tmp_path):
-    job = submit("--samples-per-shard", "16", EMMA_SRUN="--label")
+    """The job has a proxy that does not exist, and its output folder has a name that a shell would split."""
+    proxy = "; for name in http_proxy HTTP_PROXY https_proxy ALL_PROXY; do export $name=http://127.0.0.1:9; done"
+    words = ("--samples-per-shard", "16", "--out", f"{tmp_path}/my $shards; set")
+    job = submit(*words, EMMA_SRUN="--label", EMMA_ENV=slurm.environment["EMMA_ENV"] + proxy)
     assert slurm.wait_for(job) == "COMPLETED", slurm.log(job)
-    assert Manifest.load(tmp_path / "shards").counts["samples"] == 35
+    assert Manifest.load(tmp_path / "my $shards; set").counts["samples"] == 35
     assert "35/35 dialogues (100%)" in slurm.log(job)
     assert "\n0: " in slurm.log(job), "EMMA_SRUN did not reach srun"
 

@@ -6,6 +6,7 @@ is replaced after that. Therefore every published checkpoint is complete.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -156,7 +157,8 @@ class Saver:
             shutil.rmtree(self.folder / name, ignore_errors=True)  # an unpublished folder of that name
             partial.rename(self.folder / name)
             sync_folder(self.folder)
-            publish(self.folder / LATEST, f"{name}\n".encode())
+            with contextlib.suppress(IsADirectoryError):  # somebody has created it; resuming does not need it
+                publish(self.folder / LATEST, f"{name}\n".encode())
         except OSError as error:
             raise _save_error(self.folder, pending.step, error) from None
         self.good.add(pending.step)
