@@ -60,7 +60,7 @@ def test_from_oserror_returns_user_errors_and_retryable_errors_by_errno():
     assert issubclass(RetryableError, CommandError)
 
 
-def test_errors_that_no_retry_can_fix_are_user_errors_and_missing_files_stay_as_they_are():
+def test_errors_that_no_retry_can_fix_are_user_errors():
     for permanent in (errno.EACCES, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EMFILE, errno.EROFS):
         with pytest.raises(UserError), retryable_oserrors("checkpoints"):
             raise OSError(permanent, "?", "f")
