@@ -1,4 +1,4 @@
-"""The interface of what is timed, and the model sizes that the timed implementations share."""
+"""Interface of the implementations that are timed, and the prompt and the transferred bytes that they share."""
 
 from __future__ import annotations
 

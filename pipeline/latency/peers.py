@@ -2,8 +2,9 @@
 
 Only the sizes are theirs: an image encoder, a projector, and a transformer language model in transformers' own code.
 Without the graph, `generate(cache_implementation="static")` runs the model. With the graph, one decoding step on the
-same static cache is captured as a CUDA graph by hand and replayed, because `torch.compile`, by which transformers makes
-such graphs, compiles for minutes. As in transformers, the prompt runs without a graph.
+same kind of cache is captured as a CUDA graph by hand and replayed. transformers itself makes graphs with
+`torch.compile`, which would have to compile the model for each batch size. As in transformers, the prompt runs without
+a graph.
 """
 
 from __future__ import annotations
