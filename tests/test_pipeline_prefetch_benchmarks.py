@@ -80,7 +80,7 @@ def test_only_the_files_of_the_evaluated_split_and_configuration_are_downloaded(
             for split in ("testdev", "test", "train")
         },
         BENCHMARKS["mmbench"].hub_id: {
-            f"{folder}/dev-0000{i}-of-00002.parquet": DATA for folder in ("en", "cn") for i in range(2)
+            f"{folder}/dev-0000{i}-of-00002-6edc.parquet": DATA for folder in ("en", "cn") for i in range(2)
         },
     }
     done = prefetch(hub, tmp_path, "gqa", "mmbench")
@@ -88,11 +88,11 @@ def test_only_the_files_of_the_evaluated_split_and_configuration_are_downloaded(
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.parquet")) == [
         "gqa/testdev_balanced_images/testdev-00000-of-00001.parquet",
         "gqa/testdev_balanced_instructions/testdev-00000-of-00001.parquet",
-        "mmbench/en/dev-00000-of-00002.parquet",
-        "mmbench/en/dev-00001-of-00002.parquet",
+        "mmbench/en/dev-00000-of-00002-6edc.parquet",
+        "mmbench/en/dev-00001-of-00002-6edc.parquet",
     ]
     assert all(BENCHMARKS[name].is_complete(tmp_path) for name in ("gqa", "mmbench"))
-    (tmp_path / "mmbench/en/dev-00001-of-00002.parquet").unlink()
+    (tmp_path / "mmbench/en/dev-00001-of-00002-6edc.parquet").unlink()
     assert not BENCHMARKS["mmbench"].is_complete(tmp_path)
 
 

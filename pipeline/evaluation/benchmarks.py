@@ -68,11 +68,10 @@ class Benchmark:
 
     def is_complete(self, data: Path) -> bool:
         """Return whether all files exist. A name such as dev-00000-of-00003.parquet tells how many there are."""
-        numbers = (
-            re.search(r"-of-(\d+)\.parquet$", files[0].name) if files else None for files in self.files(data).values()
-        )
+        found = list(self.files(data).values())
+        numbers = (re.search(r"-of-(\d+)", files[0].name) if files else None for files in found)
         counts = [int(number[1]) if number else 1 for number in numbers]
-        return all(len(files) >= count for files, count in zip(self.files(data).values(), counts, strict=True))
+        return all(len(files) >= count for files, count in zip(found, counts, strict=True))
 
 
 IMAGES = "images"

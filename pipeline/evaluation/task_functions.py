@@ -22,6 +22,7 @@ def gqa_image(document: Document, settings: dict[str, Any]) -> list[Image.Image]
 def _gqa_images(files: tuple[str, ...]) -> tuple[datasets.Dataset, dict[str, int]]:
     """Open the images of GQA, which stay on disk, and return them with the row of each image id."""
     images = datasets.load_dataset("parquet", data_files={"images": list(files)}, split="images")
+    images = images.cast_column("image", datasets.Image())
     return images, {image_id: row for row, image_id in enumerate(images["id"])}
 
 
