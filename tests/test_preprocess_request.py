@@ -31,6 +31,7 @@ def test_relative_paths_in_a_ray_job_with_an_uploaded_checkout_are_a_user_error(
     copy = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_1"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     mix, *words = command(root, tmp_path / "out")
     for relative, where in (
         ([mix, *words, "--root", "data/raw"], "--root data/raw is relative"),
