@@ -150,7 +150,7 @@ def export_run(
     return export.step
 
 
-def export_untrained(recipe: Recipe, out: Path, *, with_alignment: bool) -> None:
+def export_untrained(recipe: Recipe, out: Path, *, with_alignment: bool = False) -> None:
     """Export the initial model, before any training step."""
     read_untrained(recipe).write(out, with_alignment=with_alignment)
 
@@ -178,7 +178,7 @@ def hint_if_moved(key: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{error}. If {MOVABLE[key]} of this run were moved, add {key}=NEW_PLACE.") from None
+        raise UserError(f"{error}. If you moved {MOVABLE[key]}, add {key}=NEW_PLACE.") from None
 
 
 def newest_intact(checkpoints: Path) -> int:

@@ -99,10 +99,10 @@ def test_export_accepts_moved_shards_and_refuses_other_shards(run, shards, tmp_p
 
 def test_an_export_whose_shards_or_towers_are_missing_says_how_to_give_their_place(run, shards, tmp_path):
     done = fork_python("-m", "pipeline.export", run, tmp_path / "out", "data.shards=gone")
-    assert_one_line(done, "no such folder; build it with preprocess/build_shards.py. If the shards of this run were")
+    assert_one_line(done, "no such folder; build it with preprocess/build_shards.py. If you moved the shards, ")
     assert "add data.shards=NEW_PLACE" in done.stderr
     done = fork_python("-m", "pipeline.export", run, tmp_path / "out", f"data.shards={shards}", "weights.towers=gone")
-    assert_one_line(done, "If the towers' weights of this run were moved, add weights.towers=NEW_PLACE")
+    assert_one_line(done, "If you moved the towers' weights, add weights.towers=NEW_PLACE")
     done = fork_python("-m", "pipeline.export", run, tmp_path / "out", "optim.lr=1")
     assert_one_line(done, "Only data.shards, weights.towers, weights.init may be given")
 

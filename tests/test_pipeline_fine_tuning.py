@@ -1,6 +1,8 @@
 """Runs that start from an exported model (`weights.init`): weights, identity, errors, resuming and exporting."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -13,19 +15,17 @@ from model.hashing import weights_sha256
 from model.presets import preset
 from model.vision import Towers
 from model.weights import load_model, save_model
-from pipeline.checkpoint.folder import list_steps
+from pipeline.export import export_run, export_untrained
 from pipeline.initial_model import initial_model
 from pipeline.recipe import load_recipe
-from tests.support.launch import finish, fork_python, fork_ranks
+from tests.support.launch import REPOSITORY, finish, fork_python, fork_ranks
 
 
 @pytest.fixture(scope="module")
 def start(recipe_file, shards, tmp_path_factory) -> Path:
     """Export the initial model of another seed, as the model to fine-tune."""
     out = tmp_path_factory.mktemp("start") / "model"
-    words = ["--untrained", recipe_file, out, f"data.shards={shards}", "run.dir=unused", "seed=99"]
-    done = fork_python("-m", "pipeline.export", *words)
-    assert done.returncode == 0, done.stderr
+    export_untrained(load_recipe(recipe_file, [f"data.shards={shards}", "run.dir=unused", "seed=99"]), out)
     return out
 
 
@@ -94,27 +94,48 @@ def test_weights_init_cannot_be_combined_with_other_weights(recipe_file, start):
         recipe(recipe_file, f"weights.init={start}", "weights.llm=random")
 
 
-def test_a_fine_tuned_run_resumes_after_its_initial_model_moved_and_exports(recipe_file, shards, start, tmp_path):
+def documented_commands(replacements: dict[str, str]) -> list[list[str]]:
+    """Return the commands of docs/fine-tuning.md that start from an exported model, with some words replaced."""
+    page = (REPOSITORY / "docs/fine-tuning.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"## From a model of yours.*?```sh\n(.*?)```", page, re.DOTALL)
+    for old, new in replacements.items():
+        assert old in block
+        block = block.replace(old, new)
+    return [shlex.split(line)[1:] for line in block.splitlines()]
+
+
+def test_the_documented_commands_fine_tune_an_exported_model(recipe_file, raw_mix, shards, tmp_path):
+    train = [recipe_file, f"data.shards={shards}", f"run.dir={tmp_path / 'runs/v2'}", "steps=2"]
+    finish(fork_ranks(1, ["-m", "pipeline.train", *train]))
+    tokenizer = f"--tokenizer {raw_mix.parent / 'tokenizer'} --workers 0"
+    places = {"my.toml": f"{raw_mix} {tokenizer}", "emma_v2 --root /data/mine": f"tiny_v2 --root {raw_mix.parent}"}
+    places |= {"pipeline/recipes/emma_v2.toml": f"{recipe_file} steps=2", "/data/my_shards": str(tmp_path / "shards")}
+    places |= {"/runs/": f"{tmp_path}/runs/", "models/": f"{tmp_path}/models/"}
+    for words in documented_commands(places):
+        done = fork_python(*words)
+        assert done.returncode == 0, done.stdout + done.stderr
+    before, after = load_model(tmp_path / "models/v2"), load_model(tmp_path / "models/tuned")
+    assert before.emma.alignment is not None
+    assert after.emma.alignment is None
+    distance = (before.emma.projector.out.weight - after.emma.projector.out.weight).abs().max()
+    assert 0 < distance < 1e-3, "two steps with a small learning rate change the weights little"
+    card = (tmp_path / "models/tuned/README.md").read_text()
+    assert f"Training began from the exported model `v2`, sha256 `{weights_sha256(tmp_path / 'models/v2')}`" in card
+
+
+def test_a_fine_tuned_run_resumes_and_exports_after_its_initial_model_moved(recipe_file, shards, start, tmp_path):
     init, run = tmp_path / "init", tmp_path / "run"
     shutil.copytree(start, init)
     train = ["-m", "pipeline.train", recipe_file, f"data.shards={shards}", f"run.dir={run}", "steps=8"]
-    log = finish(fork_ranks(1, [*train, f"weights.init={init}", "checkpoint.every_steps=4"]))
+    log = finish(fork_ranks(1, [*train, f"weights.init={init}"]))
     assert f"starts from {init}, which has no decoder: the decoder starts untrained" in log
-    assert list_steps(run / "checkpoints") == [4, 8]
     shutil.rmtree(run / "checkpoints/step-00000008")
     init.rename(tmp_path / "moved")
-    log = finish(fork_ranks(1, [*train, f"weights.init={init}"]), code=None)
-    assert f"error: weights.init: {init / 'config.json'}: not the configuration of a saved model" in log
+    with pytest.raises(UserError, match=r"weights\.init: .*If you moved the initial model, add weights\.init="):
+        export_run(run, tmp_path / "tuned")
     assert "resumed at step 4" in finish(fork_ranks(1, [*train, f"weights.init={tmp_path / 'moved'}"]))
-    (tmp_path / "moved").rename(tmp_path / "again")
-    done = fork_python("-m", "pipeline.export", run, tmp_path / "tuned")
-    assert done.returncode == 2
-    assert "If the initial model of this run were moved, add weights.init=NEW_PLACE" in done.stderr
-    done = fork_python("-m", "pipeline.export", run, tmp_path / "tuned", f"weights.init={tmp_path / 'again'}")
-    assert done.returncode == 0, done.stderr
+    export_run(run, tmp_path / "tuned")
     assert load_model(tmp_path / "tuned").config == load_model(start).config
-    card = (tmp_path / "tuned/README.md").read_text()
-    assert f"Training began from the exported model `again`, sha256 `{weights_sha256(start)}`" in card
 
 
 def test_shards_of_another_tokenizer_than_the_initial_models_are_refused(recipe_file, shards, start, tmp_path):

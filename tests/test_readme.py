@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.export import export_untrained
 from pipeline.recipe import load_recipe
-from tests.support.launch import REPOSITORY
+from tests.support.launch import REPOSITORY, fork_python
 
 PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
 COMMAND = re.compile(r"python -m ([a-z_]+(?:\.[a-z_]+)*)|python ((?:preprocess|pipeline)/[a-z_/]+\.py)")
@@ -39,8 +39,12 @@ def test_every_source_file_that_a_page_names_exists(page):
     assert [name for name in names if not (REPOSITORY / name).exists()] == []
 
 
-def test_the_python_example_of_the_readme_prints_an_answer(recipe_file, shards, raw_mix, tmp_path, capsys):
-    [example] = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def test_the_python_examples_of_the_readme_load_the_model_and_print_an_answer(
+    recipe_file, shards, raw_mix, tmp_path, capsys
+):
+    example, with_transformers = re.findall(
+        r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     recipe = load_recipe(recipe_file, [f"data.shards={shards}"], planning=True)
     export_untrained(recipe, tmp_path / "model", with_alignment=False)
     image = next((raw_mix.parent / "images").glob("*.png"))
@@ -49,3 +53,7 @@ def test_the_python_example_of_the_readme_prints_an_answer(recipe_file, shards, 
         example = example.replace(name, str(path))
     exec(compile(example, "README.md", "exec"), {})
     assert capsys.readouterr().out.endswith("\n")
+    program = with_transformers.replace("runs/demo/model", str(tmp_path / "model"))
+    program += "print(model.config.emma['model']['name'], processor.tokenizer.padding_side)"
+    done = fork_python("-c", program, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert done.stdout.splitlines()[-1] == "tiny_v2 left", done.stderr
