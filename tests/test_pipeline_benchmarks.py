@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.demo.processes import free_ports
 from pipeline.evaluation.benchmarks import BENCHMARKS
 from pipeline.inference.engine import InferenceEngine, load
 from tests.support.launch import run_python
@@ -36,11 +37,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("benchmarks")
     model, answers = save_tiny_model(folder / "model"), write_benchmarks(folder / "data")
     (model / "README.md").write_text("# The card\n")
+    port = str(free_ports(1)[0])
 
     def scenario(name: str, *words: str, scripted: bool = True, **more: int | None) -> dict:
         out = folder / ("scripted" if scripted else "tiny")
         words = (str(model), *words, "--data", str(folder / "data"), "--out", str(out), "--device", "cpu")
-        log = {"log": str(folder / f"{name}.log"), "port": "29613", "answers": answers if scripted else None}
+        log = {"log": str(folder / f"{name}.log"), "port": port, "answers": answers if scripted else None}
         return {"words": words, "ranks": 1, "kill_after": None, "plugin": False, **log, **more}
 
     scenarios = [
