@@ -57,6 +57,7 @@ def main() -> None:
         questions = shuffle_images(questions, args.shuffle_images)
     find_images(questions, args.images)  # report a missing image before the model is loaded
     path = args.journal or (args.json and args.json.with_name(f"{args.json.name}.journal"))
+    print(f"loading {args.model} to answer {len(questions)} questions", flush=True)
     engine = InferenceEngine(*load(args.model, args.device), max_batch=args.batch)
     with Journal(path, answer_key(args.model, engine, MAX_NEW_TOKENS)) if path else contextlib.nullcontext() as journal:
         answers = ask(engine, questions, args.images, journal=journal)

@@ -107,6 +107,7 @@ def _answer_file(args: argparse.Namespace) -> None:
     rows = read_rows(args.questions, required=("question",))
     questions = [Question(question=row["question"], image=row["image"]) for row in rows]
     images = find_images(questions, args.images)
+    print(f"loading {args.model} to answer {len(questions)} questions", flush=True)
     engine = _engine(args)
     key = answer_key(args.model, engine, args.max_new_tokens, args.stop)
     with Journal(args.out.with_name(f"{args.out.name}.journal"), key) as journal:

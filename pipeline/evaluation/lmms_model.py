@@ -19,7 +19,7 @@ from pipeline.inference.journal import Journal
 from pipeline.inference.questions import AnswerProgress
 from pipeline.inference.requests import Pixels, Request
 from preprocess.images.codec import decode_rgb, encode_jpeg, resize_to_square
-from preprocess.prompts import encode_prompt
+from preprocess.prompts import clean_text, encode_prompt
 
 DEFAULT_MAX_NEW_TOKENS = 64  # for tasks that set no limit
 PADDING = "__padding_only__"  # marks requests that lmms-eval adds to give all ranks the same number
@@ -93,7 +93,7 @@ class EmmaModel(lmms):
         for request in requests:
             context, target, to_images, number, task, split = request.args
             document = self.task_dict[task][split][number]
-            continuation = self.tokenizer.encode(target(document) if callable(target) else target)
+            continuation = self.tokenizer.encode(clean_text(target(document) if callable(target) else target))
             asked = self._request(context, to_images(document), max_new_tokens=len(continuation))
             [value] = self.engine.log_likelihoods(asked, [continuation])
             greedy = self.engine.complete([asked])[0].tokens == continuation
@@ -149,4 +149,4 @@ class EmmaModel(lmms):
 
 def _request_id(request: Instance) -> str:
     """Return the number of the document, and a hash of its prompt, which changes if the data set changes."""
-    return f"{request.doc_id} {hashlib.sha256(request.args[0].encode()).hexdigest()[:12]}"
+    return f"{request.doc_id} {hashlib.sha256(clean_text(request.args[0]).encode()).hexdigest()[:12]}"
