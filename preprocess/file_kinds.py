@@ -8,7 +8,7 @@ from dataclasses import dataclass
 HEAD_BYTES = 512  # enough for the magic bytes of a tar, which are at offset 257
 
 _LFS, _TEXT, _DAMAGED = "fetch the file itself with `git lfs pull`", "convert it to UTF-8", "download it again"
-_UNPACK = "unpack it"
+_UNPACK, _EXPECTED = "unpack it", "give a file of the expected kind"
 _PATTERNS: tuple[tuple[str, str, bytes], ...] = (
     ("a Git LFS pointer", _LFS, rb"version https://git-lfs"),
     ("a git-annex pointer", "fetch the file itself with `git annex get`", rb"(\.\./)*(\.git)?/annex/objects/"),
@@ -24,16 +24,16 @@ _PATTERNS: tuple[tuple[str, str, bytes], ...] = (
     ("a 7z file", _UNPACK, rb"7z\xbc\xaf\x27\x1c"),
     ("a RAR file", _UNPACK, rb"Rar!\x1a\x07"),
     ("a tar file", _UNPACK, rb".{257}ustar"),
-    ("a Parquet file", "", rb"PAR1"),
-    ("an Arrow file", "", rb"ARROW1"),
-    ("a PDF file", "", rb"%PDF"),
+    ("a Parquet file", _EXPECTED, rb"PAR1"),
+    ("an Arrow file", _EXPECTED, rb"ARROW1"),
+    ("a PDF file", _EXPECTED, rb"%PDF"),
 )
 COMPRESSED = ("a gzip file", "a zstd file", "a bzip2 file", "an xz file", "an lz4 file")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileKind:
-    """A kind of file, such as "a gzip file", and what to do with it, such as "unpack it"; "" if nothing is known."""
+    """A kind of file, such as "a gzip file", and what to do with it, such as "unpack it"."""
 
     name: str
     remedy: str

@@ -17,6 +17,7 @@ import huggingface_hub
 import tokenizers
 
 from model.errors import UserError, hub_error_text
+from preprocess.file_kinds import HEAD_BYTES, recognise
 
 IMAGE_TOKEN = "<image>"
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
@@ -71,7 +72,9 @@ class Tokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # the package raises Exception itself
-            raise UserError(f"tokenizer {name} cannot be read: {error}") from None
+            kind = recognise(data[:HEAD_BYTES])
+            found = f"found {kind.name}, expected a tokenizer.json: {kind.remedy}" if kind else error
+            raise UserError(f"tokenizer {name} cannot be read: {found}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True

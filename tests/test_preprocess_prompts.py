@@ -192,6 +192,13 @@ def test_text_that_normalization_mostly_removes_is_cut_to_the_token_limit(tmp_pa
     assert tokenizer.encode(text, max_exact=3)[:3] == gpt_neox().encode("one two three")
 
 
+def test_the_error_for_a_tokenizer_that_is_a_git_lfs_pointer_names_the_pointer() -> None:
+    with pytest.raises(
+        UserError, match=r"tokenizer a cannot be read: found a Git LFS pointer, expected a tokenizer\.json"
+    ):
+        Tokenizer(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "a")
+
+
 def test_turns_after_the_token_limit_are_not_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = record_tokenized_texts(monkeypatch)
     encode_dialogue(turns("Q", "one two three", *["and"] * 10), "base", gpt_neox(), 8)

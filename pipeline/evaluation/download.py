@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import huggingface_hub
 import pyarrow as pa
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from model.errors import UserError, first_line
 from pipeline.evaluation.benchmarks import Benchmark
+from preprocess.annotations.reader import read_rows
 from preprocess.atomic import publish
 
 VSR_STATEMENTS = "test.jsonl"
@@ -68,7 +69,7 @@ def _pack_vsr(statements: Path, path: Path) -> Path:
     """Download the images of VSR's statements from their addresses, and pack both into a parquet file."""
     if path.exists():
         return path
-    rows = [json.loads(line) for line in statements.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows: list[Any] = list(read_rows(statements))
     links = {row["image"]: row["image_link"] for row in rows}
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         images = dict(zip(links, pool.map(_fetch, links.values()), strict=True))

@@ -30,7 +30,7 @@ def find_reference(row: Mapping[str, Any], texts: Iterable[str]) -> str | None:
     for place, holder in (("row", row), *(("turn", turn) for turn in (turns if isinstance(turns, list) else ()))):
         for key, value in holder.items():
             if _MEDIA_KEY.search(key) and _is_given(value):
-                return f"a {place} has {key!r}, expected the row to have 'image'"
+                return f"a {place} has {key!r}, expected 'image' in the row"
     for text in texts:
         if match := _PLACEHOLDER.search(text) or _TAG_AT_EDGE.search(text):
             return f"the text holds {match[0].strip()[:80]}, the row no image"

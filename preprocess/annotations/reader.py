@@ -78,7 +78,7 @@ def _rows(file: Any, path: AnyPath) -> Iterator[tuple[str, Any | Rejected]]:
     head = stream.read(file_kinds.HEAD_BYTES)
     if found := file_kinds.recognise(head):
         inside = "" if stream is file else " inside a compressed file"
-        remedy = found.remedy or "unpack it"
+        remedy = "unpack it" if inside and found.name == "a Parquet file" else found.remedy
         raise UserError(
             f"{path} is {found.name}{inside}, expected {ROW_FORMATS}; JSON may be in gzip or zstd. "
             f"{remedy[0].upper()}{remedy[1:]}"

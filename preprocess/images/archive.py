@@ -69,7 +69,7 @@ def _unusable(path: AnyPath, folder: str, kind: FileKind | None, error: Exceptio
     """Return the error about a file that is neither a zip nor an uncompressed tar, or a damaged one."""
     if kind is None or kind.name in ("a zip file", "a tar file"):
         return UserError(f"image archive {path} is damaged ({error}); download it again")
-    remedy = kind.remedy or "download it again"
+    remedy = kind.remedy
     if kind.name in COMPRESSED:
         remedy = f"unpack it into the folder {folder}, or decompress it, because images are read from it in place"
     return UserError(f"image archive {path} is {kind.name}, expected a zip or an uncompressed tar: {remedy}")
