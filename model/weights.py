@@ -140,6 +140,7 @@ def open_exported(folder: Path) -> ExportedFolder:
     Raises: UserError if its files are missing or damaged.
     """
     described = _read_config(folder)
+    config: EmmaConfig = described["model"]
     if described["format"] == 1:
         emma, towers = open_tensors(folder / MODEL_FILE), open_tensors(folder / TOWERS_FILE)
     else:
@@ -147,7 +148,9 @@ def open_exported(folder: Path) -> ExportedFolder:
         names = {our_name(name): name for name in files}
         towers = files.renamed({our: name for our, name in names.items() if our.startswith("towers.")})
         emma = files.renamed({our: name for our, name in names.items() if not our.startswith("towers.")})
-    return ExportedFolder(folder=folder, config=described["model"], extra=described["extra"], emma=emma, towers=towers)
+        if not any(name.startswith("alignment.") for name in emma):
+            config = replace(config, alignment=None)  # transformers has dropped the alignment when it saved the model
+    return ExportedFolder(folder=folder, config=config, extra=described["extra"], emma=emma, towers=towers)
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:

@@ -33,7 +33,7 @@ from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.verify import find_damage
 from pipeline.initial_model import check_towers_unchanged, initial_model, make_towers
 from pipeline.publishing.model_card import model_card
-from pipeline.publishing.tokenizer_files import language_model_files, model_files, token_ids
+from pipeline.publishing.tokenizer_files import language_model_files, model_files, splits_turns_equally, token_ids
 from pipeline.recipe import Recipe, recipe_of_run
 from pipeline.recipe import load_recipe as read_recipe
 from preprocess.prompts import Tokenizer, load_tokenizer
@@ -239,6 +239,8 @@ def main() -> None:
                 f"{' '.join(other)}: a run is exported as it was trained. Only {', '.join(MOVABLE)} may be given."
             )
         export = read_checkpoint(Path(args.source), step=args.step, overrides=args.overrides)
+    if not splits_turns_equally(export.tokenizer):
+        print("note: with this tokenizer, transformers tokenizes dialogues of several turns differently", flush=True)
     export.write(args.out, with_alignment=args.with_alignment, dtype=DTYPES[args.dtype])
     print(f"{args.out}: exported {args.source}, {'untrained' if args.untrained else f'at step {export.step}'}")
     if args.language_model:

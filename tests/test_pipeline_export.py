@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from model.emma import Emma
 from model.errors import UserError
 from model.presets import preset
+from model.weights import load_model
 from pipeline.checkpoint.folder import folder_name
 from pipeline.checkpoint.layout import full_state
 from pipeline.export import check_state, export_run
@@ -77,6 +79,7 @@ def test_transformers_computes_the_same_with_an_exported_checkpoint(run, tmp_pat
     write_expected(tmp_path / "model", load_tokenizer(tmp_path / "model"))
     done = check_published(tmp_path / "model", scratch=tmp_path)
     assert "model: equal in transformers" in done.stdout, done.stdout + done.stderr
+    assert load_model(tmp_path / "model/again").config == replace(preset("tiny_v2"), alignment=None)
 
 
 def test_the_language_model_of_a_run_is_exported_with_the_tokenizer_of_the_shards(exported, shards):

@@ -17,6 +17,7 @@ from model.vision import Towers
 from model.weights import load_model, save_model
 from pipeline.export import export_run, export_untrained
 from pipeline.initial_model import initial_model
+from pipeline.prefetch import required_parts
 from pipeline.recipe import load_recipe
 from tests.support.launch import REPOSITORY, finish, fork_python, fork_ranks
 
@@ -87,6 +88,12 @@ def test_a_preset_of_another_architecture_is_a_user_error(recipe_file, tmp_path,
         initial_model(recipe(recipe_file, f"model={model}", f"weights.init={folder}"))
     assert str(caught.value).startswith(f"weights.init: {folder}: does not fit the preset {model!r}: ")
     assert fact in str(caught.value)
+
+
+def test_prefetch_checks_the_initial_model_and_downloads_no_other_weights(recipe_file, start):
+    [(name, source, describe)] = required_parts(recipe(recipe_file, f"weights.init={start}"))
+    assert (name, source) == ("initial model", str(start))
+    assert describe().endswith("GiB")
 
 
 def test_weights_init_cannot_be_combined_with_other_weights(recipe_file, start):

@@ -42,7 +42,7 @@ IMAGE = """\
 def token_ids(tokenizer: Tokenizer) -> TokenIds:
     """Return the ids of the tokenizer's special tokens, of which `<image>` may be a new one."""
     content = json.loads(tokenizer.data)
-    known = {token["content"]: token["id"] for token in content["added_tokens"]}
+    known = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
     image = known.get(IMAGE_TOKEN, tokenizer.vocab_size)
     return TokenIds(eos=tokenizer.eos_id, pad=tokenizer.pad_id, image=image)
 
@@ -80,6 +80,16 @@ def model_files(tokenizer: Tokenizer, config: EmmaConfig) -> dict[str, str]:
         "processor_config.json": _json(processor),
         "generation_config.json": _generation_config(ids),
     }
+
+
+def splits_turns_equally(tokenizer: Tokenizer) -> bool:
+    """Return whether the exported tokenizer splits a text at `BOUNDARY` into the same ids as two separate texts.
+
+    Some tokenizers do not, because they treat the beginning of a text in a special way.
+    """
+    exported = Tokenizer(json.dumps(_split_at_boundaries(tokenizer, token_ids(tokenizer))).encode(), tokenizer.name)
+    prompt, answer = "What is it?\nOut: ", "Red."
+    return exported.encode(prompt + BOUNDARY + answer) == tokenizer.encode(prompt) + tokenizer.encode(answer)
 
 
 def language_model_files(tokenizer: Tokenizer, config: EmmaConfig) -> dict[str, str]:
@@ -122,11 +132,12 @@ def _expressions(part: str) -> list[str]:
 def _split_at_boundaries(tokenizer: Tokenizer, ids: TokenIds) -> dict[str, Any]:
     """Return the content of tokenizer.json with the token `<image>` and the split at `BOUNDARY`."""
     content = json.loads(tokenizer.data)
-    if IMAGE_TOKEN not in {token["content"] for token in content["added_tokens"]}:
+    added = content.setdefault("added_tokens", [])
+    if IMAGE_TOKEN not in {token["content"] for token in added}:
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        content["added_tokens"].append({"id": ids.image, "content": IMAGE_TOKEN, **flags, "special": True})
+        added.append({"id": ids.image, "content": IMAGE_TOKEN, **flags, "special": True})
     split = {"type": "Split", "pattern": {"String": BOUNDARY}, "behavior": "Removed", "invert": False}
-    own = content["pre_tokenizer"]
+    own = content.get("pre_tokenizer")
     steps = own["pretokenizers"] if own and own["type"] == "Sequence" else [own] if own else []
     if split not in steps:
         content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, *steps]}
