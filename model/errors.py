@@ -14,6 +14,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import NoReturn
 
+from model.caches import use_writable_caches
+
 
 class ExitCode(IntEnum):
     """Exit codes of every command. Python itself exits with 1 after a traceback."""
@@ -124,6 +126,7 @@ def _encode_one_character(error: UnicodeError) -> tuple[str | bytes, int]:
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a command and exit. Print a `CommandError` or an operating-system error as one line, without a traceback."""
     accept_any_character()
+    use_writable_caches()
     try:
         code = main() or ExitCode.OK
         sys.stdout.flush()

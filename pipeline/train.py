@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from model.caches import use_writable_caches
 from model.emma import Emma
 from model.errors import accept_any_character
 from model.vision import Towers
@@ -55,6 +56,7 @@ RENDEZVOUS_S = 600.0  # time limit for all ranks to join
 
 def main() -> None:
     accept_any_character()
+    use_writable_caches()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a TOML file, such as those in pipeline/recipes")
     parser.add_argument(

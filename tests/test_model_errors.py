@@ -114,3 +114,10 @@ def test_a_hub_cache_that_cannot_be_written_is_one_line_that_names_hf_home():
     assert done.stderr.startswith("error: tokenizer 'a/b' is neither a folder")
     assert "set HF_HOME to a folder that can be written" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "/proc/no/home"])
+def test_caches_are_in_the_temporary_folder_if_the_home_folder_cannot_be_written(tmp_path, home):
+    body = "print(os.environ['MPLCONFIGDIR'], os.environ['TRITON_CACHE_DIR'])"
+    done = run_python("-c", PROGRAM.format(body=body), HOME=home, TMPDIR=str(tmp_path), MPLCONFIGDIR="mine")
+    assert done.stdout.split() == ["mine", f"{tmp_path}/emma-{os.getuid()}/triton"], done.stderr
