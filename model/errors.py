@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import difflib
 import errno
 import io
 import os
 import select
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from enum import IntEnum
 from pathlib import Path
 from typing import NoReturn
-
-from model.caches import use_writable_caches
 
 
 class ExitCode(IntEnum):
@@ -121,6 +121,33 @@ def _encode_one_character(error: UnicodeError) -> tuple[str | bytes, int]:
         return codecs.lookup_error("surrogateescape")(first)
     except UnicodeEncodeError:
         return codecs.lookup_error("backslashreplace")(first)
+
+
+# Variables that select the folders of other packages' caches, which are usually below the home folder.
+CACHES = {"MPLCONFIGDIR": "matplotlib", "TRITON_CACHE_DIR": "triton", "TORCH_EXTENSIONS_DIR": "torch_extensions"}
+
+
+def use_writable_caches() -> None:
+    """If the home folder cannot be written, put the caches of matplotlib, Triton and torch into the temporary folder.
+
+    A variable that is already set is kept.
+    """
+    if _home_is_writable():
+        return
+    with contextlib.suppress(OSError):
+        folder = Path(tempfile.gettempdir()) / f"emma-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid == os.getuid():  # otherwise another user has created the folder
+            for variable, name in CACHES.items():
+                os.environ.setdefault(variable, str(folder / name))
+
+
+def _home_is_writable() -> bool:
+    try:
+        home = Path.home()
+    except RuntimeError:  # there is none
+        return False
+    return home.is_dir() and os.access(home, os.W_OK | os.X_OK)
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:

@@ -22,9 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from model.caches import use_writable_caches
 from model.emma import Emma
-from model.errors import accept_any_character
+from model.errors import accept_any_character, use_writable_caches
 from model.vision import Towers
 from pipeline.activation_memory import fit_kept_layers
 from pipeline.checkpoint.context import CheckpointContext
