@@ -15,12 +15,16 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import socket
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 from model.errors import UserError, run_cli
 from pipeline.inference.engine import InferenceEngine, load
 from pipeline.inference.requests import Sampling
+
+ADDRESS = "127.0.0.1"  # other machines cannot open the page
 
 
 def main() -> None:
@@ -45,14 +49,31 @@ def main() -> None:
         raise UserError(
             "the page needs the package gradio, which is not installed. Install it: pip install -e '.[web]'"
         )
-    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
-    for name in ("no_proxy", "NO_PROXY"):  # gradio checks its own page, which a proxy could not reach
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
-    from pipeline.chat.page import serve
-
+    try:
+        socket.create_server((ADDRESS, args.port)).close()
+    except OSError as error:
+        raise UserError(
+            f"--port: {args.port} cannot be opened ({os.strerror(error.errno or 0)}). Choose another port."
+        ) from None
     sampling = Sampling(temperature=args.temperature, seed=args.seed)
     engine = InferenceEngine(*load(args.model, args.device), max_batch=1, sampling=sampling)
-    serve(engine, title=args.model.absolute().name, max_new_tokens=args.max_new_tokens, port=args.port)
+    with tempfile.TemporaryDirectory() as folder:
+        prepare_environment(folder)
+        from pipeline.chat.page import build_page, serve
+
+        page = build_page(engine, title=args.model.absolute().name, max_new_tokens=args.max_new_tokens)
+        serve(page, ADDRESS, args.port)
+
+
+def prepare_environment(folder: str) -> None:
+    """Set the variables that gradio reads. Call this before importing gradio.
+
+    Args:
+        folder: Folder for the images that users drop. Gradio's default is the same for all users of a machine.
+    """
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=folder, HF_HUB_OFFLINE="1")
+    for name in ("no_proxy", "NO_PROXY"):  # gradio requests its own page when it starts, which must not use a proxy
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), ADDRESS, "localhost"]))
 
 
 if __name__ == "__main__":

@@ -17,28 +17,23 @@ from pipeline.visualization.states import default_layers, look_inside
 from preprocess.images.codec import read_image_file
 from preprocess.prompts import clean_text
 
-ADDRESS = "127.0.0.1"  # other machines cannot open the page
 FONTS = ["system-ui", "sans-serif"]  # gradio's default fonts are downloaded
 Turn = dict[str, Any]
 
 
-def serve(engine: InferenceEngine, *, title: str, max_new_tokens: int, port: int) -> None:
-    """Serve the page until Ctrl-C. Raises: UserError if the port is in use."""
-    page = build_page(engine, title=title, max_new_tokens=max_new_tokens)
-    try:
-        page.launch(
-            server_name=ADDRESS,
-            server_port=port,
-            share=False,
-            ssr_mode=False,
-            prevent_thread_lock=True,
-            quiet=True,
-            footer_links=[],
-            theme=gr.themes.Base(font=FONTS, font_mono=["monospace"]),
-        )
-    except OSError:
-        raise UserError(f"--port: {port} cannot be opened, because another program uses it. Choose another.") from None
-    print(f"http://{ADDRESS}:{port} shows the page; Ctrl-C ends it", flush=True)
+def serve(page: gr.Blocks, address: str, port: int) -> None:
+    """Serve the page until Ctrl-C, and print its address."""
+    page.launch(
+        server_name=address,
+        server_port=port,
+        share=False,
+        ssr_mode=False,
+        prevent_thread_lock=True,
+        quiet=True,
+        footer_links=[],
+        theme=gr.themes.Base(font=FONTS, font_mono=["monospace"]),
+    )
+    print(f"http://{address}:{port} shows the page; Ctrl-C ends it", flush=True)
     page.block_thread()
 
 
