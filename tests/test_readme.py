@@ -42,7 +42,7 @@ def test_every_source_file_that_a_page_names_exists(page):
 def test_the_python_examples_of_the_readme_load_the_model_and_print_an_answer(
     recipe_file, shards, raw_mix, tmp_path, capsys
 ):
-    example, with_transformers = re.findall(
+    with_transformers, example = re.findall(
         r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL
     )
     recipe = load_recipe(recipe_file, [f"data.shards={shards}"], planning=True)
