@@ -25,7 +25,7 @@ from pipeline.evaluation.exact_match import (
     table,
 )
 from pipeline.inference.engine import InferenceEngine, load
-from pipeline.inference.questions import IMAGES_AHEAD, _stream_images, find_images
+from pipeline.inference.questions import IMAGES_AHEAD, _stream_images, find_images, read_rows
 from preprocess.images.codec import read_image_file
 
 
@@ -234,6 +234,32 @@ def test_a_question_without_an_image_is_asked_as_text_and_needs_no_image_folder(
     engine = InferenceEngine(*load(tiny_model, "cpu"))
     [expected] = engine.complete([engine.request("Say 4", max_new_tokens=16)])
     assert [row["said"] for row in json.loads(out.read_text())["answers"]] == [expected.text] * 2
+
+
+def test_shuffling_leaves_questions_without_an_image_unchanged() -> None:
+    text_only = Question(question="Say 4", answer="4", kind="colour")
+    questions = [asked("a"), text_only, asked("b")]
+    assert shuffle_images(questions, seed=0) == [asked("b"), text_only, asked("a")]
+
+
+@pytest.mark.parametrize(("value", "image"), [('["a.jpg"]', "a.jpg"), ("[]", None), ('""', None), ("null", None)])
+def test_an_image_value_means_the_same_as_in_annotation_files(tmp_path: Path, value: str, image: str | None) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(f'{{"image": {value}, "question": "Q", "answer": "A", "kind": "k"}}')
+    assert [question.image for question in read_questions(path)] == [image]
+
+
+@pytest.mark.parametrize("row", ['{"image": 4, "question": "Q"}', '{"image": ["a", "b"], "question": "Q"}'])
+def test_an_image_value_of_a_wrong_type_is_a_user_error(tmp_path: Path, row: str) -> None:
+    (tmp_path / "q.jsonl").write_text(row)
+    with pytest.raises(UserError, match=r"line 1: `image` is .*, expected a file name or null"):
+        read_rows(tmp_path / "q.jsonl", required=("question",))
+
+
+def test_a_question_that_refers_to_an_image_but_has_none_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question": "<image> What is it?"}')
+    with pytest.raises(UserError, match="line 1: the question contains <image>, but the row has no `image`"):
+        read_rows(tmp_path / "q.jsonl", required=("question",))
 
 
 def test_questions_with_images_and_no_image_folder_are_a_user_error(tmp_path, monkeypatch):

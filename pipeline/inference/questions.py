@@ -77,6 +77,8 @@ def _checked_row(row: Any, where: str, required: Sequence[str]) -> dict[str, Any
         found = json.dumps(row, default=str)[:80]
         raise UserError(f"{where}: found {found}, expected an object with the strings {', '.join(required)}")
     image = row.get("image") or None
+    if isinstance(image, list) and len(image) == 1:  # as in annotation files
+        [image] = image
     if not isinstance(image, str | None):
         raise UserError(f"{where}: `image` is {json.dumps(image, default=str)[:80]}, expected a file name or null")
     if image is None and IMAGE_TOKEN in row["question"]:
