@@ -68,9 +68,9 @@ def test_a_signal_to_all_processes_makes_the_run_save_and_stop(recipe_file, shar
     run, endless = tmp_path / "run", ["steps=100000", "checkpoint.every_steps=100000"]
     words = [recipe_file, f"data.shards={shards}", f"run.dir={run}", "data.workers=1", *endless]
     command = [sys.executable, "-m", "pipeline.train", *map(str, words)]
-    (run / "checkpoints/latest").mkdir(parents=True)  # neither resuming nor saving needs the file of this name
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_until(lambda: (run / "metrics.jsonl").exists() and '"loss' in (run / "metrics.jsonl").read_text(), "a step")
+    (run / "checkpoints/latest").mkdir(parents=True)  # saving does not need the file of this name
     family = [*psutil.Process(process.pid).children(recursive=True), process]
     assert any("--multiprocessing-fork" in member.cmdline() for member in family[:-1])
     for member in family:
@@ -89,6 +89,7 @@ from pipeline import train
 from pipeline.data.loader import TrainData
 
 def wait(data, first):
+    dist.barrier()
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
     dist.barrier() if data.ranks.is_main else threading.Event().wait()
 
