@@ -70,8 +70,8 @@ def transformers_config(config: MambaConfig, ids: TokenIds) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "n_groups": config.num_groups,
         "chunk_size": config.chunk_size,
-        # JSON has no infinity. Every version of transformers reads this word of Python's, but versions before 5 do not
-        # read the object that newer versions write instead.
+        # Python writes this as `Infinity`, which every version of transformers reads. Version 5 writes an object
+        # instead, which version 4 does not read.
         "time_step_limit": [0.0, float("inf")],
     }
 

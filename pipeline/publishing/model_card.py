@@ -156,7 +156,7 @@ def _data(manifest: Manifest) -> str:
     return f"""
 ## Data
 
-{counts["samples"]} samples, {counts["with_image"]} of them with an image. The sha256 of the shard set's manifest is
+{counts["samples"]} samples, {counts["with_image"]} of them with an image. The manifest of the shard set has this sha256:
 `{manifest.sha256}`.
 
 {_table(("source", "samples"), rows)}
@@ -174,7 +174,8 @@ def _parts(recipe: Recipe) -> str:
         (f"vision tower {tower.name}", tower.timm_name if tower_origin else "random weights")
         for tower in config.vision.towers
     ]
-    llm = ("language model", llm_source(recipe) or "random weights")
+    source = llm_source(recipe) or "random weights"
+    llm = ("language model", Path(source).name if Path(source).is_dir() else source)  # not the path on this machine
     rows = [llm, *towers, ("tokenizer", config.tokenizer or "the user's own")]
     licensed = [
         (part, name, LICENCES.get(name, "none" if name == "random weights" else UNKNOWN)) for part, name in rows
