@@ -119,15 +119,14 @@ def save_model(
     described = exported_config(kept, towers, ids or TokenIds(), dtype=dtype, extra=extra)
     named = {**state, **towers.state_dict()}
     tensors = {published_name(name): tensor for name, tensor in named.items() if name != TIED}
-    texts = {path.name: path.read_text(encoding="utf-8") for path in PUBLISHED_CODE.glob("*_emma.py")} | dict(
-        files or {}
-    )
+    texts = {path.name: path.read_text(encoding="utf-8") for path in PUBLISHED_CODE.glob("*_emma.py")}
+    texts |= files or {}
     if tokenizer_json is not None:
         texts[TOKENIZER_FILE] = tokenizer_json
     with report_write_errors(folder):
         (folder / CONFIG_FILE).unlink(missing_ok=True)  # deleted first and written last: it marks a complete folder
-        for leftover in (*folder.glob("*.safetensors"), *(folder / name for name in PUBLISHED_NAMES)):
-            leftover.unlink(missing_ok=True)
+        for name in (TOWERS_FILE, *PUBLISHED_NAMES):  # an older export would otherwise be mixed with this one
+            (folder / name).unlink(missing_ok=True)
         save_tensors(folder / MODEL_FILE, tensors, dtype)
         for name, text in texts.items():
             write_text(folder / name, text)

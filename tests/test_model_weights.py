@@ -18,7 +18,7 @@ from model.errors import UserError
 from model.presets import PRESETS, preset
 from model.transformers_layout import our_name
 from model.vision import Towers
-from model.weights import load_language_model, load_model, save_model, weights_sha256
+from model.weights import TIED, load_language_model, load_model, save_model, weights_sha256
 
 
 def make(name: str, seed: int = 0) -> tuple[Emma, Towers]:
@@ -110,6 +110,22 @@ def test_loading_a_folder_without_a_valid_config_is_a_user_error(tmp_path: Path,
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=rf"config\.json: {expected}.*pipeline\.export"):
         load_model(tmp_path)
+
+
+def test_a_folder_of_format_1_still_loads(tmp_path: Path) -> None:
+    """Write a folder as version 0.1.0 did: our own tensor names, and the towers in a file of their own."""
+    emma, towers = make("tiny_v2")
+    state = {name: tensor for name, tensor in emma.state_dict().items() if name != TIED}
+    save_file(state, tmp_path / "model.safetensors")
+    save_file(towers.state_dict(), tmp_path / "towers.safetensors")
+    described = {"format": 1, "model": asdict(preset("tiny_v2")), "extra": {"step": 7}}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    loaded = load_model(tmp_path)
+    assert (loaded.config, loaded.extra) == (preset("tiny_v2"), {"step": 7})
+    for found, expected in ((loaded.emma, emma), (loaded.towers, towers)):
+        assert all(torch.equal(tensor, found.state_dict()[key]) for key, tensor in expected.state_dict().items())
+    save(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
 
 
 def test_loading_a_model_saved_in_another_format_version_is_a_user_error(tmp_path: Path) -> None:

@@ -156,8 +156,8 @@ def _data(manifest: Manifest) -> str:
     return f"""
 ## Data
 
-{counts["samples"]} samples, {counts["with_image"]} of them with an image. The manifest of the shard set has this sha256:
-`{manifest.sha256}`.
+{counts["samples"]} samples, {counts["with_image"]} of them with an image.
+The manifest of the shard set has the sha256 `{manifest.sha256}`.
 
 {_table(("source", "samples"), rows)}
 The licence of each source applies to models that were trained on it. Check it before you publish or use this model.
