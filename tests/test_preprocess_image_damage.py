@@ -280,6 +280,39 @@ def test_zeros_that_are_the_codes_of_flat_colour_are_no_damage(options: dict[str
 
 
 @pytest.mark.usefixtures("_decoder")
+def test_zeros_that_end_an_image_early_are_found_although_they_are_codes_of_flat_colour() -> None:
+    """Data remains after the last block, because zeros are short codes. Harmless bytes remain as well, but fewer."""
+    jpeg = encode("JPEG", np.array(Image.fromarray(PHOTOGRAPH).resize((640, 480))), quality=30, optimize=True)
+    for damage in ("zeros in the middle", "second half zeroed"):
+        with pytest.raises(Rejected, match="picture_corrupt: jpg: its data was overwritten by zeros"):
+            decode_rgb(DAMAGE[damage](jpeg))
+
+
+@pytest.mark.usefixtures("_decoder")
+def test_a_progressive_jpeg_that_ends_between_two_scans_is_rejected() -> None:
+    jpeg = encode("JPEG", PHOTOGRAPH, progressive=True)
+    last_tables = jpeg.rindex(b"\xff\xc4")
+    with pytest.raises(Rejected, match="picture_truncated: jpg: scans are missing"):
+        decode_rgb(jpeg[:last_tables] + END_MARKER)
+
+
+@pytest.mark.usefixtures("_decoder")
+def test_a_jpeg_that_ends_before_a_restart_marker_is_rejected() -> None:
+    jpeg = encode("JPEG", PHOTOGRAPH, restart_marker_rows=1)
+    with pytest.raises(
+        Rejected, match=r"picture_(truncated|corrupt): jpg: .*(restart markers are missing|instead of RST)"
+    ):
+        decode_rgb(jpeg[: jpeg.index(b"\xff\xd6")] + END_MARKER)
+
+
+def test_codes_that_do_not_exist_are_reported_by_simplejpeg() -> None:
+    jpeg = encode("JPEG", PHOTOGRAPH, quality=85, progressive=True)
+    ones = jpeg[: middle(jpeg)] + b"\xff\x00" * 50 + jpeg[middle(jpeg) + 100 :]
+    with pytest.raises(Rejected, match="picture_corrupt: jpg: bad Huffman code"):
+        decode_rgb(ones)
+
+
+@pytest.mark.usefixtures("_decoder")
 def test_missing_data_is_found_after_a_scan_with_additional_bytes() -> None:
     """libjpeg reports only the first of several warnings, which is harmless here."""
     jpeg = encode("JPEG", PHOTOGRAPH, progressive=True)

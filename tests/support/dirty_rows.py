@@ -303,7 +303,15 @@ TEXT_ROWS = [
     ),
     DirtyRow(
         "empty images",
-        text_row(("human", "Q"), ("gpt", "A"), images=[], video=None, num_images=0, has_image=False),
+        text_row(
+            ("human", "Q"),
+            ("gpt", "A"),
+            images=[None, ""],
+            image_data={"bytes": None},
+            video=None,
+            num_images=0,
+            has_image=False,
+        ),
         text=PLAIN,
         text_only=True,
     ),
