@@ -280,7 +280,7 @@ def test_zeros_that_are_the_codes_of_flat_colour_are_no_damage(options: dict[str
 
 
 @pytest.mark.usefixtures("_decoder")
-def test_zeros_that_end_an_image_early_are_found_although_they_are_codes_of_flat_colour() -> None:
+def test_zeros_that_end_an_image_early_are_found_even_as_codes_of_flat_colour() -> None:
     """Data remains after the last block, because zeros are short codes. Harmless bytes remain as well, but fewer."""
     jpeg = encode("JPEG", np.array(Image.fromarray(PHOTOGRAPH).resize((640, 480))), quality=30, optimize=True)
     for damage in ("zeros in the middle", "second half zeroed"):
