@@ -88,8 +88,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.questions and args.out is None:
         raise UserError("--out: not given; name the file for the answers to --questions")
     check_output_folder("--out", args.out)
-    if args.image and not args.image.is_file():
-        raise UserError(f"image {args.image} cannot be read: there is no such file. Check --image.")
+    if args.image:
+        find_images([Question(question="", image=str(args.image))], Path())  # raises an error if it does not exist
     if args.image is None and IMAGE_TOKEN in (args.prompt or ""):
         raise UserError(f"--prompt: contains {IMAGE_TOKEN}, but there is no image. Add --image.")
     if not args.questions and args.prompt is None and sys.stdin is None:

@@ -3,6 +3,7 @@
 import io
 import json
 import signal
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pipeline.generate import main
 from pipeline.inference.engine import InferenceEngine, load
 from preprocess.images.codec import read_image_file
 from tests.support.launch import fork_python
-from tests.support.tiny_model import save_tiny_model
+from tests.support.tiny_model import save_tiny_model, write_images
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ SHORT = ("--max-new-tokens", "4")
         (["--top-p", "0"], "--top-p: found 0.0"),
         (["--top-p", "1.5"], "--top-p: found 1.5"),
         (["--stop", ""], "--stop: found ''"),
-        (["--image", "absent.png"], "absent.png cannot be read"),
+        (["--image", "absent.png"], "absent.png cannot be used: the image file does not exist"),
         (["--prompt", "<image> What?"], "--prompt: contains <image>, but there is no image"),
         (["--images", "x"], "--images: cannot be used without --questions"),
         (["--out", "x"], "--out: cannot be used without --questions"),
@@ -115,6 +116,13 @@ def test_an_answer_ends_before_a_stop_string(generate, tiny_model: Path) -> None
     whole = json.loads(generate(*words))["answer"]
     stop = whole[1]
     assert json.loads(generate(*words, "--stop", "zzz", "--stop", stop))["answer"] == whole[: whole.index(stop)].strip()
+
+
+def test_the_image_of_one_question_is_found_as_a_build_finds_it(generate, tiny_model: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as archive:
+        archive.write(write_images(tmp_path) / "a.png", "sub/a.png")
+    for image in (tmp_path / "packed/sub/a.png", f"{tmp_path}\\.\\a.png"):
+        assert generate(tiny_model, "--image", image, "--prompt", "What?", "--max-new-tokens", "1")
 
 
 # -- Files of questions ------------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def _find_image(store: ImageStore, folder: Path, name: str) -> ImageFile:
         return ImageFile(path=path, version=f"{status.st_size} {status.st_mtime_ns}")
     size = store.size(with_slashes(name))
     if size is None:
-        raise UserError(f"image {clean_text(str(path))} cannot be used: {REASONS['picture_missing']}. Check --images.")
+        raise UserError(f"image {clean_text(str(path))} cannot be used: {REASONS['picture_missing']}. Check its path.")
     return ImageFile(path=path, version=str(size))
 
 
