@@ -68,7 +68,7 @@ def with_extra_data(data: bytes) -> bytes:
 
 
 def with_other_end(data: bytes) -> bytes | None:
-    """Replace the last eighth of a JPEG's entropy-coded data. Return None if it is progressive or has several scans.
+    """Replace the last eighth of a JPEG's entropy-coded data. Return None if the last scan is progressive or shorter.
 
     The pixels change, unless a decoder has decoded the whole image from the data before.
     """
@@ -101,7 +101,7 @@ def find_damage(data: bytes) -> str | None:
                 damage := _scan_damage(frame, segment, data[segment.end : segment.data_end])
             ):
                 return damage
-    except (IndexError, KeyError, ZeroDivisionError):
+    except (IndexError, KeyError, ValueError, ZeroDivisionError):
         return None  # decoders report a broken header better
     return "scans are missing" if any(len(coded) < 64 for coded in frame.coded.values()) else None
 
