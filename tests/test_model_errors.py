@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 
@@ -121,3 +122,11 @@ def test_caches_are_in_the_temporary_folder_if_the_home_folder_cannot_be_written
     body = "print(os.environ['MPLCONFIGDIR'], os.environ['TRITON_CACHE_DIR'])"
     done = run_python("-c", PROGRAM.format(body=body), HOME=home, TMPDIR=str(tmp_path), MPLCONFIGDIR="mine")
     assert done.stdout.split() == ["mine", f"{tmp_path}/emma-{os.getuid()}/triton"], done.stderr
+
+
+def test_a_shard_set_in_a_folder_whose_name_is_not_utf_8_can_be_described(shards, tmp_path):
+    folder = shutil.copytree(shards, tmp_path / os.fsdecode(b"caf\xe9"))
+    command = [sys.executable, "-m", "preprocess.shardset", "info", folder]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"35 samples" in done.stdout

@@ -119,7 +119,8 @@ def load_index(folder: PathLike[str] | str) -> pa.Table:
     """
     path = ShardFolder(Path(folder)).index
     try:
-        table = pq.read_table(path, schema=INDEX_SCHEMA)
+        with path.open("rb") as file:  # because pyarrow cannot open a path that is not UTF-8
+            table = pq.read_table(file, schema=INDEX_SCHEMA)
         table.validate(full=True)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run preprocess/build_shards.py again") from None
