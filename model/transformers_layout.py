@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from model.config import EOS_ID, PAD_ID, EmmaConfig, MambaConfig
+from model.errors import UserError
 from model.tensors import report_write_errors, save_tensors, write_text
 from model.vision import Towers
 
 FORMAT = 2
 OURS, THEIRS = "backbone.embedding.", "backbone.embeddings."
-CONFIG_FILE, MODEL_FILE = "config.json", "model.safetensors"
+CONFIG_FILE, MODEL_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOWERS_FILE = "towers.safetensors"  # only folders of format 1 have it
 MODEL_CLASS = "EmmaMambaForConditionalGeneration"
 
 
@@ -122,6 +124,34 @@ def our_name(published: str) -> str:
     return published
 
 
+def begin_export(folder: Path, names: Iterable[str]) -> None:
+    """Write a config.json that marks the folder as an incomplete export, and delete the weights of an earlier export.
+
+    The complete config.json must be written last.
+
+    Raises: UserError if the folder has a file of these names, or a config.json, that no export wrote.
+    """
+    if not _is_export(folder / CONFIG_FILE):
+        if foreign := [name for name in (CONFIG_FILE, *names) if (folder / name).exists()]:
+            raise UserError(
+                f"{folder}: found {', '.join(foreign)} of other origin, which the export would replace. "
+                "Choose another folder, or move these files."
+            )
+    else:
+        for leftover in (*folder.glob("model-*-of-*.safetensors"), folder / INDEX_FILE, folder / TOWERS_FILE):
+            leftover.unlink(missing_ok=True)
+    write_text(folder / CONFIG_FILE, json.dumps({"emma": {}}) + "\n")
+
+
+def _is_export(path: Path) -> bool:
+    """Return whether an export wrote this config.json: the whole model in any format, or the language model alone."""
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(described, dict) and ("emma" in described or described.keys() == {"format", "model", "extra"})
+
+
 def save_language_model(
     folder: Path,
     config: MambaConfig,
@@ -141,13 +171,13 @@ def save_language_model(
         dtype: Type of the saved tensors.
         files: Contents of other files by name.
 
-    Raises: UserError if the folder cannot be written.
+    Raises: UserError if the folder cannot be written, or if it has files of other origin with the same names.
     """
     tied = "lm_head.weight"  # tied to the embedding
     tensors = {name.replace(OURS, THEIRS): tensor for name, tensor in state.items() if name != tied}
-    described = transformers_config(config, ids) | {"dtype": dtype_name(dtype)}
+    described = transformers_config(config, ids) | {"dtype": dtype_name(dtype), "emma": {}}
     with report_write_errors(folder):
-        (folder / CONFIG_FILE).unlink(missing_ok=True)
+        begin_export(folder, (MODEL_FILE, *files))
         save_tensors(folder / MODEL_FILE, tensors, dtype)
         for name, text in files.items():
             write_text(folder / name, text)

@@ -16,7 +16,6 @@ from model.emma import Emma
 from model.errors import UserError, hub_error_text, read_error
 from model.hashing import weights_sha256 as weights_sha256
 from model.tensors import (
-    PUBLISHED_NAMES,
     TensorFiles,
     load_into,
     open_published,
@@ -29,7 +28,9 @@ from model.transformers_layout import (
     CONFIG_FILE,
     FORMAT,
     MODEL_FILE,
+    TOWERS_FILE,
     TokenIds,
+    begin_export,
     exported_config,
     our_name,
     published_name,
@@ -37,7 +38,6 @@ from model.transformers_layout import (
 from model.vision import Towers
 
 TOKENIZER_FILE = "tokenizer.json"
-TOWERS_FILE = "towers.safetensors"  # only folders of format 1 have it
 TIED = "llm.lm_head.weight"  # tied to the embedding, so it is not stored
 PUBLISHED_CODE = Path(__file__).parent / "published"
 
@@ -112,7 +112,7 @@ def save_model(
         dtype: Type of the saved tensors.
         files: Contents of the other files that transformers needs, by name.
 
-    Raises: UserError if the folder cannot be written.
+    Raises: UserError if the folder cannot be written, or if it has files of other origin with the same names.
     """
     has_alignment = any(name.startswith("alignment.") for name in state)
     kept = replace(config, alignment=config.alignment if has_alignment else None)
@@ -124,9 +124,7 @@ def save_model(
     if tokenizer_json is not None:
         texts[TOKENIZER_FILE] = tokenizer_json
     with report_write_errors(folder):
-        (folder / CONFIG_FILE).unlink(missing_ok=True)  # deleted first and written last: it marks a complete folder
-        for name in (TOWERS_FILE, *PUBLISHED_NAMES):  # an older export would otherwise be mixed with this one
-            (folder / name).unlink(missing_ok=True)
+        begin_export(folder, (MODEL_FILE, *texts))
         save_tensors(folder / MODEL_FILE, tensors, dtype)
         for name, text in texts.items():
             write_text(folder / name, text)

@@ -231,6 +231,8 @@ def main() -> None:
         "--with-alignment", action="store_true", help="keep the fusion and the decoder, which only training uses"
     )
     args = parser.parse_args()
+    if args.language_model and args.language_model.resolve() == args.out.resolve():
+        raise UserError(f"--language-model {args.out}: is the folder of the whole model. Choose another folder.")
     if args.untrained:
         export = read_untrained(read_recipe(args.source, args.overrides, planning=True))
     else:

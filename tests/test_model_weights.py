@@ -156,6 +156,36 @@ def test_weights_sha256_identifies_the_content_of_all_weight_files(tmp_path: Pat
     assert len({one, two, weights_sha256(tmp_path)}) == 3
 
 
+def test_saving_again_replaces_an_earlier_model_and_keeps_all_other_files(tmp_path: Path) -> None:
+    (tmp_path / "lora.safetensors").write_text("mine")
+    save(tmp_path)
+    for old in ("towers.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (tmp_path / old).write_text("{}")
+    save(tmp_path)
+    load_model(tmp_path)
+    assert (tmp_path / "lora.safetensors").read_text() == "mine"
+    assert {path.name for path in tmp_path.glob("*.safetensors*")} == {"lora.safetensors", "model.safetensors"}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_saving_over_a_file_of_other_origin_is_a_user_error_and_changes_nothing(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"model_type": "mamba"}')
+    with pytest.raises(UserError, match=f"found {name} of other origin"):
+        save(tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['{"model_type": "mamba"}']
+
+
+def test_an_interrupted_save_cannot_be_loaded_and_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("model.weights.save_tensors", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            save(tmp_path)
+    with pytest.raises(UserError, match="not the configuration of a saved model"):
+        load_model(tmp_path)
+    save(tmp_path)
+    load_model(tmp_path)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_survives_a_round_trip_through_json(name: str) -> None:
     assert config_from_dict(json.loads(json.dumps(asdict(preset(name))))) == preset(name)

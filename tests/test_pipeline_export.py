@@ -108,6 +108,8 @@ def test_an_export_whose_shards_or_towers_are_missing_says_how_to_give_their_pla
     assert_one_line(done, "If you moved the towers' weights, add weights.towers=NEW_PLACE")
     done = fork_python("-m", "pipeline.export", run, tmp_path / "out", "optim.lr=1")
     assert_one_line(done, "Only data.shards, weights.towers, weights.init may be given")
+    done = fork_python("-m", "pipeline.export", run, tmp_path / "out", "--language-model", tmp_path / "out")
+    assert_one_line(done, "is the folder of the whole model")
 
 
 def test_every_exported_file_has_the_permissions_that_the_umask_allows(run, tmp_path):
