@@ -176,6 +176,22 @@ def test_a_killed_command_resumes_and_writes_the_same_bytes_as_without_a_kill(
     assert (answers[9]["answer"] == answers[10]["answer"]) == (not sampling)  # a repeated question is sampled anew
 
 
+def test_sampled_answers_depend_neither_on_the_file_order_nor_on_image_times(
+    generate, tiny_model: Path, noise_images: Path, tmp_path: Path
+) -> None:
+    write_questions(tmp_path / "q.jsonl")
+    lines = (tmp_path / "q.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "reversed.jsonl").write_text("".join(lines[8::-1]))
+    write_images(tmp_path)
+    words = [tiny_model, "--max-new-tokens", "12", "--temperature", "1.5", "--out", tmp_path / "out.jsonl"]
+    answers = []
+    for questions, images in ((tmp_path / "q.jsonl", noise_images), (tmp_path / "reversed.jsonl", tmp_path)):
+        generate(*words, "--questions", questions, "--images", images)
+        rows = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+        answers.append({row["input"]["question_id"]: row["answer"] for row in rows if row["input"]["image"]})
+    assert answers[0] == answers[1]
+
+
 def test_only_answers_of_the_same_model_settings_and_content_are_reused(
     generate, tiny_model: Path, noise_images: Path, tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ from preprocess.remote_path import find_file, with_slashes
 
 DECODING_THREADS, IMAGES_AHEAD = 4, 64
 REPORT_EVERY_S = 5.0
+DRAW_DIGITS = 15  # hex digits of a question's sha256 that select its random draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +156,7 @@ def answer_questions(
             image=image,
             max_new_tokens=max_new_tokens,
             stop=stop,
-            draw=int(ids[i][:15], 16),
+            draw=int(ids[i][:DRAW_DIGITS], 16),
         )
         for i, image in zip(missing, pixels, strict=True)
     )
@@ -169,16 +170,17 @@ def answer_questions(
 
 
 def _question_ids(questions: Sequence[Question], images: Mapping[str, ImageFile]) -> list[str]:
-    """Return an id of each question's content, which changes if the image file changes.
+    """Return an id of each question: the sha256 of its text and image name, and the version of its image file.
 
-    Repeated questions have different ids, so that each of them can get another sampled answer.
+    Repeated questions have different ids, so that each of them can get another sampled answer. The random draw depends
+    on the sha256 only, so that a copied image folder gives the same sampled answers.
     """
     seen: Counter[str] = Counter()
     ids = []
     for question in questions:
-        version = None if question.image is None else images[question.image].version
-        text = json.dumps([question.question, question.image, version])
-        ids.append(hashlib.sha256(f"{seen[text]} {text}".encode()).hexdigest())
+        text = json.dumps([question.question, question.image])
+        version = "" if question.image is None else images[question.image].version
+        ids.append(f"{hashlib.sha256(f'{seen[text]} {text}'.encode()).hexdigest()} {version}")
         seen[text] += 1
     return ids
 
