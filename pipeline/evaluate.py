@@ -1,15 +1,16 @@
 """Evaluate a model: on a file of questions, or on the paper's benchmarks.
 
-python -m pipeline.evaluate MODEL --tasks all --data /data/benchmarks     # the paper's tables; it resumes
+python -m pipeline.evaluate MODEL --tasks all --data /data/benchmarks     # the paper's benchmarks; resumes
 python -m pipeline.evaluate MODEL --tasks pope mme --data /data/benchmarks --card
 python -m pipeline.evaluate MODEL runs/demo/raw/held_out/questions.jsonl --images runs/demo/raw/held_out
-python -m pipeline.evaluate MODEL QUESTIONS.jsonl --images DIR --json result.json     # it resumes, too
-python -m pipeline.evaluate MODEL QUESTIONS.jsonl --images DIR --shuffle-images 0     # does the model use the image?
+python -m pipeline.evaluate MODEL QUESTIONS.jsonl --images DIR --json result.json     # resumes
+python -m pipeline.evaluate MODEL QUESTIONS.jsonl --images DIR --shuffle-images 0     # control: wrong images
 
 A file of questions is scored by exact match: the share of answers that equal the expected text. A line of the file is
 {"image": "0001.jpg", "question": "Which shape is it?", "answer": "circle", "kind": "shape"}.
 Without "image", the question is asked as text alone. With --json or --journal, every answer is kept as soon as it is
-computed. A second call computes only the answers that are missing for this model, these questions and these images.
+computed, so the same command resumes: it computes only the answers that are missing for this model, these questions
+and these images.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Show what a trained model holds of an image at each depth, and the image that its decoder redraws.
+"""Draw what a trained model still sees of an image at each depth, and the image that its decoder redraws.
 
     python -m pipeline.visualize models/v2 --image photo.jpg --out maps
     python -m pipeline.visualize models/v2 --image photo.jpg --question "What is on the table?" --out maps

@@ -1,14 +1,14 @@
 """The paper's ablation (Tab. 5) at a small size, on generated scenes full of fine detail.
 
-    python -m benchmarks.ablation prepare runs/ablation                # data and vision towers, once
-    python -m benchmarks.ablation calibrate runs/ablation --seconds 12 # steps per second, without results
-    python -m benchmarks.ablation search runs/ablation --seconds 500    # settings for every variant; resumes
-    python -m benchmarks.ablation test runs/ablation --seconds 500      # five seeds of every variant; resumes
-    python -m benchmarks.ablation report runs/ablation                 # Markdown, of all runs that were started
+    python -m benchmarks.ablation prepare runs/ablation                 # make data and vision towers, once
+    python -m benchmarks.ablation calibrate runs/ablation --seconds 12  # measure steps per second only
+    python -m benchmarks.ablation search runs/ablation --seconds 500    # try settings for every variant; resumes
+    python -m benchmarks.ablation test runs/ablation --seconds 500      # train five seeds of every variant; resumes
+    python -m benchmarks.ablation report runs/ablation                  # print Markdown about all runs ever started
 
 Every variant sees the same data for the same number of steps, behind the same frozen vision towers. `search` chooses
 the learning rate and the weight of the alignment loss by the validation questions, for every variant alike. Only `test`
-asks the test questions. docs/ablation.md has the results.
+asks the test questions. docs/ablation.md explains the measures.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Training of one run in plain torch (AdamW, bf16 autocast), which can be interrupted and continued.
 
-The model, its losses and its parameter groups are the product's. DeepSpeed is not used, because its start-up would take
-longer than a run.
+The model, its losses and its parameter groups are those of `pipeline.train`. DeepSpeed is not used, because its
+start-up would take longer than a run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The local page: a dialogue about an image, beside the model's visual states and the redrawn image."""
+"""The local page: a dialogue about an image, the model's visual states, and the redrawn image."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def build_page(engine: InferenceEngine, *, title: str, max_new_tokens: int) -> g
         with gr.Row():
             with gr.Column():
                 image = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image")
-                states = gr.Gallery(label="What the model holds of the image", columns=3, object_fit="contain")
+                states = gr.Gallery(label="Visual states by depth", columns=3, object_fit="contain")
             with gr.Column():
                 turns = gr.Chatbot(render_markdown=False, label="Dialogue", height=480)
                 question = gr.Textbox(label="Question", placeholder="What is in the image?", submit_btn=True)

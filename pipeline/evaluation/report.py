@@ -1,4 +1,4 @@
-"""The table of a model's scores beside the paper's results, and its section in the model card."""
+"""The table that compares a model's scores with the paper's results, and its section in the model card."""
 
 from __future__ import annotations
 

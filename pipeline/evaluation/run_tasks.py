@@ -79,7 +79,7 @@ def task_options(args: argparse.Namespace) -> TaskOptions | None:
 
 
 def run_tasks(options: TaskOptions, draw: Callable[[dict[str, Any], Path], None]) -> None:
-    """Evaluate a model on benchmarks, print a table beside the paper's results, and write it to `options.out`.
+    """Evaluate a model on benchmarks, compare it with the paper's results in a table, and write it to `options.out`.
 
     Args:
         draw: Draws the figure of the results to a path.

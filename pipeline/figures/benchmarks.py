@@ -1,4 +1,4 @@
-"""Figure of benchmark scores: bars of a model beside the results that the paper reports."""
+"""Figure of benchmark scores: bars of a model next to those of the results that the paper reports."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class Journal:
             pass  # some network file systems have no locks
 
     def _read(self, key: dict[str, Any]) -> None:
-        """Read the answers of this key, drop an incomplete last line, and start a section if the last one is another.
+        """Read the answers of this key, and drop an incomplete last line. Start a section if the last has another key.
 
         The first line decides whether the file is a journal, so that no other file is changed.
         """

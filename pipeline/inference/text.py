@@ -28,7 +28,7 @@ class TextStream:
     def add(self, token: int) -> str:
         """Return the text that a token completes, or an empty string.
 
-        White space at the beginning of the text is dropped. So is the text from a stop string on.
+        White space at the beginning of the text is dropped. A stop string and everything after it are dropped, too.
         """
         self.incomplete.append(token)
         before, text = (self.tokenizer.decode(tokens) for tokens in (self.context, [*self.context, *self.incomplete]))
@@ -56,7 +56,7 @@ def ends_with_stop(tokens: Sequence[int], stop: Sequence[str], tokenizer: Tokeni
     """Return whether the last token completes a stop string."""
     if not stop:
         return False
-    longest = max(len(text.encode()) for text in stop)  # in tokens too, because a token has at least one byte
+    longest = max(len(text.encode()) for text in stop)  # also a bound in tokens, because a token has at least one byte
     text = tokenizer.decode(tokens[-longest:])
     return any(each in text for each in stop)
 

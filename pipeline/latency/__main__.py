@@ -2,17 +2,17 @@
 
     python -m pipeline.latency emma_v2 --markdown latency.md                # full size, random weights; needs a GPU
     python -m pipeline.latency models/v2 --peers --batches 1 64             # an exported model, without peers
-    python -m pipeline.latency emma_v2 --limit 400 --seconds 2              # seven minutes; again: the missing rows
+    python -m pipeline.latency emma_v2 --limit 400 --seconds 2              # stop after seven minutes; resumes
     python -m pipeline.latency --json latency.json --markdown latency.md    # print the rows of an earlier call
 
 A request is one image with "Describe this image in detail", answered by exactly 256 tokens. Presets and peers have
 random weights, because the time does not depend on the weights. A model with CUDA graphs at batch 1 answers 200 times,
-as in the paper. All other rows are repeated for --seconds, and at least 3 times. If the repeats would take longer with
-all tokens, fewer tokens are generated, and the time of an answer is computed from the time per token, which is the same
-at every position.
+as in the paper. All other rows are repeated for --seconds, and at least 3 times. If 3 whole answers would take longer,
+fewer tokens are generated. The time of an answer is then computed from the time per token, which is the same at every
+position.
 
-Each row is written to the JSON file as soon as it is measured. The same command continues with the rows that are
-missing for this card and these package versions.
+Each row is written to the JSON file as soon as it is measured. The same command resumes: it measures the rows
+that are missing for this card and these package versions.
 """
 
 from __future__ import annotations

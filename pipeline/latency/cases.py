@@ -1,4 +1,4 @@
-"""The cases of a call, with the most important ones first."""
+"""The cases that a call measures, the most important ones first."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Selection:
     def cases(self) -> list[Case]:
         """Return the cases in the order of their importance.
 
-        First the models at the first batch sizes, then what they are compared with, then the lengths, then the other
-        batch sizes. The remaining cases without the graph come last.
+        The models come first, at the batch sizes in FIRST_BATCHES. What they are compared with follows at these batch
+        sizes, then the lengths, then the other batch sizes. The remaining cases without the graph come last.
         """
         cases = list(dict.fromkeys(self._cases()))
         order = {subject: number for number, subject in enumerate(dict.fromkeys(map(_subject, cases)))}

@@ -1,4 +1,4 @@
-"""Drawings during training: what the model holds of a few held-out images."""
+"""Drawings during training: what the model still sees of a few held-out images at each depth."""
 
 from __future__ import annotations
 
