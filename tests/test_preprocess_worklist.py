@@ -52,13 +52,13 @@ def test_a_note_reports_each_source_whose_row_count_differs_from_the_mix(
 def test_a_note_counts_text_only_rows_that_may_refer_to_an_image(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    texts = ["plain", "the <video> tag", "a[image]", "see ![car](car.jpg)", 'write <img src="a.jpg">', "[IMG] or not"]
+    texts = ["plain", "the <video> tag", "a[image]", "see ![car](car.jpg)", "an <image_url>", 'write <img src="a.jpg">', "[IMG] or not"]
     rows = [talk_row(0) | {"conversations": conversation(text, "A")} for text in [*texts[:-1], "is " + texts[-1]]]
     write_mix(tmp_path / "root", [SOURCE])
     (tmp_path / "root/rows.json").write_text(json.dumps(rows))
     for options in (["--check"], ["--workers", "0"]):
         assert build_shards.main([*arguments(tmp_path / "root", tmp_path / "out", gpt_neox()), *options]) == 0
-        note = "source 'p': 4 text-only rows contain a tag such as <video>, [IMG] or <img src>; they are kept as text"
+        note = "source 'p': 5 text-only rows contain a tag such as <video>, [IMG] or <img src>; they are kept as text"
         assert f"note: {note}\n" in capsys.readouterr().out
 
 

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 _MEDIA_KEY = re.compile("image|img|picture|photo|video|audio", re.IGNORECASE)
+_TEXT_KEYS = ("id", "conversations", "from", "value")
+_MEDIA_FILE = re.compile(
+    r"\S+\.(?:jpe?g|png|gif|webp|bmp|tiff?|heic|avif|mp4|m4v|webm|mov|avi|mkv|wav|mp3|flac|ogg|m4a)(?:\?\S*)?",
+    re.IGNORECASE,
+)
 
 _MEDIUM = "(?:image|img|picture|photo|video|audio)"
-# Tags that HTML does not have, such as <img>a.jpg</img>, <|image_1|>, <image 1>, <video_pad> and <|vision_start|>.
+# Tags that HTML does not have, such as <img>a.jpg</img>, <|image_1|>, <image 1>, <IMG_CONTEXT> and <|vision_start|>.
 _PLACEHOLDER = re.compile(
-    rf"<img>[^<>\n]{{1,1000}}</img>|<\|{_MEDIUM}\|>|<\|?{_MEDIUM}[ _-]?(?:\d+|pad|start|end|token|placeholder|here)\|?>"
-    r"|<\|vision_(?:start|end|pad)\|>",
+    rf"<img>\s*[^<>\n]{{1,1000}}</img>|<\|{_MEDIUM}\|>|<im_(?:start|patch|end)>|<fake_token_around_image>"
+    rf"|<\|?{_MEDIUM}[ _:-]?(?:\d+|pad|start|end|bos|eos|(?:soft_?)?token|patch|context|placeholder|here)\|?>"
+    rf"|<\|?(?:start|end|begin)_of_{_MEDIUM}\|?>|<\|(?:vision|media)_(?:start|begin|content|end|pad)\|>",
     re.IGNORECASE,
 )
 # Tags that texts about HTML and forum posts contain, too: <video>, [IMG], <img src="a.jpg">, ![alt](a.jpg).
-_TAG = rf"(?<!\w)(?:<{_MEDIUM}>|\[{_MEDIUM}(?:[ _-]?\d+)?\])"
+_TAG = rf"(?<!\w)(?:<{_MEDIUM}s?>|\[{_MEDIUM}(?:[ _-]?\d+)?\])"
 _TAG_AT_EDGE = re.compile(rf"\A\s*{_TAG}(?!\S)|(?<!\S){_TAG}\s*\Z", re.IGNORECASE)
-_MENTION = re.compile(rf"{_TAG}|<{_MEDIUM}\s[^<>]{{0,1000}}>|!\[[^\]\n]{{0,200}}\]\([^)\s]{{1,1000}}\)", re.IGNORECASE)
+_MENTION = re.compile(
+    rf"{_TAG}|(?<!\w)<[^<>\s]{{0,40}}{_MEDIUM}[^<>]{{0,1000}}>|!\[[^\]\n]{{0,200}}\]\([^)\s]{{1,1000}}\)", re.IGNORECASE
+)
 
 
 def find_reference(row: Mapping[str, Any], texts: Iterable[str]) -> str | None:
@@ -29,7 +37,7 @@ def find_reference(row: Mapping[str, Any], texts: Iterable[str]) -> str | None:
     turns = row.get("conversations")
     for place, holder in (("row", row), *(("turn", turn) for turn in (turns if isinstance(turns, list) else ()))):
         for key, value in holder.items():
-            if _MEDIA_KEY.search(key) and _is_given(value):
+            if key not in _TEXT_KEYS and any(_is_medium(key, leaf) for leaf in _leaves(value)):
                 return f"a {place} has {key!r}, expected 'image' in the row"
     for text in texts:
         if match := _PLACEHOLDER.search(text) or _TAG_AT_EDGE.search(text):
@@ -42,12 +50,23 @@ def has_mention(texts: Iterable[str]) -> bool:
     return any(_MENTION.search(text) for text in texts)
 
 
-def _is_given(value: Any) -> bool:
-    """Return whether a value names something: it is not null, false, zero, not a number, or empty on every level."""
-    if isinstance(value, dict):
-        return any(map(_is_given, value.values()))
-    if isinstance(value, list):
-        return any(map(_is_given, value))
-    if isinstance(value, str):
-        return bool(value.strip())
-    return not isinstance(value, bool) and bool(value) and value == value  # nan differs from itself
+def _is_medium(key: str, value: Any) -> bool:
+    """Return whether a value is the path of a media file, or names something under a key that speaks of media.
+
+    False, zero, null, blank text and nan name nothing.
+    """
+    if isinstance(value, str) and _MEDIA_FILE.fullmatch(value.strip()):
+        return True
+    given = bool(value.strip()) if isinstance(value, str) else bool(value) and value == value  # nan differs from itself
+    return given and not isinstance(value, bool) and bool(_MEDIA_KEY.search(key))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield the values inside lists and objects. Values may be nested too deeply for a recursive function."""
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict | list):
+            pending.extend(value.values() if isinstance(value, dict) else value)
+        else:
+            yield value

@@ -237,6 +237,7 @@ OTHER_KEYS: list[tuple[str, str, Any]] = [
     ("images without <image>", "images", ["good.jpg"]),
     ("video", "video", "a.mp4"),
     ("image under another key", "Image_Path", "good.jpg"),
+    ("image file under any key", "metadata", {"files": ["coco/good.JPG"]}),
     ("number of an image", "image_id", 262148),
     ("bytes of an image", "images", [{"bytes": "aGk=", "path": None}]),
     ("image of a turn", "conversations", [conversation("Q")[0] | {"image": "good.jpg"}, *conversation("Q", "A")[1:]]),
@@ -245,6 +246,7 @@ OTHER_TAGS = {
     "image path in a tag": "<img>a.jpg</img>\nQ",
     "numbered image tag": "Look: <|image_1|> Q",
     "image placeholder": "<image_placeholder> Q",
+    "image token of other models": "See <IMG_CONTEXT> Q",
     "<video> at the start": "<video>\nQ",
     "[IMG] at the end": "Q [IMG]",
 }
@@ -293,6 +295,12 @@ TEXT_ROWS = [
     *(
         DirtyRow(kind, {"conversations": conversation("Q", "A"), key: value}, "other_media")
         for kind, key, value in OTHER_KEYS
+    ),
+    DirtyRow(
+        "deeply nested image",
+        '{"id": "deeply nested image", "conversations": [{"from": "human", "value": "Q"}, '
+        f'{{"from": "gpt", "value": "A"}}], "images": {"[" * 900}1{"]" * 900}}}',
+        "other_media",
     ),
     *(DirtyRow(kind, text_row(("human", text), ("gpt", "A")), "other_media") for kind, text in OTHER_TAGS.items()),
     DirtyRow(
