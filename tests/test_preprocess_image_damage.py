@@ -233,6 +233,7 @@ JUNK = bytes(value for value in np.random.Generator(np.random.Philox(key=1)).byt
 HARMLESS: dict[str, Callable[[bytes], bytes]] = {
     "bytes before the end marker": lambda jpeg: jpeg[:-2] + JUNK + END_MARKER,
     "zeros before the end marker": lambda jpeg: jpeg[:-2] + bytes(200) + END_MARKER,
+    "a page of zeros before the end marker": lambda jpeg: jpeg[:-2] + bytes(4096) + END_MARKER,
     "bytes after the end marker": lambda jpeg: jpeg + JUNK,
     "zeros after the end marker": lambda jpeg: jpeg + bytes(4096),
     "a second image after the end marker": lambda jpeg: jpeg + jpeg[: len(jpeg) // 2],

@@ -41,6 +41,7 @@ from preprocess.images.jpeg_structure import (
     has_huffman_codes,
     with_extra_data,
     with_other_end,
+    without_zeros_before_end,
 )
 from preprocess.images.metadata import orientation, turn_upright, without_metadata
 from preprocess.images.png_structure import has_damaged_data
@@ -272,6 +273,9 @@ def _decode_unusual_jpeg(data: bytes, max_pixels: int) -> Pixels:
 
     Raises: Rejected.
     """
+    if (shorter := without_zeros_before_end(data)) != data:
+        with contextlib.suppress(Rejected):  # if the image is complete without the zeros, they are harmless
+            return _decode_unusual_jpeg(shorter, max_pixels)
     bare = without_metadata(data, "jpg") if has_huffman_codes(data) else b""
     complete = _pixel_checksum(with_extra_data(bare), max_pixels)
     pixels = _decode_with_pillow(data, "jpg", max_pixels)

@@ -21,6 +21,7 @@ _RESTART = re.compile(rb"\xff([\xd0-\xd7])")
 
 OVERWRITTEN = "its data was overwritten by zeros"
 ZEROS = bytes(512)  # a sector of a disk
+_ZEROS_BEFORE_END = re.compile(rb"\0{512,}(?=\xff\xd9\Z)")
 _END_OF_BLOCK = 0x00
 # Bytes that a decoder reads only if the data of a scan ends early. They differ from what it would fill in by itself.
 _EXTRA = bytes(range(1, 65))
@@ -77,6 +78,11 @@ def with_other_end(data: bytes) -> bytes | None:
     if _PROGRESSIVE in _frame_markers(data) or scan.data_end - scan.end < size:
         return None
     return data[: scan.data_end - size] + b"\x55" * size + data[scan.data_end :]
+
+
+def without_zeros_before_end(data: bytes) -> bytes:
+    """Drop a long run of zeros directly before the end marker at the end of the file."""
+    return _ZEROS_BEFORE_END.sub(b"", data) if data.endswith(ZEROS + b"\xff\xd9") else data
 
 
 def has_huffman_codes(data: bytes) -> bool:
