@@ -52,7 +52,15 @@ def test_a_note_reports_each_source_whose_row_count_differs_from_the_mix(
 def test_a_note_counts_text_only_rows_that_may_refer_to_an_image(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    texts = ["plain", "the <video> tag", "a[image]", "see ![car](car.jpg)", "an <image_url>", 'write <img src="a.jpg">', "[IMG] or not"]
+    texts = [
+        "plain",
+        "the <video> tag",
+        "a[image]",
+        "see ![car](car.jpg)",
+        "an <image_url>",
+        'write <img src="a.jpg">',
+        "[IMG] or not",
+    ]
     rows = [talk_row(0) | {"conversations": conversation(text, "A")} for text in [*texts[:-1], "is " + texts[-1]]]
     write_mix(tmp_path / "root", [SOURCE])
     (tmp_path / "root/rows.json").write_text(json.dumps(rows))
