@@ -21,7 +21,7 @@ from tests.support.tiny_model import save_tiny_model
 
 pytestmark = pytest.mark.skipif(find_spec("lmms_eval") is None, reason="needs the extra [eval]")
 KILL_AFTER = 30
-TINY = ("mme", "vsr")
+TINY = ("mme", "mmbench", "vsr")  # some of the random answers for MMBench contain control characters
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,8 @@ def test_a_figure_of_the_scores_is_written(folder):
 def test_a_tiny_model_runs_through_the_whole_chain(folder):
     assert codes(folder, "tiny") == [0], log(folder, "tiny")
     scores = {name: result["score"] for name, result in results(folder, "tiny")["benchmarks"].items()}
-    assert scores == {"mme": 0.0, "vsr": pytest.approx(50.0, abs=25.0)}, "random weights know two words of VSR only"
+    assert scores.keys() == set(TINY) and scores["mme"] == 0.0, scores
+    assert scores["vsr"] == pytest.approx(50.0, abs=25.0), "random weights know two words of VSR only"
 
 
 def test_lmms_eval_finds_the_model_by_its_entry_point_and_compares_likelihoods(folder):

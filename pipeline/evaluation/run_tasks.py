@@ -108,6 +108,8 @@ def _evaluate(options: TaskOptions, benchmarks: Sequence[Benchmark], ranks: Rank
 
     Results of other weights or settings in the same folder are replaced.
     """
+    import lmms_eval.models  # noqa: F401 (imports lmms_model itself, and warns if that import has already begun)
+
     from pipeline.evaluation.lmms_model import DEFAULT_MAX_NEW_TOKENS, EmmaModel
 
     model = EmmaModel(str(options.model), batch_size=options.batch, device=options.device)
