@@ -23,7 +23,9 @@ from preprocess.images.codec import decode_rgb, encode_jpeg, resize_to_square
 from preprocess.prompts import clean_text, encode_prompt
 
 DEFAULT_MAX_NEW_TOKENS = 64  # for tasks that set no limit
-NOT_IN_SHEETS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # MMBench's tasks write answers to Excel files and would fail
+NOT_IN_SHEETS = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f]"
+)  # MMBench's tasks write answers to Excel files and would fail
 PADDING = "__padding_only__"  # marks requests that lmms-eval adds to give all ranks the same number
 
 
@@ -82,7 +84,10 @@ class EmmaModel(lmms):
                 self.journal.add(ids[i], answer)
             progress.update(len(answers))
         return [
-            GenerationResult(text=NOT_IN_SHEETS.sub("", answers[i]["text"]), token_counts=TokenCounts(output_tokens=answers[i]["tokens"]))
+            GenerationResult(
+                text=NOT_IN_SHEETS.sub("", answers[i]["text"]),
+                token_counts=TokenCounts(output_tokens=answers[i]["tokens"]),
+            )
             for i in range(len(requests))
         ]
 
