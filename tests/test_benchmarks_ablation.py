@@ -61,7 +61,7 @@ def test_the_answers_of_a_scene_follow_from_its_marks():
     assert min(checked[kind] for kind in ("count", "exists", "absent", "text", "colour", "position")) > 5
 
 
-def test_every_kind_of_question_occurs_and_only_absent_things_are_none():
+def test_scenes_ask_every_kind_of_question_and_answer_none_only_if_absent():
     kinds = Counter(asked.kind for scene in SCENES for asked in scene.questions)
     assert kinds.keys() == set(KINDS)
     assert all((asked.answer == NONE) == (asked.kind == "absent") for scene in SCENES for asked in scene.questions)
@@ -207,7 +207,7 @@ def test_the_whole_chain_reports_every_run_and_asks_test_questions_only_at_the_e
     assert all(0 <= float(value) <= 1 for value in probes[2:])
 
 
-def test_runs_with_other_data_or_settings_have_other_files():
+def test_runs_with_different_data_or_settings_have_different_files():
     run, inputs = search_runs("micro")[0], {"data": "a", "towers": "b"}
     keys = {run.key(inputs), run.key({**inputs, "data": "c"}), replace(run, lr=5.0).key(inputs)}
     assert len(keys) == 3
@@ -229,13 +229,13 @@ def test_runs_with_different_data_are_not_reported_together(tmp_path, monkeypatc
 # -- Report ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_interval_of_paired_differences_is_students():
+def test_the_interval_of_paired_differences_uses_students_t_distribution():
     # mean 0.02, standard deviation 0.0158, five pairs: half width 2.776 · 0.0158 / √5
     assert paired_difference([0.0, 0.01, 0.02, 0.03, 0.04]) == "+0.020 [+0.000, +0.040]"
     assert paired_difference([0.5]) == "+0.500"
 
 
-def test_hallucinations_are_wrong_answers_about_what_is_not_there():
+def test_hallucinations_are_wrong_answers_about_missing_things():
     answers = {"right": {"absent": 6}, "total": {"absent": 10}, "false_yes": [1, 10]}
     assert hallucinated(answers) == (4 + 1) / 20
 

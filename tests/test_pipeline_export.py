@@ -122,7 +122,7 @@ def test_every_exported_file_has_the_permissions_that_the_umask_allows(run, tmp_
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_file_that_may_not_be_read_is_called_so(exported, tmp_path, name):
+def test_the_error_for_a_file_without_read_permission_says_so(exported, tmp_path, name):
     folder = tmp_path / "model"
     shutil.copytree(exported, folder)
     (folder / name).chmod(0)

@@ -196,7 +196,7 @@ def test_log_likelihoods_equal_those_of_the_training_forward_pass(model: LoadedM
 
 @pytest.mark.parametrize("with_image", [True, False])
 @pytest.mark.parametrize("limit", [5, 40])
-def test_the_state_of_a_dialogue_is_that_of_its_whole_prompt(
+def test_the_state_of_a_dialogue_equals_the_state_after_its_whole_prompt(
     model: LoadedModel, tokenizer: Tokenizer, with_image: bool, limit: int
 ) -> None:
     engine = InferenceEngine(model, tokenizer)
@@ -234,7 +234,7 @@ def test_a_second_question_costs_its_own_tokens_only(tokenizer: Tokenizer, monke
     ]  # the steps have read 5 tokens of the answer
 
 
-def test_a_dialogue_goes_on_after_an_answer_that_was_not_read_to_its_end(
+def test_a_dialogue_continues_after_an_answer_whose_iterator_was_closed_early(
     model: LoadedModel, tokenizer: Tokenizer
 ) -> None:
     engine = InferenceEngine(model, tokenizer)

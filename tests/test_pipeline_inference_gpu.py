@@ -72,7 +72,7 @@ def many_requests(engine: InferenceEngine) -> list[Request]:
 
 
 @pytest.mark.parametrize("max_batch", [1, 8])
-def test_greedy_tokens_of_batches_with_graphs_equal_one_by_one_in_fp32(
+def test_greedy_tokens_of_batches_with_graphs_equal_those_of_single_requests_in_fp32(
     model: LoadedModel, tokenizer: Tokenizer, max_batch: int
 ) -> None:
     """24 requests with and without images. The batch of 8 rows ends in a smaller decoder."""
@@ -101,7 +101,7 @@ def test_rows_that_end_at_the_end_of_text_token_are_replaced_by_waiting_requests
     [Sampling(temperature=1.0), Sampling(temperature=1.0, top_k=20, top_p=0.9, seed=3)],
     ids=str,
 )
-def test_sampled_tokens_of_batches_with_graphs_equal_one_by_one_in_fp32(
+def test_sampled_tokens_of_batches_with_graphs_equal_those_of_single_requests(
     model: LoadedModel, tokenizer: Tokenizer, sampling: Sampling
 ) -> None:
     engine = InferenceEngine(model, tokenizer, max_batch=8, sampling=sampling)
@@ -128,7 +128,7 @@ def test_replayed_prefills_equal_the_prefill_of_one_row_without_padding(
 
 
 @pytest.mark.parametrize("with_image", [True, False])
-def test_each_answer_of_a_dialogue_equals_that_to_its_whole_prompt(
+def test_each_answer_of_a_dialogue_equals_the_answer_to_the_whole_prompt(
     model: LoadedModel, tokenizer: Tokenizer, with_image: bool
 ) -> None:
     engine, alone = InferenceEngine(model, tokenizer), plain(model, tokenizer)

@@ -77,7 +77,7 @@ def test_a_case_that_cannot_run_gives_a_row_with_the_reason():
     assert row["model"] == "tiny_v2"
 
 
-def test_a_model_that_only_ends_its_text_still_answers_with_all_tokens(tmp_path):
+def test_a_model_that_predicts_only_the_end_of_text_still_generates_all_tokens(tmp_path):
     own = open_model(str(save_tiny_model(tmp_path / "model")), CPU)
     own.loaded.emma.llm.backbone.embedding.weight.zero_()  # all logits are equal, so token 0 is chosen: the end of text
     answers = EngineAnswers(own, batch=2, state="fp32", graph=False)
@@ -168,7 +168,7 @@ def test_the_command_measures_models_and_peers_and_continues(tmp_path):
         ([], "error: rows.json: holds no rows"),
     ],
 )
-def test_a_mistake_of_the_user_ends_with_one_line(tmp_path, words, message):
+def test_a_user_error_is_reported_in_one_line(tmp_path, words, message):
     done = fork_python("-m", "pipeline.latency", *words, "--json", "rows.json", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith(message), done.stderr
