@@ -116,7 +116,7 @@ def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
 def tracked_files() -> list[str]:
     listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     if listed.returncode:
-        pytest.skip("this is not a git checkout, so there is no list of its files")
+        pytest.skip("this machine has no git checkout here, so there is no list of its files")
     return [name for name in listed.stdout.splitlines() if (REPOSITORY / name).is_file()]
 
 

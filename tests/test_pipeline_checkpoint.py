@@ -147,7 +147,7 @@ def small_disk(folder, megabytes):
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder], check=False)
     if mounted.returncode:
-        pytest.skip("no permission to mount a file system")
+        pytest.skip("this machine does not permit mounting a file system")
     try:
         yield folder
     finally:
