@@ -1,6 +1,6 @@
 """`pipeline.train` with a limit of GPU memory, so that a large GPU runs out of memory where a smaller one would.
 
-torchrun --nproc-per-node 8 -m benchmarks.limited_training 39 pipeline/recipes/emma_v2.toml data.shards=… run.dir=…
+torchrun --nproc-per-node 8 -m benchmarks.limited_training 39 pipeline/recipes/emma_v2.toml data.shards=DIR run.dir=RUN
 """
 
 from __future__ import annotations

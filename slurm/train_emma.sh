@@ -40,7 +40,7 @@ job=${job:-${SLURM_JOB_ID:-none}}
 export EMMA_JOB=$job # if set, pipeline.train leaves old requests to this script, and writes control/refused for it
 recipe=("$@")
 if [[ ${SLURM_ARRAY_TASK_ID-} ]]; then
-  for word in "$@"; do # otherwise the task 3 would read sh3rds instead of sh%ards
+  for word in "$@"; do # otherwise task 3 would read sh3rds in place of sh%ards
     [[ $word != *%a[[:alpha:]]* ]] || fail "$word: %a is the number of the array task, and a letter follows it; rename it"
   done
   recipe=("${@//%a/$SLURM_ARRAY_TASK_ID}")
