@@ -25,7 +25,7 @@ from pipeline.evaluation.run_tasks import add_task_arguments, run_tasks, task_op
 from pipeline.figures.benchmarks import draw_benchmarks
 from pipeline.inference.engine import InferenceEngine, load
 from pipeline.inference.journal import Journal, answer_key
-from pipeline.inference.questions import check_output_folder, find_images
+from pipeline.inference.questions import check_output, find_images
 from preprocess.atomic import write_json
 
 
@@ -51,8 +51,8 @@ def main() -> None:
     if options := task_options(args):
         run_tasks(options, draw_benchmarks)
         return
-    check_output_folder("--json", args.json)
-    check_output_folder("--journal", args.journal)
+    check_output("--json", args.json, args.questions)
+    check_output("--journal", args.journal, args.questions)
     questions = read_questions(args.questions)
     if args.shuffle_images is not None:
         questions = shuffle_images(questions, args.shuffle_images)

@@ -25,7 +25,7 @@ import torch
 from model.errors import UserError, run_cli
 from pipeline.inference.engine import InferenceEngine, load
 from pipeline.inference.journal import Journal, answer_key
-from pipeline.inference.questions import Question, answer_questions, check_output_folder, find_images, read_rows
+from pipeline.inference.questions import Question, answer_questions, check_output, find_images, read_rows
 from pipeline.inference.requests import Sampling
 from preprocess.atomic import publish
 from preprocess.images.codec import read_image_file
@@ -87,7 +87,7 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{option}: cannot be used {'with' if args.questions else 'without'} --questions")
     if args.questions and args.out is None:
         raise UserError("--out: not given; name the file for the answers to --questions")
-    check_output_folder("--out", args.out)
+    check_output("--out", args.out, args.questions)
     if args.image:
         find_images([Question(question="", image=str(args.image))], Path())  # raises an error if it does not exist
     if args.image is None and IMAGE_TOKEN in (args.prompt or ""):

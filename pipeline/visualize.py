@@ -84,6 +84,8 @@ def main() -> None:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
     args = parser.parse_args()
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: found a file, expected a folder. Choose another name.")
     folders = [args.model, *([args.compare] if args.compare else [])]
     options = {"layers": args.layers, "tap": args.tap, "question": args.question, "device": args.device}
     models = [visualize(folder, args.image, **options) for folder in folders]

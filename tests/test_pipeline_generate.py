@@ -52,6 +52,8 @@ SHORT = ("--max-new-tokens", "4")
         (["--questions", "x", "--out", "y", "--prompt", "z"], "--prompt: cannot be used with --questions"),
         (["--questions", "x"], "--out: not given"),
         (["--questions", "x", "--out", "absent/y"], "--out absent/y: the folder absent does not exist"),
+        (["--questions", "x", "--out", "./x"], "--out x: is the file of questions"),
+        (["--questions", "x", "--out", "."], "--out .: found a folder, expected a file"),
         (["--questions", "absent.jsonl", "--out", "y"], "absent.jsonl is missing"),
     ],
 )

@@ -156,8 +156,10 @@ def test_the_errors_of_the_command_are_one_line(folder, image, tmp_path):
         ([tmp_path, "--image", image], "not the configuration of a saved model"),
         ([folder, "--image", image, "--compare", tmp_path / "none"], "not the configuration of a saved model"),
     ]
+    cases = [([*words, "--out", tmp_path / "out"], message) for words, message in cases]
+    cases += [(["no_model", "--image", image, "--out", image], "found a file, expected a folder")]
     for words, message in cases:
-        done = fork_python("-m", "pipeline.visualize", *words, "--out", tmp_path / "out")
+        done = fork_python("-m", "pipeline.visualize", *words)
         assert done.returncode == 2
         [line] = done.stderr.strip().splitlines()
         assert line.startswith("error: ")

@@ -114,10 +114,19 @@ def _find_image(store: ImageStore, folder: Path, name: str) -> ImageFile:
     return ImageFile(path=path, version=str(size))
 
 
-def check_output_folder(option: str, path: Path | None) -> None:
-    """Raise a UserError if a file to be written lies in a folder that does not exist, before answers are computed."""
-    if path is not None and not path.absolute().parent.is_dir():
+def check_output(option: str, path: Path | None, questions: Path | None) -> None:
+    """Check, before answers are computed, that a file can be written and does not replace the question file.
+
+    Raises: UserError.
+    """
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
         raise UserError(f"{option} {path}: the folder {path.parent} does not exist. Create it, or choose another.")
+    if path.is_dir():
+        raise UserError(f"{option} {path}: found a folder, expected a file. Choose another name.")
+    if questions is not None and path.resolve() == questions.resolve():
+        raise UserError(f"{option} {path}: is the file of questions, which would be lost. Choose another name.")
 
 
 # -- Answering ---------------------------------------------------------------------------------------------------------
