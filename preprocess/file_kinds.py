@@ -16,6 +16,7 @@ _PATTERNS: tuple[tuple[str, str, bytes], ...] = (
     ("UTF-16 text", _TEXT, rb"\xff\xfe|\xfe\xff|[\[{#\"\w\s]\0[^\0]\0|\0[\[{#\"\w\s]\0[^\0]"),
     ("an HTML or XML page", _DAMAGED, rb"(\xef\xbb\xbf)?\s*<(?i:!doctype|!--|html|head|body|title|script|\?xml|error)"),
     ("a gzip file", _UNPACK, rb"\x1f\x8b"),
+    ("a compressed .Z file", _UNPACK, rb"\x1f\x9d"),
     ("a zstd file", _UNPACK, rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),  # pzstd starts files with the latter
     ("a bzip2 file", _UNPACK, rb"BZh[1-9]"),
     ("an xz file", _UNPACK, rb"\xfd7zXZ"),
@@ -28,7 +29,7 @@ _PATTERNS: tuple[tuple[str, str, bytes], ...] = (
     ("an Arrow file", _EXPECTED, rb"ARROW1"),
     ("a PDF file", _EXPECTED, rb"%PDF"),
 )
-COMPRESSED = ("a gzip file", "a zstd file", "a bzip2 file", "an xz file", "an lz4 file")
+COMPRESSED = ("a gzip file", "a compressed .Z file", "a zstd file", "a bzip2 file", "an xz file", "an lz4 file")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -312,6 +312,7 @@ NOT_ANNOTATIONS = {
     "gzip in gzip": (gzip.compress(gzip.compress(b"[]")), "is a gzip file inside a compressed file", "Unpack it"),
     "bzip2": (bz2.compress(b"[]"), "is a bzip2 file, expected", "Unpack it"),
     "xz": (lzma.compress(b"[]"), "is an xz file, expected", "Unpack it"),
+    "compress": (b"\x1f\x9d\x90[]", "is a compressed .Z file, expected", "Unpack it"),
     "7z": (b"7z\xbc\xaf\x27\x1c", "is a 7z file, expected", "Unpack it"),
     "tar": (b"rows.json".ljust(257, b"\0") + b"ustar\0", "is a tar file, expected", "Unpack it"),
     "tar in gzip": (
