@@ -14,7 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from model.errors import run_cli
-from pipeline.metrics.history import ENDS, SLOW_RANK_RATIO, History, finite, format_duration, read_history
+from pipeline.metrics.history import ENDS, SLOW_RANK_RATIO, History, finite, read_history
+from preprocess.progress import format_duration
 
 MAX_SILENCE_S = 120.0  # a run whose watchdog gives no heartbeat for this long is reported as dead
 MAX_START_S = 1800.0  # the same limit during start-up, and for runs of older versions, which have no heartbeat

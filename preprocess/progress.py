@@ -97,6 +97,7 @@ class Progress:
 
 
 def format_duration(seconds: float) -> str:
+    """Format seconds as h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

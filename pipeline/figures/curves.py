@@ -12,8 +12,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from pipeline.metrics.history import History, format_duration
+from pipeline.metrics.history import History
 from preprocess.images.codec import decode_rgb
+from preprocess.progress import format_duration
 
 LABELLED_RESTARTS = 8  # only the last restarts get a label, because more labels would overlap
 MAX_SMOOTHING = 50  # maximum number of points in the running median

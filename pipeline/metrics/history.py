@@ -278,12 +278,6 @@ def seconds_left(*, steps: int, step_s: float, paused_s: float, steps_done: int)
     return steps * (step_s + paused_s / max(1, steps_done))
 
 
-def format_duration(seconds: float) -> str:
-    """Format seconds as h:mm:ss."""
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
-
-
 def finite(values: Any) -> Any:
     """Replace nan and infinity by None, at any depth, because JSON cannot represent them."""
     if isinstance(values, dict):

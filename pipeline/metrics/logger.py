@@ -27,13 +27,14 @@ from pipeline.data.loader import TrainData
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import convert_oserrors
 from pipeline.flops import GIB
-from pipeline.metrics.history import SLOW_RANK_RATIO, finite, format_duration, seconds_left
+from pipeline.metrics.history import SLOW_RANK_RATIO, finite, seconds_left
 from pipeline.metrics.throughput import peak_flops_of_ranks
 from pipeline.metrics.timers import StartupTimer
 from pipeline.metrics.wandb_logger import WandbLogger
 from pipeline.metrics.window import Window
 from pipeline.recipe import Recipe
 from pipeline.step import StepReport
+from preprocess.progress import format_duration
 
 MAX_CONSOLE_VALUE = 60  # characters; the console line of an event leaves out longer values
 
