@@ -174,8 +174,7 @@ def old_run(monkeypatch):
     """Return the recipe and the checkpoint manifest of a run of the first version of this project."""
     from tests.support import micro_preset
 
-    micro_preset.register()
-    monkeypatch.setitem(PRESETS, micro_preset.NAME, PRESETS.pop(micro_preset.NAME))
+    monkeypatch.setitem(PRESETS, micro_preset.NAME, micro_preset.config())
     manifest = json.loads((OLD_RUN / "checkpoints/step-00000004/manifest.json").read_text())
     return recipe_of_run(OLD_RUN), manifest
 

@@ -27,7 +27,7 @@ from tests.support import micro_preset
 from tests.support.launch import fork_python
 from tests.support.tiny_data import write_byte_tokenizer
 
-CONFIG = PRESETS[micro_preset.NAME]
+CONFIG = micro_preset.config()
 VISION = CONFIG.vision
 
 

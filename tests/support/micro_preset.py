@@ -1,6 +1,6 @@
 """The preset `micro_v2`, which is so small that its checkpoints can be kept in git.
 
-Importing this module registers the preset. To run a command of the pipeline with it:
+To run a command of the pipeline with this preset:
 
     python -m tests.support.micro_preset pipeline.train RECIPE key=value …
 """
@@ -9,12 +9,13 @@ import runpy
 import sys
 from dataclasses import replace
 
+from model.config import EmmaConfig
 from model.presets import PRESETS, alignment_weight, paper_taps
 
 NAME = "micro_v2"
 
 
-def register() -> None:
+def config() -> EmmaConfig:
     full = PRESETS["tiny_v2"]
     assert full.alignment is not None
     towers = tuple(
@@ -30,12 +31,11 @@ def register() -> None:
         decoder_layers=1,
         weight=alignment_weight(full.alignment.num_values, vision.num_patches),
     )
-    PRESETS[NAME] = replace(full, name=NAME, vision=vision, llm=llm, alignment=alignment)
+    return replace(full, name=NAME, vision=vision, llm=llm, alignment=alignment)
 
-
-register()
 
 if __name__ == "__main__":
+    PRESETS[NAME] = config()
     module = sys.argv.pop(1)
     sys.argv[0] = module
     runpy.run_module(module, run_name="__main__")
