@@ -53,7 +53,7 @@ def fused() -> SimpleNamespace:
 
 
 def use_own_scan() -> bool:
-    """Return whether Mamba-1 trains with `model.kernels.mamba1.scan`, unless EMMA_MAMBA1_SCAN selects mamba_ssm."""
+    """Return whether Mamba-1 trains with our own scan. Set EMMA_MAMBA1_SCAN=mamba_ssm to train with mamba_ssm's."""
     return os.environ.get("EMMA_MAMBA1_SCAN") != "mamba_ssm"
 
 
